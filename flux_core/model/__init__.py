@@ -1,0 +1,7 @@
+"""FLUX.1 as the paper's figure shows it, in pure PyTorch, with the names of the official checkpoints."""
+
+from ..params import AutoEncoderParams, FluxParams
+from .autoencoder import AutoEncoder
+from .transformer import Flux, Run
+
+__all__ = ["AutoEncoder", "AutoEncoderParams", "Flux", "FluxParams", "Run"]

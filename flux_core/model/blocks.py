@@ -1,0 +1,116 @@
+"""The two blocks of FLUX.1 and its last layer.
+
+A double block keeps an image and a text stream with their own weights, which meet in one attention over [txt ; img].
+A single block works on the joined sequence, with attention and MLP side by side between two wide Linears.
+
+A block receives tensors only: its modulation is computed by the caller's loop, and what it calls between its Linears is
+`self.ops`. So a block compiles once for all of its kind.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..params import FluxParams
+from . import ops
+from .layers import Modulation, ModulationOut, QKNorm, SelfAttention
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, 3*H*D] -> q, k, v of [B, H, L, D] each; heads are contiguous in each third."""
+    q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=num_heads)
+    return q, k, v
+
+
+class DoubleStreamBlock(nn.Module):
+    """img [B, L, D] and txt [B, T, D] attend to each other, then go through an MLP of their own."""
+
+    ops = ops.PLAIN
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        dim, mlp_dim = params.hidden_size, params.mlp_hidden_dim
+        self.num_heads = params.num_heads
+
+        self.img_mod = Modulation(dim, double=True)
+        self.img_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
+        self.img_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
+        self.txt_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+
+    def modulation(self, vec: Tensor) -> tuple[ModulationOut, ...]:
+        """vec [B, D] -> the four sets that `forward` takes: img attention and MLP, txt attention and MLP."""
+        return *self.img_mod(vec), *self.txt_mod(vec)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod1: ModulationOut,
+        img_mod2: ModulationOut,
+        txt_mod1: ModulationOut,
+        txt_mod2: ModulationOut,
+        pe: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        img_q, img_k, img_v = self._qkv(self.img_attn, img, img_mod1, pe[:, :, txt.shape[1] :])
+        txt_q, txt_k, txt_v = self._qkv(self.txt_attn, txt, txt_mod1, pe[:, :, : txt.shape[1]])
+
+        q = torch.cat((txt_q, img_q), dim=2)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        attn = self.ops.attend(q, k, v)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        return img, txt
+
+    def _qkv(
+        self, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale)), self.num_heads)
+        q, k = self.ops.norm_rope(q, k, *attn.norm.scales, pe)
+        return q, k, v
+
+
+class SingleStreamBlock(nn.Module):
+    """The joined sequence x [B, T + L, D], text first: attention and MLP in parallel (arXiv 2302.05442)."""
+
+    ops = ops.PLAIN
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        dim, mlp_dim = params.hidden_size, params.mlp_hidden_dim
+        self.num_heads = params.num_heads
+        self.split = (3 * dim, mlp_dim)
+
+        self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
+        self.linear2 = nn.Linear(dim + mlp_dim, dim)
+        self.norm = QKNorm(params.head_dim)
+        self.modulation = Modulation(dim, double=False)
+
+    def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor) -> Tensor:
+        qkv, mlp = torch.split(self.linear1(self.ops.modulate(x, mod.shift, mod.scale)), self.split, dim=-1)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
+        attn = self.ops.attend(q, k, v)
+        return x + mod.gate * self.linear2(self.ops.join_gelu(attn, mlp))
+
+
+class LastLayer(nn.Module):
+    """Modulated norm and a Linear back to the features of a latent patch."""
+
+    ops = ops.PLAIN
+
+    def __init__(self, hidden_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(self.ops.modulate(x, shift, scale))

@@ -1,0 +1,58 @@
+"""Sizes of the networks, as plain data that can be read without torch. Field names are the official ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """Sizes of one transformer (official `flux.model.FluxParams`)."""
+
+    in_channels: int
+    """features of an image token: 16 latent channels x 2 x 2"""
+    out_channels: int
+    """features of a predicted token"""
+    vec_in_dim: int
+    """width of the pooled CLIP vector"""
+    context_in_dim: int
+    """width of the T5 tokens"""
+    hidden_size: int
+    mlp_ratio: float
+    num_heads: int
+    depth: int
+    """double-stream blocks"""
+    depth_single_blocks: int
+    axes_dim: Sequence[int]
+    """RoPE features of a head for each axis of the position ids (t, h, w)"""
+    theta: int
+    qkv_bias: bool
+    guidance_embed: bool
+    """whether distilled guidance enters the modulation vector (dev) or not (schnell)"""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class AutoEncoderParams:
+    """Sizes of one autoencoder (official `flux.modules.autoencoder.AutoEncoderParams`)."""
+
+    resolution: int
+    in_channels: int
+    ch: int
+    out_ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    z_channels: int
+    scale_factor: float
+    shift_factor: float
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.ch_mult) - 1)

@@ -1,0 +1,174 @@
+"""One row for each FLUX.1 model: sizes, files, licence and defaults. Everything else reads them from here.
+
+Rows hold data only, so that the command line can check a request before torch is imported. Sizes and files of the
+official models: black-forest-labs/flux `src/flux/util.py`; text lengths: its `cli.py`. Default steps for dev are 28,
+as most users run it, instead of the official command's 50; the effective values are printed with every run.
+"""
+
+from dataclasses import dataclass
+
+from .errors import UsageError
+from .params import AutoEncoderParams, FluxParams
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A FLUX.1 model by name."""
+
+    name: str
+    params: FluxParams
+    ae_params: AutoEncoderParams
+    flow_file: str
+    ae_file: str
+    t5: str
+    """hub id, or a folder beside the weights for an embedded model"""
+    clip: str
+    max_text: int
+    """T5 tokens that a prompt is padded to"""
+    shift: bool
+    """whether the schedule is shifted towards noise as the image grows"""
+    num_steps: int
+    guidance: float
+    width: int
+    height: int
+    min_side: int
+    """shortest side that gives a sensible picture, in pixels"""
+    max_side: int
+    """longest such side; both limits yield to --force"""
+    licence: str
+    repo: str | None = None
+    """hub repository of the official files; None: the weights ship with the package"""
+
+    @property
+    def embedded(self) -> bool:
+        return self.repo is None
+
+
+def _flux1(guidance_embed: bool) -> FluxParams:
+    return FluxParams(
+        in_channels=64,
+        out_channels=64,
+        vec_in_dim=768,
+        context_in_dim=4096,
+        hidden_size=3072,
+        mlp_ratio=4.0,
+        num_heads=24,
+        depth=19,
+        depth_single_blocks=38,
+        axes_dim=(16, 56, 56),
+        theta=10_000,
+        qkv_bias=True,
+        guidance_embed=guidance_embed,
+    )
+
+
+_FLUX1_AE = AutoEncoderParams(
+    resolution=256,
+    in_channels=3,
+    ch=128,
+    out_ch=3,
+    ch_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    z_channels=16,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+)
+_T5, _CLIP = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14"
+
+VARIANTS: dict[str, Variant] = {
+    row.name: row
+    for row in (
+        Variant(
+            name="flux-mini",
+            params=FluxParams(
+                in_channels=64,
+                out_channels=64,
+                vec_in_dim=128,
+                context_in_dim=256,
+                hidden_size=256,
+                mlp_ratio=3.0,
+                num_heads=4,
+                depth=4,
+                depth_single_blocks=8,
+                axes_dim=(8, 28, 28),
+                theta=10_000,
+                qkv_bias=True,
+                guidance_embed=True,
+            ),
+            ae_params=AutoEncoderParams(
+                resolution=256,
+                in_channels=3,
+                ch=32,
+                out_ch=3,
+                ch_mult=(1, 2, 4, 4),
+                num_res_blocks=1,
+                z_channels=16,
+                scale_factor=1.0,
+                shift_factor=0.0,
+            ),
+            flow_file="flux-mini.safetensors",
+            ae_file="ae.safetensors",
+            t5="t5",
+            clip="clip",
+            max_text=40,
+            shift=True,
+            num_steps=28,
+            guidance=3.5,
+            width=256,
+            height=256,
+            min_side=128,
+            max_side=512,
+            licence="Apache-2.0 (trained on Microsoft Fluent Emoji, MIT)",
+        ),
+        Variant(
+            name="flux-dev",
+            params=_flux1(guidance_embed=True),
+            ae_params=_FLUX1_AE,
+            repo="black-forest-labs/FLUX.1-dev",
+            flow_file="flux1-dev.safetensors",
+            ae_file="ae.safetensors",
+            t5=_T5,
+            clip=_CLIP,
+            max_text=512,
+            shift=True,
+            num_steps=28,
+            guidance=3.5,
+            width=1360,
+            height=768,
+            min_side=256,
+            max_side=4096,
+            licence="FLUX.1 [dev] Non-Commercial License",
+        ),
+        Variant(
+            name="flux-schnell",
+            params=_flux1(guidance_embed=False),
+            ae_params=_FLUX1_AE,
+            repo="black-forest-labs/FLUX.1-schnell",
+            flow_file="flux1-schnell.safetensors",
+            ae_file="ae.safetensors",
+            t5=_T5,
+            clip=_CLIP,
+            max_text=256,
+            shift=False,
+            num_steps=4,
+            guidance=3.5,
+            width=1360,
+            height=768,
+            min_side=256,
+            max_side=4096,
+            licence="Apache-2.0",
+        ),
+    )
+}
+DEFAULT = "flux-mini"
+
+
+def get_variant(name: str) -> Variant:
+    """The row of that name; UsageError names the known ones and the nearest."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, VARIANTS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(f"unknown model name {name!r}: there are {', '.join(VARIANTS)}.{hint}")
