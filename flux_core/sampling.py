@@ -171,7 +171,9 @@ def denoise(
     return euler(velocity, img, timesteps, on_step)
 
 
-def start_from_image(latent: Tensor, noise: Tensor, sigmas: list[float], strength: float) -> tuple[Tensor, list[float]]:
+def start_from_image(
+    latent: Tensor, noise: Tensor, sigmas: list[float], strength: float
+) -> tuple[Tensor, list[float]]:
     """Image-to-image: the latent mixed with noise where the schedule enters, and the rest of the schedule.
 
     strength 1 starts from pure noise, 0 changes nothing (official `demo_st.py`: step `int((1 - strength) * steps)`).

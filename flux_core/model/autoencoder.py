@@ -27,11 +27,15 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (
+            nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(conv(h), "B C H W -> B 1 (H W) C").contiguous() for conv in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(conv(h), "B C H W -> B 1 (H W) C").contiguous() for conv in (self.q, self.k, self.v)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(h, "B 1 (H W) C -> B C H W", H=x.shape[2]))
 

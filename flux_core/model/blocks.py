@@ -34,11 +34,15 @@ class DoubleStreamBlock(nn.Module):
 
         self.img_mod = Modulation(dim, double=True)
         self.img_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.img_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+        self.img_mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim)
+        )
 
         self.txt_mod = Modulation(dim, double=True)
         self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.txt_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+        self.txt_mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim)
+        )
 
     def modulation(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         """vec [B, D] -> the four sets that `forward` takes: img attention and MLP, txt attention and MLP."""

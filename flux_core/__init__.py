@@ -1,0 +1,28 @@
+"""FLUX.1 as one transparent core: `load_pipeline("flux-mini").generate("a red apple", seed=0)` draws.
+
+Names are looked up when they are first used, so that `import flux_core` costs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline, load_pipeline
+    from .request import GenerationRequest
+
+__all__ = ["GenerationRequest", "Pipeline", "__version__", "load_pipeline"]
+
+_HOMES = {"GenerationRequest": "request", "Pipeline": "pipeline", "load_pipeline": "pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,39 @@
+"""Reading and writing weights. Names are looked up when first used, so that importing this costs no torch."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..places import embedded_folder
+    from .files import resolve, weights_hashes
+    from .keymaps import from_diffusers, to_diffusers
+    from .read import load_autoencoder, load_flux
+    from .write import write_safetensors
+
+_HOMES = {
+    "embedded_folder": "..places",
+    "from_diffusers": ".keymaps",
+    "load_autoencoder": ".read",
+    "load_flux": ".read",
+    "resolve": ".files",
+    "to_diffusers": ".keymaps",
+    "weights_hashes": ".files",
+    "write_safetensors": ".write",
+}
+__all__ = [
+    "embedded_folder",
+    "from_diffusers",
+    "load_autoencoder",
+    "load_flux",
+    "resolve",
+    "to_diffusers",
+    "weights_hashes",
+    "write_safetensors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,74 @@
+"""Which file holds a model's weights, and a short name for what is in it."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from ..errors import FileError
+from ..places import embedded_folder, hub_file
+from ..variants import Variant
+
+LARGE = 2**28
+"""bytes above which a file is known by its header and size instead of by every byte"""
+
+
+def resolve(variant: Variant) -> tuple[Path, Path]:
+    """The files of transformer and autoencoder. FileError, AccessError or DiskError where there is none."""
+    return flow_path(variant), ae_path(variant)
+
+
+def flow_path(variant: Variant) -> Path:
+    """The transformer's file: `FLUX_MODEL` if set, else what ships with the package, else the hub's."""
+    return _find(variant, variant.flow_file, "FLUX_MODEL")
+
+
+def ae_path(variant: Variant) -> Path:
+    """The autoencoder's file: `FLUX_AE` if set, else what ships with the package, else the hub's."""
+    return _find(variant, variant.ae_file, "FLUX_AE")
+
+
+def _find(variant: Variant, file: str, variable: str) -> Path:
+    if named := os.environ.get(variable):
+        path = Path(named).expanduser()
+        return _existing(path, f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
+    if variant.repo is None:
+        path = embedded_folder(variant) / file
+        return _existing(path, str(path), "clone the repository again, whole, or install it again")
+    return hub_file(variant.repo, file)
+
+
+def _existing(path: Path, origin: str, advice: str) -> Path:
+    if path.is_file():
+        return path
+    found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+    raise FileError(f"{origin} {found}. Next: {advice}.")
+
+
+def weights_hashes(variant: Variant) -> dict[str, str]:
+    """File name -> what its weights are known by, for the record that goes into a picture.
+
+    A file of up to 256 MB: the first 16 hex digits of its SHA-256. A larger one would take seconds to
+    minutes, so it is known by `header:` and the same digits over its safetensors header and its size:
+    names, shapes and offsets, not values. An embedded model's text encoders are named too; those from the
+    hub are not.
+    """
+    flow, ae = resolve(variant)
+    files = {flow.name: flow, ae.name: ae}
+    if variant.embedded:
+        for folder in (variant.t5, variant.clip):
+            files[f"{folder}/model.safetensors"] = embedded_folder(variant) / folder / "model.safetensors"
+    return {name: file_hash(path) for name, path in files.items()}
+
+
+def file_hash(path: Path) -> str:
+    """See `weights_hashes`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= LARGE:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), LARGE))
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror}") from error
+    return "header:" + hashlib.sha256(length + header + str(size).encode()).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Where to compute and in which precision: the choice, and errors that name the alternatives."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import MemoryShortage, UsageError
+from .fields import DTYPES
+
+
+def available_devices() -> list[str]:
+    """Names that `--device` takes on this machine, the best first."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, or the best there is. UsageError when this machine has no such device."""
+    known = available_devices()
+    if name in (None, "auto"):
+        return torch.device(known[0])
+    asked = str(name)
+    if asked in known or (asked == "cuda" and known[0] == "cuda:0"):
+        return torch.device("cuda:0" if asked == "cuda" else asked)
+    raise UsageError(f"--device {asked} is not there: {_reason(asked)}. Use one of: auto, {', '.join(known)}")
+
+
+def _reason(asked: str) -> str:
+    if asked.startswith("cuda"):
+        if not torch.backends.cuda.is_built():
+            return f"torch {torch.__version__} was built without CUDA"
+        if not torch.cuda.is_available():
+            return f"torch finds no usable GPU (is the driver recent enough for CUDA {torch.version.cuda}?)"
+        return f"torch sees {torch.cuda.device_count()} CUDA device(s)"
+    if asked.startswith("mps"):
+        return "MPS needs a Mac with Apple silicon"
+    return "no such kind of device"
+
+
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run."""
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name in (None, "auto"):
+        return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+    known = DTYPES.get(str(name).removeprefix("torch."))
+    if known is None:
+        raise UsageError(f"--dtype {name} is not known: use one of auto, {', '.join(DTYPES)}")
+    if known == "bfloat16" and not bf16:
+        card = torch.cuda.get_device_name(device)
+        raise UsageError(f"--dtype {name}: {card} has no bfloat16; use --dtype float32")
+    return getattr(torch, known)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> "float32", as requests and metadata spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def memory_errors(what: str, device: torch.device) -> Iterator[None]:
+    """Out-of-memory inside, on any device, becomes a MemoryShortage that says what did not fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # The CPU allocator has no exception class of its own, only this text.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise MemoryShortage(
+                f"out of memory on {device} while drawing {what}: choose a smaller --width and --height, "
+                "or another --device"
+            ) from error
+        raise

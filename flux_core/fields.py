@@ -1,0 +1,111 @@
+"""The table of what can be asked: every flag of the command line and every field of a request, one row each.
+
+The parser, its help, the request's bounds and the error texts all read this table, so they cannot disagree.
+It holds plain data: a wrong flag is answered from here, before pydantic or torch are imported.
+"""
+
+from dataclasses import dataclass
+
+from .variants import DEFAULT, VARIANTS
+
+MAX_SEED = 2**32 - 1
+"""torch's CPU generator reads the low 32 bits of a seed; larger ones would silently repeat smaller ones"""
+
+DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+"""accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it"""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One thing that can be asked for. `kind` is int, float, str, or bool for a switch."""
+
+    name: str
+    kind: type
+    help: str
+    flags: tuple[str, ...] = ()
+    """other spellings on the command line"""
+    minimum: int | None = None
+    maximum: int | None = None
+    default: object = None
+    """a value; None: found out when the request is built"""
+    from_row: bool = False
+    """whether the default stands in the variant's row, under the same name"""
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    """whether the flag takes several values"""
+    word: str = ""
+    """how help calls the value; by itself N, X or TEXT"""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def nature(self) -> str:
+        """What a value has to be, for error texts: "a whole number from 1 to 10000"."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        noun = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}[self.kind]
+        return noun if self.minimum is None else f"{noun} from {self.minimum} to {self.maximum}"
+
+    @property
+    def metavar(self) -> str:
+        return self.word or {int: "N", float: "X"}.get(self.kind, "TEXT")
+
+    @property
+    def default_text(self) -> str:
+        """The default as help shows it; several where the variants differ."""
+        if not self.from_row:
+            return "" if self.default in (None, False) else f" (default: {self.default})"
+        values = {name: getattr(row, self.name) for name, row in VARIANTS.items()}
+        first = next(iter(values.values()))
+        others = [f"{name} {value}" for name, value in values.items() if value != first]
+        return f" (default: {', '.join([str(first), *others])})"
+
+
+_NAME = Field("name", str, f"model: {', '.join(VARIANTS)}", ("--model", "-m"), default=DEFAULT, word="NAME")
+
+REQUEST = (
+    _NAME,
+    Field("prompt", str, "what to draw", ("-p",)),
+    Field("width", int, "pixels", ("-W",), 1, 65536, from_row=True),
+    Field("height", int, "pixels", ("-H",), 1, 65536, from_row=True),
+    Field("num_steps", int, "denoising steps", ("--steps",), 1, 10_000, from_row=True),
+    Field("guidance", float, "how closely to follow the prompt", (), 0, 100, from_row=True),
+    Field("num_images", int, "draw the seeds s, s+1, …", (), 1, 1000, default=1),
+    Field(
+        "seed", int, f"0 to {MAX_SEED}, one or several; -1: random (default)", ("-s",), 0, MAX_SEED, many=True
+    ),
+    Field("init_image", str, "picture to start from (PNG, JPEG, WebP)", word="FILE"),
+    Field("strength", float, "how far to leave the init image; 1: all the way (default: 0.8)", (), 0, 1),
+    Field(
+        "dtype",
+        str,
+        "precision: bfloat16 or float32 (default: bfloat16 on CUDA, else float32)",
+        choices=("auto", *DTYPES),
+        word="NAME",
+    ),
+    Field("force", bool, "allow sizes that the model was not made for", default=False),
+    Field("allow_empty_prompt", bool, "allow a prompt without words", default=False),
+)
+RUN = (
+    Field("from_image", str, "repeat a picture that flux_core made; other flags change it", word="FILE"),
+    Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
+    Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
+    Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+)
+SAVE = (
+    _NAME,
+    Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),
+    Field("dtype", str, "precision of the saved weights: bf16, fp16 or fp32", default="bf16", word="NAME"),
+    Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
+)
+FIELDS = {field.name: field for field in REQUEST}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A clause " Did you mean …?" with the likeliest of the known words, or nothing."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""

@@ -1,0 +1,181 @@
+"""The pipeline owns devices and dtypes: text -> noise -> denoising -> picture.
+
+Images are drawn one at a time, never as rows of one batch: a batch of four and four batches of one differ in
+their last bits, and the same request shall give the same pixels however many were asked for with it.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import load_autoencoder, load_flux, weights_hashes
+from .device import dtype_name, memory_errors, pick_device, pick_dtype
+from .errors import NonFiniteError, UsageError
+from .metadata import describe
+from .model import AutoEncoder, Flux
+from .pictures import crop_centre, open_source
+from .request import GenerationRequest
+from .sampling import (
+    OnStep,
+    Step,
+    euler,
+    flow_velocity,
+    get_noise,
+    get_schedule,
+    pack,
+    prepare,
+    start_from_image,
+    unpack,
+)
+from .text import load_text_encoders
+from .variants import DEFAULT, Variant, get_variant
+
+Encoder = Callable[[list[str]], Tensor]
+
+
+class Pipeline:
+    """One loaded model.
+
+    `t5` and `clip` map prompts to [B, T, D] and [B, V]; `t5.truncated(prompt)` is the text that t5 drops, if
+    any.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        model: Flux,
+        ae: AutoEncoder,
+        t5: Any,
+        clip: Encoder,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: dict[str, str] | None = None,
+    ) -> None:
+        self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
+        self.device, self.dtype = device, dtype
+        self.weights = weights or {}
+        self._text: tuple[str, Tensor, Tensor] | None = None
+
+    def generate(
+        self,
+        prompt: str | GenerationRequest,
+        seed: int | None = None,
+        *,
+        init_image: str | Path | Image.Image | None = None,
+        on_step: OnStep | None = None,
+        **fields: Any,
+    ) -> list[Image.Image]:
+        """Draw the pictures of a request, or of a prompt and the request's other fields.
+
+        Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
+        What a user should know (a size that is cropped, a prompt that is too long) comes as a Python warning.
+        """
+        source, origin = open_source(init_image)
+        given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
+        fields |= {"seed": seed, "init_image": origin}
+        changes = {key: value for key, value in fields.items() if value is not None}
+        request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
+        for note in [*request.notes(), *self.text_notes(request.prompt)]:
+            warnings.warn(note, stacklevel=2)
+        return [self.draw(one, source, on_step) for one in request.images()]
+
+    def text_notes(self, prompt: str) -> list[str]:
+        """What the text encoder drops of a prompt, for people; nothing when it reads all."""
+        dropped = self.t5.truncated(prompt)
+        if not dropped:
+            return []
+        start = dropped if len(dropped) <= 60 else dropped[:60] + "…"
+        return [f"the prompt is longer than {self.variant.max_text} tokens; dropped: {start!r}"]
+
+    def complete(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as this pipeline draws it: with its dtype and weights. UsageError if it cannot."""
+        if request.name != self.variant.name:
+            raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
+        dtype = dtype_name(self.dtype)
+        if request.dtype not in (None, dtype):
+            raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {dtype}")
+        return request.model_copy(update={"dtype": dtype, "weights": self.weights})
+
+    @torch.no_grad()
+    def draw(
+        self, request: GenerationRequest, source: Image.Image | None = None, on_step: OnStep | None = None
+    ) -> Image.Image:
+        """The one picture of a request with one image. `source`: the init image, RGB, of any size."""
+        request = self.complete(request)
+        if (source is None) != (request.init_image is None):
+            raise UsageError("an init image goes with a request that names one, and the other way round")
+        with memory_errors(f"{request.width}x{request.height} pixels", self.device):
+            x = self._denoise(request, source, on_step)
+            return self.picture(x, request)
+
+    def _denoise(
+        self, request: GenerationRequest, source: Image.Image | None, on_step: OnStep | None
+    ) -> Tensor:
+        """The tokens of the finished picture, [1, L, 64]."""
+        width, height = request.made_size
+        noise = get_noise(1, height, width, self.device, self.dtype, request.seed)
+        txt, vec = self._encode(request.prompt)
+        inputs = prepare(lambda _: txt, lambda _: vec, noise, request.prompt)
+        x = inputs.pop("img")
+        sigmas = get_schedule(request.num_steps, x.shape[1], shift=self.variant.shift)
+        if source is not None:
+            latent = self._tokens(source, width, height)
+            x, sigmas = start_from_image(latent, x, sigmas, request.strength or 0.0)
+        velocity = flow_velocity(self.model, **inputs, guidance=request.guidance or 0.0)
+        return euler(velocity, x, sigmas, self._checked(on_step))
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Text tokens [1, T, D] and vector [1, V]. The last prompt's are kept: the next image shares them."""
+        if self._text is None or self._text[0] != prompt:
+            self._text = (prompt, self.t5([prompt]), self.clip([prompt]))
+        return self._text[1:]
+
+    def _tokens(self, source: Image.Image, width: int, height: int) -> Tensor:
+        """The init image, resized, as the tokens of its latent: [1, L, 64]."""
+        pixels = torch.from_numpy(np.array(source.resize((width, height), Image.Resampling.LANCZOS)))
+        x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w")
+        return pack(self.ae.encode(x.to(self.device, self.dtype)))
+
+    def _checked(self, on_step: OnStep | None) -> OnStep:
+        def check(step: Step) -> Tensor | None:
+            if not torch.isfinite(step.x).all():
+                raise self._non_finite(f"latents after step {step.index + 1} (sigma {step.sigma:.3f})")
+            return None if on_step is None else on_step(step)
+
+        return check
+
+    def _non_finite(self, where: str) -> NonFiniteError:
+        hint = "the weights may be damaged" if self.dtype == torch.float32 else "try --dtype float32"
+        return NonFiniteError(
+            f"NaN or infinity in the {where}, in {dtype_name(self.dtype)}; no picture is written: {hint}"
+        )
+
+    @torch.no_grad()
+    def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
+        """Decode tokens [1, L, 64] to the picture that was asked for, with its request attached."""
+        width, height = request.made_size
+        pixels = self.ae.decode(unpack(x, height, width))[0].float()
+        if not torch.isfinite(pixels).all():
+            raise self._non_finite("decoded picture")
+        # Rounded to the nearest of 256 levels; the official command cuts off and is darker by half a level.
+        levels = rearrange((pixels.clamp(-1, 1) + 1) * 127.5, "c h w -> h w c").round().to(torch.uint8)
+        image = Image.fromarray(levels.cpu().numpy())
+        return describe(crop_centre(image, request.width, request.height), self.complete(request))
+
+
+def load_pipeline(
+    name: str = DEFAULT, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Pipeline:
+    """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32."""
+    variant, place = get_variant(name), pick_device(device)
+    kind = pick_dtype(dtype, place)
+    t5, clip = load_text_encoders(variant, place, kind)
+    model, ae = load_flux(variant, place, kind), load_autoencoder(variant, place, kind)
+    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant))

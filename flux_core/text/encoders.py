@@ -1,0 +1,132 @@
+"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens, and CLIP's one vector.
+
+As in the official code, a prompt is padded to a fixed number of tokens and no attention mask is given:
+padding attends and is attended to, so the length is part of the result. CLIP cuts at 77 tokens without a
+word, since the picture's content comes from T5; what T5 had to cut is told by `truncated`.
+
+transformers takes longer to import than everything else here, so it is imported when encoders are loaded, and
+as little of it as will do.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FileError
+from ..places import text_folders
+from ..variants import Variant
+
+CLIP_TOKENS = 77
+
+
+class TextEncoder(nn.Module):
+    """A tokenizer and its model as one callable from prompts to a tensor."""
+
+    def __init__(
+        self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype
+    ) -> None:
+        """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.model = model
+        self.output = output
+        self.max_length = max_length
+        self.dtype = dtype
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """Token ids, int64 [B, max_length], on the CPU."""
+        padded = self.tokenizer(
+            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        return padded.input_ids
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        """[B, max_length, D] from T5, [B, D] from CLIP, in `dtype`."""
+        ids = self.tokens(prompts).to(next(self.model.parameters()).device)
+        return getattr(self.model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
+
+    def truncated(self, prompt: str) -> str | None:
+        """The end of the prompt that did not fit, in its own letters; None if all of it did."""
+        found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        if len(found.input_ids) <= self.max_length:
+            return None
+        first_cut = self.max_length - 1  # the last place is kept for the end-of-text token
+        return prompt[found["offset_mapping"][first_cut][0] :].strip() or None
+
+
+def load_text_encoders(
+    variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> tuple[TextEncoder, TextEncoder]:
+    """T5 and CLIP of that model, weights loaded and frozen. FileError, AccessError or DiskError."""
+    folders = text_folders(variant)
+    with _quiet():
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+        from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+        t5_model = _load_model(T5EncoderModel, folders.t5, device, dtype)
+        clip_model = _load_model(CLIPTextModel, folders.clip, device, dtype)
+        t5_tokenizer = load_tokenizer(folders.t5_tokenizer, "T5TokenizerFast", t5_model)
+        clip_tokenizer = load_tokenizer(folders.clip_tokenizer, "CLIPTokenizer", clip_model)
+    clip_length = min(CLIP_TOKENS, clip_tokenizer.model_max_length, clip_model.config.max_position_embeddings)
+    return (
+        TextEncoder(t5_tokenizer, t5_model, "last_hidden_state", variant.max_text, dtype),
+        TextEncoder(clip_tokenizer, clip_model, "pooler_output", clip_length, dtype),
+    )
+
+
+def tokenizer_class(folder: Path, default: str) -> str:
+    """The name of the transformers class that a tokenizer's own configuration asks for."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("tokenizer_class") or default
+
+
+def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
+    """The tokenizer of that folder, for that model. FileError if it can't be read or does not fit."""
+    import transformers
+
+    try:
+        kind = getattr(transformers, tokenizer_class(folder, default))
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except (AttributeError, OSError, ValueError) as error:
+        raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
+    if len(tokenizer) > (rows := model.config.vocab_size):
+        raise FileError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}."
+        )
+    return tokenizer
+
+
+def _load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
+    try:
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{folder}: the text encoder could not be read: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
+        raise FileError(
+            f"{folder}: the text encoder lacks {len(missing)} tensors ({', '.join(missing[:5])})."
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' notices and progress bars off the terminal; what matters of them is checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,86 @@
+"""Files and folders appear whole or not at all, and what is saved is what was loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flux_core import places
+from flux_core.checkpoint import load_flux, write_safetensors
+from flux_core.checkpoint import write as write_module
+from flux_core.errors import DiskError, UsageError
+from flux_core.studies.save import save
+
+
+def test_a_file_carries_its_metadata(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.arange(6.0).reshape(2, 3).T}, {"title": "transposed"})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "title": "transposed"}
+        assert torch.equal(file.get_tensor("a"), torch.arange(6.0).reshape(2, 3).T)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.zeros(3)})
+    before = path.read_bytes()
+
+    def full(tensors, part, metadata):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write_module, "save_file", full)
+    with pytest.raises(DiskError, match="No space left"):
+        write_safetensors(path, {"a": torch.ones(3)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_no_folder(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_module, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(DiskError):
+        save("flux-mini", "diffusers", "bf16", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_overwritten(small, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        save("flux-mini", "official", "bf16", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("wrong", [{"format": "gguf"}, {"dtype": "int3"}, {"name": "flux-max"}])
+def test_wrong_words(wrong, tmp_path):
+    with pytest.raises(UsageError):
+        save(
+            **{"name": "flux-mini", "format": "official", "dtype": "bf16", "output": tmp_path / "out"} | wrong
+        )
+
+
+def test_official_files_keep_every_byte_of_the_weights(small, small_root, tmp_path):
+    out = save("flux-mini", "official", "fp32", tmp_path / "empty" / "out")
+    names = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    assert names == {p.relative_to(small_root / "flux-mini") for p in small_root.rglob("*") if p.is_file()}
+    for name in ("flux-mini.safetensors", "ae.safetensors", "t5/model.safetensors", "clip/model.safetensors"):
+        ours, theirs = load_file(out / name), load_file(small_root / "flux-mini" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_was_saved_loads_again(small, tmp_path, monkeypatch):
+    before = load_flux(small, "cpu", torch.float16)
+    save("flux-mini", "official", "fp16", tmp_path / "flux-mini")
+    monkeypatch.setattr(places, "ROOTS", (tmp_path,))
+    after = load_flux(small, "cpu", torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_everything_in_a_folder_is_in_its_dtype(small, tmp_path):
+    out = save("flux-mini", "diffusers", "bf16", tmp_path / "out")
+    for path in out.rglob("*.safetensors"):
+        assert {x.dtype for x in load_file(path).values()} == {torch.bfloat16}, path
+    assert json.loads((out / "text_encoder_2" / "config.json").read_text())["dtype"] == "bfloat16"

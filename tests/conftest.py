@@ -1,0 +1,29 @@
+"""Fixtures for whoever needs a model on the disk. This file also puts `tests/` on the path of its folders."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory):
+    """A folder of weights as `weights/`, with a small random model under the name of flux-mini."""
+    from random_model import small_variant, write_model
+
+    root = tmp_path_factory.mktemp("weights")
+    write_model(root / "flux-mini", small_variant())
+    return root
+
+
+@pytest.fixture
+def small(small_root, monkeypatch):
+    """The row of that model, which stands in for flux-mini while the test runs."""
+    from random_model import small_variant
+
+    from flux_core import places
+    from flux_core.variants import VARIANTS
+
+    row = small_variant()
+    monkeypatch.setattr(places, "ROOTS", (small_root,))
+    monkeypatch.setitem(VARIANTS, "flux-mini", row)
+    for variable in ("FLUX_MODEL", "FLUX_AE"):
+        monkeypatch.delenv(variable, raising=False)
+    return row

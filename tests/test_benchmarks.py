@@ -1,0 +1,25 @@
+"""Each benchmark runs in its smallest form and prints its line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_parity_with_diffusers():
+    command = [
+        sys.executable,
+        BENCHMARKS / "parity_diffusers.py",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    assert figures["fp32_relative_l2"] <= 1e-6
+    assert figures["bf16_relative_l2"] <= 2e-2
+    assert figures["ratio"] > 0

@@ -1,0 +1,195 @@
+"""The command line: its grammar, its speed, its exit codes, and terminals of every kind (users.md 4c, rows
+36, 54).
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import tiny_pipeline
+
+import flux_core.pipeline
+from flux_core.errors import UsageError
+from flux_core.fields import REQUEST, RUN
+from flux_core.main import COMMANDS, build_parser, main, parse
+from flux_core.request import GenerationRequest
+from flux_core.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--prompt", "a red apple", "--width=32", "--height=48", "--steps", "2", "--force", "--seed", "42"]
+TINY = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import flux_core.pipeline; from tiny import tiny_pipeline; flux_core.pipeline.load_pipeline = tiny_pipeline
+from flux_core.main import main; sys.exit(main())
+"""
+"""the real command with a tiny model, for a process of its own"""
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(flux_core.pipeline, "load_pipeline", tiny_pipeline)
+    monkeypatch.chdir(tmp_path)
+
+
+def cli(*words: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "cli.py", *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", **options)
+
+
+def test_it_draws(capsys):
+    assert main(FAST) == 0
+    assert capsys.readouterr().out.endswith("output/flux-mini_seed42.png\n")
+    assert Image.open("output/flux-mini_seed42.png").size == (32, 48)
+    assert main(["info", "output/flux-mini_seed42.png"]) == 0
+    assert '"prompt": "a red apple"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", [f for f in REQUEST + RUN if f.kind is not bool], ids=lambda f: f.name)
+def test_every_flag_takes_dashes_and_underscores(field):
+    spellings = [field.flag, field.flag.replace("-", "_").replace("__", "--"), *field.flags]
+    for flag in spellings:
+        expected = {field.name: ["7"] if field.many else "7"}
+        assert parse([flag, "7"])[1] == expected, flag
+        if flag.startswith("--"):
+            assert parse([f"{flag}=7"])[1] == expected
+
+
+def test_values_keep_their_underscores():
+    assert parse(["--prompt", "--snake_case in words", "--output_dir=a_b"])[1] == {
+        "prompt": "--snake_case in words",
+        "output_dir": "a_b",
+    }
+    assert parse(["--prompt=--snake_case"])[1] == {"prompt": "--snake_case"}
+
+
+def test_values_may_be_negative_numbers():
+    assert parse(["--seed", "-1", "--guidance", "-1"])[1] == {"seed": ["-1"], "guidance": "-1"}
+    assert parse(["--seed", "1", "2", "3"])[1] == {"seed": ["1", "2", "3"]}
+
+
+def test_help_shows_every_flag_and_the_defaults_of_the_rows():
+    text = " ".join(build_parser("generate").format_help().split())
+    assert all(field.flag in text and field.help in text for field in REQUEST + RUN)
+    steps = [row.num_steps for row in VARIANTS.values()]
+    assert f"(default: {steps[0]}, flux-schnell {steps[2]})" in text
+    assert all(command in text for command in COMMANDS if command != "generate")
+    assert "%" not in text and "_" not in text.replace("flux_core", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (["--promt", "x"], "unknown flag --promt. Did you mean --prompt?"),
+        (["--prom", "x"], "unknown flag --prom."),
+        (["--num_stepz=3"], "Did you mean --num-steps?"),
+        (["--prompt"], "expected one argument"),
+        (["a", "red", "apple"], "a prompt goes behind --prompt"),
+        (["--prompt", "x", "info"], "unexpected 'info'"),
+        ([], "--prompt is missing"),
+        (["--prompt", "x", "--width", "big"], "--width must be a whole number"),
+        (["--prompt", "x", "--name", "flux-schnel"], "Did you mean flux-schnell?"),
+        (["info"], "file"),
+        (["save", "--format", "zip"], "zip"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(words, finding, capsys):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and finding in err
+
+
+def test_exit_codes_of_other_errors(capsys, monkeypatch):
+    assert main(["info", "missing.png"]) == 4
+    Path("file").write_text("")
+    assert main([*FAST, "--output-dir", "file"]) == 6
+    monkeypatch.setattr(flux_core.pipeline, "load_pipeline", lambda *_: 1 / 0)
+    capsys.readouterr()
+    assert main(FAST) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "--debug" in err and "Traceback" not in err
+    assert main([*FAST, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_130_and_leaves_no_files(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert main(FAST) == 130
+    assert list(Path("output").iterdir()) == [] and "Traceback" not in capsys.readouterr().err
+
+
+def test_no_progress_bar_without_a_terminal(capsys):
+    main(FAST)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--promt", "x"], ["info", "--help"]])
+def test_help_and_wrong_flags_answer_at_once(words):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        cli(*words)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+def test_nothing_heavy_is_imported_before_the_flags_are_read():
+    code = (
+        "import sys; from flux_core.main import main; main(['--promt'])\n"
+        "sys.exit(' '.join(sys.modules.keys() & {'torch', 'numpy', 'pydantic', 'PIL', 'tqdm'}) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "unknown flag" in done.stderr and done.returncode == 0, done.stderr
+
+
+def test_requests_are_checked_without_torch():
+    code = (
+        "import sys; from flux_core.main import main; main(['--prompt', 'x', '--width', '0'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--width must be" in done.stderr and done.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_terminals_without_unicode(encoding):
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    words = ["--prompt", "x", "--name", "яблоко\U0001f34e"]
+    done = cli(*words, env=env)
+    assert done.returncode == 2 and "unknown model name" in done.stderr and "Traceback" not in done.stderr
+    done = cli("--help", env=env)
+    assert done.returncode == 0 and "--num-steps" in done.stdout
+
+
+def test_an_undecodable_prompt_exits_2():
+    done = subprocess.run([sys.executable, ROOT / "cli.py", b"--prompt", b"apple \xff"], capture_output=True)
+    assert done.returncode == 2 and b"no valid text" in done.stderr
+
+
+def test_a_reader_that_left_is_no_error_worth_a_word():
+    """`python cli.py … | true`: the pipe is broken before the first line."""
+    for words in (["-c", TINY, *FAST], [str(ROOT / "cli.py"), "--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, *words], stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert done.stderr == b"" and done.returncode in (0, 141)
+
+
+def test_without_streams_it_still_draws():
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", TINY, *FAST])
+    assert done.returncode == 0 and Image.open("output/flux-mini_seed42.png").size == (32, 48)
+
+
+def test_parsed_flags_are_what_a_request_takes():
+    command, flags = parse(FAST)
+    request = GenerationRequest(**{**flags, "seed": flags["seed"][0]})
+    assert command is COMMANDS["generate"] and (request.width, request.num_steps) == (32, 2)
+    with pytest.raises(UsageError):
+        GenerationRequest(**flags)  # several seeds are several requests
