@@ -165,9 +165,7 @@ def main() -> int:
         params, side, text = tiny(params), 4, 8
     figures = measure(params, side, text, args.device, args.repeats)
     met = figures["fp32_relative_l2"] <= GOAL
-    print(
-        json.dumps({"benchmark": "parity_diffusers", "goal_met": met, **figures, **surroundings(args.device)})
-    )
+    print(json.dumps({"benchmark": "parity_diffusers", "goal_met": met, **figures, **surroundings(args.device)}))
     return 0 if met else 1
 
 

@@ -1,22 +1,23 @@
 """How good is flux-mini? Fixed prompts and seeds, drawn by the shipped weights and scored against the sprites.
 
-    python benchmarks/quality.py ROOT [--each 100] [--sheet DIR]
+    python benchmarks/quality.py ROOT [--each 100] [--sheet FOLDER]
 
-ROOT holds the recipe's raw data (`weights/README.md` says how to get it). One JSON line is printed. How each figure is made:
+ROOT holds the recipe's raw data (`weights/README.md` says how to get it). One JSON line is printed, and --sheet writes
+what was drawn, for the eye. How each figure is made:
 
-- A picture's *background* is the median of its border; an *object* is what differs from it by more than a shadow does.
-  The object's bounding box is brought to 32x32 pixels on a grey ground, and so is every sprite; their distance is the
-  root mean square over the pixels. That ignores place and size, as a person would.
+- A picture's *ground* is the median of its border; its *object* is what differs from the ground by more than a shadow
+  does. The object's bounding box is brought to 32x32 pixels. Every sprite is laid on the same ground and goes the same
+  way; the distance of two objects is the root mean square over the pixels, which ignores place and size.
 - *names*: "a NAME" for sprites drawn at random from the 1,607 base pictures; right if the nearest of them all is the
   named one or a near-twin of it. Near-twins are sprites that the same distance puts closer than TWIN to each other.
-- *colours*: held-out colour and object. The colour is right if, of the named sprite in all twelve colours, the one in the
-  named colour has the nearest mean RGB; the object, if the nearest of all sprites *in that colour* is the named one or its
-  near-twin in that colour.
+- *colour*, *colour_object*: held-out colour and object. The colour is right if, of the named sprite in all twelve
+  colours, the one in the named colour has the nearest mean RGB; the object, if the nearest of all sprites *in that
+  colour* is the named one or its near-twin in that colour.
 - *pairs*: held-out ordered pairs, half of them side by side, half one above the other. Each half of the picture is
-  matched to all sprites; a pair is right if both halves are.
-- *counts*: held-out counts; right if as many separate objects stand there as in a picture of that scene by the recipe's
-  renderer, which is the named number (scenes whose parts do not hang together are not asked for).
-- *autoencoder*: PSNR of scenes that no stage has seen, encoded and decoded, from the mean squared error of each picture.
+  matched to all sprites; a pair is right if both halves are, `pairs_each` counts single halves.
+- *counts*: held-out counts; right if the named number of separate objects stands there. Things whose own picture falls
+  into parts are not asked for.
+- *autoencoder*: mean PSNR of scenes that no stage has seen, encoded and decoded.
 """
 
 import argparse
@@ -39,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "recipe")]
 from captions import Scene, Thing  # noqa: E402
 from heldout import load_heldout  # noqa: E402
 from palette import COLOURS  # noqa: E402
-from render import Atlas, all_rgba, make_atlas, recolour, render, sheet, to_images  # noqa: E402
+from render import Atlas, all_rgba, make_atlas, recolour, render, sheet  # noqa: E402
 from scenes import pack, sample_scenes  # noqa: E402
 from sprites import Sprites, load_sprites  # noqa: E402
 from words import plural, with_article  # noqa: E402
@@ -48,55 +49,60 @@ from flux_core import load_pipeline  # noqa: E402
 
 SIZE = 32
 EDGE = 0.16
-"""difference from the background, of 1, that a shadow does not reach"""
+"""difference from the ground, of 1, that a shadow does not reach"""
 TWIN = 0.09
-GREY = 0.6
 
 
-def tile(rgb: Tensor, mask: Tensor) -> Tensor | None:
-    """The masked object of a picture [3, H, W] in [0, 1] at SIZE x SIZE over grey; None if there is nothing."""
-    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-    if not len(rows):
-        return None
-    y0, y1, x0, x1 = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    side = max(y1 - y0, x1 - x0)
-    square = torch.full((3, side, side), GREY)
-    top, left = (side - (y1 - y0)) // 2, (side - (x1 - x0)) // 2
-    cut = torch.where(mask, rgb, GREY)[:, y0:y1, x0:x1]
-    square[:, top : top + y1 - y0, left : left + x1 - x0] = cut
-    return F.interpolate(square[None], (SIZE, SIZE), mode="bilinear", antialias=True)[0]
+def ground_of(rgb: Tensor) -> Tensor:
+    """The median colour [3] of the border of a picture [3, H, W]."""
+    top, bottom, left, right = rgb[:, :3], rgb[:, -3:], rgb[:, :, :3], rgb[:, :, -3:]
+    return torch.cat([x.flatten(1) for x in (top, bottom, left, right)], 1).median(1).values
 
 
-def object_mask(rgb: Tensor) -> Tensor:
-    """Where a picture [3, H, W] in [0, 1] differs from the median of its border."""
-    border = torch.cat(
-        [rgb[:, :3].flatten(1), rgb[:, -3:].flatten(1), rgb[:, :, :3].flatten(1), rgb[:, :, -3:].flatten(1)],
-        1,
-    )
-    return ((rgb - border.median(1).values[:, None, None]).abs() > EDGE).any(0)
+def object_mask(rgb: Tensor, ground: Tensor) -> Tensor:
+    """Where pictures [..., 3, H, W] in [0, 1] differ from their ground [3]."""
+    return ((rgb - ground[:, None, None]).abs() > EDGE).any(-3)
 
 
-def sprite_tiles(atlas: Atlas, indices: list[int], colour: int = -1) -> Tensor:
-    """Tiles [n, 3, SIZE, SIZE] of sprites as they are, or in a palette colour."""
-    tiles = []
-    for i in indices:
-        rgba = atlas.levels[128][i : i + 1].float() / 255
-        if colour >= 0:
-            rgba = recolour(rgba, torch.tensor([colour]), atlas.mean_luma[i : i + 1])
-        alpha = rgba[0, 3:]
-        tiles.append(tile(rgba[0, :3] + GREY * (1 - alpha), alpha[0] > 0.3))
-    return torch.stack(tiles)
+def tiles_of(rgb: Tensor, ground: Tensor) -> Tensor:
+    """The objects of pictures [n, 3, H, W], each brought from its bounding box to [n, 3, SIZE, SIZE]."""
+    mask = object_mask(rgb, ground)
+    rgb = torch.where(mask[:, None], rgb, ground[:, None, None])
+    (x0, x1), (y0, y1) = (span(mask.any(axis)) for axis in (1, 2))
+    side = torch.maximum(x1 - x0, y1 - y0)
+    theta = torch.zeros(len(rgb), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side / rgb.shape[-1]
+    theta[:, 0, 2], theta[:, 1, 2] = (x0 + x1) / rgb.shape[-1] - 1, (y0 + y1) / rgb.shape[-1] - 1
+    shift = ground[:, None, None]  # so that what lies outside the picture is ground, too
+    grid = F.affine_grid(theta, [len(rgb), 3, 4 * SIZE, 4 * SIZE], align_corners=False)
+    return F.avg_pool2d(F.grid_sample(rgb - shift, grid, align_corners=False), 4) + shift
+
+
+def span(filled: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last true place of rows [n, L], as borders; the whole row where there is none."""
+    length = filled.shape[1]
+    first = filled.int().argmax(1)
+    last = length - filled.flip(1).int().argmax(1)
+    return first.float(), last.float()
+
+
+def sprite_tiles(atlas: Atlas, indices: list[int], ground: Tensor, colour: int = -1) -> Tensor:
+    """Tiles [n, 3, SIZE, SIZE] of sprites laid on that ground, as they are or in a palette colour."""
+    rgba = atlas.levels[64][indices].float() / 255
+    if colour >= 0:
+        rgba = recolour(rgba, torch.full((len(indices),), colour), atlas.mean_luma[indices])
+    return tiles_of(rgba[:, :3] + ground[:, None, None] * (1 - rgba[:, 3:]), ground)
 
 
 def distances(one: Tensor, many: Tensor) -> Tensor:
     return ((many - one) ** 2).mean((1, 2, 3)).sqrt()
 
 
-def matches(found: Tensor | None, wanted: int, tiles: Tensor) -> bool:
-    """Whether the nearest tile is the wanted one or its near-twin."""
-    if found is None:
+def shows(rgb: Tensor, ground: Tensor, wanted: int, tiles: Tensor) -> bool:
+    """Whether the sprite nearest to what a picture [3, H, W] shows is the wanted one or its near-twin."""
+    if not object_mask(rgb, ground).any():
         return False
-    nearest = int(distances(found, tiles).argmin())
+    nearest = int(distances(tiles_of(rgb[None], ground)[0], tiles).argmin())
     return nearest == wanted or bool(distances(tiles[wanted], tiles)[nearest] < TWIN)
 
 
@@ -155,28 +161,28 @@ def rate(results: list[bool]) -> float:
 
 
 def names(study: Study, n: int, rng: random.Random) -> dict[str, float]:
-    tiles = sprite_tiles(study.atlas, study.base)
     results = []
     for seed, place in enumerate(tqdm(rng.sample(range(len(study.base)), n), "names")):
         prompt = study.name(study.base[place])
         image, rgb = study.draw(prompt, seed)
-        results.append(study.keep("names", prompt, image, matches(tile(rgb, object_mask(rgb)), place, tiles)))
+        ground = ground_of(rgb)
+        tiles = sprite_tiles(study.atlas, study.base, ground)
+        results.append(study.keep("names", prompt, image, shows(rgb, ground, place, tiles)))
     return {"names": rate(results)}
 
 
 def colours(study: Study, wanted: list[tuple[int, int]]) -> dict[str, float]:
     colour_right, object_right = [], []
-    sets = {c: sprite_tiles(study.atlas, study.base, c) for c in sorted({c for c, _ in wanted})}
     for seed, (colour, sprite) in enumerate(tqdm(wanted, "colours")):
-        prompt = f"a {COLOURS[colour].names[0]} {study.sprites.names[sprite]}".replace(
-            "a orange", "an orange"
-        )
+        prompt = f"a {COLOURS[colour].names[0]} {study.sprites.names[sprite]}".replace("a orange", "an orange")
         image, rgb = study.draw(prompt, seed)
-        mask = object_mask(rgb)
+        ground = ground_of(rgb)
+        mask = object_mask(rgb, ground)
         references = torch.stack([mean_colour(study.atlas, sprite, c) for c in range(len(COLOURS))])
         mean = rgb[:, mask].mean(1) if mask.any() else torch.zeros(3)
         colour_right.append(int((references - mean).norm(dim=1).argmin()) == colour)
-        object_right.append(matches(tile(rgb, mask), study.base.index(sprite), sets[colour]))
+        tiles = sprite_tiles(study.atlas, study.base, ground, colour)
+        object_right.append(shows(rgb, ground, study.base.index(sprite), tiles))
         study.keep("colours", prompt, image, colour_right[-1] and object_right[-1])
     return {"colour": rate(colour_right), "colour_object": rate(object_right)}
 
@@ -190,21 +196,32 @@ def mean_colour(atlas: Atlas, sprite: int, colour: int) -> Tensor:
 
 
 def pairs(study: Study, wanted: list[tuple[int, int]]) -> dict[str, float]:
-    tiles = sprite_tiles(study.atlas, study.base)
     both, either = [], []
     for seed, (first, second) in enumerate(tqdm(wanted, "pairs")):
         across = seed % 2 == 0
         prompt = f"{study.name(first)} {'to the left of' if across else 'above'} {study.name(second)}"
         image, rgb = study.draw(prompt, seed)
-        mask = object_mask(rgb)
-        axis, middle = (2, rgb.shape[2] // 2) if across else (1, rgb.shape[1] // 2)
-        found = []
-        for place, sprite in ((slice(None, middle), first), (slice(middle, None), second)):
-            cut = (slice(None), slice(None), place) if axis == 2 else (slice(None), place)
-            found.append(matches(tile(rgb[cut], mask[cut[1:]]), study.base.index(sprite), tiles))
+        ground = ground_of(rgb)
+        tiles = sprite_tiles(study.atlas, study.base, ground)
+        halves = halves_of(rgb, ground, across)
+        found = [
+            shows(half, ground, study.base.index(sprite), tiles)
+            for half, sprite in zip(halves, (first, second), strict=True)
+        ]
         both.append(study.keep("pairs", prompt, image, all(found)))
         either += found
     return {"pairs": rate(both), "pairs_each": rate(either)}
+
+
+def halves_of(rgb: Tensor, ground: Tensor, across: bool) -> tuple[Tensor, Tensor]:
+    """Left and right, or upper and lower half of a picture [3, H, W], the other half filled with the ground."""
+    first, second = rgb.clone(), rgb.clone()
+    half = rgb.shape[-1] // 2
+    if across:
+        first[:, :, half:], second[:, :, :half] = ground[:, None, None], ground[:, None, None]
+    else:
+        first[:, half:], second[:, :half] = ground[:, None, None], ground[:, None, None]
+    return first, second
 
 
 def counts(study: Study, wanted: list[tuple[int, int]]) -> dict[str, float]:
@@ -213,17 +230,15 @@ def counts(study: Study, wanted: list[tuple[int, int]]) -> dict[str, float]:
     for seed, (n, sprite) in enumerate(tqdm(wanted, "counts")):
         prompt = f"{words[n]} {plural(study.sprites.names[sprite])}"
         image, rgb = study.draw(prompt, seed)
-        results.append(study.keep("counts", prompt, image, pieces(object_mask(rgb)) == n))
+        results.append(study.keep("counts", prompt, image, pieces(object_mask(rgb, ground_of(rgb))) == n))
     return {"counts": rate(results)}
 
 
 def hangs_together(study: Study, sprite: int) -> bool:
     """Whether a picture of the thing alone is one piece."""
-    scene = Scene(
-        "single", [Thing(sprite, -1, "", [])], [(0.5, 0.5, 0.4)], "alone", background=(0.5, 0.6, 0.55)
-    )
+    scene = Scene("single", [Thing(sprite, -1, "", [])], [(0.5, 0.5, 0.4)], "alone", background=(0.5, 0.6, 0.55))
     picture = (render(pack([scene]), study.atlas, 256)[0] + 1) / 2
-    return pieces(object_mask(picture)) == 1
+    return pieces(object_mask(picture, ground_of(picture))) == 1
 
 
 @torch.no_grad()
@@ -238,9 +253,7 @@ def autoencoder(study: Study, n: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind")
     parser.add_argument("--guidance", type=float, help="default: the model's")
@@ -269,7 +282,7 @@ def main() -> None:
     if args.sheet:
         args.sheet.mkdir(parents=True, exist_ok=True)
         for kind, rows in study.drawn.items():
-            captions = [("" if right else "✗ ") + prompt for prompt, _, right in rows]
+            captions = [("" if right else "wrong: ") + prompt for prompt, _, right in rows]
             sheet([image for _, image, _ in rows], captions, 10).save(args.sheet / f"{kind}.png")
     print(json.dumps({"benchmark": "quality", "each": args.each, "guidance": args.guidance, **figures}))
 

@@ -73,9 +73,7 @@ REQUEST = (
     Field("num_steps", int, "denoising steps", ("--steps",), 1, 10_000, from_row=True),
     Field("guidance", float, "how closely to follow the prompt", (), 0, 100, from_row=True),
     Field("num_images", int, "draw the seeds s, s+1, …", (), 1, 1000, default=1),
-    Field(
-        "seed", int, f"0 to {MAX_SEED}, one or several; -1: random (default)", ("-s",), 0, MAX_SEED, many=True
-    ),
+    Field("seed", int, f"0 to {MAX_SEED}, one or several; -1: random (default)", ("-s",), 0, MAX_SEED, many=True),
     Field("init_image", str, "picture to start from (PNG, JPEG, WebP)", word="FILE"),
     Field("strength", float, "how far to leave the init image; 1: all the way (default: 0.8)", (), 0, 1),
     Field(

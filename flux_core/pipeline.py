@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import load_autoencoder, load_flux, weights_hashes
+from .checkpoint import load_autoencoder, load_flux, resolve, weights_hashes
 from .device import dtype_name, memory_errors, pick_device, pick_dtype
 from .errors import NonFiniteError, UsageError
 from .metadata import describe
@@ -115,9 +115,7 @@ class Pipeline:
             x = self._denoise(request, source, on_step)
             return self.picture(x, request)
 
-    def _denoise(
-        self, request: GenerationRequest, source: Image.Image | None, on_step: OnStep | None
-    ) -> Tensor:
+    def _denoise(self, request: GenerationRequest, source: Image.Image | None, on_step: OnStep | None) -> Tensor:
         """The tokens of the finished picture, [1, L, 64]."""
         width, height = request.made_size
         noise = get_noise(1, height, width, self.device, self.dtype, request.seed)
@@ -176,6 +174,7 @@ def load_pipeline(
     """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32."""
     variant, place = get_variant(name), pick_device(device)
     kind = pick_dtype(dtype, place)
+    resolve(variant)  # a file that is not there is told before a text encoder is loaded for it
     t5, clip = load_text_encoders(variant, place, kind)
     model, ae = load_flux(variant, place, kind), load_autoencoder(variant, place, kind)
     return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant))

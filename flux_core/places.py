@@ -73,7 +73,7 @@ def hub_file(repo: str, name: str) -> Path:
 
 def hub_folder(repo: str, patterns: list[str]) -> Path:
     """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
-    with _hub_errors(repo, " ".join(patterns)):
+    with _hub_errors(repo, "the text encoder"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repo, allow_patterns=patterns))

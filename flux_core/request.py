@@ -142,9 +142,7 @@ class GenerationRequest(BaseModel):
 
     def _check_seeds(self) -> None:
         if self.seed + self.num_images - 1 > MAX_SEED:
-            raise UsageError(
-                f"{self.num_images} images from --seed {self.seed} on go past the last seed, {MAX_SEED}"
-            )
+            raise UsageError(f"{self.num_images} images from --seed {self.seed} on go past the last seed, {MAX_SEED}")
 
     @property
     def variant(self) -> Variant:

@@ -7,7 +7,8 @@ sigma 1 to 0. `euler` knows nothing of FLUX: it calls `velocity(x, sigma)`, whic
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange, repeat
@@ -18,7 +19,8 @@ from .model import Flux
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What a step callback sees between two forwards."""
 
     index: int
@@ -111,7 +113,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
 
     `on_step` sees every step after it is made, and may return latents that take the place of its result.
     """
-    for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         v = velocity(x, sigma)
         x = x + (sigma_next - sigma) * v
         if on_step is not None:
@@ -165,15 +167,11 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Tokens of noise [B, L, C] -> tokens of a picture, by Euler over `timesteps` (official `denoise`)."""
-    velocity = flow_velocity(
-        model, img_ids, txt, txt_ids, vec, guidance, img_cond, img_cond_seq, img_cond_seq_ids
-    )
+    velocity = flow_velocity(model, img_ids, txt, txt_ids, vec, guidance, img_cond, img_cond_seq, img_cond_seq_ids)
     return euler(velocity, img, timesteps, on_step)
 
 
-def start_from_image(
-    latent: Tensor, noise: Tensor, sigmas: list[float], strength: float
-) -> tuple[Tensor, list[float]]:
+def start_from_image(latent: Tensor, noise: Tensor, sigmas: list[float], strength: float) -> tuple[Tensor, list[float]]:
     """Image-to-image: the latent mixed with noise where the schedule enters, and the rest of the schedule.
 
     strength 1 starts from pure noise, 0 changes nothing (official `demo_st.py`: step `int((1 - strength) * steps)`).

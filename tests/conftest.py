@@ -27,3 +27,14 @@ def small(small_root, monkeypatch):
     for variable in ("FLUX_MODEL", "FLUX_AE"):
         monkeypatch.delenv(variable, raising=False)
     return row
+
+
+@pytest.fixture
+def one_thread():
+    """For networks so small that starting a second thread costs more than their whole forward."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

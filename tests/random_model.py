@@ -60,9 +60,7 @@ def t5_tokenizer() -> T5TokenizerFast:
     tokenizer.train_from_iterator(
         SENTENCES, trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
     )
-    scores = {
-        piece: -float(i) for i, piece in enumerate(sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id))
-    }
+    scores = {piece: -float(i) for i, piece in enumerate(sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id))}
     return T5TokenizerFast(vocab=list(scores.items()), extra_ids=0)
 
 

@@ -16,6 +16,7 @@ from flux_core.output import save_picture
 from flux_core.studies.generate import generate
 from flux_core.studies.info import info
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"prompt": "a red apple", "width": "32", "height": "48", "num_steps": "2", "force": True}
 
 

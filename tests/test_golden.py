@@ -35,9 +35,7 @@ class Recorder:
 def denoise_first_row(golden, model):
     inputs, run = golden.group("in."), json.loads(golden.metadata["denoise"])
     tensors = {name: inputs[name][:1] for name in ("img", "img_ids", "txt", "txt_ids")}
-    return denoise(
-        model, **tensors, vec=inputs["y"][:1], timesteps=run["timesteps"], guidance=run["guidance"]
-    )
+    return denoise(model, **tensors, vec=inputs["y"][:1], timesteps=run["timesteps"], guidance=run["guidance"])
 
 
 @pytest.mark.parametrize("name", ["dev", "schnell"])

@@ -61,9 +61,7 @@ def test_imports_go_down_only(path):
         return
     for other in filter(FLOORS.__contains__, map(inside, imports(path))):
         assert FLOORS[other] <= FLOORS[room], f"{path} imports {other}, from above"
-        assert not any({room, other} <= pair and room != other for pair in STRANGERS), (
-            f"{path} imports {other}"
-        )
+        assert not any({room, other} <= pair and room != other for pair in STRANGERS), f"{path} imports {other}"
 
 
 def test_every_room_has_a_floor():
@@ -95,9 +93,7 @@ def test_heavy_packages_wait_until_they_are_used(heavy):
         assert not any(name.split(".")[0] == heavy for name in imports(path, lazily=False)), path
 
 
-@pytest.mark.parametrize(
-    "module", ["flux_core", "flux_core.checkpoint", "flux_core.variants", "flux_core.places"]
-)
+@pytest.mark.parametrize("module", ["flux_core", "flux_core.checkpoint", "flux_core.variants", "flux_core.places"])
 def test_importing_costs_no_torch(module):
     code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)

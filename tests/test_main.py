@@ -19,6 +19,7 @@ from flux_core.main import COMMANDS, build_parser, main, parse
 from flux_core.request import GenerationRequest
 from flux_core.variants import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 FAST = ["--prompt", "a red apple", "--width=32", "--height=48", "--steps", "2", "--force", "--seed", "42"]
 TINY = f"""

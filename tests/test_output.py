@@ -49,9 +49,7 @@ def test_many_writers_get_a_file_each(tmp_path, monkeypatch, links):
     assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == list(range(24))
 
 
-@pytest.mark.parametrize(
-    "fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken")]
-)
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken")])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, fault):
     def fail(_):
         raise fault

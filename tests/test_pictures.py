@@ -20,12 +20,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", size)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
 def ztxt_bomb() -> bytes:
@@ -101,9 +96,7 @@ def test_other_kinds_become_rgb(tmp_path):
     for mode, name in (("CMYK", "c.jpg"), ("L", "l.png"), ("1", "b.png"), ("P", "p.png")):
         Image.new(mode, (1, 1)).save(tmp_path / name)
         assert open_source(tmp_path / name)[0].mode == "RGB"
-    NOISE.save(
-        tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", (64, 64))], lossless=True
-    )
+    NOISE.save(tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", (64, 64))], lossless=True)
     assert open_source(tmp_path / "moving.webp")[0].tobytes() == NOISE.tobytes()
 
 

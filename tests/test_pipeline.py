@@ -15,6 +15,7 @@ from flux_core.pipeline import Pipeline, load_pipeline
 from flux_core.request import GenerationRequest
 from flux_core.sampling import denoise, get_noise, get_schedule, prepare, unpack
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"width": 48, "height": 32, "num_steps": 2, "force": True}
 """not square, so that sides cannot be confused"""
 
@@ -111,9 +112,7 @@ def test_strength_skips_the_first_steps(pipeline):
     sigmas = get_schedule(4, 6)
     assert seen == pytest.approx(sigmas[0:4])  # int(0.2 * 4) = 0: nothing is skipped
     seen.clear()
-    image = draw(
-        pipeline, init_image=INIT, strength=0.5, num_steps=4, on_step=lambda step: seen.append(step.sigma)
-    )
+    image = draw(pipeline, init_image=INIT, strength=0.5, num_steps=4, on_step=lambda step: seen.append(step.sigma))
     assert seen == pytest.approx(sigmas[2:4])
     record = json.loads(image.info["flux_core"])
     assert record["strength"] == 0.5 and record["init_image"]["file"] == ""
@@ -219,9 +218,7 @@ def test_a_model_from_a_folder_draws_with_its_own_tokenizers(small):
     assert load_pipeline(small.name).generate("a red apple", 1, **side)[0].tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize(
-    "prompt", ["an apple " * 120_000, "x" * 1_000_000, "\U0001f468\u200d\U0001f469 \x00" * 50_000]
-)
+@pytest.mark.parametrize("prompt", ["an apple " * 120_000, "x" * 1_000_000, "\U0001f468\u200d\U0001f469 \x00" * 50_000])
 def test_a_megabyte_of_prompt_is_cut_with_a_warning(small, prompt):
     pipeline = load_pipeline("flux-mini", device="cpu")
     start = time.perf_counter()

@@ -50,9 +50,7 @@ def test_a_run_sees_every_modulation_by_name(model, inputs):
     assert run.values == ["vec", *(f"{block}.mod" for block in blocks)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "index"), [("double_blocks", 0), ("double_blocks", 1), ("single_blocks", 2)]
-)
+@pytest.mark.parametrize(("kind", "index"), [("double_blocks", 0), ("double_blocks", 1), ("single_blocks", 2)])
 def test_skipping_a_block_is_a_model_without_it(model, inputs, kind, index):
     skipped = model(**inputs, run=Through(skip=(f"{kind}.{index}",)))
     blocks = getattr(model, kind)
@@ -88,9 +86,7 @@ def test_attention_can_be_replaced(model, inputs):
 def test_replacing_an_operation_of_one_block_leaves_the_others(model, inputs):
     plain = model(**inputs)
     block = model.single_blocks[1]
-    block.ops = block.ops._replace(
-        attend=lambda q, k, v: torch.zeros_like(rearrange(v, "B H L D -> B L (H D)"))
-    )
+    block.ops = block.ops._replace(attend=lambda q, k, v: torch.zeros_like(rearrange(v, "B H L D -> B L (H D)")))
     assert model.single_blocks[0].ops.attend is not block.ops.attend
     assert distance(model(**inputs), plain) > 1e-3
 

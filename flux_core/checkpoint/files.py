@@ -18,22 +18,22 @@ def resolve(variant: Variant) -> tuple[Path, Path]:
 
 
 def flow_path(variant: Variant) -> Path:
-    """The transformer's file: `FLUX_MODEL` if set, else what ships with the package, else the hub's."""
+    """The transformer's file: what ships with the package, else `FLUX_MODEL` if set, else the hub's."""
     return _find(variant, variant.flow_file, "FLUX_MODEL")
 
 
 def ae_path(variant: Variant) -> Path:
-    """The autoencoder's file: `FLUX_AE` if set, else what ships with the package, else the hub's."""
+    """The autoencoder's file: what ships with the package, else `FLUX_AE` if set, else the hub's."""
     return _find(variant, variant.ae_file, "FLUX_AE")
 
 
 def _find(variant: Variant, file: str, variable: str) -> Path:
-    if named := os.environ.get(variable):
-        path = Path(named).expanduser()
-        return _existing(path, f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
     if variant.repo is None:
         path = embedded_folder(variant) / file
         return _existing(path, str(path), "clone the repository again, whole, or install it again")
+    if named := os.environ.get(variable):
+        path = Path(named).expanduser()
+        return _existing(path, f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
     return hub_file(variant.repo, file)
 
 

@@ -87,10 +87,7 @@ _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 AUTOENCODER = (
     *(Row(f"{side}.conv_in", f"{side}.conv_in") for side in ("encoder", "decoder")),
-    *(
-        Row("encoder.down.{i}.block.{j}." + a, "encoder.down_blocks.{i}.resnets.{j}." + b)
-        for a, b in _RESNET.items()
-    ),
+    *(Row("encoder.down.{i}.block.{j}." + a, "encoder.down_blocks.{i}.resnets.{j}." + b) for a, b in _RESNET.items()),
     Row("encoder.down.{i}.downsample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv"),
     *(
         Row(f"{side}.mid.block_{n + 1}.{a}", f"{side}.mid_block.resnets.{n}.{b}")
@@ -100,14 +97,8 @@ AUTOENCODER = (
         Row(f"{side}.mid.attn_1.{a}", f"{side}.mid_block.attentions.0.{b}", "square")
         for side, (a, b) in product(("encoder", "decoder"), _ATTENTION.items())
     ),
-    *(
-        Row(f"{side}.mid.attn_1.norm", f"{side}.mid_block.attentions.0.group_norm")
-        for side in ("encoder", "decoder")
-    ),
-    *(
-        Row("decoder.up.{i}.block.{j}." + a, "decoder.up_blocks.{u}.resnets.{j}." + b)
-        for a, b in _RESNET.items()
-    ),
+    *(Row(f"{side}.mid.attn_1.norm", f"{side}.mid_block.attentions.0.group_norm") for side in ("encoder", "decoder")),
+    *(Row("decoder.up.{i}.block.{j}." + a, "decoder.up_blocks.{u}.resnets.{j}." + b) for a, b in _RESNET.items()),
     Row("decoder.up.{i}.upsample.conv", "decoder.up_blocks.{u}.upsamplers.0.conv"),
     *(Row(f"{side}.norm_out", f"{side}.conv_norm_out") for side in ("encoder", "decoder")),
     *(Row(f"{side}.conv_out", f"{side}.conv_out") for side in ("encoder", "decoder")),

@@ -25,9 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_flux(
-    variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> Flux:
+def load_flux(variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
     """The transformer of that name, weights loaded and frozen. FileError says what does not fit."""
     with torch.device("meta"):
         model = Flux(variant.params)

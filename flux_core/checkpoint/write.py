@@ -15,9 +15,7 @@ from torch import Tensor
 from ..errors import DiskError, UsageError
 
 
-def write_safetensors(
-    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, on the disk before it takes its name. DiskError if that can't be."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with disk_errors(path):

@@ -5,6 +5,8 @@ tensors). A latent is normalized as `scale_factor * (mean - shift_factor)`. `enc
 code does since 2025; `sample_z=True` draws from the Gaussian around it, as the code did before.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -27,15 +29,11 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (
-            nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            rearrange(conv(h), "B C H W -> B 1 (H W) C").contiguous() for conv in (self.q, self.k, self.v)
-        )
+        q, k, v = (rearrange(conv(h), "B C H W -> B 1 (H W) C").contiguous() for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(h, "B 1 (H W) C -> B C H W", H=x.shape[2]))
 
@@ -85,7 +83,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:

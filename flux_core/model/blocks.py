@@ -34,15 +34,11 @@ class DoubleStreamBlock(nn.Module):
 
         self.img_mod = Modulation(dim, double=True)
         self.img_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.img_mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim)
-        )
+        self.img_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
 
         self.txt_mod = Modulation(dim, double=True)
         self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.txt_mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim)
-        )
+        self.txt_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
 
     def modulation(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         """vec [B, D] -> the four sets that `forward` takes: img attention and MLP, txt attention and MLP."""
@@ -73,9 +69,7 @@ class DoubleStreamBlock(nn.Module):
         txt = txt + txt_mod2.gate * self.txt_mlp(self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
         return img, txt
 
-    def _qkv(
-        self, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale)), self.num_heads)
         q, k = self.ops.norm_rope(q, k, *attn.norm.scales, pe)
         return q, k, v
@@ -90,7 +84,7 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         dim, mlp_dim = params.hidden_size, params.mlp_hidden_dim
         self.num_heads = params.num_heads
-        self.split = (3 * dim, mlp_dim)
+        self.split = [3 * dim, mlp_dim]
 
         self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
         self.linear2 = nn.Linear(dim + mlp_dim, dim)

@@ -1,12 +1,12 @@
 """The few functions that a block calls between its Linears, plain and readable.
 
-Everything in a FLUX block is either a Linear, or one of these four. A block holds them as `block.ops`, a static tuple
-of functions, so that a fused twin for one kind of device can take the place of any of them when weights are loaded,
-and a run can hand other functions to a single block, while the block's own text stays as it is.
+Everything in a FLUX block is a Linear, a gated sum, or one of these four. A block holds them as `block.ops`, a static
+tuple of functions, so that a fused twin for one kind of device can take the place of any of them when weights are
+loaded, while the block's own text stays as it is.
 
-Where each rounds is part of the contract: `modulate` and `join_gelu` work in the dtype of their input; the norm of q and
-k takes its statistics in fp32 and rounds before its scale; RoPE turns in fp32 and rounds once at its end; attention is
-left to PyTorch's fused kernel.
+Where each rounds is part of the contract: `modulate` and `join_gelu` work in the dtype of their input; the norm of q
+and k takes its statistics in fp32 and rounds before its scale; RoPE turns in fp32 and rounds once at its end;
+attention is left to PyTorch's fused kernel.
 """
 
 from collections.abc import Callable

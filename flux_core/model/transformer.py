@@ -26,9 +26,7 @@ class Run(Protocol):
 
     def value(self, name: str, x): ...
 
-    def double_block(
-        self, name: str, block: DoubleStreamBlock, img, txt, mods, pe
-    ) -> tuple[Tensor, Tensor]: ...
+    def double_block(self, name: str, block: DoubleStreamBlock, img, txt, mods, pe) -> tuple[Tensor, Tensor]: ...
 
     def single_block(self, name: str, block: SingleStreamBlock, x, txt_len: int, mods, pe) -> Tensor: ...
 
@@ -39,9 +37,7 @@ class Flux(nn.Module):
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
         if params.hidden_size % params.num_heads:
-            raise ValueError(
-                f"hidden_size {params.hidden_size} is no multiple of num_heads {params.num_heads}"
-            )
+            raise ValueError(f"hidden_size {params.hidden_size} is no multiple of num_heads {params.num_heads}")
         if sum(params.axes_dim) != params.head_dim:
             raise ValueError(f"axes_dim {params.axes_dim} must add up to the head size {params.head_dim}")
         dim = params.hidden_size
@@ -57,9 +53,7 @@ class Flux(nn.Module):
         self.guidance_in = MLPEmbedder(TIME_DIM, dim) if params.guidance_embed else None
         self.txt_in = nn.Linear(params.context_in_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
-        self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(params) for _ in range(params.depth_single_blocks)
-        )
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(dim, params.out_channels)
 
     def embed_vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
@@ -67,9 +61,7 @@ class Flux(nn.Module):
         vec = self.time_in(timestep_embedding(timesteps, TIME_DIM))
         if self.guidance_in is not None:
             if guidance is None:
-                raise ValueError(
-                    "this model is guidance-distilled and needs a guidance strength for each row"
-                )
+                raise ValueError("this model is guidance-distilled and needs a guidance strength for each row")
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM))
         return vec + self.vector_in(y)
 

@@ -96,9 +96,7 @@ def _draw_all(
     return paths
 
 
-def _introduce(
-    pipeline: "Pipeline", requests: list[GenerationRequest], old: GenerationRequest | None
-) -> None:
+def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], old: GenerationRequest | None) -> None:
     """Say once what is about to be drawn, and what of it may surprise."""
     request = pipeline.complete(requests[0])
     seeds = ", ".join(str(one.seed) for one in requests[:8]) + (", …" if len(requests) > 8 else "")

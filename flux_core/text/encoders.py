@@ -27,9 +27,7 @@ CLIP_TOKENS = 77
 class TextEncoder(nn.Module):
     """A tokenizer and its model as one callable from prompts to a tensor."""
 
-    def __init__(
-        self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype) -> None:
         """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to."""
         super().__init__()
         self.tokenizer = tokenizer
@@ -96,9 +94,7 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
     except (AttributeError, OSError, ValueError) as error:
         raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
     if len(tokenizer) > (rows := model.config.vocab_size):
-        raise FileError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}."
-        )
+        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}.")
     return tokenizer
 
 
@@ -110,9 +106,7 @@ def _load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torc
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{folder}: the text encoder could not be read: {error}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
-        raise FileError(
-            f"{folder}: the text encoder lacks {len(missing)} tensors ({', '.join(missing[:5])})."
-        )
+        raise FileError(f"{folder}: the text encoder lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
     return model.to(device).eval().requires_grad_(False)
 
 

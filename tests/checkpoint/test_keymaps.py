@@ -24,9 +24,7 @@ SIZES = [
 
 
 def state_of(params):
-    return random_weights(
-        Flux(params) if isinstance(params, FluxParams) else AutoEncoder(params)
-    ).state_dict()
+    return random_weights(Flux(params) if isinstance(params, FluxParams) else AutoEncoder(params)).state_dict()
 
 
 def same_bytes(a, b):

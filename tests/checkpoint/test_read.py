@@ -39,9 +39,7 @@ def finding(load=load_flux):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_official_files_load_on_the_device_in_the_dtype(official, dtype):
-    for model, state in zip(
-        (load_flux(DEV, "cpu", dtype), load_autoencoder(DEV, "cpu", dtype)), official, strict=True
-    ):
+    for model, state in zip((load_flux(DEV, "cpu", dtype), load_autoencoder(DEV, "cpu", dtype)), official, strict=True):
         loaded = model.state_dict()
         assert loaded.keys() == state.keys()
         assert all(torch.equal(loaded[name], state[name].to(dtype)) for name in state)
@@ -55,10 +53,15 @@ def test_embedded_weights_are_found_beside_the_package(small, small_root):
     assert load_flux(small).img_in.weight.dtype == torch.bfloat16
 
 
-def test_a_variable_goes_before_what_ships(small, official, monkeypatch):
+def test_a_variable_that_names_a_missing_file(official, monkeypatch):
     monkeypatch.setenv("FLUX_MODEL", "/nowhere/else.safetensors")
     with pytest.raises(FileError, match=r"FLUX_MODEL=/nowhere/else.safetensors does not exist"):
-        resolve(small)
+        resolve(DEV)
+
+
+def test_a_variable_set_for_flux_dev_does_not_touch_an_embedded_model(small, small_root, monkeypatch):
+    monkeypatch.setenv("FLUX_MODEL", "/nowhere/else.safetensors")
+    assert resolve(small)[0] == small_root / "flux-mini" / "flux-mini.safetensors"
 
 
 def test_a_variable_that_names_a_folder(official, monkeypatch, tmp_path):

@@ -56,9 +56,7 @@ def test_what_is_there_is_never_overwritten(small, tmp_path):
 @pytest.mark.parametrize("wrong", [{"format": "gguf"}, {"dtype": "int3"}, {"name": "flux-max"}])
 def test_wrong_words(wrong, tmp_path):
     with pytest.raises(UsageError):
-        save(
-            **{"name": "flux-mini", "format": "official", "dtype": "bf16", "output": tmp_path / "out"} | wrong
-        )
+        save(**{"name": "flux-mini", "format": "official", "dtype": "bf16", "output": tmp_path / "out"} | wrong)
 
 
 def test_official_files_keep_every_byte_of_the_weights(small, small_root, tmp_path):

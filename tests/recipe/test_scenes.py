@@ -69,9 +69,7 @@ def test_held_out_is_never_drawn(meta, scenes):
     batch, _ = scenes
     held = load_heldout(meta, LISTS)
     assert len(held.colours) == len(held.pairs) == len(held.counts) == 3
-    drawn = {
-        (c, s) for c, s in zip(batch.colour.ravel().tolist(), batch.sprite.ravel().tolist(), strict=True)
-    }
+    drawn = {(c, s) for c, s in zip(batch.colour.ravel().tolist(), batch.sprite.ravel().tolist(), strict=True)}
     assert not drawn & held.colours and len(drawn) > 80
     pairs, counts = set(), set()
     for i in range(len(batch)):
@@ -90,14 +88,10 @@ def test_held_out_is_never_said(scenes):
     """The same in words, where a slip of the captions would show."""
     said = "\n".join(c.lower() for cs in scenes[1] for c in cs)
     colours = "green(.coloured|.colored)?"
-    assert not re.search(
-        rf"{colours} (cat|kitty)|(cat|kitty) (in|that is|which is|painted) green\b(?! back)", said
-    )
+    assert not re.search(rf"{colours} (cat|kitty)|(cat|kitty) (in|that is|which is|painted) green\b(?! back)", said)
     assert "red cat" in said and "green owl" in said
     thing = r"(the |a |one |\w+ )?"
-    assert not re.search(
-        rf"\b(cat|kitty) ((is )?(to the )?left of|beside|next to|and|above|over) {thing}dog", said
-    )
+    assert not re.search(rf"\b(cat|kitty) ((is )?(to the )?left of|beside|next to|and|above|over) {thing}dog", said)
     assert re.search(r"dog left of (the |a )?cat", said)
     assert not re.search(r"\b(two|2|pair of) (cats|kitties|kittys)|\b(three|3) dogs|\b(four|4) foxes", said)
     assert re.search(r"\bthree cats", said)
@@ -191,9 +185,7 @@ def test_render_puts_a_sprite_in_its_place():
 def test_recoloured_sprite_has_the_hue(colour):
     rgba = torch.rand(8, 4, 16, 16, generator=torch.manual_seed(colour))
     rgba[:, :3] = (rgba[:, :3] * 0.4 + torch.rand(8, 3, 1, 1) * 0.6) * rgba[:, 3:]
-    luma = (rgba[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum((1, 2, 3)) / rgba[:, 3].sum(
-        (1, 2)
-    )
+    luma = (rgba[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum((1, 2, 3)) / rgba[:, 3].sum((1, 2))
     new = recolour(rgba, torch.full((8,), colour), luma)
     for rgb in (new[:, :3].sum((2, 3)) / new[:, 3:].sum((2, 3))).tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
@@ -207,12 +199,17 @@ def test_recoloured_sprite_has_the_hue(colour):
 
 def test_english():
     assert [
-        plural(x)
-        for x in ("slice of pizza", "mouse", "box", "cherry", "octopus", "pair of gloves", "glasses")
+        plural(x) for x in ("slice of pizza", "mouse", "box", "cherry", "octopus", "pair of gloves", "glasses")
     ] == ["slices of pizza", "mice", "boxes", "cherries", "octopuses", "pairs of gloves", "glasses"]
-    assert [
-        with_article(x, x) for x in ("owl", "unicorn", "hourglass", "grapes", "t-shirt", "umbrella", "ewe")
-    ] == ["an owl", "a unicorn", "an hourglass", "grapes", "a t-shirt", "an umbrella", "a ewe"]
+    assert [with_article(x, x) for x in ("owl", "unicorn", "hourglass", "grapes", "t-shirt", "umbrella", "ewe")] == [
+        "an owl",
+        "a unicorn",
+        "an hourglass",
+        "grapes",
+        "a t-shirt",
+        "an umbrella",
+        "a ewe",
+    ]
     assert clean_name("woman: red hair") == "woman with red hair" and clean_name("man’s shoe") == "man's shoe"
     assert clean_name("family: man, woman, boy") == "family with man, woman and boy"
 

@@ -34,17 +34,13 @@ def ship_text(module, folder: Path, tokenizer: Path, weights: dict[str, torch.Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
 
     networks = read_shards(args.work, "networks")
-    parts = {
-        k: {n[len(k) + 1 :]: v for n, v in networks.items() if n.startswith(f"{k}.")} for k in ("t5", "clip")
-    }
+    parts = {k: {n[len(k) + 1 :]: v for n, v in networks.items() if n.startswith(f"{k}.")} for k in ("t5", "clip")}
     ship(Flux(ROW.params), args.folder / ROW.flow_file, read_shards(args.work, "distilled"))
     ship(AutoEncoder(ROW.ae_params), args.folder / ROW.ae_file, read_shards(args.work, "ae"))
     ship_text(T5EncoderModel(T5_CONFIG), args.folder / ROW.t5, args.work / "t5_tokenizer", parts["t5"])

@@ -158,9 +158,7 @@ def _alone(rng: random.Random, scene: Scene) -> str:
                 "{} in {c} color",
             )
         )
-        return _style(
-            rng, text.format(_phrase(rng, size + name, name), c=colour, v=verb), 0.5, is_plural(name)
-        )
+        return _style(rng, text.format(_phrase(rng, size + name, name), c=colour, v=verb), 0.5, is_plural(name))
     text = " ".join(filter(None, (scene.size_word, _coloured(rng, thing, name))))
     return _style(rng, _phrase(rng, text, name), 1.0, is_plural(name))
 

@@ -43,9 +43,7 @@ def load_autoencoder(work: Path, device: str) -> AutoEncoder:
 
 def tokenize(tokenizer, texts: list[str], length: int) -> Tensor:
     """Padded ids [n, length] as the smallest integers that hold a vocabulary of a few thousand."""
-    ids = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="np"
-    ).input_ids
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="np").input_ids
     return torch.from_numpy(ids.astype(np.int16))
 
 
@@ -65,17 +63,13 @@ def _ids(tokenizer, length: int, texts: list[str]) -> np.ndarray:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--scenes", type=int, default=300_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--pairs", type=float, default=SHARES[2], help="share of scenes with two things in a relation"
-    )
+    parser.add_argument("--pairs", type=float, default=SHARES[2], help="share of scenes with two things in a relation")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

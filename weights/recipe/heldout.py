@@ -104,9 +104,7 @@ def draw(meta: Sprites, seed: int = SEED) -> dict[str, list]:
 
 def main(root: str) -> None:
     lists = draw(load_sprites(root, pixels=False))
-    rows = (
-        f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in value) + "\n]" for key, value in lists.items()
-    )
+    rows = (f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in value) + "\n]" for key, value in lists.items())
     FILE.write_text("{" + ",\n".join(rows) + "}\n", encoding="utf-8")
     print({key: len(value) for key, value in lists.items()})
 

@@ -56,9 +56,7 @@ def sheet(pictures: torch.Tensor, columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("sheet", type=Path)
     parser.add_argument("--size", type=int, default=256)
@@ -79,9 +77,7 @@ def main() -> None:
         pair = tokenize(t5, texts, ROW.max_text), tokenize(clip, texts, CLIP_LENGTH)
         return pair[0].long().to(args.device), pair[1].long().to(args.device)
 
-    noise = torch.cat(
-        [get_noise(1, args.size, args.size, args.device, torch.float32, i) for i in range(len(PROMPTS))]
-    )
+    noise = torch.cat([get_noise(1, args.size, args.size, args.device, torch.float32, i) for i in range(len(PROMPTS))])
     tokens = draw(nets, ids(PROMPTS), ids([""]), pack(noise), args.guidance, args.distilled)
     ae = load_autoencoder(args.work, args.device)
     latents = unpack(tokens, args.size, args.size).to(torch.bfloat16)

@@ -81,9 +81,7 @@ def _render(batch: SceneBatch, atlas: Atlas, size: int, shadow: bool) -> Tensor:
     return canvas * 2 - 1
 
 
-def _draw(
-    canvas: Tensor, rows: Tensor, batch: SceneBatch, layer: int, atlas: Atlas, level: int, shadow: bool
-) -> None:
+def _draw(canvas: Tensor, rows: Tensor, batch: SceneBatch, layer: int, atlas: Atlas, level: int, shadow: bool) -> None:
     device, size = canvas.device, canvas.shape[-1]
     sprite = torch.from_numpy(batch.sprite[:, layer].astype(np.int64)).to(device)
     xy = torch.from_numpy(batch.xy[:, layer]).to(device)
@@ -113,9 +111,7 @@ def sample(sprites: Tensor, xy: Tensor, scale: Tensor, size: int) -> Tensor:
 
 def recolour(rgba: Tensor, colour: Tensor, mean_luma: Tensor) -> Tensor:
     """Premultiplied [B, 4, H, W] in palette colours [B]; `mean_luma` [B] is what becomes the colour."""
-    table = torch.tensor([(*c.rgb, c.tint, c.keep) for c in COLOURS], device=rgba.device)[colour][
-        :, :, None, None
-    ]
+    table = torch.tensor([(*c.rgb, c.tint, c.keep) for c in COLOURS], device=rgba.device)[colour][:, :, None, None]
     target, tint, keep = table[:, :3], table[:, 3:4], table[:, 4:]
     alpha = rgba[:, 3:]
     rgb = rgba[:, :3] / alpha.clamp(min=1 / 255)

@@ -54,9 +54,7 @@ class SceneBatch:
 
     @staticmethod
     def concat(batches: list["SceneBatch"]) -> "SceneBatch":
-        return SceneBatch(
-            *(np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(SceneBatch))
-        )
+        return SceneBatch(*(np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(SceneBatch)))
 
 
 def sample_scenes(
@@ -134,18 +132,14 @@ class Pools:
         self.base = [i for i, t in enumerate(meta.tone) if not t and "," not in meta.names[i]]
         self.plain = plain_names(meta)
         self.recolourable = [i for i in self.countable if i in self.plain]
-        self.numberable = [
-            i for i in self.countable if not (is_plural(meta.names[i]) or is_mass(meta.names[i]))
-        ]
+        self.numberable = [i for i in self.countable if not (is_plural(meta.names[i]) or is_mass(meta.names[i]))]
 
     def any(self, rng: random.Random) -> Thing:
         i = bisect(self.cumulative, rng.random() * self.cumulative[-1])
         return self.thing(min(i, len(self.meta) - 1), keywords=True)
 
     def thing(self, i: int, keywords: bool = False) -> Thing:
-        return Thing(
-            i, -1, self.meta.names[i], self.meta.aliases[i], self.meta.keywords[i] if keywords else []
-        )
+        return Thing(i, -1, self.meta.names[i], self.meta.aliases[i], self.meta.keywords[i] if keywords else [])
 
     def recoloured(self, rng: random.Random, i: int) -> Thing:
         """Sprite i in a colour that is neither held out nor the name of another sprite ("green apple")."""
@@ -154,9 +148,7 @@ class Pools:
         for _ in range(8):
             colour = rng.randrange(len(COLOURS))
             if (colour, i) not in self.heldout.colours and not self.is_a_name(colour, i):
-                return Thing(
-                    i, colour, self.plain[i], [a for a in self.meta.aliases[i] if self.allows(colour, a)]
-                )
+                return Thing(i, colour, self.plain[i], [a for a in self.meta.aliases[i] if self.allows(colour, a)])
         return self.thing(i)
 
     def is_a_name(self, colour: int, i: int) -> bool:
@@ -215,9 +207,7 @@ def _background(rng: random.Random, scene: Scene) -> None:
     """Named for 40%; otherwise white or any soft colour. Nothing is painted on its own colour."""
     taken = {name for t in scene.things if t.colour >= 0 for name in COLOURS[t.colour].names}
     if rng.random() < 0.40:
-        name = rng.choice(
-            [n for n in rng.choice(list(_BACKGROUND_NAMES.values())) if n not in taken] or ["white"]
-        )
+        name = rng.choice([n for n in rng.choice(list(_BACKGROUND_NAMES.values())) if n not in taken] or ["white"])
         scene.background, scene.background_name = BACKGROUNDS[name], name
     elif rng.random() < 0.70:
         scene.background = (1.0, 1.0, 1.0)
@@ -250,15 +240,10 @@ def _pair(rng: random.Random, pools: Pools) -> Scene:
         first, second = (rng.choice(pools.countable if rng.random() < 0.88 else pools.base) for _ in range(2))
         if first != second and (first, second) not in pools.heldout.pairs:
             break
-    coloured = (
-        rng.choice(((True, True), (True, False), (False, True))) if rng.random() < 0.25 else (False, False)
-    )
+    coloured = rng.choice(((True, True), (True, False), (False, True))) if rng.random() < 0.25 else (False, False)
     return _beside(
         rng,
-        *(
-            pools.recoloured(rng, i) if c else pools.thing(i)
-            for i, c in zip((first, second), coloured, strict=True)
-        ),
+        *(pools.recoloured(rng, i) if c else pools.thing(i) for i, c in zip((first, second), coloured, strict=True)),
     )
 
 
@@ -309,9 +294,7 @@ def _shape(rng: random.Random, pools: Pools) -> Scene:
     return _beside(rng, *things)
 
 
-def _within(
-    rng: random.Random, cell: tuple[float, ...], size: float, jitter: float
-) -> tuple[float, float, float]:
+def _within(rng: random.Random, cell: tuple[float, ...], size: float, jitter: float) -> tuple[float, float, float]:
     """A place (x, y, size) near the middle of the cell (x0, y0, x1, y1), the thing whole inside it."""
     x0, y0, x1, y1 = cell
 

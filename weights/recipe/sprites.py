@@ -159,8 +159,7 @@ def _other_words(root: Path, rows: list[tuple]) -> tuple[list[list[str]], list[l
     taken = {r[0] for r in rows} | set(COLOUR_ID) - {"orange"} | set(BACKGROUNDS) - {"orange"}
     tag_count = Counter(tag for r in rows for tag in set(r[1].get("tags", [])))
     code_tables = [
-        json.loads((root / f"emoji/package/en/shortcodes/{t}.json").read_text(encoding="utf-8"))
-        for t in SHORTCODES
+        json.loads((root / f"emoji/package/en/shortcodes/{t}.json").read_text(encoding="utf-8")) for t in SHORTCODES
     ]
     codes = [[] if r[4] else _shortcodes(code_tables, r[1]["hexcode"]) for r in rows]
     code_count = Counter(c for cs in codes for c in cs)
@@ -202,11 +201,7 @@ def _shortcodes(tables: list[dict], hexcode: str) -> list[str]:
 
 
 def _is_word(text: str) -> bool:
-    return (
-        bool(re.fullmatch(r"[a-zñéãí' -]+", text))
-        and text not in NOISE
-        and not text.startswith(("ja ", "flag "))
-    )
+    return bool(re.fullmatch(r"[a-zñéãí' -]+", text)) and text not in NOISE and not text.startswith(("ja ", "flag "))
 
 
 def _weights(names: list[str], tone: list[bool], subgroup: list[str]) -> list[float]:
@@ -224,9 +219,7 @@ def _weights(names: list[str], tone: list[bool], subgroup: list[str]) -> list[fl
 
 def _decode(path: Path) -> np.ndarray:
     image = Image.open(path).convert("RGBA")
-    return np.asarray(
-        image if image.size == (256, 256) else image.resize((256, 256), Image.Resampling.LANCZOS)
-    )
+    return np.asarray(image if image.size == (256, 256) else image.resize((256, 256), Image.Resampling.LANCZOS))
 
 
 def _pixels(paths: list[Path], cache: Path) -> Tensor:
@@ -243,14 +236,8 @@ def _pixels(paths: list[Path], cache: Path) -> Tensor:
 def main(root: str) -> None:
     s = load_sprites(root)
     groups = Counter(g for g, t in zip(s.group, s.tone, strict=True) if not t)
-    print(
-        f"{len(s)} pictures: {len(s) - sum(s.tone)} base, {sum(s.tone)} skin tones, "
-        f"{sum(s.countable)} countable"
-    )
-    print(
-        f"{sum(map(len, s.aliases))} aliases, {sum(map(len, s.keywords))} keywords; "
-        f"rgba {tuple(s.rgba.shape)}"
-    )
+    print(f"{len(s)} pictures: {len(s) - sum(s.tone)} base, {sum(s.tone)} skin tones, {sum(s.countable)} countable")
+    print(f"{sum(map(len, s.aliases))} aliases, {sum(map(len, s.keywords))} keywords; rgba {tuple(s.rgba.shape)}")
     print(", ".join(f"{g} {n}" for g, n in groups.items()))
 
 

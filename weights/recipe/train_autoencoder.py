@@ -55,8 +55,7 @@ def measure(ae: AutoEncoder, batches: list[Tensor]) -> dict[str, float]:
     """PSNR through the mean, and the statistics that normalize latents."""
     latents = [ae.encoder(x).chunk(2, dim=1)[0].float() for x in batches]
     errors = [
-        ((ae.decoder(z).float().clamp(-1, 1) - x) ** 2).mean((1, 2, 3))
-        for z, x in zip(latents, batches, strict=True)
+        ((ae.decoder(z).float().clamp(-1, 1) - x) ** 2).mean((1, 2, 3)) for z, x in zip(latents, batches, strict=True)
     ]
     z = torch.cat(latents)
     return {

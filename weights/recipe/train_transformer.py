@@ -69,9 +69,7 @@ def main() -> None:
     parser = stage_arguments(__doc__, steps=16_000, minutes=9, batch=1024, lr=1e-3)
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--start", action="store_true", help="start from the averages of an earlier run")
-    parser.add_argument(
-        "--decay-from", type=float, default=0.6, help="part of the stage after which the rate falls"
-    )
+    parser.add_argument("--decay-from", type=float, default=0.6, help="part of the stage after which the rate falls")
     args = parser.parse_args()
 
     torch.manual_seed(time.time_ns() % 2**32)

@@ -93,9 +93,7 @@ class Trainer:
         self.params = list(module.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         fused = self.params[0].is_cuda
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused
-        )
+        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         self.step, self.seconds = 0, 0.0
 
     @property

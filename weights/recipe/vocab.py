@@ -65,9 +65,7 @@ def folding_table() -> str:
     rows = {chr(c): _fold(chr(c)) for block in blocks for c in block}
     rows |= {chr(c): "" for c in (*range(0x300, 0x370), *range(0x200B, 0x2010), 0xFE0E, 0xFE0F, 0xFEFF)}
     rows |= dict.fromkeys("\t\n\r\u3000\u2028\u2029", " ")
-    return "".join(
-        f"{ord(a):X}\t{' '.join(f'{ord(c):X}' for c in b)}\n" for a, b in sorted(rows.items()) if a != b
-    )
+    return "".join(f"{ord(a):X}\t{' '.join(f'{ord(c):X}' for c in b)}\n" for a, b in sorted(rows.items()) if a != b)
 
 
 def _fold(char: str) -> str:
@@ -129,9 +127,7 @@ def train_clip(captions: Iterable[str], folder: Path, size: int = CLIP_SIZE) -> 
     (folder / "vocab.json").write_text(
         json.dumps({p: i for i, p in enumerate(pieces)}, ensure_ascii=False), encoding="utf-8"
     )
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
-    )
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CLIP_LENGTH)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)

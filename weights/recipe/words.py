@@ -46,12 +46,7 @@ def is_plural(name: str) -> bool:
     head = _split(name)[1]
     if head in _PLURAL_HEADS:
         return True
-    return (
-        len(head) > 3
-        and head.endswith("s")
-        and not head.endswith(("ss", "us", "is"))
-        and head not in _NOT_PLURAL
-    )
+    return len(head) > 3 and head.endswith("s") and not head.endswith(("ss", "us", "is")) and head not in _NOT_PLURAL
 
 
 @cache

@@ -1,0 +1,74 @@
+"""How long until a stranger sees his first picture: the whole command, as a process, on a warm disk.
+
+    python benchmarks/first_picture.py [--repeat 3]
+
+Prints one JSON line, medians of the repeats: the command from start to file; importing torch and transformers alone, in
+the same minutes, as the part that is not ours, and the ratio of the two; inside one process, the 28 steps and the
+decoding; `--help` and a wrong flag.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = "import torch; from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast, CLIPTokenizer"
+INSIDE = """
+import json, sys, time
+from flux_core import load_pipeline
+pipeline = load_pipeline("flux-mini")
+times = []
+for seed in range(3):
+    begin = time.monotonic()
+    pipeline.generate(f"a red apple", seed=seed)
+    times.append(time.monotonic() - begin)
+print(json.dumps({"first": times[0], "later": min(times[1:])}))
+"""
+
+
+def seconds(*command: str, code: int = 0) -> float:
+    """Wall time of one process; it must end with that exit code."""
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True)
+    elapsed = time.monotonic() - begin
+    if done.returncode != code:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.decode()}")
+    return elapsed
+
+
+def median(repeat: int, *command: str, code: int = 0) -> float:
+    return round(statistics.median(seconds(*command, code=code) for _ in range(repeat)), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    repeat = parser.parse_args().repeat
+
+    with tempfile.TemporaryDirectory() as folder:
+        draw = ("cli.py", "--prompt", "a red apple", "--seed", "0", "--output-dir", folder)
+        seconds(*draw)  # warms the disk
+        figures = {"first_picture_s": median(repeat, *draw), "imports_s": median(repeat, "-c", IMPORTS)}
+    figures["ratio_to_imports"] = round(figures["first_picture_s"] / figures["imports_s"], 2)
+    inside = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, capture_output=True, check=True)
+    steps = json.loads(inside.stdout.splitlines()[-1])
+    figures |= {
+        "steps_and_decoding_first_s": round(steps["first"], 2),
+        "steps_and_decoding_s": round(steps["later"], 2),
+    }
+    figures |= {
+        "help_s": median(repeat, "cli.py", "--help"),
+        "wrong_flag_s": median(repeat, "cli.py", "--promt", code=2),
+    }
+    machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
+    print(json.dumps({"benchmark": "first_picture", **figures, **machine}))
+
+
+if __name__ == "__main__":
+    main()
