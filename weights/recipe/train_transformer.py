@@ -3,10 +3,10 @@
     python weights/recipe/train_transformer.py WORK --size 128
     python weights/recipe/train_transformer.py WORK --size 256 --start --batch 512
 
-Flow matching (arXiv 2210.02747) is three lines: mix data and noise at a random time, and ask for their difference. Times
-follow a logit-normal distribution, as in Stable Diffusion 3 (arXiv 2403.03206), shifted as the sampler's schedule is.
-A tenth of the texts is dropped, so that classifier-free guidance works; stage 3 distils it. What takes hours at scale
-takes minutes here because the first run sees pictures of 64 tokens, and only the second the full 256.
+Flow matching (arXiv 2210.02747) is three lines: mix data and noise at a random time, and ask for their difference.
+Times follow a logit-normal distribution, as in Stable Diffusion 3 (arXiv 2403.03206), shifted like the schedule of the
+sampler. A tenth of the texts is dropped, so that classifier-free guidance works; stage 3 distils it. It takes minutes,
+as the first run sees pictures of 64 tokens, and only the second the full 256.
 """
 
 import time

@@ -1,0 +1,64 @@
+"""The model that ships: it draws what it is told, and its guidance is what the card says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flux_core import load_pipeline
+from flux_core.places import embedded_folder
+from flux_core.sampling import flow_velocity, get_noise, prepare
+from flux_core.variants import VARIANTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROW = VARIANTS["flux-mini"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("flux-mini", "cpu", torch.float32)
+
+
+def object_colour(image):
+    """Mean RGB of what is no background: of pixels far from white."""
+    pixels = np.asarray(image).reshape(-1, 3) / 255
+    return pixels[pixels.min(axis=1) < 0.6].mean(axis=0)
+
+
+@pytest.mark.parametrize(("colour", "channel"), [("red", 0), ("green", 1), ("blue", 2)])
+def test_an_apple_has_the_colour_that_is_asked_for(pipeline, colour, channel):
+    image = pipeline.generate(f"a {colour} apple on a white background", seed=0, num_steps=12)[0]
+    assert image.size == (ROW.width, ROW.height)
+    assert object_colour(image).argmax() == channel
+
+
+def test_one_guided_forward_stands_for_two(pipeline):
+    """Of all strengths, w comes nearest to `uncond + w * (cond - uncond)`, which takes two forwards."""
+    noise = get_noise(4, 256, 256, "cpu", torch.float32, seed=0)
+    prompts = ["a red apple", "a castle", "three blue stars", "a cat to the left of a dog"]
+    strengths = [1.0, 2.0, 4.0, 8.0]
+
+    def velocity(texts, guidance):
+        inputs = prepare(pipeline.t5, pipeline.clip, noise, texts)
+        x = inputs.pop("img")
+        with torch.no_grad():
+            return flow_velocity(pipeline.model, **inputs, guidance=guidance)(x, 0.9)
+
+    guided = [velocity(prompts, w) for w in strengths]
+    uncond = velocity([""] * 4, 1.0)
+    for i, w in enumerate(strengths[:3]):
+        two_forwards = uncond + w * (guided[0] - uncond)
+        assert min(range(4), key=lambda j: (guided[j] - two_forwards).norm()) == i
+
+
+def test_what_ships_stays_small():
+    """44 MiB for all weights with card and notices, so that a clone takes seconds."""
+    weights = embedded_folder(ROW).parent
+    files = [file for file in weights.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in files) <= 44 * 2**20
+
+
+def test_notices_ship_with_the_weights():
+    notice = (Path(embedded_folder(ROW)).parent / "NOTICE").read_text(encoding="utf-8")
+    assert "Microsoft Corporation" in notice and "Miles Johnson" in notice
