@@ -1,6 +1,6 @@
 """Between the stages: scenes to latents and captions to token ids, once, so that stage 2 reads nothing else.
 
-    python weights/recipe/encode.py ROOT WORK --size 256 [--scenes 400000]
+    python weights/recipe/encode.py ROOT WORK --size 256
 
 Writes `WORK/scenes_SIZE.safetensors`: packed, normalized latents [N, tokens, 64] in bf16, and K wordings of each
 scene as T5 ids [N, K, max_text] and CLIP ids [N, K, CLIP_LENGTH]. The same seed gives the same scenes at every size.

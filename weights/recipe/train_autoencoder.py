@@ -1,6 +1,6 @@
 """Stage 1: the autoencoder, from rendered scenes to 16 latent channels at an eighth of the size.
 
-    python weights/recipe/train_autoencoder.py WORK ROOT
+    python weights/recipe/train_autoencoder.py ROOT WORK
 
 The loss is plain: absolute error, absolute error of the picture's gradients (edges), squared error (what PSNR counts),
 and a light pull of the latents towards a normal distribution. The decoder sees latents with a little noise on them, so
@@ -11,7 +11,6 @@ At the end, the mean and the deviation of the latents of fresh scenes become `sh
 """
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +65,7 @@ def measure(ae: AutoEncoder, batches: list[Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = stage_arguments(__doc__, steps=6000, minutes=6, batch=48, lr=6e-4)
-    parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
-    args = parser.parse_args()
+    args = stage_arguments(__doc__, steps=6000, minutes=5, batch=48, lr=6e-4, data=True).parse_args()
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

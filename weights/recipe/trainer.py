@@ -24,9 +24,13 @@ def say(text: str) -> None:
     print(f"{time.monotonic() - BORN:6.1f}s  {text}", flush=True)
 
 
-def stage_arguments(doc: str, steps: int, minutes: float, batch: int, lr: float) -> argparse.ArgumentParser:
-    """What every stage can be told."""
+def stage_arguments(
+    doc: str, steps: int, minutes: float, batch: int, lr: float, data: bool = False
+) -> argparse.ArgumentParser:
+    """What every stage can be told; `data`: whether it reads the raw data, too."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
     parser.add_argument("work", type=Path, help="folder of states and results")
     parser.add_argument("--steps", type=int, default=steps, help="the stage ends after so many steps ...")
     parser.add_argument("--minutes", type=float, default=minutes, help="... or so many minutes of training")
