@@ -64,3 +64,13 @@ def test_shards_hold_everything_and_stay_small(tmp_path, monkeypatch):
     restore(other, read_shards(tmp_path, "net"))
     for p, ema in zip(other.parameters(), stage.ema, strict=True):
         assert torch.equal(p, ema)
+
+
+def test_a_parameter_may_learn_at_a_part_of_the_rate():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    before = [p.detach().clone() for p in module.parameters()]
+    stage = Trainer(module, lr=1e-2, steps=20, minutes=60, warmup=1, rates={"0.weight": 0.125})
+    train(stage, 1)
+    moved = [(p - b).abs().max().item() for p, b in zip(module.parameters(), before, strict=True)]
+    assert moved == pytest.approx([0.125e-2, 1e-2, 1e-2, 1e-2], rel=1e-3)  # AdamW's first step is the rate itself

@@ -45,8 +45,8 @@ def student_loss(student: Networks, x, t, txt, vec, w, target) -> Tensor:
 
 
 def main() -> None:
-    parser = stage_arguments(__doc__, steps=2500, minutes=5, batch=512, lr=3e-4)
-    parser.add_argument("--size", type=int, default=256)
+    parser = stage_arguments(__doc__, steps=2500, minutes=5, batch=256, lr=5e-4)
+    parser.add_argument("--size", type=int, nargs="+", default=[256, 128], help="one in four steps goes to the last")
     args = parser.parse_args()
 
     torch.manual_seed(time.time_ns() % 2**32)
@@ -60,14 +60,14 @@ def main() -> None:
     trainer = Trainer(student.flux, args.lr, args.steps, args.minutes, warmup=100, decay_from=0.3)
     state = args.work / "distilled.state.safetensors"
     trainer.resume(state)
-    scenes = Scenes(args.work / f"scenes_{args.size}.safetensors", args.device)
-    empty = empty_text(args.work, ROW.max_text, scenes.clip.shape[-1], args.device)
+    scenes = [Scenes(args.work / f"scenes_{size}.safetensors", args.device) for size in args.size]
+    empty = empty_text(args.work, ROW.max_text, args.device)
     cuda = args.device == "cuda"
     step_teach = torch.compile(teach, dynamic=False) if cuda else teach
     step_loss = torch.compile(student_loss, dynamic=False) if cuda else student_loss
 
     for step in trainer.loop(args.pause):
-        data, *ids = scenes.batch(args.batch, empty)
+        data, *ids = scenes[0 if step % 4 else -1].batch(args.batch, empty)
         with torch.autocast(args.device, torch.bfloat16):
             loss = step_loss(student, *step_teach(teacher, data, tuple(ids), empty))
         trainer.update(loss)

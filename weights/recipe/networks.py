@@ -40,6 +40,13 @@ CLIP_CONFIG = CLIPTextConfig(
 )
 
 
+QUERY_RATE = T5_CONFIG.d_kv**-0.5
+"""T5 divides nothing by sqrt(d_kv): its query weights hold that factor, so they are as much smaller than a usual
+attention's, and AdamW's steps, whose size does not depend on the gradient's, must be, too. At the full rate
+the logits outgrow the softmax within a few hundred steps, each word attends to itself for good, and T5
+becomes a list of words without an order."""
+
+
 class Networks(nn.Module):
     """Transformer and text encoders under one roof; `forward` goes from token ids to a velocity."""
 
@@ -49,6 +56,13 @@ class Networks(nn.Module):
         self.t5 = T5EncoderModel(T5_CONFIG)
         self.clip = CLIPTextModel(CLIP_CONFIG)
         initialize(self.flux)
+        give_order(self.t5)
+
+    def rates(self) -> dict[str, float]:
+        """Parameters whose learning rate is a part of the others'."""
+        return {
+            name: QUERY_RATE for name, _ in self.t5.named_parameters("t5") if name.endswith("SelfAttention.q.weight")
+        }
 
     def encode_text(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [B, T] and [B, C] -> text tokens [B, T, D] and pooled vectors [B, V]."""
@@ -75,3 +89,18 @@ def initialize(flux: Flux) -> None:
     for name, module in flux.named_modules():
         if name.endswith(("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")):
             nn.init.zeros_(module.weight)
+
+
+def give_order(t5: T5EncoderModel) -> None:
+    """Start T5's heads as readers of what stands before, what stands behind, the neighbours, and everything.
+
+    The bias falls off with the distance, as in ALiBi (arXiv 2108.12409). T5's own start hardly tells the order of
+    words, and order is all that says which of two things is on the left.
+    """
+    distance = torch.arange(T5_CONFIG.relative_attention_num_buckets / 2)
+    near, far, unseen = -0.3 * distance, torch.zeros_like(distance), torch.full_like(distance, -6.0)
+    before = torch.stack([near, unseen, 2 * near, far], 1)
+    behind = torch.stack([unseen, near, 2 * near, far], 1)
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    with torch.no_grad():
+        bias.weight.copy_(torch.cat([before, behind]))

@@ -249,7 +249,7 @@ def _pair(rng: random.Random, pools: Pools) -> Scene:
 
 def _beside(rng: random.Random, first: Thing, second: Thing) -> Scene:
     """Each whole in its half: left and right, or above and below."""
-    across = rng.random() < 0.58
+    across = rng.random() < 0.5
     halves = ((0, 0, 0.5, 1), (0.5, 0, 1, 1)) if across else ((0, 0, 1, 0.5), (0, 0.5, 1, 1))
     places = [_within(rng, half, rng.uniform(0.37, 0.47), 0.05) for half in halves]
     return Scene("pair", [first, second], places, "across" if across else "down")

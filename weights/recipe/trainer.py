@@ -90,14 +90,25 @@ class Trainer:
         minutes: float,
         warmup: int = 500,
         decay_from: float = 0.6,
+        rates: dict[str, float] | None = None,
     ) -> None:
+        """`rates`: parameters, by name, whose learning rate is that part of `lr`."""
         self.module, self.lr, self.steps, self.minutes = module, lr, steps, minutes
         self.warmup, self.decay_from = warmup, decay_from
         self.names = [name for name, _ in module.named_parameters()]
         self.params = list(module.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         fused = self.params[0].is_cuda
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            groups.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "part": part} for part, params in groups.items()],
+            lr=lr,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=fused,
+        )
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -115,7 +126,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = self.rate() * group["part"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
