@@ -86,12 +86,17 @@ REQUEST = (
     Field("force", bool, "allow sizes that the model was not made for", default=False),
     Field("allow_empty_prompt", bool, "allow a prompt without words", default=False),
 )
+PLAN = (
+    Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", word="FILE"),
+    Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", many=True, word="BLOCKS"),
+)
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", word="FILE"),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
 )
+SITES = (_NAME,)
 SAVE = (
     _NAME,
     Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import REQUEST, RUN, SAVE, Field, nearest
+from .fields import PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
 from .version import __version__
@@ -32,6 +32,12 @@ def _info(file: str) -> None:
     tell(info(file))
 
 
+def _sites(**flags: Any) -> None:
+    from .studies.sites import sites
+
+    tell(sites(**flags))
+
+
 def _save(name: str = DEFAULT, **flags: Any) -> None:
     from .studies.save import save
 
@@ -49,8 +55,9 @@ class Command:
 
 
 COMMANDS = {
-    "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + RUN),
+    "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + PLAN + RUN),
     "info": Command("print what a picture that flux_core made says of itself", _info, positional="file"),
+    "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "save": Command("write a model's weights to a folder", _save, SAVE),
 }
 

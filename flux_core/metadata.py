@@ -96,7 +96,10 @@ def read_request(path: str | Path) -> GenerationRequest:
         raise UsageError(f"{path} was not made by flux_core: {found(texts)}. Say what to draw with --prompt")
     try:
         fields = _fields(texts[KEY])
-        return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
+        request = GenerationRequest(**fields, force=True, allow_empty_prompt=True)
+        if foreign := [one.kind for one in request.plan if not one.portable]:
+            raise ValueError(f"a file cannot make us read or write others ({', '.join(foreign)})")
+        return request
     except (UsageError, ValueError) as error:
         writer = re.search(r'"version": ?"([\w.]{1,20})"', texts[KEY][-MAX_JSON:])
         by = f" (written by version {writer[1]}, this is {__version__})" if writer else ""

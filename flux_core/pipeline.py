@@ -5,7 +5,7 @@ their last bits, and the same request shall give the same pixels however many we
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint import load_autoencoder, load_flux, resolve, weights_hashes
 from .device import dtype_name, memory_errors, pick_device, pick_dtype
 from .errors import NonFiniteError, UsageError
+from .hooks import Custom, HookRun, Intervention
 from .metadata import describe
 from .model import AutoEncoder, Flux
 from .pictures import crop_centre, open_source
@@ -70,13 +71,18 @@ class Pipeline:
         *,
         init_image: str | Path | Image.Image | None = None,
         on_step: OnStep | None = None,
+        plan: Sequence[Intervention] | None = None,
         **fields: Any,
     ) -> list[Image.Image]:
         """Draw the pictures of a request, or of a prompt and the request's other fields.
 
         Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
         What a user should know (a size that is cropped, a prompt that is too long) comes as a Python warning.
+        `plan`: interventions of `flux_core.hooks`. Those with a JSON form become part of the request.
         """
+        functions = [one for one in plan or () if isinstance(one, Custom)]
+        if plan is not None:
+            fields["plan"] = [one for one in plan if not isinstance(one, Custom)]
         source, origin = open_source(init_image)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
         fields |= {"seed": seed, "init_image": origin}
@@ -84,7 +90,7 @@ class Pipeline:
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
         for note in [*request.notes(), *self.text_notes(request.prompt)]:
             warnings.warn(note, stacklevel=2)
-        return [self.draw(one, source, on_step) for one in request.images()]
+        return [self.draw(one, source, on_step, functions) for one in request.images()]
 
     def text_notes(self, prompt: str) -> list[str]:
         """What the text encoder drops of a prompt, for people; nothing when it reads all."""
@@ -105,17 +111,30 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(
-        self, request: GenerationRequest, source: Image.Image | None = None, on_step: OnStep | None = None
+        self,
+        request: GenerationRequest,
+        source: Image.Image | None = None,
+        on_step: OnStep | None = None,
+        functions: Sequence[Custom] = (),
     ) -> Image.Image:
-        """The one picture of a request with one image. `source`: the init image, RGB, of any size."""
+        """The one picture of a request with one image. `source`: the init image, RGB, of any size.
+
+        `functions` work beside the request's plan.
+        """
         request = self.complete(request)
         if (source is None) != (request.init_image is None):
             raise UsageError("an init image goes with a request that names one, and the other way round")
         with memory_errors(f"{request.width}x{request.height} pixels", self.device):
-            x = self._denoise(request, source, on_step)
-            return self.picture(x, request)
+            x = self._denoise(request, source, on_step, functions)
+            return self.picture(x, request.recorded(functions))
 
-    def _denoise(self, request: GenerationRequest, source: Image.Image | None, on_step: OnStep | None) -> Tensor:
+    def _denoise(
+        self,
+        request: GenerationRequest,
+        source: Image.Image | None,
+        on_step: OnStep | None,
+        functions: Sequence[Custom],
+    ) -> Tensor:
         """The tokens of the finished picture, [1, L, 64]."""
         width, height = request.made_size
         noise = get_noise(1, height, width, self.device, self.dtype, request.seed)
@@ -126,8 +145,13 @@ class Pipeline:
         if source is not None:
             latent = self._tokens(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, request.strength or 0.0)
-        velocity = flow_velocity(self.model, **inputs, guidance=request.guidance or 0.0)
-        return euler(velocity, x, sigmas, self._checked(on_step))
+        plan = (*request.plan, *functions)
+        run = HookRun(plan, self.variant.params, sigmas) if plan else None
+        velocity = flow_velocity(self.model, **inputs, guidance=request.guidance or 0.0, run=run)
+        x = euler(velocity, x, sigmas, self._checked(on_step))
+        if run is not None:
+            run.finish()
+        return x
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Text tokens [1, T, D] and vector [1, V]. The last prompt's are kept: the next image shares them."""

@@ -6,7 +6,7 @@ line.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -21,6 +21,7 @@ from pydantic import (
 
 from .errors import UsageError
 from .fields import DTYPES, FIELDS, MAX_SEED, nearest
+from .hooks import Intervention, Plan, check_plan, parse_plan
 from .variants import Variant, get_variant
 from .version import __version__
 
@@ -98,6 +99,10 @@ class GenerationRequest(BaseModel):
     """None: there is no init image"""
     dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_dtype)] = _of("dtype")
     """None until the pipeline that draws says which"""
+    plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
+    """interventions, in the order in which they work"""
+    functions: tuple[str, ...] = ()
+    """what else worked on the picture: Python functions and tensors from files, which metadata can only name"""
     version: str = __version__
     weights: dict[str, str] = pydantic.Field(default_factory=dict)
     """short hash of every weight file, filled by the pipeline that draws"""
@@ -114,6 +119,7 @@ class GenerationRequest(BaseModel):
             request = handler(data)
         except pydantic.ValidationError as error:
             raise UsageError(_one_line(error)) from None
+        check_plan(request.plan, request.variant.params, request.steps_made)
         request._check_prompt()
         request._check_size()
         request._check_seeds()
@@ -159,6 +165,12 @@ class GenerationRequest(BaseModel):
         strength = 1.0 if self.init_image is None or self.strength is None else self.strength
         return self.num_steps - int((1 - strength) * self.num_steps)
 
+    def recorded(self, functions: Sequence[Intervention] = ()) -> Self:
+        """The request as a picture's metadata hold it: no intervention that names a file or is a function."""
+        every = (*self.plan, *functions)
+        named = tuple(one.label for one in every if one.changes_pixels and not one.portable)
+        return self.model_copy(update={"plan": tuple(one for one in every if one.portable), "functions": named})
+
     def images(self) -> list["GenerationRequest"]:
         """The request of every single picture: seeds s, s+1, …"""
         seeds = range(self.seed, self.seed + self.num_images)
@@ -168,6 +180,8 @@ class GenerationRequest(BaseModel):
         """The effective values, for people."""
         parts = [f"{self.name}: {self.width}x{self.height}", f"{self.num_steps} steps"]
         parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        if self.plan:
+            parts.append("plan: " + ", ".join(one.kind for one in self.plan))
         if self.init_image is not None:
             parts.append(f"from {self.init_image.file} at strength {self.strength:g}")
         return ", ".join(parts)

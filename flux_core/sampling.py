@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .model import Flux
+from .model import Flux, Run
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -32,6 +33,12 @@ class Step:
 
 
 OnStep = Callable[[Step], Tensor | None]
+
+
+class SampledRun(Run, Protocol):
+    """A run that lasts for a whole sampling, and hears where it is before every forward."""
+
+    def begin(self, sigma: float) -> None: ...
 
 
 def get_noise(
@@ -132,8 +139,11 @@ def flow_velocity(
     img_cond: Tensor | None = None,
     img_cond_seq: Tensor | None = None,
     img_cond_seq_ids: Tensor | None = None,
+    run: SampledRun | None = None,
 ) -> Velocity:
     """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
+
+    `run` stands in every forward and is told its sigma first.
 
     img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
     Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -144,9 +154,11 @@ def flow_velocity(
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
+        if run is not None:
+            run.begin(sigma)
         img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
         img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
-        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance)
+        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run)
         return v[:, : x.shape[1]]
 
     return velocity

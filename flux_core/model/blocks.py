@@ -4,7 +4,8 @@ A double block keeps an image and a text stream with their own weights, which me
 A single block works on the joined sequence, with attention and MLP side by side between two wide Linears.
 
 A block receives tensors only: its modulation is computed by the caller's loop, and what it calls between its Linears is
-`self.ops`. So a block compiles once for all of its kind.
+`self.ops`. So a block compiles once for all of its kind. `tap` sees the values that have a name (`hooks/sites.py` lists
+them); the one that stands there by default leaves them alone.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..params import FluxParams
 from . import ops
 from .layers import Modulation, ModulationOut, QKNorm, SelfAttention
+from .tap import UNTOUCHED, Tap
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,24 +55,30 @@ class DoubleStreamBlock(nn.Module):
         txt_mod1: ModulationOut,
         txt_mod2: ModulationOut,
         pe: Tensor,
+        tap: Tap = UNTOUCHED,
     ) -> tuple[Tensor, Tensor]:
-        img_q, img_k, img_v = self._qkv(self.img_attn, img, img_mod1, pe[:, :, txt.shape[1] :])
-        txt_q, txt_k, txt_v = self._qkv(self.txt_attn, txt, txt_mod1, pe[:, :, : txt.shape[1]])
+        img_q, img_k, img_v = self._qkv("img", self.img_attn, img, img_mod1, pe[:, :, txt.shape[1] :], tap)
+        txt_q, txt_k, txt_v = self._qkv("txt", self.txt_attn, txt, txt_mod1, pe[:, :, : txt.shape[1]], tap)
 
-        q = torch.cat((txt_q, img_q), dim=2)
-        k = torch.cat((txt_k, img_k), dim=2)
+        q = tap("q", torch.cat((txt_q, img_q), dim=2))
+        k = tap("k", torch.cat((txt_k, img_k), dim=2))
         v = torch.cat((txt_v, img_v), dim=2)
-        attn = self.ops.attend(q, k, v)
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+        attn = tap.attend(self.ops.attend, q, k, v)
+        txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
         img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
+        img_mlp = self.img_mlp(self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
+        img = img + img_mod2.gate * tap("img.mlp", img_mlp)
         txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt_mlp = self.txt_mlp(self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt = txt + txt_mod2.gate * tap("txt.mlp", txt_mlp)
         return img, txt
 
-    def _qkv(self, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(
+        self, stream: str, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale)), self.num_heads)
+        q, k, v = tap(f"{stream}.q", q), tap(f"{stream}.k", k), tap(f"{stream}.v", v)
         q, k = self.ops.norm_rope(q, k, *attn.norm.scales, pe)
         return q, k, v
 
@@ -91,12 +99,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(params.head_dim)
         self.modulation = Modulation(dim, double=False)
 
-    def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap = UNTOUCHED) -> Tensor:
         qkv, mlp = torch.split(self.linear1(self.ops.modulate(x, mod.shift, mod.scale)), self.split, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
+        q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
         q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
-        attn = self.ops.attend(q, k, v)
-        return x + mod.gate * self.linear2(self.ops.join_gelu(attn, mlp))
+        attn = tap.joined("attn", tap.attend(self.ops.attend, tap("q", q), tap("k", k), v), 1)
+        return x + mod.gate * tap.joined("linear2", self.linear2(self.ops.join_gelu(attn, mlp)), 1)
 
 
 class LastLayer(nn.Module):

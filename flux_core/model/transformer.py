@@ -20,8 +20,9 @@ TIME_DIM = 256
 class Run(Protocol):
     """What may stand between the loop and the model for the length of one forward.
 
-    `value` sees `vec` and the modulation of every block, by name, and returns what takes its place. `double_block` and
-    `single_block` stand around a block: they call it, skip it, or change what goes in and comes out.
+    `value` sees what exists once for all blocks (`img_in`, `txt_in`, `vec`, `pe`, `velocity`) and the modulation of
+    every block, by name, and returns what takes its place. `double_block` and `single_block` stand around a block:
+    they call it, skip it, change what goes in and comes out, or pass a `tap` that reaches inside.
     """
 
     def value(self, name: str, x): ...
@@ -87,11 +88,10 @@ class Flux(nn.Module):
         vec = self.embed_vec(timesteps, y, guidance)
         pe = embed_nd(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
         if run is None:
-            img = self._blocks(img, txt, vec, pe)
-        else:
-            vec = run.value("vec", vec)
-            img = self._blocks_run(img, txt, vec, pe, run)
-        return self.final_layer(img, vec)
+            return self.final_layer(self._blocks(img, txt, vec, pe), vec)
+        img, txt = run.value("img_in", img), run.value("txt_in", txt)
+        vec, pe = run.value("vec", vec), run.value("pe", pe)
+        return run.value("velocity", self.final_layer(self._blocks_run(img, txt, vec, pe, run), vec))
 
     def _blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         for block in self.double_blocks:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..fields import RUN
+from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..metadata import differences, read_request
 from ..output import prepare_folder, save_picture
 from ..pictures import grid, open_source
@@ -34,6 +35,8 @@ def generate(
     output_dir: str = str(_DEFAULTS["output_dir"]),
     stepwise_dir: str | None = None,
     device: str = str(_DEFAULTS["device"]),
+    plan: str | None = None,
+    skip: list[str] | None = None,
     **fields: Any,
 ) -> list[Path]:
     """Draw what the flags ask for. `fields`: the request's own. Returns the picture files, in order.
@@ -45,10 +48,18 @@ def generate(
     old = read_request(from_image) if from_image else None
     if old is not None:
         fields = _repeated(old, origin) | fields
+    if plan or skip:
+        fields["plan"] = plan_of(plan, skip)
     asked = ask(seed, {**fields, "init_image": origin})
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
     return _draw_all(asked, source, folder, steps_folder, device, old)
+
+
+def plan_of(file: str | None, skip: list[str] | None) -> Plan:
+    """The interventions of --plan, and behind them those of the short forms."""
+    entries = read_plan(file) if file else ()
+    return (*entries, *parse_plan([short_form("skip", text) for text in skip or ()]))
 
 
 def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any]:
@@ -57,7 +68,9 @@ def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any
         raise UsageError(f"that picture was made from {old.init_image.file!r}: give it with --init-image")
     if old.init_image is not None and origin is not None and old.init_image.sha256 != origin.sha256:
         note(f"{origin.file!r} is another picture than the {old.init_image.file!r} of then")
-    return old.model_dump(exclude={"version", "weights", "init_image"})
+    if old.functions:
+        note(f"what also worked on that picture is not in the file: {'; '.join(old.functions)}")
+    return old.model_dump(exclude={"version", "weights", "init_image", "functions"})
 
 
 def ask(seeds: list[str] | None, fields: dict[str, Any]) -> list[GenerationRequest]:

@@ -1,0 +1,40 @@
+"""Reach into a forward: skip, read, change, share and cache anything that has a name, from outside the model.
+
+    from flux_core.hooks import Capture, Custom, Skip
+    seen = {}
+    plan = [Skip(blocks="single_blocks.5"), Capture(sites="double_blocks.*.img.out", into=seen)]
+    pipeline.generate("a red apple", plan=plan)
+    pipeline.generate("a red apple", plan=[Custom(sites="vec", fn=lambda x, at: 1.1 * x)])
+
+`sites.py` is the catalogue of names, `seam.py` says what can stand where; each kind of intervention has a file of its
+own. This module costs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .attention_maps import AttentionMaps
+from .capture import Capture
+from .change import Add, Replace, Scale
+from .custom import Custom
+from .first_block_cache import FirstBlockCache
+from .intervention import Intervention
+from .plan import Plan, check_plan, parse_plan, read_plan
+from .seam import At, traceable
+from .share_kv import ShareKV
+from .skip import Skip
+
+if TYPE_CHECKING:
+    from .run import HookRun, run_with_cache
+
+__all__ = [
+    "Add", "At", "AttentionMaps", "Capture", "Custom", "FirstBlockCache", "HookRun", "Intervention", "Plan", "Replace",
+    "Scale", "ShareKV", "Skip", "check_plan", "parse_plan", "read_plan", "run_with_cache", "traceable",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("HookRun", "run_with_cache"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import run
+
+    return getattr(run, name)

@@ -1,0 +1,96 @@
+"""Change a value at a site: multiply it, add to it, or put another in its place.
+
+A number, or a tensor that broadcasts against the site's shape: from Python as it is, from a plan as `{"file":
+"direction.safetensors", "tensor": "smile"}`. Since the number travels as a tensor, other strengths, blocks and steps
+use the same compiled graph.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from ..params import FluxParams
+from .intervention import Intervention, Patterns
+from .seam import Placed, Write, traceable
+from .sites import match_sites
+from .store import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Stored(BaseModel):
+    """A tensor in a safetensors file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: Path
+    tensor: str
+
+
+class _Change(Intervention):
+    sites: Patterns
+    value: Any
+    """a number, a Stored tensor, or from Python a tensor"""
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _number_or_tensor(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return Stored(**value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+            return float(value)
+        if isinstance(value, Stored) or hasattr(value, "broadcast_to"):
+            return value
+        raise ValueError(f'{value!r} is neither a number nor {{"file": …, "tensor": …}}')
+
+    @property
+    def portable(self) -> bool:
+        return isinstance(self.value, float)
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} a tensor at {', '.join(self.sites)}"
+
+    def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
+        import torch
+
+        value = read_tensor(self.value.file, self.value.tensor) if isinstance(self.value, Stored) else self.value
+        args = (torch.as_tensor(value),)
+        return [Write(site, _FUNCTIONS[self.kind], args, traceable=True) for site in match_sites(self.sites, params)]
+
+
+class Scale(_Change):
+    """`{"kind": "scale", "sites": ["single_blocks.3.mod.gate"], "value": 0.5}`"""
+
+    kind: Literal["scale"] = "scale"
+
+
+class Add(_Change):
+    """`{"kind": "add", "sites": ["vec"], "value": {"file": "direction.safetensors", "tensor": "smile"}}`"""
+
+    kind: Literal["add"] = "add"
+
+
+class Replace(_Change):
+    """`{"kind": "replace", "sites": ["double_blocks.2.img.attn"], "value": 0}`"""
+
+    kind: Literal["replace"] = "replace"
+
+
+@traceable
+def scale(x: "Tensor", value: "Tensor") -> "Tensor":
+    return x * value.to(x.dtype)
+
+
+@traceable
+def add(x: "Tensor", value: "Tensor") -> "Tensor":
+    return x + value.to(x.dtype)
+
+
+@traceable
+def replace(x: "Tensor", value: "Tensor") -> "Tensor":
+    return value.to(x.dtype).expand_as(x)
+
+
+_FUNCTIONS = {"scale": scale, "add": add, "replace": replace}

@@ -1,0 +1,80 @@
+"""What all interventions share: a frozen object with a JSON form, and steps.
+
+An intervention says what shall happen in the words of a plan; `place` turns it, for one model, into functions at seams.
+State (what a cache holds, what a capture saw) is made there and belongs to one run.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..errors import UsageError
+from ..params import FluxParams
+from .seam import Placed
+
+
+def _several(value: Any) -> Any:
+    """One name, or a comma's list of them, where several may stand."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _steps(value: Any) -> Any:
+    """`3`, `"0-14"`, `"0-4,9"`, or a list of such."""
+    if value is None or isinstance(value, range):
+        return value and tuple(value)
+    if isinstance(value, str):
+        value = value.split(",")
+    parts: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    steps: set[int] = set()
+    for part in parts:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(part).strip())
+        if not found or isinstance(part, bool):
+            raise ValueError(f"{part!r} is no step: say 3, or 0-14")
+        steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+    if not steps:
+        raise ValueError("no step is meant; leave steps out for all of them")
+    return tuple(sorted(steps))
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+Steps = Annotated[tuple[int, ...] | None, BeforeValidator(_steps)]
+
+
+class Intervention(BaseModel):
+    """Base of all kinds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    kind: str
+    steps: Steps = None
+    """steps at which it works, counted from 0; None: all"""
+    follow: bool = False
+    """whether it may write what an intervention before it in the plan writes, too"""
+
+    @property
+    def portable(self) -> bool:
+        """Whether a picture's metadata can hold it: it reads no file and writes none."""
+        return True
+
+    @property
+    def changes_pixels(self) -> bool:
+        return True
+
+    @property
+    def label(self) -> str:
+        """How metadata calls it where they cannot hold it."""
+        return self.kind
+
+    def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
+        """The functions that do it, with fresh state. UsageError where a name means nothing."""
+        raise NotImplementedError
+
+    def at_step(self, step: int) -> bool:
+        return self.steps is None or step in self.steps
+
+    def check_steps(self, num_steps: int) -> None:
+        """UsageError for a step that the schedule does not have."""
+        if self.steps is not None and self.steps[-1] >= num_steps:
+            raise UsageError(f"{self.kind}: there is no step {self.steps[-1]}, the last is {num_steps - 1}")

@@ -1,0 +1,132 @@
+"""Plans: lists of interventions, from JSON, from the command line, from Python, and what may stand together.
+
+[{"kind": "skip", "blocks": ["single_blocks.9"]},
+ {"kind": "scale", "sites": ["double_blocks.*.img_mod1.gate"], "value": 0.9, "steps": ["0-14"]}]
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..errors import FileError, UsageError
+from ..fields import nearest
+from ..params import FluxParams
+from .attention_maps import AttentionMaps
+from .capture import Capture
+from .change import Add, Replace, Scale
+from .custom import Custom
+from .first_block_cache import FirstBlockCache
+from .intervention import Intervention
+from .seam import Around, Placed, Write
+from .share_kv import ShareKV
+from .skip import Skip
+
+KINDS: dict[str, type[Intervention]] = {
+    kind.model_fields["kind"].default: kind
+    for kind in (Skip, Capture, AttentionMaps, ShareKV, Scale, Add, Replace, FirstBlockCache)
+}
+AnyIntervention = Annotated[
+    Skip | Capture | AttentionMaps | ShareKV | Scale | Add | Replace | FirstBlockCache, Field(discriminator="kind")
+]
+Plan = tuple[AnyIntervention, ...]
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+MAX_BYTES = 1 << 20
+
+
+def parse_plan(entries: Any) -> Plan:
+    """A plan from parsed JSON or from interventions. UsageError names entry, finding and the nearest right word."""
+    if isinstance(entries, dict):
+        entries = [entries]
+    try:
+        return _PLAN.validate_python(list(entries))
+    except (ValidationError, TypeError) as error:
+        raise UsageError(_finding(error, entries)) from None
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in a JSON file. FileError when it can't be read, UsageError when it is no plan."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: the plan could not be read: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: a plan has at most {MAX_BYTES:,} bytes, this has {len(data):,}")
+    try:
+        entries = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}") from None
+    if not isinstance(entries, list | dict):
+        raise UsageError(f"{path}: a plan is a list of interventions")
+    try:
+        return parse_plan(entries)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _finding(error: ValidationError | TypeError, entries: Any) -> str:
+    if isinstance(error, TypeError):
+        return f"a plan is a list of interventions, not {type(entries).__name__}"
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing one
+    where = [part for part in first["loc"] if part not in KINDS]
+    number = int(where[0]) + 1 if where and isinstance(where[0], int) else 1
+    entry = entries[number - 1] if isinstance(entries, Sequence) and len(entries) >= number else None
+    kind = entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
+    start = f"entry {number} of the plan"
+    if first["type"].startswith("union_tag"):
+        hint = nearest(str(kind), list(KINDS))
+        return f"{start}: there is no intervention {kind!r}; kinds are {', '.join(KINDS)}.{hint}"
+    start, key = f"{start} ({kind})", str(where[1]) if len(where) > 1 else ""
+    keys = list(KINDS[kind].model_fields) if kind in KINDS else []
+    if first["type"] == "extra_forbidden":
+        return f"{start} has no key {key!r}.{nearest(key, keys)}"
+    if first["type"] == "missing":
+        return f"{start} lacks {key!r}"
+    return f"{start}{': ' + key if key else ''}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def short_form(kind: str, text: str) -> dict[str, Any]:
+    """`single_blocks.9,layer.3@0-14` as a plan's entry: what is meant, and behind @ the steps."""
+    meant, _, steps = text.partition("@")
+    entry: dict[str, Any] = {"kind": kind, "blocks": meant}
+    return {**entry, "steps": steps} if steps else entry
+
+
+def check_plan(
+    plan: Iterable[Intervention], params: FluxParams, num_steps: int, branches: tuple[str, ...] = ("image",)
+) -> None:
+    """Everything that can be wrong with a plan for a model: UsageError. Nothing is drawn for it."""
+    for intervention in plan:
+        intervention.check_steps(num_steps)
+    place_all(plan, params, branches)
+
+
+def place_all(
+    plan: Iterable[Intervention], params: FluxParams, branches: tuple[str, ...]
+) -> list[tuple[Intervention, Placed]]:
+    """All functions of a plan, in its order, with fresh state. UsageError for two writers of one value."""
+    placed = [(one, thing) for one in plan for thing in one.place(params, branches)]
+    writers: dict[str, list[Intervention]] = {}
+    for one, thing in placed:
+        if isinstance(thing, Around | Write):
+            place = thing.block if isinstance(thing, Around) else thing.site
+            for other in writers.setdefault(place, []):
+                if not one.follow and _meet(one, other):
+                    raise UsageError(
+                        f"{other.kind} and {one.kind} both write {place}; if the second shall work on what the first "
+                        'leaves, give it "follow": true'
+                    )
+            writers[place].append(one)
+    return placed
+
+
+def _meet(one: Intervention, other: Intervention) -> bool:
+    """Whether two interventions have a step in common. One by itself never conflicts."""
+    if one is other:
+        return False
+    return one.steps is None or other.steps is None or bool(set(one.steps) & set(other.steps))
+
+
+__all__ = ["KINDS", "Custom", "Plan", "check_plan", "parse_plan", "place_all", "read_plan", "short_form"]

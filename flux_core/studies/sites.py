@@ -1,0 +1,32 @@
+"""`sites`: the catalogue of names that a plan can use, for one model."""
+
+from ..hooks.sites import GLOBAL, KINDS, OF_BLOCK, SITES, site_names
+from ..variants import DEFAULT, get_variant
+
+
+def sites(name: str = DEFAULT) -> str:
+    """A table of names, shapes and meanings, with that model's sizes. UsageError for an unknown model."""
+    variant = get_variant(name)
+    params = variant.params
+    numbers = {"double_blocks": params.depth, "single_blocks": params.depth_single_blocks}
+    ranges = {kind: f"{kind}.0-{count - 1}" for kind, count in numbers.items()}
+    rows = {site.name: site for site in SITES if not site.kinds}
+    parts = [_table("once for each forward", [(name, rows[name].shape, rows[name].meaning) for name in GLOBAL])]
+    for kind in KINDS:
+        of_kind = [site for site in SITES if kind in site.kinds]
+        assert len(of_kind) == len(OF_BLOCK[kind])
+        parts.append(_table(f"behind {ranges[kind]}.", [(site.name, site.shape, site.meaning) for site in of_kind]))
+    flat = numbers["double_blocks"] + numbers["single_blocks"]
+    sizes = f"D {params.hidden_size}, H {params.num_heads}, P {params.head_dim}, C {params.out_channels}"
+    parts.append(
+        f"{len(site_names(params)):,} sites of {variant.name}: {sizes}; "
+        f"B rows, L image tokens, T text tokens ({variant.max_text}).\n"
+        f"layer.0-{flat - 1} counts double and single blocks through; globs work (double_blocks.*.img.k)."
+    )
+    return "\n\n".join(parts)
+
+
+def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {meaning}" for name, shape, meaning in rows]
+    return "\n".join([title, *lines])

@@ -1,0 +1,156 @@
+"""What hooks cost: nothing without a plan, no graph for a skip, one for each kind of block else, and no graph breaks."""
+
+import ast
+import inspect
+import types
+
+import pytest
+import torch
+from golden_files import flux_of, read
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux_core.hooks import (
+    AttentionMaps,
+    Capture,
+    Custom,
+    FirstBlockCache,
+    HookRun,
+    Scale,
+    ShareKV,
+    Skip,
+    traceable,
+)
+from flux_core.model import blocks
+
+GOLDEN = read("transformer_dev")
+INPUTS = GOLDEN.group("in.")
+ALL = "double_blocks.*,single_blocks.*"
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(fn):
+    with Operators() as mode:
+        fn()
+    return mode.names
+
+
+class WithoutTaps(ast.NodeTransformer):
+    """The text of the blocks with every call of a tap taken out."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        f = node.func
+        if isinstance(f, ast.Name) and f.id == "tap":
+            return node.args[1]
+        if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "tap":
+            return ast.Call(node.args[0], node.args[1:], []) if f.attr == "attend" else node.args[1]
+        return node
+
+
+def test_without_a_plan_the_operators_are_those_of_blocks_that_have_no_taps():
+    tree = ast.fix_missing_locations(WithoutTaps().visit(ast.parse(inspect.getsource(blocks))))
+    assert "tap(" not in ast.unparse(tree) and "tap." not in ast.unparse(tree)
+    bare = types.ModuleType("flux_core.model.bare_blocks")
+    bare.__package__ = "flux_core.model"
+    exec(compile(tree, "bare_blocks", "exec"), vars(bare))
+    model, plain = flux_of(GOLDEN), flux_of(GOLDEN)
+    for block in (*plain.double_blocks, *plain.single_blocks):
+        block.__class__ = getattr(bare, type(block).__name__)
+    expected = operators(lambda: plain(**INPUTS))
+    assert operators(lambda: model(**INPUTS)) == expected
+    assert operators(lambda: model(**INPUTS, run=HookRun([], model.params))) == expected
+    skipping = operators(lambda: model(**INPUTS, run=HookRun([Skip(blocks=ALL)], model.params)))
+    assert len(skipping) < len(expected) / 4
+
+
+def test_an_empty_plan_changes_no_bit():
+    model = flux_of(GOLDEN)
+    assert torch.equal(model(**INPUTS, run=HookRun([], model.params)), model(**INPUTS))
+
+
+@pytest.fixture
+def compiled():
+    """A model with every block compiled whole, and a function that counts the graphs that a plan adds."""
+    torch._dynamo.reset()
+    model, counter = flux_of(GOLDEN), CompileCounter()
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(backend=counter, fullgraph=True)
+
+    def graphs(*plan, branches=("image",)):
+        before = counter.frame_count
+        model(**INPUTS, run=HookRun(plan, model.params, branches=branches) if plan else None)
+        return counter.frame_count - before
+
+    assert graphs() == 2  # one for each kind of block
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_skipping_and_caching_compile_nothing(compiled):
+    assert compiled(Skip(blocks="layer.0,layer.3")) == 0
+    assert compiled(Skip(blocks=ALL)) == 0
+    assert compiled(FirstBlockCache()) == 0
+
+
+def test_values_that_the_loop_computes_compile_nothing(compiled):
+    sites = "vec,*.gate,*.img.in,*.txt.out"
+    assert compiled(Custom(sites=sites, fn=lambda x, at: 2 * x)) == 0
+    assert compiled(Scale(sites=sites, value=0.5)) == 0
+
+
+def test_sharing_keys_and_values_compiles_one_graph_for_each_kind_of_block(compiled):
+    branches = ("source", "edit")
+    assert compiled(ShareKV(blocks="layer.0"), branches=branches) == 1
+    assert compiled(ShareKV(blocks=ALL), branches=branches) == 1
+    for other in ("layer.1-2", "single_blocks.2", ALL):
+        assert compiled(ShareKV(blocks=other, source="edit"), branches=branches) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda blocks: Capture(sites=[f"{blocks}.img.q"], into={}),
+        lambda blocks: Capture(sites=[f"{blocks}.*"], into={}),
+        lambda blocks: AttentionMaps(blocks=[blocks], into={}),
+        lambda blocks: Scale(sites=[f"{blocks}.img.attn"], value=len(blocks)),
+        lambda blocks: Custom(sites=[f"{blocks}.img.v"], fn=half),
+        lambda blocks: Custom(sites=[f"{blocks}.attend"], fn=half_attention),
+    ],
+    ids=["capture one", "capture all", "maps", "scale", "function", "attention"],
+)
+def test_one_block_or_all_is_the_same_graph(compiled, make):
+    assert compiled(make("double_blocks.1")) == 1
+    assert compiled(make("single_blocks.0")) == 1
+    for others in ("double_blocks.*", "single_blocks.*", "double_blocks.0"):
+        assert compiled(make(others)) == 0
+
+
+@traceable
+def half(x):
+    return x / 2
+
+
+@traceable
+def half_attention(attend, q, k, v):
+    return attend(q, k, v) / 2
+
+
+def test_a_function_that_may_not_trace_runs_eagerly_and_that_is_said_once(compiled):
+    def strange(x, at):
+        return x * float(at.step + 1)  # would be another graph at every step
+
+    with pytest.warns(UserWarning, match="strange.*not marked @traceable") as said:
+        assert compiled(Custom(sites="*.img.q", fn=strange)) == 0
+    assert len(said) == 1
