@@ -23,3 +23,11 @@ def test_parity_with_diffusers():
     assert figures["fp32_relative_l2"] <= 1e-6
     assert figures["bf16_relative_l2"] <= 2e-2
     assert figures["ratio"] > 0
+
+
+def test_the_cost_of_hooks():
+    command = [sys.executable, BENCHMARKS / "hook_cost.py", "--tiny", "--device", "cpu", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    assert figures["ratio"].keys() == {"plain", "empty", "skip_one", "share_kv_all", "share_kv_nine"}
+    assert min(figures["seconds"].values()) > 0

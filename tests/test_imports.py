@@ -93,7 +93,9 @@ def test_heavy_packages_wait_until_they_are_used(heavy):
         assert not any(name.split(".")[0] == heavy for name in imports(path, lazily=False)), path
 
 
-@pytest.mark.parametrize("module", ["flux_core", "flux_core.checkpoint", "flux_core.variants", "flux_core.places"])
+@pytest.mark.parametrize(
+    "module", ["flux_core", "flux_core.checkpoint", "flux_core.variants", "flux_core.places", "flux_core.hooks"]
+)
 def test_importing_costs_no_torch(module):
     code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)

@@ -78,8 +78,7 @@ class HookRun:
     ) -> None:
         self.sigmas, self.branches = sigmas, branches
         self.step, self.sigma, self.call = 0, sigmas[0], -1
-        self._txt_len = 0
-        self._values: dict[str, Tensor] = {}
+        self._txt_len, self._device = 0, torch.device("cpu")
         self._at_block: dict[str, list[tuple[Intervention, Any]]] = defaultdict(list)
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._told: set[str] = set()

@@ -118,6 +118,8 @@ def _match(patterns: tuple[str, ...], names: list[str], params: FluxParams, what
 
 def _spelled_out(pattern: str, params: FluxParams) -> list[str]:
     """Globs for a pattern with a range or a flat number: `layer.18-19.q` -> double_blocks.18.q, single_blocks.0.q."""
+    if pattern.startswith("layer.*"):
+        return [name + pattern.removeprefix("layer.*") for name in block_names(params)]
     numbered = re.fullmatch(r"(layer|double_blocks|single_blocks)\.(\d+)(?:-(\d+))?((?:\..+)?)", pattern)
     if not numbered:
         return [pattern]

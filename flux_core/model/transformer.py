@@ -89,7 +89,7 @@ class Flux(nn.Module):
         pe = embed_nd(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
         if run is None:
             return self.final_layer(self._blocks(img, txt, vec, pe), vec)
-        img, txt = run.value("img_in", img), run.value("txt_in", txt)
+        txt, img = run.value("txt_in", txt), run.value("img_in", img)
         vec, pe = run.value("vec", vec), run.value("pe", pe)
         return run.value("velocity", self.final_layer(self._blocks_run(img, txt, vec, pe, run), vec))
 

@@ -1,8 +1,7 @@
-"""What hooks cost: nothing without a plan, no graph for a skip, one for each kind of block else, and no graph breaks."""
+"""What hooks cost: nothing without a plan, no graph for a skip, else one for each kind of block, no graph breaks."""
 
-import ast
-import inspect
-import types
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,13 @@ from flux_core.hooks import (
     Skip,
     traceable,
 )
-from flux_core.model import blocks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from hook_cost import without_taps
 
 GOLDEN = read("transformer_dev")
 INPUTS = GOLDEN.group("in.")
-ALL = "double_blocks.*,single_blocks.*"
+ALL = "layer.*"
 
 
 class Operators(TorchDispatchMode):
@@ -46,28 +47,9 @@ def operators(fn):
     return mode.names
 
 
-class WithoutTaps(ast.NodeTransformer):
-    """The text of the blocks with every call of a tap taken out."""
-
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        f = node.func
-        if isinstance(f, ast.Name) and f.id == "tap":
-            return node.args[1]
-        if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "tap":
-            return ast.Call(node.args[0], node.args[1:], []) if f.attr == "attend" else node.args[1]
-        return node
-
-
 def test_without_a_plan_the_operators_are_those_of_blocks_that_have_no_taps():
-    tree = ast.fix_missing_locations(WithoutTaps().visit(ast.parse(inspect.getsource(blocks))))
-    assert "tap(" not in ast.unparse(tree) and "tap." not in ast.unparse(tree)
-    bare = types.ModuleType("flux_core.model.bare_blocks")
-    bare.__package__ = "flux_core.model"
-    exec(compile(tree, "bare_blocks", "exec"), vars(bare))
-    model, plain = flux_of(GOLDEN), flux_of(GOLDEN)
-    for block in (*plain.double_blocks, *plain.single_blocks):
-        block.__class__ = getattr(bare, type(block).__name__)
+    model = flux_of(GOLDEN)
+    plain = without_taps(model)
     expected = operators(lambda: plain(**INPUTS))
     assert operators(lambda: model(**INPUTS)) == expected
     assert operators(lambda: model(**INPUTS, run=HookRun([], model.params))) == expected
