@@ -97,6 +97,28 @@ RUN = (
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
 )
 SITES = (_NAME,)
+EDIT = (
+    _NAME,
+    Field("source", str, "what the source shows (with --image: what the photograph shows)"),
+    Field("edit", str, "what an edit shall show; several make several edits", many=True),
+    Field("image", str, "photograph to edit (PNG, JPEG, WebP); without it the source is drawn", word="FILE"),
+    Field("layers", str, "blocks to inject in: vital, non-vital, all, none, a JSON file, or blocks as in layer.3-5"),
+    Field("source_guidance", float, "guidance of the source (default: as --guidance; with --image 1)", (), 0, 100),
+    Field("nudge", float, "what a photograph's latent is multiplied by before its inversion", (), 0, 10, 1.15),
+    Field(
+        "replay",
+        str,
+        "where the photograph is held: exact, or as the released code",
+        (),
+        choices=("exact", "released"),
+        default="exact",
+        word="NAME",
+    ),
+    *(field for field in REQUEST if field.name in ("width", "height", "num_steps", "guidance", "dtype", "force")),
+    Field("seed", int, "seed of the start noise (default: random)", (), 0, MAX_SEED),
+    Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
+    Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+)
 SAVE = (
     _NAME,
     Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .fields import EDIT, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
 from .version import __version__
@@ -30,6 +30,12 @@ def _info(file: str) -> None:
     from .studies.info import info
 
     tell(info(file))
+
+
+def _edit(**flags: Any) -> None:
+    from .studies.edit import edit
+
+    edit(**flags)
 
 
 def _sites(**flags: Any) -> None:
@@ -56,6 +62,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + PLAN + RUN),
+    "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
     "info": Command("print what a picture that flux_core made says of itself", _info, positional="file"),
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "save": Command("write a model's weights to a folder", _save, SAVE),

@@ -92,9 +92,9 @@ def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """All images of one size on one sheet, in rows, as square as it gets; empty places stay black."""
-    columns = math.ceil(math.sqrt(len(images)))
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """All images of one size on one sheet, in rows, by itself as square as it gets; empty places stay black."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, rows * height))

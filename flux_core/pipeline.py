@@ -143,12 +143,12 @@ class Pipeline:
         x = inputs.pop("img")
         sigmas = get_schedule(request.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
-            latent = self._tokens(source, width, height)
+            latent = self.tokens_of(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, request.strength or 0.0)
         plan = (*request.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas) if plan else None
         velocity = flow_velocity(self.model, **inputs, guidance=request.guidance or 0.0, run=run)
-        x = euler(velocity, x, sigmas, self._checked(on_step))
+        x = euler(velocity, x, sigmas, self.checked(on_step))
         if run is not None:
             run.finish()
         return x
@@ -159,13 +159,13 @@ class Pipeline:
             self._text = (prompt, self.t5([prompt]), self.clip([prompt]))
         return self._text[1:]
 
-    def _tokens(self, source: Image.Image, width: int, height: int) -> Tensor:
+    def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
         """The init image, resized, as the tokens of its latent: [1, L, 64]."""
         pixels = torch.from_numpy(np.array(source.resize((width, height), Image.Resampling.LANCZOS)))
         x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w")
         return pack(self.ae.encode(x.to(self.device, self.dtype)))
 
-    def _checked(self, on_step: OnStep | None) -> OnStep:
+    def checked(self, on_step: OnStep | None) -> OnStep:
         def check(step: Step) -> Tensor | None:
             if not torch.isfinite(step.x).all():
                 raise self._non_finite(f"latents after step {step.index + 1} (sigma {step.sigma:.3f})")

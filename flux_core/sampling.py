@@ -129,6 +129,19 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
     return x
 
 
+def invert(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
+    """Follow the velocity backwards, from a picture to the noise that leads to it.
+
+    Every step asks for the velocity at its noisier end, from the latents it has (as Stable Flow's released code does),
+    so that going forward again retraces it to first order. Returns the path: `path[i]` are the latents at
+    `sigmas[-1 - i]`, `path[0]` is x.
+    """
+    path = [x]
+    for sigma_next, sigma in pairwise(reversed(sigmas)):
+        path.append(path[-1] + (sigma - sigma_next) * velocity(path[-1], sigma))
+    return path
+
+
 def flow_velocity(
     model: Flux,
     img_ids: Tensor,
