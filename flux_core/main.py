@@ -50,6 +50,22 @@ def _save(name: str = DEFAULT, **flags: Any) -> None:
     tell(str(save(name, **flags)))
 
 
+def _run_jobs(file: str) -> None:
+    from .jobs import flags_of, read_jobs
+
+    checked = []
+    for number, job in enumerate(read_jobs(file), 1):
+        name, where = str(job.get("command", "generate")), f"{file}, job {number}"
+        runnable = [word for word, row in COMMANDS.items() if row.fields]
+        if name not in runnable:
+            raise UsageError(
+                f"{where}: no command {name[:60]!r}; there are {', '.join(runnable)}.{nearest(name, runnable)}"
+            )
+        checked.append((COMMANDS[name], flags_of(job, COMMANDS[name].fields, where)))
+    for command, flags in checked:
+        command.run(**flags)
+
+
 @dataclass(frozen=True)
 class Command:
     """A first word of the command line, its flags, and what it runs."""
@@ -65,6 +81,7 @@ COMMANDS = {
     "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
     "info": Command("print what a picture that flux_core made says of itself", _info, positional="file"),
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
+    "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),
     "save": Command("write a model's weights to a folder", _save, SAVE),
 }
 
