@@ -1,7 +1,9 @@
 """Plans: lists of interventions, from JSON, from the command line, from Python, and what may stand together.
 
-[{"kind": "skip", "blocks": ["single_blocks.9"]},
- {"kind": "scale", "sites": ["double_blocks.*.img_mod1.gate"], "value": 0.9, "steps": ["0-14"]}]
+    [{"kind": "skip", "blocks": ["single_blocks.9"]},
+     {"kind": "scale", "sites": ["double_blocks.*.img_mod1.gate"], "value": 0.9, "steps": ["0-14"]}]
+
+What is wrong with one is found by `parse_plan` (words) and `check_plan` (names, steps, writers of one value).
 """
 
 import json
