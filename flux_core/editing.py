@@ -21,8 +21,8 @@ from .device import memory_errors
 from .errors import UsageError
 from .hooks import HookRun, ShareKV
 from .pipeline import Pipeline
-from .request import GenerationRequest, InitImage
-from .sampling import OnStep, Step, Velocity, euler, flow_velocity, get_noise, get_schedule, image_ids, invert, pack
+from .request import PATCH, GenerationRequest, InitImage
+from .sampling import OnStep, Step, euler, get_noise, get_schedule, invert, pack
 
 NUDGE = 1.15
 SOURCE = "source"
@@ -52,8 +52,8 @@ class Editing:
         self.pipeline, self.request, self.edits = pipeline, pipeline.complete(request), tuple(edits)
         self.branches = (SOURCE, *(f"edit{i + 1}" for i in range(len(edits))))
         self.plan = [ShareKV(blocks=tuple(layers), source=SOURCE)] if layers else []
-        self.width, self.height = request.made_size
-        tokens = self.width * self.height // 256
+        self.size = request.made_size
+        tokens = self.size[0] * self.size[1] // PATCH**2
         self.sigmas = get_schedule(request.num_steps, tokens, shift=pipeline.variant.shift)
         self.origin, self.layers = origin, tuple(layers)
         strength = request.guidance or 0.0
@@ -62,7 +62,7 @@ class Editing:
     @torch.no_grad()
     def generated(self, on_step: OnStep | None = None) -> Tensor:
         """Tokens of source and edits [1 + E, L, 64], drawn from the request's seed."""
-        noise = get_noise(1, self.height, self.width, self.pipeline.device, self.pipeline.dtype, self.request.seed)
+        noise = get_noise(1, self.size[1], self.size[0], self.pipeline.device, self.pipeline.dtype, self.request.seed)
         return self._sample(pack(noise), on_step)
 
     @torch.no_grad()
@@ -85,14 +85,15 @@ class Editing:
     @torch.no_grad()
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's path to noise, by the source prompt at guidance 1 (see `sampling.invert`)."""
-        latent = nudge * self.pipeline.tokens_of(photo, self.width, self.height)
-        return invert(self._velocity([self.request.prompt], [1.0], None), latent, self.sigmas)
+        latent = nudge * self.pipeline.tokens_of(photo, *self.size)
+        velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size)
+        return invert(velocity, latent, self.sigmas)
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
-        velocity = self._velocity([self.request.prompt, *self.edits], self.guidance, run)
+        velocity = self.pipeline.velocity([self.request.prompt, *self.edits], self.guidance, self.size, run)
         x = start.expand(len(self.branches), *start.shape[1:])
-        with memory_errors(f"{len(x)} pictures of {self.width}x{self.height} pixels", self.pipeline.device):
+        with memory_errors(f"{len(x)} pictures of {self.size[0]}x{self.size[1]} pixels", self.pipeline.device):
             return euler(velocity, x, self.sigmas, self.pipeline.checked(on_step))
 
     def picture(self, x: Tensor, row: int) -> Image.Image:
@@ -101,12 +102,3 @@ class Editing:
         what = f"Stable Flow, {self.branches[row]} of {self.request.prompt!r}, {len(self.layers)} blocks shared"
         changes = {"prompt": prompt, "functions": (what,), "init_image": self.origin}
         return self.pipeline.picture(x[None], self.request.model_copy(update=changes))
-
-    def _velocity(self, prompts: list[str], guidance: list[float], run: HookRun | None) -> Velocity:
-        device, dtype = self.pipeline.device, self.pipeline.dtype
-        txt = torch.cat([self.pipeline.t5([prompt]) for prompt in prompts])
-        vec = torch.cat([self.pipeline.clip([prompt]) for prompt in prompts])
-        ids = image_ids(len(prompts), self.height // 16, self.width // 16, device)
-        txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=device)
-        strengths = torch.tensor(guidance, device=device, dtype=dtype)
-        return flow_velocity(self.pipeline.model, ids, txt, txt_ids, vec, strengths, run=run)

@@ -6,6 +6,7 @@ their last bits, and the same request shall give the same pixels however many we
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from .hooks import Custom, HookRun, Intervention
 from .metadata import describe
 from .model import AutoEncoder, Flux
 from .pictures import crop_centre, open_source
-from .request import GenerationRequest
+from .request import PATCH, GenerationRequest
 from .sampling import (
     OnStep,
     Step,
+    Velocity,
     euler,
     flow_velocity,
     get_noise,
     get_schedule,
+    image_ids,
     pack,
-    prepare,
     start_from_image,
     unpack,
 )
@@ -62,7 +64,8 @@ class Pipeline:
         self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
         self.device, self.dtype = device, dtype
         self.weights = weights or {}
-        self._text: tuple[str, Tensor, Tensor] | None = None
+        self.encode = lru_cache(maxsize=64)(self._encode)
+        """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
 
     def generate(
         self,
@@ -138,26 +141,34 @@ class Pipeline:
         """The tokens of the finished picture, [1, L, 64]."""
         width, height = request.made_size
         noise = get_noise(1, height, width, self.device, self.dtype, request.seed)
-        txt, vec = self._encode(request.prompt)
-        inputs = prepare(lambda _: txt, lambda _: vec, noise, request.prompt)
-        x = inputs.pop("img")
+        x = pack(noise)
         sigmas = get_schedule(request.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
             latent = self.tokens_of(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, request.strength or 0.0)
         plan = (*request.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas) if plan else None
-        velocity = flow_velocity(self.model, **inputs, guidance=request.guidance or 0.0, run=run)
+        velocity = self.velocity([request.prompt], [request.guidance or 0.0], (width, height), run)
         x = euler(velocity, x, sigmas, self.checked(on_step))
         if run is not None:
             run.finish()
         return x
 
+    def velocity(
+        self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int], run: HookRun | None = None
+    ) -> Velocity:
+        """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
+
+        size: a request's `made_size`.
+        """
+        txt, vec = (torch.cat(rows) for rows in zip(*map(self.encode, prompts), strict=True))
+        ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
+        txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
+        strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
+        return flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run)
+
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Text tokens [1, T, D] and vector [1, V]. The last prompt's are kept: the next image shares them."""
-        if self._text is None or self._text[0] != prompt:
-            self._text = (prompt, self.t5([prompt]), self.clip([prompt]))
-        return self._text[1:]
+        return self.t5([prompt]), self.clip([prompt])
 
     def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
         """The init image, resized, as the tokens of its latent: [1, L, 64]."""
