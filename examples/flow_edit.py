@@ -22,7 +22,7 @@ from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_sc
 def flow_edit(
     source: Tensor, v_source: Velocity, v_target: Velocity, sigmas: list[float], noise: Callable[[], Tensor]
 ) -> Tensor:
-    """The edited tokens. source: clean ones [B, L, C]; sigmas: the part of the schedule in use; noise: fresh each time."""
+    """The edited tokens. source: clean ones [B, L, C]; sigmas: the part of the schedule in use; noise: fresh noise."""
     edit = source
     for sigma, sigma_next in pairwise(sigmas):
         z_source = (1 - sigma) * source + sigma * noise()

@@ -1,0 +1,79 @@
+"""Extended attention: a picture also reads the keys and values of a second one, its reference.
+
+As in training-free consistent generation (ConsiStory, arXiv 2402.03286; Add-it, arXiv 2411.07232), keys and values of
+the reference's image tokens, normed and turned, stand behind the picture's own in chosen blocks and steps. Both are
+drawn side by side; the reference goes first at every step, and never sees the other.
+
+    attention(q, [k ; k_reference], [v ; v_reference])
+
+    python examples/extended_kv.py --reference "a blue heart" --prompt "a star" --layers all --steps 0-11
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from flux_core import GenerationRequest, load_pipeline
+from flux_core.hooks import At, Custom, HookRun
+from flux_core.hooks.layers import layers_of
+from flux_core.pictures import grid
+from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, prepare
+
+
+def keeping(kept: dict[str, tuple[Tensor, Tensor]]):
+    """Attention as it is; the image's keys and values [B, H, L, P] are kept under the name of the place."""
+
+    def attend_and_keep(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
+        kept[at.name] = k[:, :, at.txt_len :], v[:, :, at.txt_len :]
+        return attend(q, k, v)
+
+    return attend_and_keep
+
+
+def extended(kept: dict[str, tuple[Tensor, Tensor]]):
+    """Attention to one's own tokens and to those that were kept."""
+
+    def attend_to_both(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
+        k_reference, v_reference = kept[at.name]
+        return attend(q, torch.cat((k, k_reference), dim=2), torch.cat((v, v_reference), dim=2))
+
+    return attend_to_both
+
+
+def side_by_side(*velocities: Velocity) -> Velocity:
+    """One velocity for each row of x, each in a forward of its own, in this order."""
+    return lambda x, sigma: torch.cat([v(row, sigma) for v, row in zip(velocities, x.split(1), strict=True)])
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", default="a blue heart")
+    parser.add_argument("--prompt", default="a star")
+    parser.add_argument("--layers", default="all", help="all, none, or blocks as in single_blocks.0-3")
+    parser.add_argument("--steps", default="0-11", help="steps at which the reference is read")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_steps", type=int, default=28)
+    parser.add_argument("--output", default="extended_kv.png")
+    args = parser.parse_args(argv)
+
+    pipeline, kept = load_pipeline("flux-mini"), {}
+    request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
+    sites = [f"{block}.attend" for block in layers_of(args.layers, request.name, pipeline.variant.params)]
+    sigmas = get_schedule(request.num_steps, request.height * request.width // 256)
+    starts, velocities = [], []
+    rows = [(1, args.reference, keeping(kept)), (0, args.prompt, None), (0, args.prompt, extended(kept))]
+    for seed, prompt, fn in rows:
+        noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, args.seed + seed)
+        inputs = prepare(pipeline.t5, pipeline.clip, noise, prompt)
+        starts.append(inputs.pop("img"))
+        plan = [Custom(sites=sites, fn=fn, steps=args.steps)] if sites and fn else []
+        run = HookRun(plan, pipeline.variant.params, sigmas)
+        velocities.append(flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=run))
+    drawn = euler(side_by_side(*velocities), torch.cat(starts), sigmas)
+    grid([pipeline.picture(x, request) for x in drawn.split(1)], columns=len(drawn)).save(args.output)
+
+
+if __name__ == "__main__":
+    main()
