@@ -5,11 +5,15 @@ It holds plain data: a wrong flag is answered from here, before pydantic or torc
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+from .errors import UsageError
 from .variants import DEFAULT, VARIANTS
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads the low 32 bits of a seed; larger ones would silently repeat smaller ones"""
+MAX_SEEDS = 1000
+"""pictures or seeds that one flag may ask for"""
 
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 """accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it"""
@@ -48,6 +52,19 @@ class Field:
         noun = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}[self.kind]
         return noun if self.minimum is None else f"{noun} from {self.minimum} to {self.maximum}"
 
+    def parse(self, given: str | None, otherwise: Any = None) -> Any:
+        """The value of a flag's text, or `otherwise` where it was not given. UsageError says what it has to be."""
+        if given is None:
+            return otherwise
+        try:
+            value = self.kind(given)
+            right = self.minimum is None or self.maximum is None or self.minimum <= value <= self.maximum
+        except ValueError:
+            right = False
+        if not right or (self.choices and given not in self.choices):
+            raise UsageError(f"{self.flag} must be {self.nature}, not {given!a}")
+        return value
+
     @property
     def metavar(self) -> str:
         return self.word or {int: "N", float: "X"}.get(self.kind, "TEXT")
@@ -72,7 +89,7 @@ REQUEST = (
     Field("height", int, "pixels", ("-H",), 1, 65536, from_row=True),
     Field("num_steps", int, "denoising steps", ("--steps",), 1, 10_000, from_row=True),
     Field("guidance", float, "how closely to follow the prompt", (), 0, 100, from_row=True),
-    Field("num_images", int, "draw the seeds s, s+1, …", (), 1, 1000, default=1),
+    Field("num_images", int, "draw the seeds s, s+1, …", (), 1, MAX_SEEDS, default=1),
     Field("seed", int, f"0 to {MAX_SEED}, one or several; -1: random (default)", ("-s",), 0, MAX_SEED, many=True),
     Field("init_image", str, "picture to start from (PNG, JPEG, WebP)", word="FILE"),
     Field("strength", float, "how far to leave the init image; 1: all the way (default: 0.8)", (), 0, 1),
@@ -117,6 +134,21 @@ EDIT = (
     *(field for field in REQUEST if field.name in ("width", "height", "num_steps", "guidance", "dtype", "force")),
     Field("seed", int, "seed of the start noise (default: random)", (), 0, MAX_SEED),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
+    Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+)
+IMPORTANCE = (
+    _NAME,
+    Field("prompts", str, "what to draw: JSON, a list of prompt and seed (default: 64 that ship)", word="FILE"),
+    Field("limit", int, "take the first N prompts", (), 1, 1_000_000),
+    Field("seeds", int, "seeds of each prompt: its own and those behind it", (), 1, MAX_SEEDS, default=1),
+    Field("num_steps", int, "denoising steps", ("--steps",), 1, 10_000, default=15),
+    *(field for field in REQUEST if field.name in ("width", "height", "guidance", "dtype", "force")),
+    Field("batch", int, "pictures drawn at once (default: what fills the device)", (), 1, 1024),
+    Field("scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", word="NAME"),
+    Field("pooling", str, "the picture's feature: cls or mean", choices=("cls", "mean"), default="cls", word="NAME"),
+    Field("top", int, "call so many blocks vital (default: a sixth, as Stable Flow)", (), 1, 1000),
+    Field("threshold", float, "call the blocks above this importance vital", (), 0, 2),
+    Field("output_dir", str, "the study's folder (default: output/importance-NAME)", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
 )
 SAVE = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import EDIT, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .fields import EDIT, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
 from .version import __version__
@@ -36,6 +36,12 @@ def _edit(**flags: Any) -> None:
     from .studies.edit import edit
 
     edit(**flags)
+
+
+def _importance(**flags: Any) -> None:
+    from .studies.importance import importance
+
+    importance(**flags)
 
 
 def _sites(**flags: Any) -> None:
@@ -79,6 +85,7 @@ class Command:
 COMMANDS = {
     "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + PLAN + RUN),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
+    "importance": Command("measure what each block is worth, by DINOv2", _importance, IMPORTANCE),
     "info": Command("print what a picture that flux_core made says of itself", _info, positional="file"),
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),

@@ -65,6 +65,18 @@ def save_picture(image: Image.Image, folder: Path, stem: str) -> Path:
             temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, data: bytes | str) -> Path:
+    """Write a file that is there whole or not at all, in the place of an older one of that name. DiskError."""
+    temporary = _temporary(path.parent)
+    with disk_errors(path):
+        try:
+            _write(temporary, data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
 def _temporary(folder: Path) -> Path:
     return folder / f".flux_core.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 

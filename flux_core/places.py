@@ -16,6 +16,9 @@ PACKAGE = Path(__file__).resolve().parent
 ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
 """an installed wheel carries the weights inside the package, a clone beside it"""
 
+SCORER = "dinov2-mini"
+"""the scorer that ships, trained on flux-mini's world"""
+_SCORER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 _TEXT_FILES = ["*.json", "*.safetensors", "spiece.model", "merges.txt"]
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
@@ -63,6 +66,17 @@ def text_folders(variant: Variant) -> TextFolders:
     return TextFolders(t5, t5, clip, clip)
 
 
+def scorer_folder(name: str) -> Path:
+    """The folder of a scorer: one that ships, one on this disk, or a hub repository's. Errors as in `hub_file`."""
+    shipped = [root / SCORER for root in ROOTS] if name == SCORER else []
+    for folder in (*shipped, Path(name)):
+        if folder.is_dir():
+            return folder
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise FileError(f"there is no scorer {name!a}: give {SCORER}, a folder, or a hub id as facebook/dinov2-base")
+    return hub_folder(name, _SCORER_FILES, "the scorer")
+
+
 def hub_file(repo: str, name: str) -> Path:
     """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
     with _hub_errors(repo, name):
@@ -71,9 +85,9 @@ def hub_file(repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name))
 
 
-def hub_folder(repo: str, patterns: list[str]) -> Path:
+def hub_folder(repo: str, patterns: list[str], what: str = "the text encoder") -> Path:
     """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
-    with _hub_errors(repo, "the text encoder"):
+    with _hub_errors(repo, what):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repo, allow_patterns=patterns))

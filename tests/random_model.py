@@ -14,6 +14,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
@@ -129,4 +131,16 @@ def write_model(folder: Path, variant: Variant, dtype: torch.dtype = torch.float
     flux, ae = random_weights(Flux(variant.params)), random_weights(AutoEncoder(variant.ae_params), 1)
     write_safetensors(folder / variant.flow_file, flux.to(dtype).state_dict())
     write_safetensors(folder / variant.ae_file, ae.to(dtype).state_dict())
+    return folder
+
+
+def write_scorer(folder: Path) -> Path:
+    """A DINOv2 that sees pictures at 32x32, as transformers keeps one."""
+    config = Dinov2Config(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, use_mask_token=False
+    )
+    random_weights(Dinov2Model(config), seed=3, std=0.5).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    kind = {"image_processor_type": "BitImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes | kind))
     return folder

@@ -39,16 +39,14 @@ def edit(
     """
     if not source or not edit:
         raise UsageError('say what there is and what there shall be: --source "a pig face" --edit "a green pig face"')
-    if replay not in _FIELDS["replay"].choices:
-        raise UsageError(f"--replay must be {_FIELDS['replay'].nature}, not {replay!a}")
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
     request = GenerationRequest(prompt=source, **fields)
     for line in request.notes():
         note(line)
-    strength = _number("source_guidance", source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
-    factor = _number("nudge", nudge, float(str(_FIELDS["nudge"].default)))
+    strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
+    factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
     chosen = choose_layers(layers, request)
     folder = prepare_folder(output_dir)
 
@@ -58,7 +56,7 @@ def edit(
     pipeline = load_pipeline(request.name, device, request.dtype)
     job = Editing(pipeline, request, edit, chosen, strength, origin)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
-    return _save(job, _draw(job, photo, factor or 1.0, replay), folder)
+    return _save(job, _draw(job, photo, factor, way), folder)
 
 
 def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
@@ -69,19 +67,6 @@ def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
         note(f"no vital layers are known for {request.name}: keys and values are shared in all blocks")
     choice = layers or ("vital" if request.name in VITAL else "all")
     return layers_of(choice, request.name, request.variant.params)
-
-
-def _number(name: str, given: str | None, default: float | None) -> float | None:
-    field = _FIELDS[name]
-    if given is None:
-        return default
-    try:
-        value = float(given)
-    except ValueError:
-        value = float("nan")
-    if not (field.minimum or 0) <= value <= (field.maximum or 0):
-        raise UsageError(f"{field.flag} must be {field.nature}, not {given!a}")
-    return value
 
 
 def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) -> list[Image.Image]:

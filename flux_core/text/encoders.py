@@ -62,12 +62,12 @@ def load_text_encoders(
 ) -> tuple[TextEncoder, TextEncoder]:
     """T5 and CLIP of that model, weights loaded and frozen. FileError, AccessError or DiskError."""
     folders = text_folders(variant)
-    with _quiet():
+    with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
         from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        t5_model = _load_model(T5EncoderModel, folders.t5, device, dtype)
-        clip_model = _load_model(CLIPTextModel, folders.clip, device, dtype)
+        t5_model = load_model(T5EncoderModel, folders.t5, device, dtype)
+        clip_model = load_model(CLIPTextModel, folders.clip, device, dtype)
         t5_tokenizer = load_tokenizer(folders.t5_tokenizer, "T5TokenizerFast", t5_model)
         clip_tokenizer = load_tokenizer(folders.clip_tokenizer, "CLIPTokenizer", clip_model)
     clip_length = min(CLIP_TOKENS, clip_tokenizer.model_max_length, clip_model.config.max_position_embeddings)
@@ -98,20 +98,23 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
     return tokenizer
 
 
-def _load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
+def load_model(
+    kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str = "text encoder"
+) -> Any:
+    """One of transformers' models, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"{folder}: the text encoder could not be read: {error}") from error
+        raise FileError(f"{folder}: the {what} could not be read: {error}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
-        raise FileError(f"{folder}: the text encoder lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
+        raise FileError(f"{folder}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
     return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' notices and progress bars off the terminal; what matters of them is checked here."""
     from transformers.utils import logging
 

@@ -1,0 +1,86 @@
+"""Pictures of results: the bars of an importance study, and contact sheets with words."""
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .importance import Row
+
+COLOURS = {"double_blocks": "#3b6fb6", "single_blocks": "#d9822b"}
+MARGIN = 4
+GAP = 0.8
+"""between the bars of the two kinds"""
+
+
+def importance_chart(rows: Sequence[Row], vital: Sequence[str], cut: float, title: str, other: float | None) -> bytes:
+    """A PNG: one bar for each block with its confidence interval, double and single blocks told apart, the cut drawn.
+
+    Blocks that are not vital are pale. other: the importance that another seed would have, drawn for scale.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7, 0.24 * len(rows) + 2), 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = [row.layer + GAP * row.block.startswith("single") for row in rows]
+    for kind, colour in COLOURS.items():
+        mine = [row for row in rows if row.block.startswith(kind)]
+        axes.bar(
+            [places[row.layer] for row in mine],
+            [row.importance for row in mine],
+            yerr=[row.ci95 for row in mine],
+            color=[colour if row.block in vital else f"{colour}66" for row in mine],
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
+        )
+        axes.bar(0, 0, color=colour, label=kind.replace("_", " "))
+    axes.axhline(cut, color="#b02a37", linewidth=1, linestyle="--", label=f"cut {cut:.3f}")
+    if other is not None:
+        axes.axhline(other, color="#777777", linewidth=1, linestyle=":", label=f"another seed {other:.3f}")
+    axes.set_xticks(places, [row.block.rpartition(".")[2] for row in rows])
+    axes.tick_params(axis="x", labelsize=8 if len(rows) < 30 else 6)
+    axes.set_ylabel("1 - mean similarity")
+    axes.set_title(title, fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], heads: Sequence[str], side: int = 128
+) -> Image.Image:
+    """Pictures in labelled rows under labelled columns, each scaled to fit `side` pixels."""
+    font = ImageFont.load_default(11)
+    left = 2 * MARGIN + max(int(font.getlength(line)) for label, _ in rows for line in label.split("\n"))
+    top = 2 * MARGIN + 30
+    sheet = Image.new("RGB", (left + len(heads) * (side + MARGIN), top + len(rows) * (side + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, head in enumerate(heads):
+        draw.text((left + i * (side + MARGIN), MARGIN), _wrap(head, font, side), fill="black", font=font)
+    for j, (label, pictures) in enumerate(rows):
+        y = top + j * (side + MARGIN)
+        draw.text((MARGIN, y + side // 2 - 12), label, fill="black", font=font)
+        for i, picture in enumerate(pictures):
+            small = picture.copy()
+            small.thumbnail((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left + i * (side + MARGIN), y))
+    return sheet
+
+
+def _wrap(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:
+    """At most two lines of that width; what does not fit is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) < 2:
+            lines.append(word)
+        else:
+            lines[-1] += "…"
+            break
+    return "\n".join(lines)
