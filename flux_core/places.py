@@ -72,6 +72,9 @@ def scorer_folder(name: str) -> Path:
     for folder in (*shipped, Path(name)):
         if folder.is_dir():
             return folder
+    if name == SCORER:
+        looked = " or ".join(map(str, shipped))
+        raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise FileError(f"there is no scorer {name!a}: give {SCORER}, a folder, or a hub id as facebook/dinov2-base")
     return hub_folder(name, _SCORER_FILES, "the scorer")
