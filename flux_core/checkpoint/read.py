@@ -5,8 +5,10 @@ their dtype stay mapped from the file until they are used.
 Names and shapes are compared with the header before a byte of weights is read.
 """
 
+import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,10 +19,13 @@ from tqdm import tqdm
 
 from ..errors import FileError
 from ..model import AutoEncoder, Flux
+from ..terminal import note
 from ..variants import Variant
 from .files import ae_path, flow_path
+from .header import Entry, Header, open_file, read_header
 
-FLOATS = ("BF16", "F16", "F32", "F64")
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""what weights may be written in, by the file's word for it"""
 Shapes = Mapping[str, tuple[int, ...]]
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,25 +57,48 @@ def stream(
     path: Path, expected: Shapes, device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the file, on `device` and in `dtype`, once names and shapes have been found to fit."""
-    size = path.stat().st_size
-    quiet = size < 10**9 or not sys.stderr.isatty()
+    header = read_header(path)
+    _check(path, header.shapes, expected)
+    _check_dtypes(path, {name: entry.dtype for name, entry in header.tensors.items()})
+    quiet = header.size < 10**9 or not sys.stderr.isatty()
+    with (
+        _opened(header, device) as get_tensor,
+        tqdm(total=header.size, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=quiet) as bar,
+    ):
+        for name in expected:
+            tensor = get_tensor(name)
+            bar.update(tensor.nbytes)
+            yield name, tensor.to(dtype)
+
+
+@contextmanager
+def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
+    """A function from names to tensors on `device`: mapped by safetensors, or read where a file can't be mapped.
+
+    Some network and merged file systems know no mmap (os error 19), Windows runs out of page file (1455), containers
+    out of address space (12). The header is known to be sound, so whatever stands in the way of safetensors is that.
+    """
     try:
-        with (
-            safe_open(path, framework="pt", device=str(device)) as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=quiet) as bar,
-        ):
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            _check(path, {name: tuple(x.get_shape()) for name, x in slices.items()}, expected)
-            _check_dtypes(path, {name: x.get_dtype() for name, x in slices.items()})
-            for name in expected:
-                tensor = file.get_tensor(name)
-                bar.update(tensor.nbytes)
-                yield name, tensor.to(dtype)
-    except (SafetensorError, OSError) as error:
-        raise FileError(
-            f"{path} ({size:,} bytes) could not be read as safetensors: {error}. "
-            "Next: fetch the file again, it is damaged or of another kind."
-        ) from error
+        mapped = safe_open(header.path, framework="pt", device=str(device))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        note(f"{header.path.name} cannot be mapped into memory here ({error}); it is read instead")
+        with open_file(header.path) as file:
+            yield lambda name: _read_tensor(file, header.path, header.tensors[name]).to(device)
+        return
+    with mapped as opened:
+        yield opened.get_tensor
+
+
+def _read_tensor(file: io.BufferedReader, path: Path, entry: Entry) -> Tensor:
+    """One tensor's bytes, straight into memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    if tensor.numel():
+        file.seek(entry.start)
+        if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.start:
+            raise FileError(
+                f"{path} became shorter while it was read. Next: wait until it is all there, and try again."
+            )
+    return tensor
 
 
 def _check(path: Path, found: Shapes, expected: Shapes) -> None:
@@ -97,7 +125,7 @@ def _listing(what: str, names: list[str]) -> str:
 
 
 def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
-    foreign = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    foreign = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
     if foreign:
         raise FileError(f"{path}: {_listing('tensors that are no bf16, fp16 or fp32', foreign)}.")
 
