@@ -56,6 +56,12 @@ def _save(name: str = DEFAULT, **flags: Any) -> None:
     tell(str(save(name, **flags)))
 
 
+def _verify(file: str) -> None:
+    from .studies.verify import verify
+
+    tell(verify(file))
+
+
 def _run_jobs(file: str) -> None:
     from .jobs import flags_of, read_jobs
 
@@ -86,7 +92,10 @@ COMMANDS = {
     "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + PLAN + RUN),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
     "importance": Command("measure what each block is worth, by DINOv2", _importance, IMPORTANCE),
-    "info": Command("print what a picture that flux_core made says of itself", _info, positional="file"),
+    "info": Command(
+        "print what a picture of flux_core, or a file of weights, says of itself", _info, positional="file"
+    ),
+    "verify": Command("look for damage and non-finite numbers in a file of weights", _verify, positional="file"),
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),
     "save": Command("write a model's weights to a folder", _save, SAVE),

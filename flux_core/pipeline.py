@@ -16,8 +16,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import load_autoencoder, load_flux, resolve, weights_hashes
-from .device import dtype_name, memory_errors, pick_device, pick_dtype
+from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes
+from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype
 from .errors import NonFiniteError, UsageError
 from .hooks import Custom, HookRun, Intervention
 from .metadata import describe
@@ -41,13 +41,15 @@ from .text import load_text_encoders
 from .variants import DEFAULT, Variant, get_variant
 
 Encoder = Callable[[list[str]], Tensor]
+KNOWN_PROMPTS = 64
+"""prompts whose text tokens are kept"""
 
 
 class Pipeline:
     """One loaded model.
 
     `t5` and `clip` map prompts to [B, T, D] and [B, V]; `t5.truncated(prompt)` is the text that t5 drops, if
-    any.
+    any. With `offload` they, the transformer and the autoencoder take turns on the device.
     """
 
     def __init__(
@@ -60,11 +62,14 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
         weights: dict[str, str] | None = None,
+        offload: bool = False,
     ) -> None:
         self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
         self.device, self.dtype = device, dtype
         self.weights = weights or {}
-        self.encode = lru_cache(maxsize=64)(self._encode)
+        self.offload = offload
+        self._present: tuple[Any, ...] = ()
+        self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(self._encode)
         """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
 
     def generate(
@@ -178,15 +183,43 @@ class Pipeline:
         ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
         txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
         strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
-        return flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run)
+        flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            self._turn(self.model)
+            return flow(x, sigma)
+
+        return velocity if self.offload else flow
+
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """With `offload`: encode at most KNOWN_PROMPTS prompts in one turn, before the text encoders leave."""
+        if self.offload:
+            with torch.no_grad(), memory_errors(f"from {len(prompts)} prompt(s)", self.device):
+                for prompt in prompts:
+                    self.encode(prompt)
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        self._turn(self.t5, self.clip)
         return self.t5([prompt]), self.clip([prompt])
+
+    def _turn(self, *parts: Any) -> None:
+        """With `offload`: the others go back to the CPU, then these parts come to the device."""
+        if not self.offload or self._present == parts:
+            return
+        self._present = ()  # until all moves are made: one may run out of memory
+        for part in (self.t5, self.clip, self.model, self.ae):
+            if part not in parts:
+                part.to("cpu")
+        give_memory_back(self.device)
+        for part in parts:
+            part.to(self.device)
+        self._present = parts
 
     def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
         """The init image, resized, as the tokens of its latent: [1, L, 64]."""
         pixels = torch.from_numpy(np.array(source.resize((width, height), Image.Resampling.LANCZOS)))
         x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w")
+        self._turn(self.ae)
         return pack(self.ae.encode(x.to(self.device, self.dtype)))
 
     def checked(self, on_step: OnStep | None) -> OnStep:
@@ -207,6 +240,7 @@ class Pipeline:
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
         """Decode tokens [1, L, 64] to the picture that was asked for, with its request attached."""
         width, height = request.made_size
+        self._turn(self.ae)
         pixels = self.ae.decode(unpack(x, height, width))[0].float()
         if not torch.isfinite(pixels).all():
             raise self._non_finite("decoded picture")
@@ -222,7 +256,7 @@ def load_pipeline(
     """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32."""
     variant, place = get_variant(name), pick_device(device)
     kind = pick_dtype(dtype, place)
-    resolve(variant)  # a file that is not there is told before a text encoder is loaded for it
+    check_files(variant)  # a wrong file is told before a text encoder is loaded for it
     t5, clip = load_text_encoders(variant, place, kind)
     model, ae = load_flux(variant, place, kind), load_autoencoder(variant, place, kind)
     return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant))

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..places import embedded_folder
-    from .files import resolve, weights_hashes
+    from .files import check_files, resolve, weights_hashes
     from .keymaps import from_diffusers, to_diffusers
     from .read import load_autoencoder, load_flux
     from .write import write_safetensors
 
 _HOMES = {
+    "check_files": ".files",
     "embedded_folder": "..places",
     "from_diffusers": ".keymaps",
     "load_autoencoder": ".read",
@@ -20,6 +21,7 @@ _HOMES = {
     "write_safetensors": ".write",
 }
 __all__ = [
+    "check_files",
     "embedded_folder",
     "from_diffusers",
     "load_autoencoder",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..places import embedded_folder, hub_file
-from ..variants import Variant
+from ..variants import VARIANTS, Variant
+from .identify import Identity, Part, identify
+from .source import find_source
 
 LARGE = 2**28
 """bytes above which a file is known by its header and size instead of by every byte"""
@@ -18,29 +20,61 @@ def resolve(variant: Variant) -> tuple[Path, Path]:
 
 
 def flow_path(variant: Variant) -> Path:
-    """The transformer's file: what ships with the package, else `FLUX_MODEL` if set, else the hub's."""
-    return _find(variant, variant.flow_file, "FLUX_MODEL")
+    """The transformer's file or folder of shards: what ships, else `FLUX_MODEL` if set, else the hub's file."""
+    return _find(variant, variant.flow_file, "transformer", "FLUX_MODEL")
 
 
 def ae_path(variant: Variant) -> Path:
-    """The autoencoder's file: what ships with the package, else `FLUX_AE` if set, else the hub's."""
-    return _find(variant, variant.ae_file, "FLUX_AE")
+    """The autoencoder's file or folder: what ships with the package, else `FLUX_AE` if set, else the hub's file."""
+    return _find(variant, variant.ae_file, "vae", "FLUX_AE")
 
 
-def _find(variant: Variant, file: str, variable: str) -> Path:
+def _find(variant: Variant, file: str, folder: str, variable: str) -> Path:
     if variant.repo is None:
         path = embedded_folder(variant) / file
         return _existing(path, str(path), "clone the repository again, whole, or install it again")
     if named := os.environ.get(variable):
         path = Path(named).expanduser()
-        return _existing(path, f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
+        inside = (path / name for name in (file, folder) if path.is_dir())  # official files, or a diffusers pipeline
+        path = next((one for one in inside if one.exists()), path)
+        return _existing(
+            path, f"{variable}={named}", f"point {variable} to a safetensors file or a folder, or unset it"
+        )
     return hub_file(variant.repo, file)
 
 
+def check_files(variant: Variant) -> None:
+    """Hold the headers of its files against the model: FileError, in a tenth of a second and without torch."""
+    params = variant.params
+    wanted: dict[Part, tuple[int, ...]] = {
+        "transformer": (params.hidden_size, params.in_channels, params.guidance_embed),
+        "autoencoder": (),
+    }
+    for path, (part, features) in zip(resolve(variant), wanted.items(), strict=True):
+        found = identify(find_source(path).shapes, part)
+        if found.part != part:
+            raise FileError(f"{path} is {found.text}, and no {part}. Next: {_place_of(found)}.")
+        if found.features and found.features != features:
+            raise FileError(f"{path} is {found.text}, and not {variant.name}. Next: {_name_of(found)}.")
+
+
+def _place_of(found: Identity) -> str:
+    places = {"transformer": "point FLUX_MODEL to it", "autoencoder": "point FLUX_AE to it"}
+    return places.get(found.part, "point FLUX_MODEL to a transformer and FLUX_AE to its autoencoder")
+
+
+def _name_of(found: Identity) -> str:
+    """The --name that such a file is for."""
+    for row in VARIANTS.values():
+        if found.features == (row.params.hidden_size, row.params.in_channels, row.params.guidance_embed):
+            return f"--name {row.name}"
+    return f"give a file of one of {', '.join(VARIANTS)}"
+
+
 def _existing(path: Path, origin: str, advice: str) -> Path:
-    if path.is_file():
+    if path.is_file() or path.is_dir():
         return path
-    found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+    found = "is no regular file" if path.exists() else "does not exist"
     raise FileError(f"{origin} {found}. Next: {advice}.")
 
 
@@ -57,7 +91,15 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
     if variant.embedded:
         for folder in (variant.t5, variant.clip):
             files[f"{folder}/model.safetensors"] = embedded_folder(variant) / folder / "model.safetensors"
-    return {name: file_hash(path) for name, path in files.items()}
+    return {name: _hash(path) for name, path in files.items()}
+
+
+def _hash(path: Path) -> str:
+    """See `weights_hashes`. A folder of shards is known by the hashes of all of them."""
+    if not path.is_dir():
+        return file_hash(path)
+    parts = "".join(file_hash(header.path) for header in find_source(path).headers)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:

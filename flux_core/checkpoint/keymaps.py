@@ -12,7 +12,7 @@ One table of rows for each network; both directions read the same rows. Almost a
 Going there and back gives the same bytes. Tensors are views of what was given wherever no values had to move.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import NamedTuple
 
@@ -129,14 +129,21 @@ def to_diffusers(state: State, params: Params) -> dict[str, Tensor]:
 
 def from_diffusers(state: State, params: Params) -> dict[str, Tensor]:
     """diffusers' names -> official ones. FileError likewise."""
-    pairs = list(_pairs(params))
-    _same_names(state, [name for pair in pairs for name in pair.diffusers])
-    out: dict[str, Tensor] = {}
-    for pair in pairs:
-        parts = [state[name] for name in pair.diffusers]
+    _same_names(state, [name for pair in _pairs(params) for name in pair.diffusers])
+    return dict(streamed_from_diffusers(state.__getitem__, params))
+
+
+def streamed_from_diffusers(get: Callable[[str], Tensor], params: Params) -> Iterator[tuple[str, Tensor]]:
+    """Official names and tensors, one by one, from a function that gives a tensor by its diffusers name."""
+    for pair in _pairs(params):
+        parts = [get(name) for name in pair.diffusers]
         parts[-1] = _back(parts[-1], pair.how, params)
-        out[pair.official] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out
+        yield pair.official, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def diffusers_shapes(state: State, params: Params) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a network's official state dict, on `meta`, has in diffusers' layout."""
+    return {name: tuple(x.shape) for name, x in to_diffusers(state, params).items()}
 
 
 def _pairs(params: Params) -> Iterator[Pair]:

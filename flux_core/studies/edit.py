@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..checkpoint import check_files
 from ..errors import UsageError
 from ..fields import EDIT
 from ..output import prepare_folder, save_picture
@@ -49,6 +50,7 @@ def edit(
     factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
     chosen = choose_layers(layers, request)
     folder = prepare_folder(output_dir)
+    check_files(request.variant)
 
     from ..editing import Editing  # and with it torch
     from ..pipeline import load_pipeline

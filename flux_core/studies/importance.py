@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..checkpoint import check_files
 from ..errors import DiskError, UsageError
 from ..fields import IMPORTANCE
 from ..importance import (
@@ -78,6 +79,7 @@ def importance(
     )
     prepare_folder(study.folder)
     study.settle(request)
+    check_files(request.variant)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     width, height = request.made_size
     groups = study.groups(_FIELDS["batch"].parse(batch, max(1, TOKENS * 256 // (width * height))))

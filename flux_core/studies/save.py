@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..checkpoint import check_files
 from ..errors import UsageError
 from ..variants import get_variant
 
@@ -22,6 +23,8 @@ def save(name: str, format: str = "diffusers", dtype: str = "bf16", output: Path
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}.")
     folder = Path(output).expanduser() if output else Path("output") / f"{name}-{format}-{dtype}"
+
+    check_files(variant)
 
     import torch  # only now: a wrong argument should not wait for it
 

@@ -1,5 +1,6 @@
 """From files to models: what loads, and what is said of files that do not."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from random_model import random_weights, small_variant
 
 from flux_core.checkpoint import files as files_module
-from flux_core.checkpoint import load_autoencoder, load_flux, resolve, weights_hashes, write_safetensors
+from flux_core.checkpoint import (
+    load_autoencoder,
+    load_flux,
+    resolve,
+    to_diffusers,
+    weights_hashes,
+    write_safetensors,
+)
 from flux_core.errors import FileError
 from flux_core.model import AutoEncoder, Flux
 
@@ -64,9 +72,10 @@ def test_a_variable_set_for_flux_dev_does_not_touch_an_embedded_model(small, sma
     assert resolve(small)[0] == small_root / "flux-mini" / "flux-mini.safetensors"
 
 
-def test_a_variable_that_names_a_folder(official, monkeypatch, tmp_path):
-    monkeypatch.setenv("FLUX_AE", str(tmp_path))
-    with pytest.raises(FileError, match=rf"FLUX_AE={tmp_path} is a folder"):
+def test_a_variable_that_names_a_folder_without_weights(official, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("FLUX_AE", str(tmp_path / "empty"))
+    with pytest.raises(FileError, match="empty is a folder with no safetensors file"):
         load_autoencoder(DEV)
 
 
@@ -96,26 +105,98 @@ def test_unexpected_and_misshapen_tensors(official, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: {k: v for k, v in s.items() if "guidance_in" not in k}, "FLUX.1-schnell (no guidance_in)"),
-        (lambda s: s | {"img_in.weight": torch.ones(32, 384)}, "FLUX.1-Fill (img_in takes 384 features)"),
-        (lambda s: s | {"img_in.weight": torch.ones(64, 64)}, "a FLUX transformer of hidden size 64"),
-        (lambda s: {f"model.diffusion_model.{k}": v for k, v in s.items()}, "a file with ComfyUI's prefix"),
+        (lambda s: {k: v for k, v in s.items() if "guidance_in" not in k}, "a FLUX.1 transformer of hidden size 32"),
+        (lambda s: {"img_in.weight": torch.ones(3072, 64)}, "of FLUX.1-schnell's kind (no guidance_in)"),
         (
-            lambda s: {"transformer_blocks.0.attn.to_q.weight": torch.ones(1)},
-            "a file in the diffusers layout",
+            lambda s: {"img_in.weight": torch.ones(3072, 384), "guidance_in.in_layer.weight": torch.ones(1)},
+            "of FLUX.1-Fill's kind (img_in takes 384 features)",
         ),
+        (lambda s: s | {"img_in.weight": torch.ones(64, 64)}, "a FLUX.1 transformer of hidden size 64"),
         (lambda s: {"double_blocks.0.img_mod.lin.lora_A.weight": torch.ones(1)}, "a LoRA"),
-        (lambda s: dict(AutoEncoder(DEV.ae_params).state_dict()), "an autoencoder (FLUX_AE)"),
+        (lambda s: dict(AutoEncoder(DEV.ae_params).state_dict()), "an autoencoder"),
+        (lambda s: {"input_blocks.0.0.weight": torch.ones(1)}, "a Stable Diffusion UNet"),
+        (lambda s: {"double_stream_modulation_img.lin.weight": torch.ones(1)}, "a FLUX.2 transformer"),
+        (lambda s: {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(1)}, "a T5 text encoder"),
+        (lambda s: {"something": torch.ones(1)}, "no kind of weights that is known here"),
     ],
 )
-def test_a_guess_at_what_the_file_is(official, tmp_path, change, words):
+def test_what_a_file_is_instead(official, tmp_path, change, words):
     rewrite(tmp_path, change)
-    assert f"This looks like {words}" in finding()
+    text = finding()
+    assert f"This is {words}" in text or f"a FLUX.1 transformer {words}" in text
 
 
 def test_a_transformer_in_the_autoencoders_place(official, monkeypatch, tmp_path):
     monkeypatch.setenv("FLUX_AE", str(tmp_path / "FLUX_MODEL.safetensors"))
-    assert "This looks like a transformer (FLUX_MODEL)" in finding(load_autoencoder)
+    assert "This is a FLUX.1 transformer of hidden size 32. Next: check --name and FLUX_AE" in finding(load_autoencoder)
+
+
+# Layouts -------------------------------------------------------------------------------------------
+
+
+def same(official):
+    """What is loaded now has the tensors of the official files, to the bit."""
+    for model, state in zip(
+        (load_flux(DEV, dtype=torch.float32), load_autoencoder(DEV, dtype=torch.float32)), official, strict=True
+    ):
+        loaded = model.state_dict()
+        assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_diffusers_pipeline_folder(official, monkeypatch, tmp_path):
+    flux, ae = official
+    for part, state in (("transformer", to_diffusers(flux, DEV.params)), ("vae", to_diffusers(ae, DEV.ae_params))):
+        (tmp_path / "pipe" / part).mkdir(parents=True)
+        write_safetensors(tmp_path / "pipe" / part / "diffusion_pytorch_model.safetensors", state)
+    for variable in ("FLUX_MODEL", "FLUX_AE"):
+        monkeypatch.setenv(variable, str(tmp_path / "pipe"))
+    same(official)
+    assert all(len(value) == 16 for value in weights_hashes(DEV).values())
+
+
+def test_a_sharded_folder_with_an_index(official, monkeypatch, tmp_path):
+    state = list(to_diffusers(official[0], DEV.params).items())
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    where = {}
+    for i, part in enumerate((state[::2], state[1::2])):  # q of a block in one file, its k in the other
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        write_safetensors(folder / name, dict(part))
+        where |= {tensor: name for tensor, _ in part}
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    monkeypatch.setenv("FLUX_MODEL", str(folder))
+    same(official)
+
+    (folder / name).unlink()
+    assert f"names the shard '{name}', which is missing" in finding()
+    index.write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+    assert "'../../x.safetensors', which is not a file beside it: it is not opened" in finding()
+    index.write_text("[]")
+    assert "is no index of shards" in finding()
+
+
+def test_comfyuis_prefix_and_its_all_in_one_file(official, monkeypatch, tmp_path):
+    flux, ae = official
+    prefixed = {f"model.diffusion_model.{name}": x for name, x in flux.items()}
+    write_safetensors(tmp_path / "FLUX_MODEL.safetensors", prefixed)
+    same(official)
+
+    text = {"text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight": torch.ones(2)}
+    whole = tmp_path / "whole.safetensors"
+    write_safetensors(whole, prefixed | {f"vae.{name}": x for name, x in ae.items()} | text)
+    for variable in ("FLUX_MODEL", "FLUX_AE"):
+        monkeypatch.setenv(variable, str(whole))
+    same(official)
+
+
+def test_a_folder_of_official_files(official, monkeypatch, tmp_path):
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for variable, name in (("FLUX_MODEL", DEV.flow_file), ("FLUX_AE", DEV.ae_file)):
+        (tmp_path / f"{variable}.safetensors").rename(folder / name)
+        monkeypatch.setenv(variable, str(folder))
+    same(official)
 
 
 def test_a_quantized_file(official, tmp_path):

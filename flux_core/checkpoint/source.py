@@ -1,0 +1,63 @@
+"""The files of one network's weights, by their headers: one file, or a folder of shards with an index. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileError
+from .header import Header, open_file, read_header
+
+INDEX = ".safetensors.index.json"
+MAX_INDEX = 16 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """The headers of all files of one network, not yet opened for reading."""
+
+    path: Path
+    """what was named: a file or a folder"""
+    headers: tuple[Header, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(header.size for header in self.headers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for header in self.headers for name, shape in header.shapes.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: entry.dtype for header in self.headers for name, entry in header.tensors.items()}
+
+
+def find_source(path: Path) -> Source:
+    """The files behind a path: itself, or a folder's one safetensors file, or the shards of its index. FileError."""
+    if not path.is_dir():
+        return Source(path, (read_header(path),))
+    indices, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return Source(path, tuple(read_header(shard) for shard in _shards(indices[0])))
+    if len(files) == 1:
+        return Source(path, (read_header(files[0]),))
+    found = f"{len(files)} safetensors files and {len(indices)} indices" if files or indices else "no safetensors file"
+    raise FileError(
+        f"{path} is a folder with {found}. Next: name the file itself, or a folder with one set of weights."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each beside it and there."""
+    try:
+        with open_file(index) as file:
+            names = json.loads(file.read(MAX_INDEX))["weight_map"].values()
+            shards = sorted({str(name) for name in names})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise FileError(f"{index} is no index of shards. Next: fetch it again.") from None
+    for name in shards:
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+            raise FileError(f"{index} names the shard {name[:80]!a}, which is not a file beside it: it is not opened.")
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index} names the shard {name[:80]!a}, which is missing. Next: fetch it, too.")
+    return [index.parent / name for name in shards]

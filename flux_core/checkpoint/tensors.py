@@ -1,0 +1,58 @@
+"""Tensors out of files, by name, one by one: mapped by safetensors, or read where a file can't be mapped.
+
+Some network and merged file systems know no mmap (`os error 19`), Windows runs out of page file (1455), containers out
+of address space (12).
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FileError
+from ..terminal import note
+from .header import Entry, Header, open_file
+from .source import Source
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""what weights may be written in, by the file's word for it"""
+
+
+@contextmanager
+def opened(source: Source, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
+    """A function from names to tensors on `device`, while the block runs."""
+    with ExitStack() as stack:
+        homes: dict[str, Callable[[str], Tensor]] = {}
+        for header in source.headers:
+            homes |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device)))
+        yield lambda name: homes[name](name)
+
+
+@contextmanager
+def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
+    """One file, mapped or read. Its header is known to be sound, so what stands in safetensors' way is the mapping."""
+    try:
+        mapped = safe_open(header.path, framework="pt", device=str(device))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        note(f"{header.path.name} cannot be mapped into memory here ({error}); it is read instead")
+        with open_file(header.path) as file:
+            yield lambda name: _read_tensor(file, header.path, header.tensors[name]).to(device)
+        return
+    with mapped as opened:
+        yield opened.get_tensor
+
+
+def _read_tensor(file: io.BufferedReader, path: Path, entry: Entry) -> Tensor:
+    """One tensor's bytes, straight into memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    if tensor.numel():
+        file.seek(entry.start)
+        if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.start:
+            raise FileError(
+                f"{path} became shorter while it was read. Next: wait until it is all there, and try again."
+            )
+    return tensor

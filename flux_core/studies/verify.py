@@ -1,0 +1,31 @@
+"""`verify FILE`: whether a file of weights is whole, and every number in it finite."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoint.source import find_source
+from ..errors import FileError
+from ..terminal import no_bars
+
+
+def verify(file: str) -> str:
+    """A line for a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
+    source = find_source(Path(file))
+
+    from ..checkpoint.tensors import opened  # and with it torch
+
+    bad = []
+    with (
+        opened(source, "cpu") as get,
+        tqdm(total=source.size, unit="B", unit_scale=True, desc="verifying", disable=no_bars()) as bar,
+    ):
+        for name in source.shapes:
+            tensor = get(name)
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                bad.append(name)
+            bar.update(tensor.nbytes)
+    if bad:
+        listed = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise FileError(f"{file}: {len(bad)} tensor(s) hold NaN or infinity ({listed}). Next: fetch the file again.")
+    return f"{file}: {len(source.shapes):,} tensors, {source.size:,} bytes, whole and finite"
