@@ -71,3 +71,11 @@ def memory_errors(what: str, device: torch.device) -> Iterator[None]:
                 "or another --device"
             ) from error
         raise
+
+
+def give_memory_back(device: torch.device) -> None:
+    """What freed tensors left with torch's allocator goes back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -38,6 +38,8 @@ class Variant:
     licence: str
     repo: str | None = None
     """hub repository of the official files; None: the weights ship with the package"""
+    variables: tuple[str, ...] = ("FLUX_MODEL",)
+    """environment variables that may name the transformer's file, the first that is set counts"""
 
     @property
     def embedded(self) -> bool:
@@ -138,6 +140,26 @@ VARIANTS: dict[str, Variant] = {
             min_side=256,
             max_side=4096,
             licence="FLUX.1 [dev] Non-Commercial License",
+            variables=("FLUX_MODEL", "FLUX_DEV"),
+        ),
+        Variant(
+            name="flux-dev-krea",
+            params=_flux1(guidance_embed=True),
+            ae_params=_FLUX1_AE,
+            repo="black-forest-labs/FLUX.1-Krea-dev",
+            flow_file="flux1-krea-dev.safetensors",
+            ae_file="ae.safetensors",
+            t5=_T5,
+            clip=_CLIP,
+            max_text=512,
+            shift=True,
+            num_steps=28,
+            guidance=2.5,
+            width=1360,
+            height=768,
+            min_side=256,
+            max_side=4096,
+            licence="FLUX.1 [dev] Non-Commercial License",
         ),
         Variant(
             name="flux-schnell",
@@ -157,10 +179,13 @@ VARIANTS: dict[str, Variant] = {
             min_side=256,
             max_side=4096,
             licence="Apache-2.0",
+            variables=("FLUX_MODEL", "FLUX_SCHNELL"),
         ),
     )
 }
 DEFAULT = "flux-mini"
+AE_VARIABLES = ("FLUX_AE", "AE")
+"""environment variables that may name the autoencoder's file; `AE` is the older official one, as `FLUX_DEV` is"""
 
 
 def get_variant(name: str) -> Variant:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..places import embedded_folder, hub_file
-from ..variants import VARIANTS, Variant
+from ..variants import AE_VARIABLES, VARIANTS, Variant
 from .identify import Identity, Part, identify
 from .source import find_source
 
@@ -20,20 +20,21 @@ def resolve(variant: Variant) -> tuple[Path, Path]:
 
 
 def flow_path(variant: Variant) -> Path:
-    """The transformer's file or folder of shards: what ships, else `FLUX_MODEL` if set, else the hub's file."""
-    return _find(variant, variant.flow_file, "transformer", "FLUX_MODEL")
+    """The transformer's file or folder of shards: what ships, else what `FLUX_MODEL` names, else the hub's file."""
+    return _find(variant, variant.flow_file, "transformer", variant.variables)
 
 
 def ae_path(variant: Variant) -> Path:
-    """The autoencoder's file or folder: what ships with the package, else `FLUX_AE` if set, else the hub's file."""
-    return _find(variant, variant.ae_file, "vae", "FLUX_AE")
+    """The autoencoder's file or folder: what ships, else what `FLUX_AE` names, else the hub's file."""
+    return _find(variant, variant.ae_file, "vae", AE_VARIABLES)
 
 
-def _find(variant: Variant, file: str, folder: str, variable: str) -> Path:
+def _find(variant: Variant, file: str, folder: str, variables: tuple[str, ...]) -> Path:
     if variant.repo is None:
         path = embedded_folder(variant) / file
         return _existing(path, str(path), "clone the repository again, whole, or install it again")
-    if named := os.environ.get(variable):
+    variable, named = next(((name, value) for name in variables if (value := os.environ.get(name))), ("", ""))
+    if named:
         path = Path(named).expanduser()
         inside = (path / name for name in (file, folder) if path.is_dir())  # official files, or a diffusers pipeline
         path = next((one for one in inside if one.exists()), path)

@@ -67,6 +67,16 @@ def test_a_variable_that_names_a_missing_file(official, monkeypatch):
         resolve(DEV)
 
 
+def test_the_older_official_variables(official, monkeypatch, tmp_path):
+    for new, old in (("FLUX_MODEL", "FLUX_DEV"), ("FLUX_AE", "AE")):
+        monkeypatch.setenv(old, str(tmp_path / f"{new}.safetensors"))
+        monkeypatch.delenv(new)
+    same(official)
+    monkeypatch.setenv("FLUX_MODEL", "/nowhere/else.safetensors")  # the new one comes first
+    with pytest.raises(FileError, match="FLUX_MODEL=/nowhere"):
+        resolve(DEV)
+
+
 def test_a_variable_set_for_flux_dev_does_not_touch_an_embedded_model(small, small_root, monkeypatch):
     monkeypatch.setenv("FLUX_MODEL", "/nowhere/else.safetensors")
     assert resolve(small)[0] == small_root / "flux-mini" / "flux-mini.safetensors"
