@@ -25,7 +25,7 @@ from .fields import MAX_SEED, MAX_SEEDS, nearest
 from .hooks import Skip
 from .hooks.sites import block_names
 from .metadata import png_bytes
-from .output import write_whole
+from .output import disk_errors, write_whole
 from .pictures import as_rgb, open_picture
 from .request import GenerationRequest
 
@@ -128,7 +128,8 @@ class Study:
         """Draw and keep the pictures of one block, as one batch."""
         for task, image in zip(tasks, pipeline.draw_rows([self.request_of(task) for task in tasks]), strict=True):
             path = self.path(task)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, png_bytes(image))
 
     def settle(self, request: GenerationRequest) -> None:

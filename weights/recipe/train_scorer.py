@@ -1,6 +1,6 @@
 """The embedded scorer: a small DINOv2, taught by pictures of flux-mini's world alone. No name is ever read.
 
-    python weights/recipe/train_scorer.py ROOT WORK [--minutes 40] [--device cpu]
+    python weights/recipe/train_scorer.py ROOT WORK [--minutes 6]
 
 Self-supervision by telling instances apart, as in Exemplar-CNN (arXiv 1406.6909) and NPID (arXiv 1805.01978): every
 sprite is an example of nothing but itself, and of each picture that the renderer made the network is to say which of
@@ -13,8 +13,7 @@ The class token and the mean of the patch tokens answer alike, so that either po
 sixteen of the things is never shown (`unseen`), for `benchmarks/scorer.py` to ask. (What `heldout.json` keeps from
 flux-mini are combinations, for it to draw; a scorer draws nothing.)
 
-Handed on is the moving average without the sprites' vectors, in transformers' format: WORK/dinov2-mini. A small network
-at 64 pixels, since a CPU is enough for it.
+Handed on is the moving average without the sprites' vectors, in transformers' format: WORK/dinov2-mini.
 """
 
 import copy
@@ -35,11 +34,11 @@ from trainer import Trainer, say, stage_arguments
 from transformers import Dinov2Config, Dinov2Model
 
 CONFIG = Dinov2Config(
-    image_size=64,  # 8 x 8 patches
+    image_size=112,  # 14 x 14 patches
     patch_size=8,
-    hidden_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=2,
+    hidden_size=192,
+    num_hidden_layers=6,
+    num_attention_heads=3,
     use_mask_token=False,
 )
 PREPROCESSOR = {
@@ -57,7 +56,7 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
 }
 TEMPERATURE = 0.08
-CANVAS = 80  # what crops are cut from
+CANVAS = 144  # what crops are cut from
 
 
 class Scorer(nn.Module):
@@ -196,7 +195,7 @@ def write_scorer(folder: Path, backbone: Dinov2Model) -> Dinov2Model:
 
 
 def main() -> None:
-    parser = stage_arguments(__doc__, steps=100_000, minutes=40, batch=128, lr=1e-3, data=True)
+    parser = stage_arguments(__doc__, steps=100_000, minutes=6, batch=512, lr=1e-3, data=True)
     parser.add_argument("--scenes", type=int, default=200_000)
     args = parser.parse_args()
 
