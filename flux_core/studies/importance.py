@@ -30,7 +30,7 @@ from ..importance import (
 )
 from ..output import prepare_folder, write_whole
 from ..places import SCORER
-from ..request import GenerationRequest
+from ..request import PATCH, GenerationRequest
 from ..terminal import no_bars, note, tell
 from ..variants import DEFAULT, get_variant
 
@@ -77,14 +77,13 @@ def importance(
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
+    check_files(request.variant)
     prepare_folder(study.folder)
     study.settle(request)
-    check_files(request.variant)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    width, height = request.made_size
-    groups = study.groups(_FIELDS["batch"].parse(batch, max(1, TOKENS * 256 // (width * height))))
+    rows = _FIELDS["batch"].parse(batch)
     if rank == 0:
-        _announce(study, groups)
+        _announce(study)
         for line in request.notes():
             note(line)
 
@@ -95,10 +94,11 @@ def importance(
     place = pick_device(_own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
     pipeline = load_pipeline(request.name, place, request.dtype)
+    groups = study.groups(rows or _rows_that_fill(place.type, request))
     study.settle(pipeline.complete(request))
     _draw(study, pipeline, groups[rank::world], quiet=rank > 0)
     if rank == 0:
-        _wait(study, groups)
+        _wait(study)
         _report(study, judge, how_many, cut)
     return study.folder
 
@@ -111,9 +111,15 @@ def _own_gpu(device: str) -> str:
     return f"cuda:{local}" if device == "auto" and local and torch.cuda.is_available() else device
 
 
-def _announce(study: Study, groups: list[list[Task]]) -> None:
+def _rows_that_fill(device: str, request: GenerationRequest) -> int:
+    """Two CPU cores are busy with one picture: a batch takes as long for each, and loses more when it is ended."""
+    width, height = request.made_size
+    return 1 if device == "cpu" else max(1, TOKENS * PATCH**2 // (width * height))
+
+
+def _announce(study: Study) -> None:
     """Say what will be drawn. DiskError when the pictures would not fit."""
-    every = [task for group in groups for task in group]
+    every = [task for group in study.groups(batch=1) for task in group]
     missing = study.missing(every)
     size = len(missing) * study.request.width * study.request.height * BYTES_PER_PIXEL
     free = shutil.disk_usage(study.folder).free
@@ -139,9 +145,9 @@ def _draw(study: Study, pipeline: Any, groups: list[list[Task]], quiet: bool) ->
                 tell(f"{seconds:.2f} s a picture: about {max(1, round(seconds * (rest - len(tasks)) / 60))} min to go")
 
 
-def _wait(study: Study, groups: list[list[Task]]) -> None:
+def _wait(study: Study) -> None:
     """Until the other processes have drawn their share."""
-    every = [task for group in groups for task in group]
+    every = [task for group in study.groups(batch=1) for task in group]
     while missing := len(study.missing(every)):
         note(f"waiting for {missing} pictures of the other processes")
         time.sleep(5)
