@@ -14,7 +14,12 @@ Layout = Literal["official", "diffusers"]
 
 COMFY = "model.diffusion_model."
 """ComfyUI's prefix, in front of a transformer's official names"""
-WHOLE = {"transformer": COMFY, "autoencoder": "vae.", "t5": "text_encoders.t5xxl.", "clip": "text_encoders.clip_l."}
+WHOLE = {
+    "transformer": COMFY,
+    "autoencoder": "vae.",
+    "t5": "text_encoders.t5xxl.transformer.",
+    "clip": "text_encoders.clip_l.transformer.",
+}
 """prefixes of the parts in ComfyUI's all-in-one file"""
 
 
