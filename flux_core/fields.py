@@ -109,9 +109,12 @@ PLAN = (
 )
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", word="FILE"),
+    Field("prompt_file", str, "draw every line of a text file (-: standard input)", word="FILE"),
+    Field("loop", bool, "then read prompts and /w /h /g /s /n /q from standard input", default=False),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
 )
 SITES = (_NAME,)
 EDIT = (
@@ -156,6 +159,9 @@ SAVE = (
     Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),
     Field("dtype", str, "precision of the saved weights: bf16, fp16 or fp32", default="bf16", word="NAME"),
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
+)
+DOWNLOAD = (
+    Field("endpoint", str, "address of the hub or of a mirror (default: the environment's, else huggingface.co)", word="URL"),
 )
 FIELDS = {field.name: field for field in REQUEST}
 

@@ -189,7 +189,7 @@ class Pipeline:
             self._turn(self.model)
             return flow(x, sigma)
 
-        return velocity if self.offload else flow
+        return velocity
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """With `offload`: encode at most KNOWN_PROMPTS prompts in one turn, before the text encoders leave."""
@@ -207,7 +207,8 @@ class Pipeline:
         if not self.offload or self._present == parts:
             return
         self._present = ()  # until all moves are made: one may run out of memory
-        for part in (self.t5, self.clip, self.model, self.ae):
+        every: tuple[Any, ...] = (self.t5, self.clip, self.model, self.ae)
+        for part in every:
             if part not in parts:
                 part.to("cpu")
         give_memory_back(self.device)
@@ -251,12 +252,19 @@ class Pipeline:
 
 
 def load_pipeline(
-    name: str = DEFAULT, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    name: str = DEFAULT,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    offload: bool = False,
 ) -> Pipeline:
-    """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32."""
+    """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32.
+
+    offload: load it to the CPU, from where each part comes to the device for its turn only.
+    """
     variant, place = get_variant(name), pick_device(device)
     kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    t5, clip = load_text_encoders(variant, place, kind)
-    model, ae = load_flux(variant, place, kind), load_autoencoder(variant, place, kind)
-    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant))
+    home = torch.device("cpu") if offload else place
+    t5, clip = load_text_encoders(variant, home, kind)
+    model, ae = load_flux(variant, home, kind), load_autoencoder(variant, home, kind)
+    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload)

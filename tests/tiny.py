@@ -39,12 +39,18 @@ class Words:
     def _word(self, word: str) -> torch.Tensor:
         return torch.randn(self.dim, generator=torch.Generator().manual_seed(crc32(word.encode())))
 
+    def to(self, device: torch.device | str) -> "Words":
+        return self
+
     def truncated(self, prompt: str) -> str | None:
         return " ".join(prompt.split()[4:]) or None
 
 
 def tiny_pipeline(
-    name: str = "flux-mini", device: str | None = None, dtype: str | torch.dtype | None = None
+    name: str = "flux-mini",
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    offload: bool = False,
 ) -> Pipeline:
     """Stands in for `load_pipeline`, arguments included; weights are the same every time."""
     variant = tiny_variant(name)
@@ -53,4 +59,5 @@ def tiny_pipeline(
         torch.manual_seed(0)
         model, ae = Flux(variant.params).to(kind), AutoEncoder(variant.ae_params).to(kind)
     t5, clip = Words(CONTEXT, False, kind), Words(VECTOR, True, kind)
-    return Pipeline(variant, model, ae, t5, clip, torch.device("cpu"), kind, {"flux-mini.safetensors": "abc"})
+    weights = {"flux-mini.safetensors": "abc"}
+    return Pipeline(variant, model, ae, t5, clip, torch.device("cpu"), kind, weights, offload)

@@ -5,15 +5,19 @@ the request, the init image, the folders. Each picture is saved as soon as it is
 failure costs is never more than one picture.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..checkpoint import check_files
+from ..errors import MemoryShortage, UsageError
 from ..fields import RUN
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
+from ..lines import obey, prompts_of, typed_lines
 from ..metadata import differences, read_request
 from ..output import prepare_folder, save_picture
 from ..pictures import grid, open_source
@@ -30,11 +34,14 @@ _DEFAULTS = {field.name: field.default for field in RUN}
 
 def generate(
     from_image: str | None = None,
+    prompt_file: str | None = None,
+    loop: bool = False,
     init_image: str | None = None,
     seed: list[str] | None = None,
     output_dir: str = str(_DEFAULTS["output_dir"]),
     stepwise_dir: str | None = None,
     device: str = str(_DEFAULTS["device"]),
+    offload: bool = False,
     plan: str | None = None,
     skip: list[str] | None = None,
     **fields: Any,
@@ -44,16 +51,37 @@ def generate(
     UsageError for what cannot be asked, DiskError for a folder that cannot be written, FileError for an init
     image that cannot be read.
     """
+    prompts = _prompts(prompt_file, fields, loop)
     source, origin = open_source(init_image)
     old = read_request(from_image) if from_image else None
     if old is not None:
         fields = _repeated(old, origin) | fields
     if plan or skip:
         fields["plan"] = plan_of(plan, skip)
-    asked = ask(seed, {**fields, "init_image": origin})
+    fields["init_image"] = origin
+    asked = ask(seed, fields, prompts)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
-    return _draw_all(asked, source, folder, steps_folder, device, old)
+
+    check_files(asked[0].variant)
+
+    from ..pipeline import load_pipeline  # and with it torch
+
+    pipeline = load_pipeline(asked[0].name, device, asked[0].dtype, offload)
+    draw = partial(_draw_all, pipeline, source, folder, steps_folder)
+    paths = draw(asked, _first_notes(pipeline, asked[0], old))
+    return paths + _draw_what_is_typed(draw, fields) if loop else paths
+
+
+def _prompts(file: str | None, fields: dict[str, Any], loop: bool) -> list[str] | None:
+    """The prompts of --prompt-file, if it is given."""
+    if file is None:
+        return None
+    if fields.get("prompt") is not None:
+        raise UsageError("--prompt and --prompt-file both say what to draw: give one of them")
+    if loop:
+        raise UsageError("--prompt-file and --loop both say what comes next: give one of them")
+    return prompts_of(file)
 
 
 def plan_of(file: str | None, skip: list[str] | None) -> Plan:
@@ -73,34 +101,64 @@ def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any
     return old.model_dump(exclude={"version", "weights", "init_image", "functions"})
 
 
-def ask(seeds: list[str] | None, fields: dict[str, Any]) -> list[GenerationRequest]:
-    """One request for each picture: `num_images` from every seed given. A seed twice is drawn once."""
-    each = [{}] if seeds is None else [{"seed": seed} for seed in seeds]
-    requests = [GenerationRequest(**{**fields, **seed}) for seed in each]
-    for line in requests[0].notes():
+def ask(
+    seeds: Sequence[str] | None, fields: dict[str, Any], prompts: Sequence[str] | None = None
+) -> list[GenerationRequest]:
+    """One request for each picture: `num_images` from every seed, for every prompt. The same twice is drawn once."""
+    each_prompt = [{}] if prompts is None else [{"prompt": prompt} for prompt in prompts]
+    each_seed = [{}] if seeds is None else [{"seed": seed} for seed in seeds]
+    given = [GenerationRequest(**{**fields, **prompt, **seed}) for prompt in each_prompt for seed in each_seed]
+    for line in dict.fromkeys(line for request in given for line in request.notes()):
         note(line)
-    every = [one for request in requests for one in request.images()]
-    unique = list({one.seed: one for one in every}.values())
+    every = [one for request in given for one in request.images()]
+    unique = list({(one.prompt, one.seed): one for one in every}.values())
     if len(unique) < len(every):
         note(f"{len(every) - len(unique)} repeated seed(s) are drawn once")
     return unique
 
 
+def _first_notes(pipeline: "Pipeline", request: GenerationRequest, old: GenerationRequest | None) -> list[str]:
+    """What is told once for a model, and of the picture that is repeated."""
+    request = pipeline.complete(request)
+    lines = [] if request.variant.embedded else [f"licence of {request.name}: {request.variant.licence}"]
+    return lines + [f"pixels may differ: {reason}" for reason in (differences(old, request) if old else [])]
+
+
+def _draw_what_is_typed(draw: Callable[[list[GenerationRequest]], list[Path]], fields: dict[str, Any]) -> list[Path]:
+    """Draw after every line that is no command, until `/q` or the input's end. What is wrong is told, and it goes on.
+
+    A seed is for one picture: the next one has another, unless `/s` says which.
+    """
+    paths: list[Path] = []
+    fields = {**fields, "seed": None}
+    for line in typed_lines():
+        try:
+            fields = obey(line, fields)
+            if not line.startswith("/"):
+                paths += draw(ask(None, fields))
+                fields = {**fields, "seed": None}
+        except (UsageError, MemoryShortage) as error:
+            note(f"error: {error}")
+    return paths
+
+
 def _draw_all(
-    requests: list[GenerationRequest],
+    pipeline: "Pipeline",
     source: Image.Image | None,
     folder: Path,
     steps_folder: Path | None,
-    device: str,
-    old: GenerationRequest | None,
+    requests: list[GenerationRequest],
+    notes: Sequence[str] = (),
 ) -> list[Path]:
-    from ..pipeline import load_pipeline  # and with it torch
+    """Draw and save the pictures, and a grid of them if there are several. notes: what else is told before."""
+    from ..pipeline import KNOWN_PROMPTS
 
     first = requests[0]
-    pipeline = load_pipeline(first.name, device, first.dtype)
-    _introduce(pipeline, requests, old)
+    _introduce(pipeline, requests, notes)
     paths, images = [], []
-    for request in requests:
+    for number, request in enumerate(requests):
+        if number % KNOWN_PROMPTS == 0:
+            pipeline.encode_ahead([one.prompt for one in requests[number : number + KNOWN_PROMPTS]])
         images.append(_draw(pipeline, request, source, steps_folder))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
@@ -109,15 +167,15 @@ def _draw_all(
     return paths
 
 
-def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], old: GenerationRequest | None) -> None:
+def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:
     """Say once what is about to be drawn, and what of it may surprise."""
     request = pipeline.complete(requests[0])
-    seeds = ", ".join(str(one.seed) for one in requests[:8]) + (", …" if len(requests) > 8 else "")
-    tell(f"{request.settings()}, seed {seeds}, {request.dtype} on {pipeline.device}")
-    lines = [] if request.variant.embedded else [f"licence of {request.name}: {request.variant.licence}"]
-    lines += pipeline.text_notes(request.prompt)
-    lines += [] if old is None else [f"pixels may differ: {reason}" for reason in differences(old, request)]
-    for line in lines:
+    seeds, prompts = (list(dict.fromkeys(getattr(one, name) for one in requests)) for name in ("seed", "prompt"))
+    shown = ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
+    several = f", {len(prompts)} prompts" if len(prompts) > 1 else ""
+    tell(f"{request.settings()}{several}, seed {shown}, {request.dtype} on {pipeline.device}")
+    dropped = [line for prompt in prompts for line in pipeline.text_notes(prompt)]
+    for line in dict.fromkeys([*notes, *dropped]):
         note(line)
 
 
