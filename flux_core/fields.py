@@ -161,7 +161,12 @@ SAVE = (
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
 )
 DOWNLOAD = (
-    Field("endpoint", str, "address of the hub or of a mirror (default: the environment's, else huggingface.co)", word="URL"),
+    Field(
+        "endpoint",
+        str,
+        "address of the hub or of a mirror (default: the environment's, else huggingface.co)",
+        word="URL",
+    ),
 )
 FIELDS = {field.name: field for field in REQUEST}
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import EDIT, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .fields import DOWNLOAD, EDIT, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .hub import read_env
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
 from .version import __version__
@@ -62,6 +63,19 @@ def _verify(file: str) -> None:
     tell(verify(file))
 
 
+def _download(name: str = DEFAULT, **flags: Any) -> None:
+    from .studies.download import download
+
+    download(name, **flags)
+
+
+def _doctor() -> None:
+    from .studies.doctor import doctor
+
+    for line in doctor():
+        tell(line)
+
+
 def _run_jobs(file: str) -> None:
     from .jobs import flags_of, read_jobs
 
@@ -99,6 +113,8 @@ COMMANDS = {
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),
     "save": Command("write a model's weights to a folder", _save, SAVE),
+    "download": Command("fetch an official model's files from the hub", _download, DOWNLOAD, positional="name"),
+    "doctor": Command("print what this machine has: versions, devices, token, cache", _doctor),
 }
 
 
@@ -190,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         command, flags = parse(argv)
+        read_env()
         command.run(**flags)
         return 0
     except SystemExit as done:  # argparse leaves so after --help and --version

@@ -3,13 +3,11 @@
 Everything else asks here for a folder or a file on this disk, and gets it, or an error with the next step.
 """
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import AccessError, DiskError, FileError, FluxError
+from .errors import FileError
+from .hub import hub_errors
 from .variants import Variant
 
 PACKAGE = Path(__file__).resolve().parent
@@ -19,8 +17,9 @@ ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
 SCORER = "dinov2-mini"
 """the scorer that ships, trained on flux-mini's world"""
 _SCORER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
-_TEXT_FILES = ["*.json", "*.safetensors", "spiece.model", "merges.txt"]
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+TEXT_FILES = ["*.json", "*.safetensors", "spiece.model", "merges.txt"]
+TEXT_OF_FLUX = ["text_encoder_2/*", "tokenizer_2/*"]
+"""T5 and its tokenizer in the repository of a FLUX.1 model"""
 
 
 def embedded_folder(variant: Variant) -> Path:
@@ -58,10 +57,10 @@ def text_folders(variant: Variant) -> TextFolders:
             if not (folder / "config.json").is_file():
                 raise FileError(f"{folder} holds no text encoder. Next: clone the repository again, whole.")
         return TextFolders(t5, t5, clip, clip)
-    clip = hub_folder(variant.clip, _TEXT_FILES)
-    t5 = hub_folder(variant.t5, _TEXT_FILES)
+    clip = hub_folder(variant.clip, TEXT_FILES)
+    t5 = hub_folder(variant.t5, TEXT_FILES)
     if not any(t5.glob("*.safetensors")):
-        flux = hub_folder(variant.repo, ["text_encoder_2/*", "tokenizer_2/*"])
+        flux = hub_folder(variant.repo, TEXT_OF_FLUX)
         return TextFolders(flux / "text_encoder_2", flux / "tokenizer_2", clip, clip)
     return TextFolders(t5, t5, clip, clip)
 
@@ -82,59 +81,15 @@ def scorer_folder(name: str) -> Path:
 
 def hub_file(repo: str, name: str) -> Path:
     """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
-    with _hub_errors(repo, name):
+    with hub_errors(repo, name) as access:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repo, name))
+        return Path(hf_hub_download(repo, name, **access))
 
 
 def hub_folder(repo: str, patterns: list[str], what: str = "the text encoder") -> Path:
     """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
-    with _hub_errors(repo, what):
+    with hub_errors(repo, what) as access:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-
-
-@contextmanager
-def _hub_errors(repo: str, wanted: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever the hub's client raises, its own or its transport's
-        raise _in_our_words(error, repo, wanted) from error
-
-
-def _in_our_words(error: Exception, repo: str, wanted: str) -> FluxError:
-    """What the hub's exceptions mean to a user. Gated is a kind of not found, so the order matters."""
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, hub.GatedRepoError):
-        return _no_access(repo, "is gated")
-    if isinstance(error, hub.RepositoryNotFoundError | hub.LocalTokenNotFoundError):
-        return _no_access(repo, "does not exist, or not for this token")
-    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        return _unreachable(repo, wanted)
-    if isinstance(error, hub.EntryNotFoundError):
-        return FileError(f"{repo} has no {wanted}. Next: look at https://huggingface.co/{repo}/tree/main.")
-    if isinstance(error, hub.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return _no_access(repo, f"is closed to this token (HTTP {status})")
-        return FileError(f"the hub answered {status} for {wanted} of {repo}. Next: try again later.")
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return DiskError(f"{wanted} of {repo} could not be stored: {error}. HF_HOME moves it.")
-    return _unreachable(repo, wanted, f" ({type(error).__name__}: {error})")
-
-
-def _unreachable(repo: str, wanted: str, detail: str = "") -> FileError:
-    return FileError(
-        f"{wanted} of {repo} is not on this disk, and the hub could not be reached{detail}. "
-        "Next: connect and run this again, or point FLUX_MODEL and FLUX_AE to files you have."
-    )
-
-
-def _no_access(repo: str, state: str) -> AccessError:
-    return AccessError(
-        f"the repository {repo} {state}. Next: log in, accept its licence at https://huggingface.co/{repo}, "
-        "make a read token at https://huggingface.co/settings/tokens, and set it as HF_TOKEN."
-    )
+        return Path(snapshot_download(repo, allow_patterns=patterns, **access))

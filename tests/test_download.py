@@ -1,0 +1,159 @@
+"""`download`, `doctor`, tokens and the hub's answers, against a real client and a hub on 127.0.0.1 (users.md 4c, rows
+41 to 45 and 55). The canary is the token of every test here, and no output may show it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import digest, fake_hub
+
+ROOT = Path(__file__).parent.parent
+CANARY = "hf_Canary0123456789Canary0123456789"
+REPO, CLIP, T5 = "black-forest-labs/FLUX.1-schnell", "openai/clip-vit-large-patch14", "google/t5-v1_1-xxl"
+FLOW = "flux1-schnell.safetensors"
+FILES = {
+    REPO: {
+        FLOW: bytes(range(256)) * 120_000,  # 31 MB: the client writes every 10 MB
+        "ae.safetensors": b"a" * 500,
+        "text_encoder_2/config.json": b"{}",
+        "text_encoder_2/model.safetensors": b"t" * 300,
+        "tokenizer_2/spiece.model": b"s",
+        "transformer/diffusion_pytorch_model.safetensors": b"the other layout",
+        "text_encoder/model.safetensors": b"the other layout",
+    },
+    CLIP: {"config.json": b"{}", "model.safetensors": b"c", "pytorch_model.bin": b"pickle"},
+    T5: {"config.json": b"{}", "spiece.model": b"s", "pytorch_model.bin": b"pickle"},
+}
+
+
+@pytest.fixture
+def hub():
+    with fake_hub(FILES) as running:
+        yield running
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """The command in an empty folder, in an environment without any settings but those given."""
+
+    def run(*words, code=0, **env):
+        kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+        kept |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), **env}
+        command = [sys.executable, str(ROOT / "cli.py"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, encoding="utf-8", timeout=60)
+        assert CANARY not in done.stdout + done.stderr
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    run.folder = tmp_path
+    return run
+
+
+def address(hub, end=""):
+    return f"http://127.0.0.1:{hub.port}{end}"
+
+
+def names(hub):
+    return {path.split("/resolve/")[1].partition("/")[2] for _, path, *_ in hub.seen if "/resolve/" in path}
+
+
+def test_only_what_is_loaded_is_fetched_and_then_found_offline(cli, hub):
+    """From a mirror with a slash behind it; then without any network, by HF_HUB_OFFLINE."""
+    out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub, "/ "), HF_TOKEN=CANARY)
+    paths = out.splitlines()[1:]
+    assert out.startswith("flux-schnell: Apache-2.0\n") and all(Path(path).exists() for path in paths)
+    text = {"text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/spiece.model"}
+    assert names(hub) == {FLOW, "ae.safetensors", "config.json", "model.safetensors", "spiece.model", *text}
+    assert hub.tokens() <= {f"Bearer {CANARY}", None}
+    hub.seen.clear()
+    assert cli("download", "flux-schnell", HF_ENDPOINT=address(hub), HF_HUB_OFFLINE="1") == out
+    assert hub.seen == []
+    told = cli("doctor", HF_HUB_OFFLINE="1", FLUX_AE="/nowhere.safetensors")
+    assert "flux-schnell  transformer in the cache" in told and "T5 in the cache, CLIP in the cache" in told
+    assert "autoencoder FLUX_AE=/nowhere.safetensors, which does not exist" in told
+
+
+def test_a_flag_names_the_mirror_and_the_files_may_lie_elsewhere_without_the_token(cli, hub):
+    with fake_hub(FILES) as store:
+        hub.moved_to = f"http://localhost:{store.port}"
+        words = ("download", "flux-schnell", "--endpoint", address(hub))
+        out = cli(*words, HF_TOKEN=CANARY, HF_ENDPOINT="http://127.0.0.1:9")
+        assert Path(out.splitlines()[1]).read_bytes() == FILES[REPO][FLOW]
+        assert f"Bearer {CANARY}" in hub.tokens() and store.tokens() == {None}
+
+
+def test_a_cut_connection_is_taken_up_at_the_byte_where_it_broke(cli, hub):
+    hub.cut, hub.reset = FLOW, False
+    out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
+    assert [asked for *_, asked in hub.seen if asked] == [f"bytes={10 * 2**20}-"]
+    assert digest(Path(out.splitlines()[1]).read_bytes()) == digest(FILES[REPO][FLOW])
+
+
+def test_a_run_that_was_cut_is_whole_after_the_next(cli, hub):
+    hub.cut = FLOW
+    told = cli("download", "flux-schnell", code=4, HF_ENDPOINT=address(hub))
+    assert f"was cut while {FLOW} of {REPO} was downloaded. Next: run this again" in told
+    hub.cut = None
+    out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
+    assert digest(Path(out.splitlines()[1]).read_bytes()) == digest(FILES[REPO][FLOW])
+
+
+@pytest.mark.parametrize(
+    ("fail", "token", "code", "words"),
+    [
+        ((401, "GatedRepo", "", "resolve"), "", 3, f"{REPO} is gated, and there is no token. Next: log in, accept"),
+        ((401, "", "Invalid credentials in Authorization header", "api"), CANARY, 3, "does not know the token from"),
+        ((403, "GatedRepo", "", "resolve"), CANARY, 3, "may not read it. Next: with that token's account accept"),
+        ((404, "RepoNotFound", "", "api"), CANARY, 3, f"{REPO} does not exist at http://127.0.0.1"),
+        ((404, "EntryNotFound", "", "resolve"), "", 4, f"{REPO} has no {FLOW}"),
+        ((429, "", "", "api"), "", 4, "answered 429"),
+        ((503, "", "", "api"), "", 4, "the hub answered 503"),
+    ],
+    ids=lambda value: str(value[:2]) if isinstance(value, tuple) else None,
+)
+def test_the_hubs_refusals_are_told_apart(cli, hub, fail, token, code, words):
+    hub.fail = fail
+    told = cli("download", "flux-schnell", code=code, HF_ENDPOINT=address(hub), HF_TOKEN=token, NO_COLOR="1")
+    assert words in told.splitlines()[-1] and "Next: " in told and "Traceback" not in told
+
+
+def test_unreachable_and_offline_without_a_cache(cli):
+    told = cli("download", "flux-schnell", code=4, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "could not be reached (ConnectError" in told
+    told = cli("download", "flux-schnell", code=4, HF_HUB_OFFLINE="1")
+    assert "could not be reached (HF_HUB_OFFLINE is set). Next: unset" in told
+
+
+def test_a_home_that_cannot_be_written(cli, hub):
+    (cli.folder / "file").touch()
+    told = cli("download", "flux-schnell", code=6, HF_ENDPOINT=address(hub), HF_HOME=str(cli.folder / "file"))
+    assert f"{cli.folder / 'file' / 'hub'} cannot be written to" in told and "set HF_HOME" in told
+    assert hub.seen == []
+
+
+def test_what_ships_needs_no_hub(cli):
+    assert "ships with the package, nothing is to be downloaded" in cli("download", "flux-mini", HF_ENDPOINT="nonsense")
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(monkeypatch, hub, tmp_path, capsys):
+    from flux_core.errors import DiskError
+    from flux_core.studies.download import download
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**28, 0, 2**28))
+    with pytest.raises(DiskError, match=r"0\.0 GB do not fit into .*HF_HUB_CACHE"):
+        download("flux-schnell", address(hub))
+    assert names(hub) == set() and "0.031 GB  to download; 0.3 GB free" in capsys.readouterr().err
+
+
+def test_doctor_has_a_word_for_everything_that_is_wrong(cli):
+    (cli.folder / "file").touch()
+    told = cli("doctor", HF_ENDPOINT="no address", HF_HOME=str(cli.folder / "file"), HUGGINGFACE_TOKEN=CANARY)
+    for words in ("torch 2.", "cpu: bfloat16, float32", "from HUGGINGFACE_TOKEN in the environment", "is no address"):
+        assert words in told
+    assert "cannot be written to" in told and "flux-mini     ships with the package" in told
