@@ -24,6 +24,7 @@ from .errors import FileError, UsageError
 from .fields import MAX_SEED, MAX_SEEDS, nearest
 from .hooks import Skip
 from .hooks.sites import block_names
+from .jsonfile import read_json
 from .metadata import png_bytes
 from .output import disk_errors, write_whole
 from .pictures import as_rgb, open_picture
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 SHARE = 9 / 57
 """of the blocks, that Stable Flow calls vital in FLUX.1-dev"""
-MAX_BYTES = 4 << 20
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 
@@ -56,17 +56,7 @@ def default_prompts(name: str) -> Path:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """A list of `{"prompt": …, "seed": …}`. FileError when it can't be read, UsageError for anything else in it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path}: the prompts could not be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: a prompts file has at most {MAX_BYTES:,} bytes")
-    try:
-        entries = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+    entries = read_json(path, "the list of prompts")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f'{path} holds no prompts: it should be [{{"prompt": "a red apple", "seed": 1}}, …]')
     try:

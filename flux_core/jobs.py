@@ -5,29 +5,17 @@
 Keys are the flags' names, with `_` or `-`. A list of such objects runs one after the other.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError, UsageError
+from .errors import UsageError
 from .fields import Field, nearest
-
-MAX_BYTES = 1 << 20
+from .jsonfile import read_json
 
 
 def read_jobs(path: str | Path) -> list[dict[str, Any]]:
     """The jobs of a file, unchecked. FileError when it can't be read, UsageError when it holds none."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path}: the job could not be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: a job file has at most {MAX_BYTES:,} bytes")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+    found = read_json(path, "the job")
     jobs = found if isinstance(found, list) else [found]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
         raise UsageError(f'{path} holds no job: say {{"command": "generate", "prompt": "a red apple"}}')

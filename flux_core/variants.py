@@ -5,7 +5,7 @@ official models: black-forest-labs/flux `src/flux/util.py`; text lengths: its `c
 as most users run it, instead of the official command's 50; the effective values are printed with every run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import UsageError
 from .params import AutoEncoderParams, FluxParams
@@ -77,6 +77,27 @@ _FLUX1_AE = AutoEncoderParams(
 )
 _T5, _CLIP = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14"
 
+_DEV = Variant(
+    name="flux-dev",
+    params=_flux1(guidance_embed=True),
+    ae_params=_FLUX1_AE,
+    repo="black-forest-labs/FLUX.1-dev",
+    flow_file="flux1-dev.safetensors",
+    ae_file="ae.safetensors",
+    t5=_T5,
+    clip=_CLIP,
+    max_text=512,
+    shift=True,
+    num_steps=28,
+    guidance=3.5,
+    width=1360,
+    height=768,
+    min_side=256,
+    max_side=4096,
+    licence="FLUX.1 [dev] Non-Commercial License",
+    variables=("FLUX_MODEL", "FLUX_DEV"),
+)
+
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
@@ -122,44 +143,14 @@ VARIANTS: dict[str, Variant] = {
             max_side=512,
             licence="Apache-2.0 (trained on Microsoft Fluent Emoji, MIT)",
         ),
-        Variant(
-            name="flux-dev",
-            params=_flux1(guidance_embed=True),
-            ae_params=_FLUX1_AE,
-            repo="black-forest-labs/FLUX.1-dev",
-            flow_file="flux1-dev.safetensors",
-            ae_file="ae.safetensors",
-            t5=_T5,
-            clip=_CLIP,
-            max_text=512,
-            shift=True,
-            num_steps=28,
-            guidance=3.5,
-            width=1360,
-            height=768,
-            min_side=256,
-            max_side=4096,
-            licence="FLUX.1 [dev] Non-Commercial License",
-            variables=("FLUX_MODEL", "FLUX_DEV"),
-        ),
-        Variant(
+        _DEV,
+        replace(
+            _DEV,
             name="flux-dev-krea",
-            params=_flux1(guidance_embed=True),
-            ae_params=_FLUX1_AE,
             repo="black-forest-labs/FLUX.1-Krea-dev",
             flow_file="flux1-krea-dev.safetensors",
-            ae_file="ae.safetensors",
-            t5=_T5,
-            clip=_CLIP,
-            max_text=512,
-            shift=True,
-            num_steps=28,
             guidance=2.5,
-            width=1360,
-            height=768,
-            min_side=256,
-            max_side=4096,
-            licence="FLUX.1 [dev] Non-Commercial License",
+            variables=("FLUX_MODEL",),
         ),
         Variant(
             name="flux-schnell",

@@ -6,15 +6,15 @@
 What is wrong with one is found by `parse_plan` (words) and `check_plan` (names, steps, writers of one value).
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..errors import FileError, UsageError
+from ..errors import UsageError
 from ..fields import nearest
+from ..jsonfile import read_json
 from ..params import FluxParams
 from .attention_maps import AttentionMaps
 from .capture import Capture
@@ -35,7 +35,6 @@ AnyIntervention = Annotated[
 ]
 Plan = tuple[AnyIntervention, ...]
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
-MAX_BYTES = 1 << 20
 
 
 def parse_plan(entries: Any) -> Plan:
@@ -50,16 +49,7 @@ def parse_plan(entries: Any) -> Plan:
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a JSON file. FileError when it can't be read, UsageError when it is no plan."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FileError(f"{path}: the plan could not be read: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: a plan has at most {MAX_BYTES:,} bytes, this has {len(data):,}")
-    try:
-        entries = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+    entries = read_json(path, "the plan")
     if not isinstance(entries, list | dict):
         raise UsageError(f"{path}: a plan is a list of interventions")
     try:
