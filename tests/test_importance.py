@@ -170,6 +170,14 @@ def test_a_study_writes_what_it_promises(flags, scorer, tmp_path, capsys):
         assert len(Image.open(picture).convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_without_matplotlib_all_but_the_chart_is_written(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(flags) == 0
+    assert "no chart without matplotlib: pip install" in capsys.readouterr().err
+    found = {path.name for path in (tmp_path / "study").iterdir()}
+    assert {"importance.csv", "importance.json", "vital.json", "sheets"} <= found and "importance.png" not in found
+
+
 def test_pictures_are_what_the_pipeline_draws_and_say_how(flags, tmp_path):
     assert main(flags) == 0
     pipeline = load_pipeline("flux-mini", "cpu")

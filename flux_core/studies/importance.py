@@ -178,14 +178,23 @@ def _report(study: Study, scorer: "Scorer", top: int | None, threshold: float | 
     layers = {"model": name, "layers": vital, "cut": cut, "prompts": len(study.prompts), "seeds": study.seeds}
     write_whole(study.folder / "vital.json", json.dumps({**layers, "scorer": scorer.name}, indent=2) + "\n")
 
-    from ..charts import importance_chart
-
     title = f"{name}: each block left out, {pictures} pictures, {scorer.name} ({scorer.pooling})"
-    write_whole(study.folder / "importance.png", importance_chart(rows, vital, cut, title, other))
+    _write_chart(study.folder / "importance.png", rows, vital, cut, title, other)
     _write_sheets(study, rows)
     tell(_table(rows, vital, other))
     for file in ("importance.png", "importance.csv", "importance.json", "vital.json", "sheets"):
-        tell(str(study.folder / file))
+        if (study.folder / file).exists():
+            tell(str(study.folder / file))
+
+
+def _write_chart(path: Path, rows: list["Row"], vital: list[str], cut: float, title: str, other: float | None) -> None:
+    """The chart, where matplotlib is installed; a study of hours ends with all the rest where it is not."""
+    from ..charts import importance_chart
+
+    try:
+        write_whole(path, importance_chart(rows, vital, cut, title, other))
+    except ModuleNotFoundError:
+        note('no chart without matplotlib: pip install "matplotlib>=3.9", then run this again; nothing is drawn twice')
 
 
 def _table(rows: list["Row"], vital: list[str], other: float | None) -> str:
