@@ -1,6 +1,6 @@
 """The embedded scorer: a small DINOv2, taught by pictures of flux-mini's world alone. No name is ever read.
 
-    python weights/recipe/train_scorer.py ROOT WORK [--minutes 6]
+    python weights/recipe/train_scorer.py ROOT WORK [--minutes 12]
 
 Self-supervision by telling instances apart, as in Exemplar-CNN (arXiv 1406.6909) and NPID (arXiv 1805.01978): every
 sprite is an example of nothing but itself, and of each picture that the renderer made the network is to say which of
@@ -65,7 +65,8 @@ class Scorer(nn.Module):
     def __init__(self, sprites: int, config: Dinov2Config = CONFIG) -> None:
         super().__init__()
         self.backbone = Dinov2Model(config)
-        self.vectors = nn.Parameter(torch.randn(sprites, config.hidden_size))
+        # Short, so that AdamW's even steps turn them fast.
+        self.vectors = nn.Parameter(0.03 * torch.randn(sprites, config.hidden_size))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] -> logits [2, B, N]: cosines of class token and mean patch with every sprite."""
@@ -195,7 +196,7 @@ def write_scorer(folder: Path, backbone: Dinov2Model) -> Dinov2Model:
 
 
 def main() -> None:
-    parser = stage_arguments(__doc__, steps=100_000, minutes=6, batch=512, lr=1e-3, data=True)
+    parser = stage_arguments(__doc__, steps=100_000, minutes=12, batch=512, lr=1e-3, data=True)
     parser.add_argument("--scenes", type=int, default=200_000)
     args = parser.parse_args()
 
@@ -219,9 +220,10 @@ def main() -> None:
     for step in trainer.loop(args.pause):
         rng = np.random.default_rng(step)
         some = scenes[rng.integers(len(scenes), size=args.batch)]
-        freedom = min(1.0, 0.2 + trainer.progress / 0.7)
+        freedom = min(1.0, trainer.progress / 0.6)
+        pictures = views(some, atlas, rng, freedom)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            logits = forward(views(some, atlas, rng, freedom))
+            logits = forward(pictures)
         loss, named = instance_loss(logits, shares(some, len(rgba)).to(args.device))
         trainer.update(loss)
         if step % 1000 == 999:
