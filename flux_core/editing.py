@@ -11,6 +11,7 @@ step: `replay="released"` does as it does, `"exact"` holds the row where it was 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -91,10 +92,10 @@ class Editing:
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
-        velocity = self.pipeline.velocity([self.request.prompt, *self.edits], self.guidance, self.size, run)
+        velocity = partial(self.pipeline.velocity, [self.request.prompt, *self.edits], self.guidance, self.size)
         x = start.expand(len(self.branches), *start.shape[1:])
         with memory_errors(f"{len(x)} pictures of {self.size[0]}x{self.size[1]} pixels", self.pipeline.device):
-            return euler(velocity, x, self.sigmas, self.pipeline.checked(on_step))
+            return euler(velocity(run), x, self.sigmas, self.pipeline.checked(on_step, velocity, run))
 
     def picture(self, x: Tensor, row: int) -> Image.Image:
         """One row's tokens [L, 64] as a picture. Its metadata say what it is; `--from-image` cannot make it again."""

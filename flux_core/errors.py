@@ -42,6 +42,6 @@ class DiskError(FluxError):
 
 
 class NonFiniteError(FluxError):
-    """NaN or infinity in latents or pictures; no picture is written."""
+    """NaN or infinity in embeddings, latents or pictures; no picture is written."""
 
     exit_code = 7

@@ -80,7 +80,14 @@ class Field:
         return f" (default: {', '.join([str(first), *others])})"
 
 
-_NAME = Field("name", str, f"model: {', '.join(VARIANTS)}", ("--model", "-m"), default=DEFAULT, word="NAME")
+_NAME = Field("name", str, f"model: {', '.join(VARIANTS)}", default=DEFAULT, word="NAME")
+FILES = (
+    Field("model", str, "your own weights: a safetensors file or a folder; or as --name", ("-m",), word="PATH"),
+    Field("ae", str, "your own autoencoder: a file or a folder", word="PATH"),
+    Field("clip_l", str, "your own CLIP text encoder: a file or a folder", word="PATH"),
+    Field("t5xxl", str, "your own T5 text encoder: a file or a folder", word="PATH"),
+)
+"""the parts of a model; keys of `Variant.files`"""
 
 REQUEST = (
     _NAME,
@@ -119,6 +126,7 @@ RUN = (
 SITES = (_NAME,)
 EDIT = (
     _NAME,
+    *FILES,
     Field("source", str, "what the source shows (with --image: what the photograph shows)"),
     Field("edit", str, "what an edit shall show; several make several edits", many=True),
     Field("image", str, "photograph to edit (PNG, JPEG, WebP); without it the source is drawn", word="FILE"),
@@ -141,6 +149,7 @@ EDIT = (
 )
 IMPORTANCE = (
     _NAME,
+    *FILES,
     Field("prompts", str, "what to draw: JSON, a list of prompt and seed (default: 64 that ship)", word="FILE"),
     Field("limit", int, "take the first N prompts", (), 1, 1_000_000),
     Field("seeds", int, "seeds of each prompt: its own and those behind it", (), 1, MAX_SEEDS, default=1),
@@ -156,18 +165,35 @@ IMPORTANCE = (
 )
 SAVE = (
     _NAME,
+    *FILES,
     Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),
     Field("dtype", str, "precision of the saved weights: bf16, fp16 or fp32", default="bf16", word="NAME"),
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
 )
 DOWNLOAD = (
     Field(
+        "source",
+        str,
+        "where from: hub (huggingface.co) or modelscope (modelscope.cn)",
+        choices=("hub", "modelscope"),
+        default="hub",
+        word="NAME",
+    ),
+    Field(
         "endpoint",
         str,
-        "address of the hub or of a mirror (default: the environment's, else huggingface.co)",
+        "address of the source or of a mirror (default: for the hub the environment's, else the source's own)",
         word="URL",
     ),
+    Field("output_dir", str, "with --source modelscope: the folder (default: beside the hub's cache)", word="FOLDER"),
 )
+
+
+def take(given: dict[str, Any], rows: tuple[Field, ...]) -> dict[str, Any]:
+    """The values of those rows, taken out of what was given."""
+    return {row.name: given.pop(row.name) for row in rows if row.name in given}
+
+
 FIELDS = {field.name: field for field in REQUEST}
 
 

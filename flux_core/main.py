@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import DOWNLOAD, EDIT, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .fields import DOWNLOAD, EDIT, FILES, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
 from .hub import read_env
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
@@ -51,10 +51,10 @@ def _sites(**flags: Any) -> None:
     tell(sites(**flags))
 
 
-def _save(name: str = DEFAULT, **flags: Any) -> None:
+def _save(**flags: Any) -> None:
     from .studies.save import save
 
-    tell(str(save(name, **flags)))
+    tell(str(save(**flags)))
 
 
 def _verify(file: str) -> None:
@@ -103,7 +103,7 @@ class Command:
 
 
 COMMANDS = {
-    "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + PLAN + RUN),
+    "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + FILES + PLAN + RUN),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
     "importance": Command("measure what each block is worth, by DINOv2", _importance, IMPORTANCE),
     "info": Command(
@@ -113,8 +113,10 @@ COMMANDS = {
     "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
     "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),
     "save": Command("write a model's weights to a folder", _save, SAVE),
-    "download": Command("fetch an official model's files from the hub", _download, DOWNLOAD, positional="name"),
-    "doctor": Command("print what this machine has: versions, devices, token, cache", _doctor),
+    "download": Command(
+        "fetch an official model's files from the hub or ModelScope", _download, DOWNLOAD, positional="name"
+    ),
+    "doctor": Command("print what this machine has, and what would fit: versions, devices, token, cache", _doctor),
 }
 
 

@@ -6,7 +6,7 @@ their last bits, and the same request shall give the same pixels however many we
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes
+from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
 from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype
-from .errors import NonFiniteError, UsageError
+from .errors import UsageError
 from .hooks import Custom, HookRun, Intervention
 from .metadata import describe
 from .model import AutoEncoder, Flux
+from .nonfinite import is_finite, lost, lost_at_step
 from .pictures import crop_centre, open_source
 from .request import PATCH, GenerationRequest
 from .sampling import (
@@ -38,7 +39,7 @@ from .sampling import (
     unpack,
 )
 from .text import load_text_encoders
-from .variants import DEFAULT, Variant, get_variant
+from .variants import Variant
 
 Encoder = Callable[[list[str]], Tensor]
 KNOWN_PROMPTS = 64
@@ -165,11 +166,10 @@ class Pipeline:
             latent = self.tokens_of(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
-        run = HookRun(plan, self.variant.params, sigmas) if plan else None
-        velocity = self.velocity(prompts, [first.guidance or 0.0] * len(requests), (width, height), run)
-        x = euler(velocity, x, sigmas, self.checked(on_step))
-        if run is not None:
-            run.finish()
+        run = HookRun(plan, self.variant.params, sigmas)
+        velocity = partial(self.velocity, prompts, [first.guidance or 0.0] * len(requests), (width, height))
+        x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
+        run.finish()
         return x
 
     def velocity(
@@ -200,7 +200,11 @@ class Pipeline:
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         self._turn(self.t5, self.clip)
-        return self.t5([prompt]), self.clip([prompt])
+        txt, vec = self.t5([prompt]), self.clip([prompt])
+        for name, encoder, x in (("T5", self.t5, txt), ("CLIP", self.clip, vec)):
+            if not is_finite(x):
+                raise lost(f"in {name}'s embedding of the prompt", self.dtype, encoder)
+        return txt, vec
 
     def _turn(self, *parts: Any) -> None:
         """With `offload`: the others go back to the CPU, then these parts come to the device."""
@@ -223,19 +227,15 @@ class Pipeline:
         self._turn(self.ae)
         return pack(self.ae.encode(x.to(self.device, self.dtype)))
 
-    def checked(self, on_step: OnStep | None) -> OnStep:
+    def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
+        """`on_step` behind a check of every step's latents. velocity: makes the one that is sampled, for any run."""
+
         def check(step: Step) -> Tensor | None:
-            if not torch.isfinite(step.x).all():
-                raise self._non_finite(f"latents after step {step.index + 1} (sigma {step.sigma:.3f})")
+            if not is_finite(step.x):
+                raise lost_at_step(step, velocity, run, self.dtype, self.model, self.ae)
             return None if on_step is None else on_step(step)
 
         return check
-
-    def _non_finite(self, where: str) -> NonFiniteError:
-        hint = "the weights may be damaged" if self.dtype == torch.float32 else "try --dtype float32"
-        return NonFiniteError(
-            f"NaN or infinity in the {where}, in {dtype_name(self.dtype)}; no picture is written: {hint}"
-        )
 
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
@@ -243,8 +243,8 @@ class Pipeline:
         width, height = request.made_size
         self._turn(self.ae)
         pixels = self.ae.decode(unpack(x, height, width))[0].float()
-        if not torch.isfinite(pixels).all():
-            raise self._non_finite("decoded picture")
+        if not is_finite(pixels):
+            raise lost("in the decoded picture", self.dtype, self.ae)
         # Rounded to the nearest of 256 levels; the official command cuts off and is darker by half a level.
         levels = rearrange((pixels.clamp(-1, 1) + 1) * 127.5, "c h w -> h w c").round().to(torch.uint8)
         image = Image.fromarray(levels.cpu().numpy())
@@ -252,16 +252,19 @@ class Pipeline:
 
 
 def load_pipeline(
-    name: str = DEFAULT,
+    name: str | Variant | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
+    **files: str | Path | None,
 ) -> Pipeline:
     """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32.
 
-    offload: load it to the CPU, from where each part comes to the device for its turn only.
+    offload: load it to the CPU, from where each part comes to the device for its turn only. files: your own instead of
+    the model's, as `checkpoint.with_files` takes them: `model`, `ae`, `clip_l`, `t5xxl`.
     """
-    variant, place = get_variant(name), pick_device(device)
+    variant = name if isinstance(name, Variant) else with_files(name, **files)
+    place = pick_device(device)
     kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
     home = torch.device("cpu") if offload else place

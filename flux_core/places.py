@@ -4,7 +4,6 @@ Everything else asks here for a folder or a file on this disk, and gets it, or a
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 from .errors import FileError
 from .hub import hub_errors
@@ -17,7 +16,8 @@ ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
 SCORER = "dinov2-mini"
 """the scorer that ships, trained on flux-mini's world"""
 _SCORER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
-TEXT_FILES = ["*.json", "*.safetensors", "spiece.model", "merges.txt"]
+TOKENIZER_FILES = ["*.json", "spiece.model", "merges.txt"]
+TEXT_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 TEXT_OF_FLUX = ["text_encoder_2/*", "tokenizer_2/*"]
 """T5 and its tokenizer in the repository of a FLUX.1 model"""
 
@@ -32,37 +32,6 @@ def embedded_folder(variant: Variant) -> Path:
         f"the weights of {variant.name} ship with this package, but there is no folder {looked}. "
         "Next: clone the repository again, whole, or reinstall the package from it."
     )
-
-
-class TextFolders(NamedTuple):
-    """Where the two text encoders and their tokenizers are, in transformers' own format."""
-
-    t5: Path
-    t5_tokenizer: Path
-    clip: Path
-    clip_tokenizer: Path
-
-
-def text_folders(variant: Variant) -> TextFolders:
-    """Beside the weights for an embedded model, else from the hub, safetensors only.
-
-    Google's own T5 repository holds pickles, which are never opened here; then the encoder comes from the
-    FLUX.1 repository, which has the same weights as safetensors, a quarter of the size (bf16, no decoder).
-    transformers could fetch it by itself, but it would ask a converting service for safetensors, with the
-    token.
-    """
-    if variant.repo is None:
-        t5, clip = (embedded_folder(variant) / name for name in (variant.t5, variant.clip))
-        for folder in (t5, clip):
-            if not (folder / "config.json").is_file():
-                raise FileError(f"{folder} holds no text encoder. Next: clone the repository again, whole.")
-        return TextFolders(t5, t5, clip, clip)
-    clip = hub_folder(variant.clip, TEXT_FILES)
-    t5 = hub_folder(variant.t5, TEXT_FILES)
-    if not any(t5.glob("*.safetensors")):
-        flux = hub_folder(variant.repo, TEXT_OF_FLUX)
-        return TextFolders(flux / "text_encoder_2", flux / "tokenizer_2", clip, clip)
-    return TextFolders(t5, t5, clip, clip)
 
 
 def scorer_folder(name: str) -> Path:

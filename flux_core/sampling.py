@@ -30,6 +30,8 @@ class Step:
     x: Tensor
     """latents after the step, at sigma_next"""
     velocity: Tensor
+    before: Tensor
+    """latents before the step, at sigma"""
 
 
 OnStep = Callable[[Step], Tensor | None]
@@ -122,9 +124,9 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         v = velocity(x, sigma)
-        x = x + (sigma_next - sigma) * v
+        before, x = x, x + (sigma_next - sigma) * v
         if on_step is not None:
-            changed = on_step(Step(index, sigma, sigma_next, x, v))
+            changed = on_step(Step(index, sigma, sigma_next, x, v, before))
             x = x if changed is None else changed
     return x
 

@@ -5,7 +5,9 @@ official models: black-forest-labs/flux `src/flux/util.py`; text lengths: its `c
 as most users run it, instead of the official command's 50; the effective values are printed with every run.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .errors import UsageError
 from .params import AutoEncoderParams, FluxParams
@@ -40,6 +42,11 @@ class Variant:
     """hub repository of the official files; None: the weights ship with the package"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
     """environment variables that may name the transformer's file, the first that is set counts"""
+    t5_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """sizes of T5 and CLIP as transformers names them, for files that come without a config.json"""
+    clip_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    files: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """the user's own files instead, by the flag that named them: model, ae, clip_l, t5xxl"""
 
     @property
     def embedded(self) -> bool:
@@ -76,6 +83,23 @@ _FLUX1_AE = AutoEncoderParams(
     shift_factor=0.1159,
 )
 _T5, _CLIP = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14"
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10_240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32_128,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
 
 _DEV = Variant(
     name="flux-dev",
@@ -86,6 +110,8 @@ _DEV = Variant(
     ae_file="ae.safetensors",
     t5=_T5,
     clip=_CLIP,
+    t5_config=_T5_XXL,
+    clip_config=_CLIP_L,
     max_text=512,
     shift=True,
     num_steps=28,
@@ -161,6 +187,8 @@ VARIANTS: dict[str, Variant] = {
             ae_file="ae.safetensors",
             t5=_T5,
             clip=_CLIP,
+            t5_config=_T5_XXL,
+            clip_config=_CLIP_L,
             max_text=256,
             shift=False,
             num_steps=4,

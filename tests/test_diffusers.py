@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from golden_files import distance
 from random_model import random_weights, small_variant, write_hub
 
-from flux_core import load_pipeline, places
-from flux_core.checkpoint import to_diffusers, write_safetensors
+from flux_core import load_pipeline
+from flux_core.checkpoint import files, to_diffusers, write_safetensors
 from flux_core.checkpoint.layouts import scheduler_config, transformer_config, vae_config
 from flux_core.model import AutoEncoder, Flux
 from flux_core.sampling import euler, get_noise, get_schedule, image_ids, pack
@@ -144,7 +144,7 @@ def test_pipeline_of_official_files(name, tmp_path, monkeypatch):
         write_safetensors(tmp_path / f"{variable}.safetensors", random_weights(network).state_dict())
         monkeypatch.setenv(variable, str(tmp_path / f"{variable}.safetensors"))
     monkeypatch.setitem(VARIANTS, name, row)
-    monkeypatch.setattr(places, "hub_folder", lambda repo, patterns: tmp_path / "hub" / repo)
+    monkeypatch.setattr(files, "hub_folder", lambda repo, patterns: tmp_path / "hub" / repo)
     compare(row, tmp_path, width=64, height=64, num_steps=3, seed=1)
 
 

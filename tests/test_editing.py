@@ -10,9 +10,11 @@ from PIL import Image
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.editing import Editing
 from flux_core.errors import FileError, UsageError
+from flux_core.hooks import layers as layers_module
 from flux_core.hooks.layers import layers_of
 from flux_core.hooks.sites import block_names
 from flux_core.sampling import euler, invert
+from flux_core.studies.edit import choose_layers
 from flux_core.variants import VARIANTS
 
 DEV = VARIANTS["flux-dev"].params
@@ -53,8 +55,8 @@ def test_layers_come_from_a_file_made_for_the_model(tmp_path):
         layers_of(str(path), "flux-dev", DEV)
     with pytest.raises(FileError, match=r"no.json"):
         layers_of(str(tmp_path / "no.json"), "flux-dev", DEV)
-    with pytest.raises(UsageError, match="no vital layers are known for flux-mini"):
-        layers_of("vital", "flux-mini", DEV)
+    with pytest.raises(UsageError, match="no vital layers are known for flux-schnell"):
+        layers_of("vital", "flux-schnell", DEV)
 
 
 def test_an_edit_with_the_source_prompt_is_the_source(pipeline):
@@ -127,7 +129,8 @@ def run(tmp_path, *flags):
     )
 
 
-def test_the_command_writes_a_strip_and_each_picture(small, one_thread, tmp_path, capsys):
+def test_the_command_writes_a_strip_and_each_picture(small, one_thread, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(layers_module.VITAL, "flux-mini")
     assert run(tmp_path) == 0
     names = ["strip", "source", "edit1", "edit2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"flux-mini_seed3_{name}.png" for name in names)
@@ -138,6 +141,11 @@ def test_the_command_writes_a_strip_and_each_picture(small, one_thread, tmp_path
         assert strip.crop((64 * i, 0, 64 * (i + 1), 64)).tobytes() == one.convert("RGB").tobytes()
     assert json.loads(one.info["flux_core"])["prompt"] == "a dog" and "Stable Flow" in one.info["flux_core"]
     assert "no vital layers are known for flux-mini" in capsys.readouterr().err
+
+
+def test_vital_blocks_are_the_default_where_they_are_known():
+    request = GenerationRequest(name="flux-mini", prompt="a pig")
+    assert choose_layers(None, request) == ["double_blocks.0", "double_blocks.3"]
 
 
 def test_the_command_edits_a_photograph_and_marks_it(small, one_thread, tmp_path, photo):

@@ -91,7 +91,7 @@ def damage(folder, file, change):
 
 def test_a_missing_encoder(copied, small):
     shutil.rmtree(copied / "clip")
-    with pytest.raises(FileError, match="clip holds no text encoder"):
+    with pytest.raises(FileError, match=r"clip does not exist\. Next: clone"):
         load_text_encoders(small)
 
 

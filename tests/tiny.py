@@ -47,13 +47,13 @@ class Words:
 
 
 def tiny_pipeline(
-    name: str = "flux-mini",
+    name: str | Variant = "flux-mini",
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
 ) -> Pipeline:
     """Stands in for `load_pipeline`, arguments included; weights are the same every time."""
-    variant = tiny_variant(name)
+    variant = tiny_variant(name if isinstance(name, str) else name.name)
     kind = getattr(torch, str(dtype or "float32").removeprefix("torch."))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..places import embedded_folder
-    from .files import check_files, resolve, weights_hashes
+    from .files import check_files, resolve, weights_hashes, with_files
     from .keymaps import from_diffusers, to_diffusers
     from .read import load_autoencoder, load_flux
     from .write import write_safetensors
@@ -18,6 +18,7 @@ _HOMES = {
     "resolve": ".files",
     "to_diffusers": ".keymaps",
     "weights_hashes": ".files",
+    "with_files": ".files",
     "write_safetensors": ".write",
 }
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "resolve",
     "to_diffusers",
     "weights_hashes",
+    "with_files",
     "write_safetensors",
 ]
 

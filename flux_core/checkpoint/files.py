@@ -1,17 +1,90 @@
-"""Which file holds a model's weights, and a short name for what is in it."""
+"""Which file holds which part of a model, and a short name for what is in it. No torch.
+
+A part is looked for in this order: the file that its flag names (`Variant.files`); its environment variable; what is
+named as the model, where that is a folder or an all-in-one file with the part in it; then what ships, or the hub.
+"""
 
 import hashlib
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..errors import FileError
-from ..places import embedded_folder, hub_file
-from ..variants import AE_VARIABLES, VARIANTS, Variant
-from .identify import Identity, Part, identify
+from ..errors import FileError, UsageError
+from ..jsonfile import read_json
+from ..places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
+from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
+from .identify import WHOLE, Identity, Part, identify
 from .source import find_source
 
 LARGE = 2**28
 """bytes above which a file is known by its header and size instead of by every byte"""
+
+
+@dataclass(frozen=True)
+class Home:
+    """How a part is named, and what it is called inside a folder."""
+
+    flag: str
+    """the key of `Variant.files`"""
+    folders: tuple[str, ...]
+    """as diffusers calls it, then as `save --format official`"""
+    tokenizer: str = ""
+    """the folder of a text encoder's tokenizer, in diffusers' layout"""
+
+    @property
+    def spelled(self) -> str:
+        return "--" + self.flag.replace("_", "-")
+
+
+HOMES: dict[Part, Home] = {
+    "transformer": Home("model", ("transformer",)),
+    "autoencoder": Home("ae", ("vae",)),
+    "t5": Home("t5xxl", ("text_encoder_2", "t5"), "tokenizer_2"),
+    "clip": Home("clip_l", ("text_encoder", "clip"), "tokenizer"),
+}
+
+
+T5_KIND = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
+CLIP_KIND = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+
+
+class TextFiles(NamedTuple):
+    """Where the text encoders are, each a file or a folder as transformers keeps it, and their tokenizers' folders."""
+
+    t5: Path
+    t5_tokenizer: Path
+    clip: Path
+    clip_tokenizer: Path
+
+
+def with_files(name: str | None = None, **files: str | Path | None) -> Variant:
+    """The row of that name, with the user's own files in the place of its own.
+
+    files: `model` (a safetensors file, or a folder, which may hold the other parts, too), `ae`, `clip_l`, `t5xxl`.
+    Without a name it is read from the model's header. `model` may also be a name. UsageError, FileError.
+    """
+    given = {flag: str(path) for flag, path in files.items() if path is not None}
+    if (model := given.get("model")) in VARIANTS:
+        if name not in (None, model):
+            raise UsageError(f"--name {name} and --model {model} are two models: give one of them")
+        name = given.pop("model")
+    elif name is None and model is not None:
+        name = _name_in(Path(model).expanduser())
+    row = get_variant(name or DEFAULT)
+    return replace(row, files=given) if given else row
+
+
+def _name_in(path: Path) -> str:
+    """Whose transformer that is: its file's own name tells those apart whose headers are the same."""
+    _existing(path, f"--model {path}", f"give a safetensors file, a folder, or a name: {', '.join(VARIANTS)}")
+    rows = sorted(VARIANTS.values(), key=lambda row: row.flow_file != path.name and not (path / row.flow_file).exists())
+    inside = _inside(path, rows[0], "transformer")
+    found = identify(find_source(inside).shapes)
+    for row in rows:
+        if found.features == (row.params.hidden_size, row.params.in_channels, row.params.guidance_embed):
+            return row.name
+    raise FileError(f"{inside} is {found.text}, and no transformer of {', '.join(VARIANTS)}. {_advice(found)}")
 
 
 def resolve(variant: Variant) -> tuple[Path, Path]:
@@ -20,48 +93,149 @@ def resolve(variant: Variant) -> tuple[Path, Path]:
 
 
 def flow_path(variant: Variant) -> Path:
-    """The transformer's file or folder of shards: what ships, else what `FLUX_MODEL` names, else the hub's file."""
-    return _find(variant, variant.flow_file, "transformer", variant.variables)
+    """The transformer's file or folder of shards."""
+    return own_path(variant, "transformer") or _shipped(variant, variant.flow_file)
 
 
 def ae_path(variant: Variant) -> Path:
-    """The autoencoder's file or folder: what ships, else what `FLUX_AE` names, else the hub's file."""
-    return _find(variant, variant.ae_file, "vae", AE_VARIABLES)
+    """The autoencoder's file or folder."""
+    return own_path(variant, "autoencoder") or _shipped(variant, variant.ae_file)
 
 
-def _find(variant: Variant, file: str, folder: str, variables: tuple[str, ...]) -> Path:
+def _shipped(variant: Variant, file: str) -> Path:
+    if variant.repo is not None:
+        return hub_file(variant.repo, file)
+    path = embedded_folder(variant) / file
+    return _existing(path, str(path), "clone the repository again, whole, or install it again")
+
+
+def text_files(variant: Variant) -> TextFiles:
+    """Text encoders and tokenizers. FileError, AccessError or DiskError where there are none."""
+    t5, clip = own_path(variant, "t5"), own_path(variant, "clip")
+    t5_words, clip_words = _tokenizer(variant, "t5", t5), _tokenizer(variant, "clip", clip)
     if variant.repo is None:
-        path = embedded_folder(variant) / file
-        return _existing(path, str(path), "clone the repository again, whole, or install it again")
-    variable, named = next(((name, value) for name in variables if (value := os.environ.get(name))), ("", ""))
-    if named:
-        path = Path(named).expanduser()
-        inside = (path / name for name in (file, folder) if path.is_dir())  # official files, or a diffusers pipeline
-        path = next((one for one in inside if one.exists()), path)
-        return _existing(
-            path, f"{variable}={named}", f"point {variable} to a safetensors file or a folder, or unset it"
-        )
-    return hub_file(variant.repo, file)
+        folder = embedded_folder(variant)
+        shipped = [
+            _existing(folder / name, str(folder / name), "clone the repository again, whole")
+            for name in (variant.t5, variant.clip)
+        ]
+        return TextFiles(t5 or shipped[0], t5_words or shipped[0], clip or shipped[1], clip_words or shipped[1])
+    if clip is None:
+        clip = hub_folder(variant.clip, TEXT_FILES)
+        clip_words = clip_words or clip
+    if t5 is None:
+        t5, hub_words = _t5_of_hub(variant)
+        t5_words = t5_words or hub_words
+    return TextFiles(
+        t5,
+        t5_words or hub_folder(variant.t5, TOKENIZER_FILES, "T5's tokenizer"),
+        clip,
+        clip_words or hub_folder(variant.clip, TOKENIZER_FILES, "CLIP's tokenizer"),
+    )
+
+
+def _t5_of_hub(variant: Variant) -> tuple[Path, Path]:
+    """T5 and its tokenizer from the hub, safetensors only.
+
+    Google's own repository holds pickles, which are never opened here; then the encoder comes from the FLUX.1
+    repository, which has the same weights as safetensors, a quarter of the size (bf16, no decoder). transformers
+    could fetch it by itself, but it would ask a converting service for safetensors, with the token.
+    """
+    assert variant.repo is not None
+    t5 = hub_folder(variant.t5, TEXT_FILES)
+    if any(t5.glob("*.safetensors")):
+        return t5, t5
+    flux = hub_folder(variant.repo, TEXT_OF_FLUX)
+    return flux / "text_encoder_2", flux / "tokenizer_2"
+
+
+def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | None:
+    """The folder of a text encoder's tokenizer among the user's own: with it, beside it, or in the model's folder."""
+    name, model = HOMES[part].tokenizer, _named(variant, "transformer")
+    folders = [encoder, encoder.parent / name] if encoder else []
+    folders += [model[0] / name] if model else []
+    whole = ("tokenizer.json", "spiece.model", "vocab.json")
+    return next((one for one in folders if any((one / file).is_file() for file in whole)), None)
+
+
+def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
+    """A text encoder's configuration: beside its weights, with the model that ships, or the row's. FileError."""
+    folders = [path if path.is_dir() else path.parent]
+    if variant.embedded:
+        folders.append(embedded_folder(variant) / {"t5": variant.t5, "clip": variant.clip}[part])
+    for file in (folder / "config.json" for folder in folders):
+        found = read_json(file, "the configuration") if file.is_file() else {}
+        # beside a single file there may be the configuration of something else
+        if isinstance(found, dict) and str(found.get("model_type")).startswith(part):
+            return {**CLIP_KIND, **found["text_config"]} if "text_config" in found else found  # CLIP's two halves
+    return {**T5_KIND, **variant.t5_config} if part == "t5" else {**CLIP_KIND, **variant.clip_config}
+
+
+def own_path(variant: Variant, part: Part) -> Path | None:
+    """The user's own file or folder of that part, if there is one. FileError where what is named is not there."""
+    if (own := _named(variant, part)) is not None:
+        return _inside(own[0], variant, part)
+    model = _named(variant, "transformer")
+    if model is None:
+        return None
+    if model[0].is_dir():
+        inside = _inside(model[0], variant, part)
+        return inside if inside != model[0] else None
+    found = identify(find_source(model[0]).shapes, part)
+    return model[0] if found.part == part and found.prefix == WHOLE[part] else None
+
+
+def _named(variant: Variant, part: Part) -> tuple[Path, str] | None:
+    """What a flag or a variable names for that part, and the words that named it."""
+    home = HOMES[part]
+    variables = {"transformer": variant.variables, "autoencoder": AE_VARIABLES}.get(part, ())
+    if (named := variant.files.get(home.flag)) is not None:
+        origin, advice = f"{home.spelled} {named}", "give a safetensors file or a folder"
+    elif variant.repo and (variable := next((one for one in variables if os.environ.get(one)), None)):
+        named = os.environ[variable]
+        origin = f"{variable}={named}"
+        advice = f"point {variable} to a safetensors file or a folder, or unset it"
+    else:
+        return None
+    return _existing(Path(named).expanduser(), origin, advice), origin
+
+
+def _inside(path: Path, variant: Variant, part: Part) -> Path:
+    """The part's own place in a folder of several, or the path itself."""
+    files = {"transformer": (variant.flow_file,), "autoencoder": (variant.ae_file,)}.get(part, ())
+    places = (path / name for name in (*files, *HOMES[part].folders) if path.is_dir())
+    return next((one for one in places if one.exists()), path)
 
 
 def check_files(variant: Variant) -> None:
-    """Hold the headers of its files against the model: FileError, in a tenth of a second and without torch."""
+    """Hold the headers of its files against the model: FileError, in a tenth of a second and without torch.
+
+    Text encoders are held where they are the user's own; those of the hub are fetched only when they are loaded.
+    """
     params = variant.params
-    wanted: dict[Part, tuple[int, ...]] = {
-        "transformer": (params.hidden_size, params.in_channels, params.guidance_embed),
-        "autoencoder": (),
-    }
-    for path, (part, features) in zip(resolve(variant), wanted.items(), strict=True):
-        found = identify(find_source(path).shapes, part)
-        if found.part != part:
-            raise FileError(f"{path} is {found.text}, and no {part}. Next: {_place_of(found)}.")
-        if found.features and found.features != features:
-            raise FileError(f"{path} is {found.text}, and not {variant.name}. Next: {_name_of(found)}.")
+    features = (params.hidden_size, params.in_channels, params.guidance_embed)
+    _check(flow_path(variant), "transformer", variant.name, features)
+    _check(ae_path(variant), "autoencoder", variant.name)
+    for part in ("t5", "clip"):
+        if (path := own_path(variant, part)) is not None:
+            _check(path, part, variant.name)
 
 
-def _place_of(found: Identity) -> str:
-    places = {"transformer": "point FLUX_MODEL to it", "autoencoder": "point FLUX_AE to it"}
-    return places.get(found.part, "point FLUX_MODEL to a transformer and FLUX_AE to its autoencoder")
+def _check(path: Path, part: Part, name: str, features: tuple[int, ...] = ()) -> None:
+    found = identify(find_source(path).shapes, part)
+    if found.part != part:
+        raise FileError(f"{path} is {found.text}, and no {_NOUNS[part]}. {_advice(found)}")
+    if found.features and features and found.features != features:
+        raise FileError(f"{path} is {found.text}, and not {name}. Next: {_name_of(found)}.")
+
+
+_NOUNS = {"t5": "T5 text encoder", "clip": "CLIP text encoder"} | {x: x for x in ("transformer", "autoencoder")}
+
+
+def _advice(found: Identity) -> str:
+    if found.part in HOMES:
+        return f"Next: give it with {HOMES[found.part].spelled}."
+    return "Next: give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)."
 
 
 def _name_of(found: Identity) -> str:
@@ -84,13 +258,16 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
 
     A file of up to 256 MB: the first 16 hex digits of its SHA-256. A larger one would take seconds to
     minutes, so it is known by `header:` and the same digits over its safetensors header and its size:
-    names, shapes and offsets, not values. An embedded model's text encoders are named too; those from the
-    hub are not.
+    names, shapes and offsets, not values. Text encoders are named, too, where they ship or are the user's own;
+    those from the hub are not.
     """
     flow, ae = resolve(variant)
     files = {flow.name: flow, ae.name: ae}
-    if variant.embedded:
-        for folder in (variant.t5, variant.clip):
+    encoders: dict[Part, str] = {"t5": variant.t5, "clip": variant.clip}
+    for part, folder in encoders.items():
+        if (own := own_path(variant, part)) is not None:
+            files[f"{folder}/{own.name}"] = own
+        elif variant.embedded:
             files[f"{folder}/model.safetensors"] = embedded_folder(variant) / folder / "model.safetensors"
     return {name: _hash(path) for name, path in files.items()}
 

@@ -62,6 +62,7 @@ MARKS = (
     ),
     Mark("encoder.block.0.layer.0.SelfAttention.q.weight", "t5", "a T5 text encoder"),
     Mark("text_model.encoder.layers.0.self_attn.q_proj.weight", "clip", "a CLIP text encoder"),
+    Mark("encoder.layers.0.self_attn.q_proj.weight", "clip", "a CLIP text encoder"),  # as transformers 5 writes it
 )
 MODELS: dict[tuple[int, ...], str] = {
     (3072, 64, True): "of FLUX.1-dev's kind (dev, Krea, Kontext)",

@@ -1,27 +1,30 @@
 """A whole model as a folder: in the official files, or as diffusers' FluxPipeline reads it.
 
+What is already as it is asked for is copied, to the byte; the rest is loaded and written.
+
 diffusers itself is not needed to write its layout: seven small JSON files, the weights under its names
 (`keymaps.py`), and the text encoders, which are in transformers' format in both.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
-from ..places import TextFolders
-from ..text.encoders import tokenizer_class
 from ..variants import Variant
-from .keymaps import to_diffusers
+from .files import TextFiles, ae_path, encoder_config, flow_path
+from .identify import Layout, Part, identify
+from .keymaps import Params, to_diffusers
+from .read import fitting, load_autoencoder, load_flux
+from .source import INDEX, Source, find_source
+from .tensors import DTYPES, opened
 from .write import write_safetensors
 
-State = Mapping[str, Tensor]
 SINCE = "0.30.0"
 """the diffusers version that first had FluxPipeline"""
 
@@ -29,30 +32,63 @@ NOT_OURS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text
 """prefixes of what full T5 and CLIP files hold besides the text encoders"""
 
 
-def write_official(
-    folder: Path, variant: Variant, flux: State, ae: State, text: TextFolders, dtype: torch.dtype
-) -> None:
+def write_official(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
     """Two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`."""
-    write_safetensors(folder / variant.flow_file, flux)
-    write_safetensors(folder / variant.ae_file, ae)
-    copy_text_encoder(text.t5, folder / "t5", dtype)
-    copy_text_encoder(text.clip, folder / "clip", dtype)
+    _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
+    _network(folder / variant.ae_file, variant, "autoencoder", "official", dtype)
+    _text_encoder(text.t5, folder / "t5", variant, "t5", dtype)
+    _text_encoder(text.clip, folder / "clip", variant, "clip", dtype)
     copy_tokenizer(text.t5_tokenizer, folder / "t5")
     copy_tokenizer(text.clip_tokenizer, folder / "clip")
 
 
-def write_diffusers(
-    folder: Path, variant: Variant, flux: State, ae: State, text: TextFolders, dtype: torch.dtype
-) -> None:
+def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
     """What `FluxPipeline.from_pretrained(folder)` opens."""
-    _module(folder / "transformer", transformer_config(variant.params), to_diffusers(flux, variant.params))
-    _module(folder / "vae", vae_config(variant.ae_params), to_diffusers(ae, variant.ae_params))
+    configs = {"transformer": transformer_config(variant.params), "vae": vae_config(variant.ae_params)}
+    parts: dict[str, Part] = {"transformer": "transformer", "vae": "autoencoder"}
+    for name, config in configs.items():
+        _json(folder / name / "config.json", config)
+        _network(folder / name / "diffusion_pytorch_model.safetensors", variant, parts[name], "diffusers", dtype)
     _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(variant.shift))
-    copy_text_encoder(text.clip, folder / "text_encoder", dtype)
-    copy_text_encoder(text.t5, folder / "text_encoder_2", dtype)
+    _text_encoder(text.clip, folder / "text_encoder", variant, "clip", dtype)
+    _text_encoder(text.t5, folder / "text_encoder_2", variant, "t5", dtype)
     copy_tokenizer(text.clip_tokenizer, folder / "tokenizer")
     copy_tokenizer(text.t5_tokenizer, folder / "tokenizer_2")
     _json(folder / "model_index.json", _index(text))
+
+
+def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: torch.dtype) -> None:
+    """Transformer or autoencoder in that layout. Files that are so already are copied, to the byte."""
+    flow = part == "transformer"
+    path = flow_path(variant) if flow else ae_path(variant)
+    params: Params = variant.params if flow else variant.ae_params
+    with torch.device("meta"):
+        empty = Flux(variant.params) if flow else AutoEncoder(variant.ae_params)
+    source, found = fitting(path, part, empty.state_dict(), params)
+    if found.layout == layout and not found.prefix and _is_all(source, dtype) and _may_be_cut(source, layout):
+        _copy(source, target)
+        return
+    state = (load_flux if flow else load_autoencoder)(variant, "cpu", dtype).state_dict()
+    write_safetensors(target, state if layout == "official" else to_diffusers(state, params))
+
+
+def _is_all(source: Source, dtype: torch.dtype) -> bool:
+    return {DTYPES.get(kind) for kind in source.dtypes.values()} == {dtype}
+
+
+def _may_be_cut(source: Source, layout: Layout) -> bool:
+    """Whether such weights lie in one file, or in shards where the layout knows them: by their index."""
+    return len(source.headers) == 1 or (layout == "diffusers" and any(source.path.glob("*" + INDEX)))
+
+
+def _copy(source: Source, target: Path) -> None:
+    """One file under the target's name, or shards with their index beside it under their own names."""
+    target.parent.mkdir(exist_ok=True)
+    if len(source.headers) == 1:
+        shutil.copyfile(source.headers[0].path, target)
+        return
+    for file in (*source.path.glob("*" + INDEX), *(header.path for header in source.headers)):
+        shutil.copyfile(file, target.parent / file.name)
 
 
 def transformer_config(params: FluxParams) -> dict[str, Any]:
@@ -114,7 +150,7 @@ def scheduler_config(shift: bool) -> dict[str, Any]:
     }
 
 
-def _index(text: TextFolders) -> dict[str, Any]:
+def _index(text: TextFiles) -> dict[str, Any]:
     return {
         "_class_name": "FluxPipeline",
         "_diffusers_version": SINCE,
@@ -128,24 +164,24 @@ def _index(text: TextFolders) -> dict[str, Any]:
     }
 
 
-def _module(folder: Path, config: dict[str, Any], state: State) -> None:
-    _json(folder / "config.json", config)
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
+def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype: torch.dtype) -> None:
+    """A text encoder's configuration, and its weights in `dtype`, without what its file holds besides it.
 
-
-def copy_text_encoder(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """A text encoder's configuration, and its weights in `dtype`, without what its file holds besides it."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for stale in ("torch_dtype", "dtype"):
-        config.pop(stale, None)
-    _json(target / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-    for path in sorted(source.glob("*.safetensors.index.json")):
-        shutil.copyfile(path, target / path.name)
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            kept = [name for name in file.keys() if not name.startswith(NOT_OURS)]  # noqa: SIM118
-            state = {name: _cast(file.get_tensor(name), dtype) for name in kept}
-        write_safetensors(target / path.name, state)
+    A folder that is so already is copied, to the byte.
+    """
+    source, word = find_source(path), str(dtype).removeprefix("torch.")
+    found, config = identify(source.shapes, part), encoder_config(variant, part, path)
+    names = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
+    mine = {name: bare for name, bare in names.items() if not bare.startswith(NOT_OURS)}
+    stays = path.is_dir() and len(mine) == len(source.shapes) and _is_all(source, dtype)
+    if stays and config.get("dtype", config.get("torch_dtype")) == word and _may_be_cut(source, "diffusers"):
+        _copy(source, target / "model.safetensors")
+        shutil.copyfile(path / "config.json", target / "config.json")
+        return
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    _json(target / "config.json", kept | {"dtype": word})
+    with opened(source, "cpu") as get:
+        write_safetensors(target / "model.safetensors", {bare: _cast(get(name), dtype) for name, bare in mine.items()})
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +195,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         weights = path.name.endswith((".safetensors", ".index.json", ".bin", ".md"))
         if path.is_file() and not weights and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, target / path.name)
+
+
+def tokenizer_class(folder: Path, default: str) -> str:
+    """The name of the transformers class that a tokenizer's own configuration asks for."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("tokenizer_class") or default
 
 
 def _json(path: Path, value: dict[str, Any]) -> None:

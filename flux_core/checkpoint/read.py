@@ -16,14 +16,20 @@ from tqdm import tqdm
 
 from ..errors import FileError
 from ..model import AutoEncoder, Flux
+from ..terminal import note
 from ..variants import Variant
-from .files import ae_path, flow_path
-from .identify import Identity, Part, Shapes, identify
+from .files import HOMES, ae_path, flow_path
+from .identify import WHOLE, Identity, Part, Shapes, identify
 from .keymaps import Params, diffusers_shapes, streamed_from_diffusers
 from .source import Source, find_source
 from .tensors import DTYPES, opened
 
 M = TypeVar("M", bound=nn.Module)
+
+OTHERS = (*WHOLE.values(), "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
+"""beginnings of what a file may hold besides the network that is looked for"""
+SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8")
+"""ends of the names that fp8 files with scales have"""
 
 
 def load_flux(variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
@@ -59,13 +65,8 @@ def stream(
 
     state: the network's, on `meta`. A file that holds other parts, too, is read for this one.
     """
-    source = find_source(path)
-    found = identify(source.shapes, part)
-    official = {name: tuple(x.shape) for name, x in state.items()}
-    expected = diffusers_shapes(state, params) if found.layout == "diffusers" else official
-    mine = {name: x for name, x in source.shapes.items() if name.startswith(found.prefix)}
-    _check(source, found, part, {name.removeprefix(found.prefix): x for name, x in mine.items()}, expected)
-    _check_dtypes(path, {name: dtype for name, dtype in source.dtypes.items() if name in mine})
+    source, found = fitting(path, part, state, params)
+    check_dtypes(path, {x: kind for x, kind in source.dtypes.items() if x.startswith(found.prefix)}, dtype)
     quiet = source.size < 10**9 or not sys.stderr.isatty()
     with (
         opened(source, device) as get,
@@ -80,7 +81,23 @@ def stream(
         if found.layout == "diffusers":
             yield from ((name, x.to(dtype)) for name, x in streamed_from_diffusers(take, params))
         else:
-            yield from ((name, take(name).to(dtype)) for name in official)
+            yield from ((name, take(name).to(dtype)) for name in state)
+
+
+def fitting(path: Path, part: Part, state: Mapping[str, Tensor], params: Params) -> tuple[Source, Identity]:
+    """The files of a network with what they are, once names and shapes are right. FileError says what is not."""
+    source = find_source(path)
+    found = identify(source.shapes, part)
+    official = {name: tuple(x.shape) for name, x in state.items()}
+    expected = diffusers_shapes(state, params) if found.layout == "diffusers" else official
+    mine = {name: shape for name, shape in source.shapes.items() if name.startswith(found.prefix)}
+    if scales := [name for name in mine if name.endswith(SCALES)]:
+        raise FileError(
+            f"{path} is quantized with scales ({scales[0]}), which cannot be read yet. "
+            "Next: take the bf16 file, or an fp8 file without scales."
+        )
+    _check(source, found, part, {name.removeprefix(found.prefix): shape for name, shape in mine.items()}, expected)
+    return source, found
 
 
 def _check(source: Source, found: Identity, part: Part, shapes: Shapes, expected: Shapes) -> None:
@@ -90,16 +107,16 @@ def _check(source: Source, found: Identity, part: Part, shapes: Shapes, expected
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
+    extra = [name for name in shapes if name not in expected and not name.startswith(OTHERS)]
     findings = [
         _listing("missing", [name for name in expected if name not in shapes]),
-        _listing("unexpected", [name for name in shapes if name not in expected]),
+        _listing("unexpected", extra),
         _listing("of another shape", other),
     ]
     if any(findings):
-        where = "FLUX_AE" if part == "autoencoder" else "FLUX_MODEL"
         raise FileError(
             f"{source.path} does not hold the tensors of this model: {'; '.join(filter(None, findings))}. "
-            f"This is {found.text}. Next: check --name and {where}."
+            f"This is {found.text}. Next: check --name and {HOMES[part].spelled}."
         )
 
 
@@ -107,7 +124,11 @@ def _listing(what: str, names: list[str]) -> str:
     return f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""
 
 
-def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
-    foreign = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
+def check_dtypes(path: Path, dtypes: Mapping[str, str], dtype: torch.dtype) -> None:
+    """FileError for tensors that are no plain weights; a line on stderr where they are read with fewer or more bits."""
+    foreign = [f"{name} is {kind}" for name, kind in dtypes.items() if kind not in DTYPES]
     if foreign:
-        raise FileError(f"{path}: {_listing('tensors that are no bf16, fp16 or fp32', foreign)}.")
+        raise FileError(f"{path}: {_listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
+    kinds = sorted({kind for kind in dtypes.values() if DTYPES[kind] not in (dtype, torch.bfloat16)})
+    if kinds:  # bf16 goes into fp32 without a loss
+        note(f"{path.name} holds {' and '.join(kinds)}; it is read as {str(dtype).removeprefix('torch.')}")

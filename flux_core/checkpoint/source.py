@@ -1,6 +1,7 @@
 """The files of one network's weights, by their headers: one file, or a folder of shards with an index. No torch."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ..errors import FileError
 from .header import Header, open_file, read_header
 
 INDEX = ".safetensors.index.json"
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 MAX_INDEX = 16 << 20
 
 
@@ -33,18 +35,39 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """The files behind a path: itself, or a folder's one safetensors file, or the shards of its index. FileError."""
+    """The files behind a path: itself, or a folder's one safetensors file, or its shards. FileError.
+
+    Shards are those that an index names or, where none came with them, a whole row of numbered ones.
+    """
     if not path.is_dir():
         return Source(path, (read_header(path),))
     indices, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob("*.safetensors"))
     if len(indices) == 1:
         return Source(path, tuple(read_header(shard) for shard in _shards(indices[0])))
-    if len(files) == 1:
+    if len(files) == 1 and not NUMBERED.fullmatch(files[0].name):
         return Source(path, (read_header(files[0]),))
+    if not indices and files and len({_row(file) for file in files}) == 1 and _row(files[0]):
+        return Source(path, tuple(read_header(shard) for shard in _numbered(files)))
     found = f"{len(files)} safetensors files and {len(indices)} indices" if files or indices else "no safetensors file"
     raise FileError(
         f"{path} is a folder with {found}. Next: name the file itself, or a folder with one set of weights."
     )
+
+
+def _row(file: Path) -> tuple[str, int] | None:
+    """Stem and length of the row of shards that a file's name puts it in."""
+    found = NUMBERED.fullmatch(file.name)
+    return (found[1], int(found[3])) if found else None
+
+
+def _numbered(files: list[Path]) -> list[Path]:
+    """All shards of a row. FileError names the first that is missing."""
+    stem, count = _row(files[0]) or ("", 0)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, min(count, 1000) + 1)]
+    for name in names:
+        if not (files[0].parent / name).is_file():
+            raise FileError(f"{files[0].parent} lacks the shard {name}. Next: fetch it, too.")
+    return [files[0].parent / name for name in names]
 
 
 def _shards(index: Path) -> list[Path]:

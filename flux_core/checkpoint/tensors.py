@@ -18,8 +18,18 @@ from ..terminal import note
 from .header import Entry, Header, open_file
 from .source import Source
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""what weights may be written in, by the file's word for it"""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""what weights may be written in, by the file's word for it; fp8 only where it stands for itself, without scales"""
+SMALL = 2**30
+"""bytes of a file below which tensors on the CPU get memory of their own. A mapped one begins wherever the header ends,
+and CPU kernels round by alignment: the same weights in two files gave pictures that differed in a last bit."""
 
 
 @contextmanager
@@ -43,7 +53,8 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
             yield lambda name: _read_tensor(file, header.path, header.tensors[name]).to(device)
         return
     with mapped as opened:
-        yield opened.get_tensor
+        aligned = torch.device(device).type == "cpu" and header.size < SMALL
+        yield (lambda name: opened.get_tensor(name).clone()) if aligned else opened.get_tensor
 
 
 def _read_tensor(file: io.BufferedReader, path: Path, entry: Entry) -> Tensor:

@@ -7,8 +7,12 @@ from ..errors import FileError, UsageError
 from ..params import FluxParams
 from .sites import block_names, match_blocks
 
-VITAL = {"flux-dev": ("layer.0-1", "layer.17-18", "layer.25", "layer.28", "layer.53-54", "layer.56")}
-"""published with Stable Flow (arXiv 2411.14430): the blocks that its code injects in"""
+VITAL = {
+    "flux-dev": ("layer.0-1", "layer.17-18", "layer.25", "layer.28", "layer.53-54", "layer.56"),
+    "flux-mini": ("layer.0", "layer.3"),
+}
+"""flux-dev: published with Stable Flow (arXiv 2411.14430): the blocks that its code injects in; flux-mini: as our own
+study chose them (`python cli.py importance --limit 32 --seeds 2`, README)"""
 
 
 def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:

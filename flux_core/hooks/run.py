@@ -76,18 +76,23 @@ class HookRun:
         sigmas: Sequence[float] = (1.0, 0.0),
         branches: tuple[str, ...] = ("image",),
     ) -> None:
-        self.sigmas, self.branches = sigmas, branches
+        self.plan, self.params, self.sigmas, self.branches = tuple(plan), params, sigmas, branches
         self.step, self.sigma, self.call = 0, sigmas[0], -1
         self._txt_len, self._device = 0, torch.device("cpu")
         self._at_block: dict[str, list[tuple[Intervention, Any]]] = defaultdict(list)
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._told: set[str] = set()
         self._ends: list[Callable[[], None]] = []
-        for one, thing in place_all(plan, params, branches):
+        for one, thing in place_all(self.plan, params, branches):
             if isinstance(thing, End):
                 self._ends.append(thing.fn)
             else:
                 self._at_block[_block_of(thing)].append((one, thing))
+
+    def again(self, *others: Intervention) -> "HookRun":
+        """A run of the same plan with fresh state and these behind it. What only reads has read, and is left out."""
+        plan = [one for one in self.plan if one.changes_pixels]
+        return HookRun([*plan, *others], self.params, self.sigmas, self.branches)
 
     def begin(self, sigma: float) -> None:
         """A forward at this sigma comes next. One between two of the schedule belongs to the step that passes it."""

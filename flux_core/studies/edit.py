@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint import check_files
+from ..checkpoint import check_files, with_files
 from ..errors import UsageError
-from ..fields import EDIT
+from ..fields import EDIT, FILES, take
 from ..output import prepare_folder, save_picture
 from ..pictures import grid, open_source
 from ..request import GenerationRequest
@@ -43,19 +43,20 @@ def edit(
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
-    request = GenerationRequest(prompt=source, **fields)
+    variant = with_files(fields.pop("name", None), **take(fields, FILES))
+    request = GenerationRequest(name=variant.name, prompt=source, **fields)
     for line in request.notes():
         note(line)
     strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
     factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
     chosen = choose_layers(layers, request)
     folder = prepare_folder(output_dir)
-    check_files(request.variant)
+    check_files(variant)
 
     from ..editing import Editing  # and with it torch
     from ..pipeline import load_pipeline
 
-    pipeline = load_pipeline(request.name, device, request.dtype)
+    pipeline = load_pipeline(variant, device, request.dtype)
     job = Editing(pipeline, request, edit, chosen, strength, origin)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
     return _save(job, _draw(job, photo, factor, way), folder)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint import check_files
+from ..checkpoint import check_files, with_files
 from ..errors import MemoryShortage, UsageError
-from ..fields import RUN
+from ..fields import FILES, RUN, take
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..lines import obey, prompts_of, typed_lines
 from ..metadata import differences, read_request
@@ -46,7 +46,9 @@ def generate(
     skip: list[str] | None = None,
     **fields: Any,
 ) -> list[Path]:
-    """Draw what the flags ask for. `fields`: the request's own. Returns the picture files, in order.
+    """Draw what the flags ask for. Returns the picture files, in order.
+
+    fields: the request's own, and the user's own files (`fields.FILES`).
 
     UsageError for what cannot be asked, DiskError for a folder that cannot be written, FileError for an init
     image that cannot be read.
@@ -59,15 +61,17 @@ def generate(
     if plan or skip:
         fields["plan"] = plan_of(plan, skip)
     fields["init_image"] = origin
+    variant = with_files(fields.get("name"), **take(fields, FILES))
+    fields["name"] = variant.name
     asked = ask(seed, fields, prompts)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
 
-    check_files(asked[0].variant)
+    check_files(variant)
 
     from ..pipeline import load_pipeline  # and with it torch
 
-    pipeline = load_pipeline(asked[0].name, device, asked[0].dtype, offload)
+    pipeline = load_pipeline(variant, device, asked[0].dtype, offload)
     draw = partial(_draw_all, pipeline, source, folder, steps_folder)
     paths = draw(asked, _first_notes(pipeline, asked[0], old))
     return paths + _draw_what_is_typed(draw, fields) if loop else paths

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..checkpoint import check_files
+from ..checkpoint import check_files, with_files
 from ..errors import DiskError, UsageError
-from ..fields import IMPORTANCE
+from ..fields import FILES, IMPORTANCE, take
 from ..importance import (
     REFERENCE,
     Study,
@@ -32,7 +32,6 @@ from ..output import prepare_folder, write_whole
 from ..places import SCORER
 from ..request import PATCH, GenerationRequest
 from ..terminal import no_bars, note, tell
-from ..variants import DEFAULT, get_variant
 
 if TYPE_CHECKING:
     from ..importance import Row
@@ -48,7 +47,7 @@ BYTES_PER_PIXEL = 1.5
 
 
 def importance(
-    name: str = DEFAULT,
+    name: str | None = None,
     prompts: str | None = None,
     limit: str | None = None,
     seeds: str = "1",
@@ -71,13 +70,14 @@ def importance(
     how, how_many, cut = (
         _FIELDS[key].parse(text) for key, text in (("pooling", pooling), ("top", top), ("threshold", threshold))
     )
-    chosen = read_prompts(prompts or default_prompts(get_variant(name).name))[: _FIELDS["limit"].parse(limit)]
+    variant = with_files(name, **take(fields, FILES))
+    chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     fields |= {"num_steps": num_steps, "seed": 0}
-    request = GenerationRequest(name=name, prompt=chosen[0].prompt, **fields)
+    request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
-    check_files(request.variant)
+    check_files(variant)
     prepare_folder(study.folder)
     study.settle(request)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,7 +93,7 @@ def importance(
 
     place = pick_device(_own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
-    pipeline = load_pipeline(request.name, place, request.dtype)
+    pipeline = load_pipeline(variant, place, request.dtype)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
     study.settle(pipeline.complete(request))
     _draw(study, pipeline, groups[rank::world], quiet=rank > 0)

@@ -8,7 +8,6 @@ transformers takes longer to import than everything else here, so it is imported
 as little of it as will do.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.files import encoder_config, text_files
+from ..checkpoint.identify import Part, identify
+from ..checkpoint.layouts import NOT_OURS, tokenizer_class
+from ..checkpoint.read import check_dtypes
+from ..checkpoint.source import find_source
+from ..checkpoint.tensors import opened
 from ..errors import FileError
-from ..places import text_folders
 from ..variants import Variant
 
 CLIP_TOKENS = 77
@@ -61,15 +65,15 @@ def load_text_encoders(
     variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[TextEncoder, TextEncoder]:
     """T5 and CLIP of that model, weights loaded and frozen. FileError, AccessError or DiskError."""
-    folders = text_folders(variant)
+    files = text_files(variant)
     with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
         from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        t5_model = load_model(T5EncoderModel, folders.t5, device, dtype)
-        clip_model = load_model(CLIPTextModel, folders.clip, device, dtype)
-        t5_tokenizer = load_tokenizer(folders.t5_tokenizer, "T5TokenizerFast", t5_model)
-        clip_tokenizer = load_tokenizer(folders.clip_tokenizer, "CLIPTokenizer", clip_model)
+        t5_model = load_encoder(T5EncoderModel, "t5", files.t5, variant, device, dtype)
+        clip_model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype)
+        t5_tokenizer = load_tokenizer(files.t5_tokenizer, "T5TokenizerFast", t5_model)
+        clip_tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", clip_model)
     clip_length = min(CLIP_TOKENS, clip_tokenizer.model_max_length, clip_model.config.max_position_embeddings)
     return (
         TextEncoder(t5_tokenizer, t5_model, "last_hidden_state", variant.max_text, dtype),
@@ -77,11 +81,39 @@ def load_text_encoders(
     )
 
 
-def tokenizer_class(folder: Path, default: str) -> str:
-    """The name of the transformers class that a tokenizer's own configuration asks for."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config.get("tokenizer_class") or default
+def load_encoder(
+    kind: Any, part: Part, path: Path, variant: Variant, device: torch.device | str, dtype: torch.dtype
+) -> Any:
+    """A text encoder, frozen, from a file or a folder of any layout, tensor by tensor. FileError says what is wrong.
+
+    Its sizes come from the config.json beside the weights, from that of the model that ships, or from the row.
+    """
+    source = find_source(path)
+    found = identify(source.shapes, part)
+    if found.part != part:
+        raise FileError(f"{path}: the text encoder could not be read: this is {found.text}.")
+    mine = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
+    mine = {name: bare for name, bare in mine.items() if not bare.startswith(NOT_OURS) and "position_ids" not in bare}
+    check_dtypes(path, {name: source.dtypes[name] for name in mine}, dtype)
+    try:
+        config = kind.config_class.from_dict(encoder_config(variant, part, path))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
+    with opened(source, device) as get:
+        state = {bare: get(name).to(dtype) for name, bare in mine.items()}
+        try:
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FileError(f"{path}: the text encoder could not be read: {error}") from error
+    _all_there(info, path, "text encoder")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _all_there(info: dict[str, Any], path: Path, what: str) -> None:
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
+        raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
 
 
 def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
@@ -98,9 +130,7 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
     return tokenizer
 
 
-def load_model(
-    kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str = "text encoder"
-) -> Any:
+def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str) -> Any:
     """One of transformers' models, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
     try:
         model, info = kind.from_pretrained(
@@ -108,8 +138,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{folder}: the {what} could not be read: {error}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
-        raise FileError(f"{folder}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
+    _all_there(info, folder, what)
     return model.to(device).eval().requires_grad_(False)
 
 

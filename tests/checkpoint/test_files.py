@@ -59,8 +59,8 @@ def checkpoints(tmp_path_factory):
         ("flux-dev", "flux-schnell", "ae", "(no guidance_in), and not flux-dev. Next: --name flux-schnell"),
         ("flux-schnell", "flux-dev", "ae", "(dev, Krea, Kontext), and not flux-schnell. Next: --name flux-dev"),
         ("flux-dev", "fill", "ae", "of FLUX.1-Fill's kind (img_in takes 384 features), and not flux-dev"),
-        ("flux-dev", "ae", "ae", "is an autoencoder, and no transformer. Next: point FLUX_AE to it"),
-        ("flux-dev", "flux-dev", "flux-dev", "and no autoencoder. Next: point FLUX_MODEL to it"),
+        ("flux-dev", "ae", "ae", "is an autoencoder, and no transformer. Next: give it with --ae"),
+        ("flux-dev", "flux-dev", "flux-dev", "and no autoencoder. Next: give it with --model"),
         ("flux-dev", "lora", "ae", "is a LoRA, which goes on top of a model, and no transformer"),
     ],
 )  # fmt: skip

@@ -10,7 +10,8 @@ from huggingface_hub import errors as hub
 from random_model import small_variant
 
 from flux_core import places
-from flux_core.checkpoint import resolve
+from flux_core.checkpoint import files, resolve
+from flux_core.checkpoint.files import text_files
 from flux_core.errors import AccessError, DiskError, FileError
 
 DEV = small_variant("flux-dev")
@@ -79,10 +80,10 @@ def test_pickles_of_t5_are_left_where_they_are(monkeypatch, tmp_path):
         assert not any("bin" in pattern for pattern in patterns)
         return tmp_path / Path(repo).name
 
-    monkeypatch.setattr(places, "hub_folder", folder)
-    found = places.text_folders(DEV)
+    monkeypatch.setattr(files, "hub_folder", folder)
+    found = text_files(DEV)
     assert asked == ["openai/clip-vit-large-patch14", "google/t5-v1_1-xxl", "black-forest-labs/FLUX.1-dev"]
     assert found.t5 == tmp_path / "FLUX.1-dev" / "text_encoder_2"
     (tmp_path / "t5-v1_1-xxl").mkdir()
     (tmp_path / "t5-v1_1-xxl" / "model.safetensors").touch()
-    assert places.text_folders(DEV).t5 == tmp_path / "t5-v1_1-xxl"
+    assert text_files(DEV).t5 == tmp_path / "t5-v1_1-xxl"

@@ -138,7 +138,7 @@ def test_what_a_file_is_instead(official, tmp_path, change, words):
 
 def test_a_transformer_in_the_autoencoders_place(official, monkeypatch, tmp_path):
     monkeypatch.setenv("FLUX_AE", str(tmp_path / "FLUX_MODEL.safetensors"))
-    assert "This is a FLUX.1 transformer of hidden size 32. Next: check --name and FLUX_AE" in finding(load_autoencoder)
+    assert "This is a FLUX.1 transformer of hidden size 32. Next: check --name and --ae." in finding(load_autoencoder)
 
 
 # Layouts -------------------------------------------------------------------------------------------
@@ -209,9 +209,35 @@ def test_a_folder_of_official_files(official, monkeypatch, tmp_path):
     same(official)
 
 
-def test_a_quantized_file(official, tmp_path):
+def test_row_10_other_precisions_are_cast_and_told_in_one_line(official, tmp_path, capsys):
+    load_flux(DEV, dtype=torch.bfloat16)
+    assert capsys.readouterr().err == "FLUX_MODEL.safetensors holds F32; it is read as bfloat16\n"
+    load_flux(DEV, dtype=torch.float32)
+    rewrite(tmp_path, lambda state: {k: v.bfloat16() for k, v in state.items()})
+    load_flux(DEV, dtype=torch.float32)  # nothing is lost, so nothing is told
+    assert capsys.readouterr().err == ""
+
+
+def test_fp8_without_scales_stands_for_itself(official, tmp_path, capsys):
     rewrite(tmp_path, lambda state: {k: v.to(torch.float8_e4m3fn) for k, v in state.items()})
-    assert "92 tensors that are no bf16, fp16 or fp32 (double_blocks.0." in finding()
+    loaded = load_flux(DEV, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(loaded[name], x.to(torch.float8_e4m3fn).bfloat16()) for name, x in official[0].items())
+    assert "holds F8_E4M3; it is read as bfloat16" in capsys.readouterr().err
+
+
+def test_a_quantized_file(official, tmp_path):
+    rewrite(tmp_path, lambda state: state | {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)})
+    assert "quantized with scales (double_blocks.0.img_attn.qkv.scale_weight), which cannot be read yet" in finding()
+    rewrite(tmp_path, lambda state: {k: v.to(torch.uint8) for k, v in state.items()})
+    assert "92 tensors that are no plain bf16, fp16, fp32 or fp8 (double_blocks.0." in finding()
+
+
+def test_row_12_what_belongs_to_other_networks_is_left_alone(official, tmp_path):
+    others = {f"{prefix}x": torch.ones(1) for prefix in ("vae.", "first_stage_model.", "model_ema.")}
+    rewrite(tmp_path, lambda state: state | others)
+    same(official)
+    rewrite(tmp_path, lambda state: state | {"optimizer.x": torch.ones(1)})
+    assert "1 unexpected (optimizer.x)" in finding()
 
 
 def test_hashes_name_every_file_of_an_embedded_model(small, small_root):

@@ -82,3 +82,49 @@ def test_everything_in_a_folder_is_in_its_dtype(small, tmp_path):
     for path in out.rglob("*.safetensors"):
         assert {x.dtype for x in load_file(path).values()} == {torch.bfloat16}, path
     assert json.loads((out / "text_encoder_2" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_change_is_the_same_to_the_byte(small, small_root, tmp_path):
+    """Shipped -> official; official -> diffusers -> official; diffusers -> diffusers."""
+    shipped = small_root / "flux-mini"
+    out = save("flux-mini", "official", "fp32", tmp_path / "official")
+    for name in ("flux-mini.safetensors", "ae.safetensors", "t5/model.safetensors", "clip/model.safetensors"):
+        assert (out / name).read_bytes() == (shipped / name).read_bytes(), name
+    pipe = save("flux-mini", "diffusers", "fp32", tmp_path / "pipe", model=out)
+    again = save("flux-mini", "diffusers", "fp32", tmp_path / "pipe-again", model=pipe)
+    assert files_of(again) == files_of(pipe)
+    back = save("flux-mini", "official", "fp32", tmp_path / "back", model=pipe)
+    assert files_of(back) == files_of(out)
+
+
+def test_narrowed_once_it_stays_so(small, tmp_path):
+    """fp32 -> bf16 -> fp32 -> bf16: the second rounding finds nothing to round."""
+    first = save("flux-mini", "official", "bf16", tmp_path / "a")
+    wide = save("flux-mini", "diffusers", "fp32", tmp_path / "b", model=first)
+    assert files_of(save("flux-mini", "official", "bf16", tmp_path / "c", model=wide)) == files_of(first)
+
+
+def test_shards_are_copied_with_their_index(small, tmp_path):
+    pipe = save("flux-mini", "diffusers", "fp32", tmp_path / "pipe")
+    whole = pipe / "transformer" / "diffusion_pytorch_model.safetensors"
+    state, where = list(load_file(whole).items()), {}
+    for i in (0, 1):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        write_safetensors(whole.parent / name, dict(state[i::2]))
+        where |= dict.fromkeys(dict(state[i::2]), name)
+    whole.unlink()
+    whole.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert files_of(save("flux-mini", "diffusers", "fp32", tmp_path / "again", model=pipe)) == files_of(pipe)
+    official = save("flux-mini", "official", "fp32", tmp_path / "official", model=pipe)
+    assert files_of(official) == files_of(save("flux-mini", "official", "fp32", tmp_path / "plain"))
+
+
+def test_an_encoder_in_a_single_file_is_saved_with_its_configuration(small, small_root, tmp_path):
+    t5 = tmp_path / "t5xxl.safetensors"
+    t5.write_bytes((small_root / "flux-mini" / "t5" / "model.safetensors").read_bytes())
+    out = save("flux-mini", "official", "fp32", tmp_path / "out", t5xxl=t5)
+    assert files_of(out / "t5") == files_of(save("flux-mini", "official", "fp32", tmp_path / "plain") / "t5")
