@@ -27,7 +27,8 @@ _KNOWN = ("HF_", "HUGGINGFACE_", "FLUX_")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _BROKEN = ("RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead")
 """names of what the transports raise (requests, httpx, as the client's version has it) when an answer is cut short"""
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
+"""what a file system answers where nothing, or no more, can be written"""
 
 _from_env_file: set[str] = set()
 
@@ -100,7 +101,12 @@ def find_token() -> Token | None:
 
 def endpoint() -> str:
     """The hub's address without a slash behind it: HF_ENDPOINT, or huggingface.co. UsageError if it is no address."""
-    address = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or HUB
+    return checked_address(os.environ.get("HF_ENDPOINT", ""), "HF_ENDPOINT", HUB)
+
+
+def checked_address(given: str, name: str, otherwise: str) -> str:
+    """An address without a slash behind it, or `otherwise` for none. UsageError that says what named it."""
+    address = given.strip().rstrip("/") or otherwise
     try:
         parts = urlsplit(address)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.username is None and parts.port != 0
@@ -108,7 +114,7 @@ def endpoint() -> str:
         right = False
     if not right:
         shown = "" if "@" in address else f"={address[:100]!a}"  # what stands before an @ may be a password
-        raise UsageError(f"HF_ENDPOINT{shown} is no address. Next: write it as {HUB}, or unset it.")
+        raise UsageError(f"{name}{shown} is no address. Next: write it as {otherwise}, or leave it out.")
     return address
 
 
@@ -116,6 +122,18 @@ def offline() -> bool:
     """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as the client has it) forbids the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Inside, what asks the hub finds what is in the cache, or raises FileError, and nothing is sent."""
+    from huggingface_hub import constants  # the client has read the environment by now, and does not look again
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def cache_folder() -> Path:
@@ -133,13 +151,16 @@ def cache_variable() -> str:
     return "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes free where that folder is or would be. DiskError if nothing can be written there."""
+def free_bytes(folder: Path, setting: str | None = None) -> int:
+    """Bytes free where that folder is or would be. DiskError if nothing can be written there.
+
+    setting: what names another folder, by itself the cache's variable.
+    """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise DiskError(
             f"{folder} cannot be written to ({existing} is no folder that is open for writing). "
-            f"Next: set {cache_variable()} to a folder that is."
+            f"Next: set {setting or cache_variable()} to a folder that is."
         )
     return shutil.disk_usage(existing).free
 
@@ -230,7 +251,7 @@ def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
             f"the hub answered {status} for {wanted} of {repo} ({endpoint()}). Next: try again later; "
             "whole files are kept."
         )
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in DISK:
         return DiskError(
             f"{wanted} of {repo} could not be stored in {cache_folder()}: {error.strerror}. "
             f"Next: make room there, or set {cache_variable()} to a folder that can be written to."

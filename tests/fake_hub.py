@@ -1,4 +1,7 @@
-"""A hub on 127.0.0.1 that huggingface_hub speaks with over HTTP, as much of it as downloads need."""
+"""A hub on 127.0.0.1 that huggingface_hub speaks with over HTTP, as much of it as downloads need.
+
+It answers ModelScope's addresses, too, for the same files.
+"""
 
 import hashlib
 import json
@@ -25,6 +28,10 @@ class FakeHub:
         """whether that end is a reset; otherwise the answer is short, and only the first is"""
         self.moved_to = None
         """address of another hub that has the bytes, as a content network"""
+        self.listed = []
+        """rows of ModelScope's list that stand in the place of a file's own, or beside the others"""
+        self.ranges = True
+        """whether a part of a file can be asked for"""
         self.seen = []
         """(method, path, authorization or None, range or None)"""
         self.port = 0
@@ -46,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, self.path.partition("?")[0]
         hub.seen.append((self.command, path, self.headers.get("Authorization"), self.headers.get("Range")))
         parts = path.strip("/").split("/")
-        api = parts[0] == "api"
+        api, modelscope = parts[0] == "api", parts[:2] == ["api", "v1"]
+        parts = parts[1:] if modelscope or parts[0] == "models" else parts
         repo = "/".join(parts[2:4] if api else parts[:2])
         if hub.fail and hub.fail[3] == ("api" if api else "resolve"):
             status, code, message, _ = hub.fail
@@ -55,6 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in hub.files:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         files = hub.files[repo]
+        if modelscope:
+            rows = {"folder": {"Path": "folder", "Size": 0, "Type": "tree"}}
+            for name, data in files.items():
+                rows[name] = {"Path": name, "Size": len(data), "Sha256": digest(data), "Type": "blob"}
+            rows |= {row["Path"]: rows.get(row["Path"], {}) | row for row in hub.listed}
+            return self.answer(200, json.dumps({"Code": 200, "Data": {"Files": list(rows.values())}}).encode())
         if api and "tree" in parts:
             rows = [
                 {"type": "file", "path": name, "size": len(data), "oid": digest(data)} for name, data in files.items()
@@ -72,7 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.moved_to:
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest(data)}"'}
             return self.answer(302, b"", {**known, **linked, "Location": hub.moved_to + path})
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        asked = self.headers.get("Range") if hub.ranges else None
+        start = int((asked or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             known["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.answer(206 if start else 200, data[start:], known, cut=name == hub.cut)
@@ -97,6 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
         # closed with a reset: the client gives up at once, where it would try a short answer six times
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         socket.close(self.connection.detach())
+
+
+def weights(data):
+    """A safetensors file with those bytes as its one tensor."""
+    header = json.dumps({"x": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def digest(data):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_hub import digest, fake_hub
+from fake_hub import digest, fake_hub, weights
 
 ROOT = Path(__file__).parent.parent
 CANARY = "hf_Canary0123456789Canary0123456789"
@@ -17,15 +17,15 @@ REPO, CLIP, T5 = "black-forest-labs/FLUX.1-schnell", "openai/clip-vit-large-patc
 FLOW = "flux1-schnell.safetensors"
 FILES = {
     REPO: {
-        FLOW: bytes(range(256)) * 120_000,  # 31 MB: the client writes every 10 MB
-        "ae.safetensors": b"a" * 500,
+        FLOW: weights(bytes(range(256)) * 120_000),  # 31 MB: the client writes every 10 MB
+        "ae.safetensors": weights(b"a" * 500),
         "text_encoder_2/config.json": b"{}",
-        "text_encoder_2/model.safetensors": b"t" * 300,
+        "text_encoder_2/model.safetensors": weights(b"t" * 300),
         "tokenizer_2/spiece.model": b"s",
         "transformer/diffusion_pytorch_model.safetensors": b"the other layout",
         "text_encoder/model.safetensors": b"the other layout",
     },
-    CLIP: {"config.json": b"{}", "model.safetensors": b"c", "pytorch_model.bin": b"pickle"},
+    CLIP: {"config.json": b"{}", "model.safetensors": weights(b"c"), "pytorch_model.bin": b"pickle"},
     T5: {"config.json": b"{}", "spiece.model": b"s", "pytorch_model.bin": b"pickle"},
 }
 
@@ -45,6 +45,7 @@ def cli(tmp_path):
         kept |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), **env}
         command = [sys.executable, str(ROOT / "cli.py"), *words]
         done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, encoding="utf-8", timeout=60)
+        run.err = done.stderr
         assert CANARY not in done.stdout + done.stderr
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
@@ -64,17 +65,34 @@ def names(hub):
 def test_only_what_is_loaded_is_fetched_and_then_found_offline(cli, hub):
     """From a mirror with a slash behind it; then without any network, by HF_HUB_OFFLINE."""
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub, "/ "), HF_TOKEN=CANARY)
-    paths = out.splitlines()[1:]
-    assert out.startswith("flux-schnell: Apache-2.0\n") and all(Path(path).exists() for path in paths)
+    paths = out.splitlines()
+    assert len(paths) == 5 and all(Path(path).exists() for path in paths)
+    assert cli.err.startswith("licence of flux-schnell: Apache-2.0\n") and " GB  to download; " in cli.err
     text = {"text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/spiece.model"}
     assert names(hub) == {FLOW, "ae.safetensors", "config.json", "model.safetensors", "spiece.model", *text}
     assert hub.tokens() <= {f"Bearer {CANARY}", None}
     hub.seen.clear()
     assert cli("download", "flux-schnell", HF_ENDPOINT=address(hub), HF_HUB_OFFLINE="1") == out
+    assert cli("download", "flux-schnell", HF_ENDPOINT=address(hub), HF_TOKEN=CANARY) == out
     assert hub.seen == []
+    assert cli("download", "flux-schnell", HF_ENDPOINT="http://127.0.0.1:9") == out
+    assert "all files are on this disk already, nothing is downloaded" in cli.err
     told = cli("doctor", HF_HUB_OFFLINE="1", FLUX_AE="/nowhere.safetensors")
     assert "flux-schnell  transformer in the cache" in told and "T5 in the cache, CLIP in the cache" in told
     assert "autoencoder FLUX_AE=/nowhere.safetensors, which does not exist" in told
+
+
+def test_a_cache_that_lacks_something_is_completed(cli, hub):
+    """The rest is in the cache, so that the client alone would be content with it."""
+    paths = cli("download", "flux-schnell", HF_ENDPOINT=address(hub)).splitlines()
+    (lost,) = (Path(path) / "model.safetensors" for path in paths if path.endswith("text_encoder_2"))
+    lost.unlink()
+    told = cli("download", "flux-schnell", code=4, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "already" not in told and "could not be reached" in told
+    hub.seen.clear()
+    cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
+    assert lost.read_bytes() == FILES[REPO]["text_encoder_2/model.safetensors"]
+    assert not {FLOW, "ae.safetensors"} & {path.split("/")[-1] for method, path, *_ in hub.seen if method == "GET"}
 
 
 def test_a_flag_names_the_mirror_and_the_files_may_lie_elsewhere_without_the_token(cli, hub):
@@ -82,7 +100,7 @@ def test_a_flag_names_the_mirror_and_the_files_may_lie_elsewhere_without_the_tok
         hub.moved_to = f"http://localhost:{store.port}"
         words = ("download", "flux-schnell", "--endpoint", address(hub))
         out = cli(*words, HF_TOKEN=CANARY, HF_ENDPOINT="http://127.0.0.1:9")
-        assert Path(out.splitlines()[1]).read_bytes() == FILES[REPO][FLOW]
+        assert Path(out.splitlines()[0]).read_bytes() == FILES[REPO][FLOW]
         assert f"Bearer {CANARY}" in hub.tokens() and store.tokens() == {None}
 
 
@@ -90,7 +108,7 @@ def test_a_cut_connection_is_taken_up_at_the_byte_where_it_broke(cli, hub):
     hub.cut, hub.reset = FLOW, False
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
     assert [asked for *_, asked in hub.seen if asked] == [f"bytes={10 * 2**20}-"]
-    assert digest(Path(out.splitlines()[1]).read_bytes()) == digest(FILES[REPO][FLOW])
+    assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
 
 
 def test_a_run_that_was_cut_is_whole_after_the_next(cli, hub):
@@ -99,7 +117,7 @@ def test_a_run_that_was_cut_is_whole_after_the_next(cli, hub):
     assert f"was cut while {FLOW} of {REPO} was downloaded. Next: run this again" in told
     hub.cut = None
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
-    assert digest(Path(out.splitlines()[1]).read_bytes()) == digest(FILES[REPO][FLOW])
+    assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
 
 
 @pytest.mark.parametrize(
@@ -157,3 +175,6 @@ def test_doctor_has_a_word_for_everything_that_is_wrong(cli):
     for words in ("torch 2.", "cpu: bfloat16, float32", "from HUGGINGFACE_TOKEN in the environment", "is no address"):
         assert words in told
     assert "cannot be written to" in told and "flux-mini     ships with the package" in told
+    for name in ("flux-dev     ", "flux-dev-krea", "flux-schnell "):
+        (row,) = (line for line in told.splitlines() if line.startswith(f"              {name} 9.8 + 23.8 + 0.2 ="))
+        assert "= 33.7 GB: " in row and ("cpu fits whole" in row or "cpu does not fit" in row or "may just" in row)

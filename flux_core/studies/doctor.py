@@ -1,4 +1,7 @@
-"""`doctor`: what this machine has, for a bug report or for oneself. No network, no secrets, and nothing raises."""
+"""`doctor`: what this machine has and what would fit, for a bug report or for oneself.
+
+No network, no secrets, and nothing raises.
+"""
 
 import os
 import platform
@@ -6,20 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import hub
+from ..checkpoint.files import own_path
+from ..checkpoint.identify import Part
+from ..errors import FluxError
+from ..memory import BF16, FP32, fit, shares
 from ..places import embedded_folder
 from ..variants import AE_VARIABLES, VARIANTS, Variant
 from ..version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
 
 
 def doctor() -> Iterator[str]:
-    """Lines to print, one after the other: versions, devices, token's origin, endpoint, cache, models."""
+    """Lines to print, one after the other: versions, devices, what fits, token's origin, endpoint, cache, models."""
     for title, rows in (
         ("versions", _versions),
         ("devices", _devices),
+        ("fits", _fits),
         ("token", _token),
         ("endpoint", _endpoint),
         ("cache", _cache),
@@ -71,10 +83,58 @@ def _devices() -> list[str]:
 
 
 def _memory() -> str:
+    memory = _ram()
+    return f", {_gb(memory)} memory" if memory else ""
+
+
+def _ram() -> int:
+    """Bytes of this machine's memory, 0 if it does not say."""
     try:
-        return f", {_gb(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} memory"
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
-        return ""
+        return 0
+
+
+def _fits() -> list[str]:
+    """For each official model its sizes, and how each device holds it."""
+    import torch
+
+    from ..device import available_devices
+
+    devices, ram = [torch.device(name) for name in available_devices()], _ram()
+    rows = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
+    for variant in (row for row in VARIANTS.values() if not row.embedded):
+        parts = shares(variant)
+        verdicts = [
+            f"{device} {fit(parts, _size(device, ram), _widths(device), None if device.type == 'cpu' else ram)}"
+            for device in devices
+        ]
+        sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
+        total = sum(part.weights for part in parts)
+        rows.append(f"{variant.name:<14}{sizes} = {_gb(total)}: {', '.join(verdicts)}")
+    return rows
+
+
+def _widths(device: "torch.device") -> dict[int, str]:
+    """Bytes of a number in the dtypes that the device computes in, its own choice first, and the flag for the other."""
+    import torch
+
+    from ..device import pick_dtype
+
+    if pick_dtype(None, device) == torch.bfloat16:
+        return {BF16: ""}
+    return {FP32: ""} if device.type == "cuda" else {FP32: "", BF16: "--dtype bfloat16"}  # such a card has no bf16
+
+
+def _size(device: "torch.device", ram: int) -> int:
+    """Bytes of a device's memory, 0 if it does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return ram
 
 
 def _token() -> list[str]:
@@ -98,19 +158,24 @@ def _files(variant: Variant) -> list[str]:
         return [f"ships with the package: {embedded_folder(variant)}"]
     t5 = hub.cached(variant.repo, "text_encoder_2/*.safetensors") or hub.cached(variant.t5, "*.safetensors")
     clip = hub.cached(variant.clip, "*.safetensors")
+    flow, ae = (hub.cached(variant.repo, file) for file in (variant.flow_file, variant.ae_file))
     return [
-        f"transformer {_origin(variant.variables, hub.cached(variant.repo, variant.flow_file))}",
-        f"autoencoder {_origin(AE_VARIABLES, hub.cached(variant.repo, variant.ae_file))}",
-        f"T5 {_origin((), t5)}, CLIP {_origin((), clip)}",
+        f"transformer {_origin(variant, 'transformer', variant.variables, flow)}",
+        f"autoencoder {_origin(variant, 'autoencoder', AE_VARIABLES, ae)}",
+        f"T5 {_origin(variant, 't5', (), t5)}, CLIP {_origin(variant, 'clip', (), clip)}",
     ]
 
 
-def _origin(variables: tuple[str, ...], in_cache: list[Path]) -> str:
+def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
     for name in variables:
         if value := os.environ.get(name):
             there = "" if Path(value).expanduser().exists() else ", which does not exist"
             return f"{name}={value}{there}"
-    return "in the cache" if in_cache else "not on this disk"
+    try:
+        own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts, too
+    except FluxError:  # what it names is not there, which the transformer's row says
+        own = None
+    return str(own) if own else "in the cache" if in_cache else "not on this disk"
 
 
 def _gb(count: int) -> str:
