@@ -54,6 +54,7 @@ from flux_core.scoring import load_scorer
 
 CHOICES = ("all", "vital", "non-vital", "none")
 KINDS = ("recolour", "replace", "add", "background")
+KEPT = ("likeness", "untouched", "shape")
 
 
 @dataclass
@@ -188,13 +189,13 @@ def table(found: dict[str, Found], layers: dict[str, list[str]]) -> str:
 def differences(found: dict[str, Found]) -> dict[str, list[float]]:
     """What the paper's table says: vital keeps more than none, and edits more than all. Paired, with half widths."""
     vital, none, every = (found[name] for name in ("vital", "none", "all"))
-    kept = [a - b for a, b in zip(vital.likeness, none.likeness, strict=True)]
-    pairs = ((vital.happened[kind], every.happened[kind]) for kind in KINDS)
-    edited = [float(a) - float(b) for one, other in pairs for a, b in zip(one, other, strict=True)]
-    return {
-        "likeness_vital_minus_none": [round(x, 4) for x in mean_of(kept)],
-        "happened_vital_minus_all": [round(x, 4) for x in mean_of(edited)],
-    }
+
+    def difference(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+        return [round(x, 4) for x in mean_of([float(a) - float(b) for a, b in zip(ones, others, strict=True)])]
+
+    kept = {f"{what}_vital_minus_none": difference(getattr(vital, what), getattr(none, what)) for what in KEPT}
+    edited, asked = ([x for kind in KINDS for x in one.happened[kind]] for one in (vital, every))
+    return {**kept, "happened_vital_minus_all": difference(edited, asked)}
 
 
 def psnr(one: Tensor, other: Tensor) -> float:

@@ -79,7 +79,8 @@ def variants(model: Flux, one: dict[str, Any], two: dict[str, Any]) -> dict[str,
     params, bare = model.params, without_taps(model)
 
     def planned(inputs: dict[str, Any], *plan: Any) -> Callable[[], Any]:
-        return lambda: model(**inputs, run=HookRun(plan, params, branches=BRANCHES))
+        run = HookRun(plan, params, branches=BRANCHES)  # once for a picture, as the pipeline does it
+        return lambda: model(**inputs, run=run)
 
     return {
         "bare": ("bare", lambda: bare(**one)),

@@ -1,0 +1,168 @@
+"""The floor of a FLUX.1 step on the card at hand: what its matrix products and its attention take, and nothing else.
+
+    python benchmarks/floor.py [--size 1024] [--rounds 5]
+
+Every product of the 57 blocks that tokens go through (4096 of the image, 512 of text), each with random normal weights
+of its own, and every attention, by that backend of PyTorch's that proves fastest here. No bias, no elementwise work, no
+modulation (its products see one vector, and can be had before the loop), and one CUDA graph for all launches. In bf16;
+and where the device has it with e4m3 products, a scale for each row, beside bf16 attention.
+
+It is replayed for a second a round, after a round that only heats; the figure is the median of the rounds, with
+nvidia-smi's clock and power meanwhile. The card's clock follows its heat, so a floor counts only beside what was
+measured in the same minutes: other benchmarks let a `FloorStep` take turns with what they time (`timing.py`), and
+`floor` is the whole in one call.
+
+A table on stderr, one line of JSON on stdout. `--tiny` runs small on anything.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from parity_diffusers import tiny
+from timing import Call, burst, turns, watched
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flux_core.model import Flux, FluxParams
+from flux_core.variants import VARIANTS
+
+E4M3 = torch.float8_e4m3fn
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, K] -> e4m3, and the scale of each row [R, 1] in fp32."""
+    scale = x.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / torch.finfo(E4M3).max
+    return (x.float() / scale).to(E4M3), scale
+
+
+def product_fp8(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]) -> Tensor:
+    """What `quantized` makes of [R, K] and [N, K] -> [R, N] in bf16."""
+    scales = {"scale_a": x[1], "scale_b": weight[1].t()}
+    return torch._scaled_mm(x[0], weight[0].t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    "bf16": (lambda x: x, F.linear),
+    "fp8": (quantized, product_fp8),
+}
+"""for each dtype: what both sides of a product become, and the product"""
+
+
+def has_fp8(device: str) -> bool:
+    """Whether the device multiplies e4m3 with a scale for each row: tried, and held against fp32."""
+    x, weight = torch.randn(32, 64, device=device), torch.randn(48, 64, device=device)
+    try:
+        found = product_fp8(quantized(x), quantized(weight)).float()
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    exact = x.double() @ weight.double().t()
+    return bool((found - exact).norm() < 0.1 * exact.norm())
+
+
+def fastest_attention(q: Tensor, k: Tensor, v: Tensor, device: str) -> tuple[SDPBackend, dict[str, float]]:
+    """The backend that is fastest here, and the milliseconds of each that works."""
+    times = {}
+    for backend in BACKENDS:
+        with suppress(RuntimeError), sdpa_kernel(backend):
+            call = partial(F.scaled_dot_product_attention, q, k, v)
+            call()
+            times[backend] = statistics.median(burst(call, 10, device))
+    return min(times, key=times.__getitem__), {backend.name: round(ms, 3) for backend, ms in times.items()}
+
+
+class FloorStep:
+    """The products and the attention of one step, as a call; on CUDA the replay of one graph."""
+
+    def __init__(self, dtype: str, device: str, params: FluxParams, img: int, txt: int) -> None:
+        prepare, product = PRODUCTS[dtype]
+        draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        tokens = img + txt
+        q, k, v = (draw(1, params.num_heads, tokens, params.head_dim) for _ in range(3))
+        self.attention, self.attention_ms = fastest_attention(q, k, v, device)
+        self.tflop = 0.0
+        self.calls: list[Call] = []
+        with torch.device("meta"):
+            model = Flux(params)
+        inputs: dict[tuple[int, int], Any] = {}
+        for block in (*model.double_blocks, *model.single_blocks):
+            self.calls.append(partial(F.scaled_dot_product_attention, q, k, v))
+            self.tflop += 4e-12 * tokens**2 * params.hidden_size
+            for name, layer in block.named_modules():
+                if not isinstance(layer, nn.Linear) or "mod" in name:
+                    continue
+                rows = {"img": img, "txt": txt}.get(name[:3], tokens)
+                shape = rows, layer.in_features
+                if shape not in inputs:
+                    inputs[shape] = prepare(draw(shape))
+                self.calls.append(partial(product, inputs[shape], prepare(draw(layer.weight.shape).mul_(0.02))))
+                self.tflop += 2e-12 * rows * layer.weight.numel()
+        self.graph = self._captured() if device.startswith("cuda") else None
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        self._step()  # libraries load and choose before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+    def _step(self) -> None:
+        with sdpa_kernel(self.attention):
+            for call in self.calls:
+                call()
+
+    def __call__(self) -> None:
+        self._step() if self.graph is None else self.graph.replay()
+
+
+def floor(
+    dtype: str, device: str, params: FluxParams, img: int = 4096, txt: int = 512, rounds: int = 5, seconds: float = 1.0
+) -> dict[str, Any]:
+    """The settled milliseconds of a step's floor, and what they were measured at."""
+    step = FloorStep(dtype, device, params, img, txt)
+    with watched(device) as card:
+        times = turns({dtype: step}, rounds, seconds, device)[dtype]
+    ms = statistics.median(times)
+    rates = {"tflop": round(step.tflop, 3), "tflop_per_s": round(1000 * step.tflop / ms, 1)}
+    spread = round((max(times) - min(times)) / ms, 4)
+    attention = {"attention": step.attention.name, "attention_ms": step.attention_ms}
+    return {"ms": round(ms, 3), "spread": spread, **rates, **attention, **card}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels")
+    parser.add_argument("--rounds", type=int, default=5, help="seconds that count")
+    parser.add_argument("--tiny", action="store_true", help="a few blocks of 64 features, 16 + 8 tokens")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    params, img, txt, seconds = VARIANTS["flux-dev"].params, (args.size // 16) ** 2, 512, 1.0
+    if args.tiny:
+        params, img, txt, seconds = tiny(params), 16, 8, 0.05
+    figures: dict[str, Any] = {}
+    for dtype in ("bf16", "fp8") if has_fp8(args.device) else ("bf16",):
+        one = figures[dtype] = floor(dtype, args.device, params, img, txt, args.rounds, seconds)
+        seen = f"{one['tflop_per_s']:.0f} TFLOP/s, {one['attention']}, {one['sm_mhz']} MHz, {one['watts']} W"
+        print(f"{dtype:<5}{one['ms']:>8.2f} ms   {seen}", file=sys.stderr)
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    about = {"tokens": {"image": img, "text": txt}, "device": name, "torch": torch.__version__}
+    print(json.dumps({"benchmark": "floor", **figures, **about}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,248 @@
+"""How long FLUX.1 takes on the card at hand, part by part, beside the floor of a step and beside diffusers.
+
+    python benchmarks/latency.py [--name flux-dev] [--dtype bf16] [--compile blocks|none] [--size 1024] [--rounds 5]
+
+Random weights of the full sizes, made on the device; batch 1. What is printed, for each dtype:
+
+first call   seconds of the first compiled forward and the first compiled decoding, after eager ones, in a process of
+             its own with an empty cache (cold), and in another that finds what the first has cached (warm). One block
+             of each kind stands for all, which share their graphs
+step         one forward, eager and with its blocks compiled. The floor takes turns with them (`timing.py`), and so does
+             diffusers' model where it is installed, on the same weights and compiled the same way
+text         T5 and CLIP, eager, where transformers is installed
+decode       the autoencoder from latents to pixels, eager and compiled
+image        text to pixels on the CPU, by runs of the sampler with all that was compiled, the faster of two: 28 and 50
+             steps, 4 of schnell, or those of `--steps` (no number: none). Its ratio is to that many floors
+memory       GiB at the peak of a forward with the model alone on the device, and of an image with all parts there
+
+`ratio` is to the floor of the same run. Lines of JSON on stdout as figures come, a table on stderr at the end. A new
+dtype joins by its row in `MODELS`. `--tiny` runs small on anything.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from floor import FloorStep
+from parity_diffusers import build_theirs, call_theirs, in_dtype_of, random_flux, random_inputs
+from random_parts import random_autoencoder, random_encoders, tiny_variant
+from timing import Call, ratio, turns, watched
+from torch import Tensor
+
+from flux_core.model import Flux
+from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pack, unpack
+from flux_core.variants import VARIANTS, Variant
+
+MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux}
+"""for each dtype, named as in `floor.py`: a model of random weights from its sizes and device"""
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+Encode = Callable[[], tuple[Tensor, Tensor]]
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Bench:
+    """What is measured, and the lines that say it."""
+
+    variant: Variant
+    dtype: str
+    size: int
+    device: str
+    compiling: bool
+    rounds: int
+    seconds: float
+    """of a turn"""
+    table: list[str] = field(default_factory=list)
+
+    def say(self, part: str, what: str, **figures: Any) -> None:
+        """A line of JSON now, and one of the table for later."""
+        figures = {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()}
+        about = {"benchmark": "latency", "name": self.variant.name, "dtype": self.dtype, "size": self.size}
+        print(json.dumps({**about, "part": part, "what": what, **figures}), flush=True)
+        shown = (f"{key} {x}" for key, x in figures.items() if x is not None)
+        self.table.append(f"{self.dtype:<6}{part:<12}{what:<22}{'  '.join(shown)}")
+
+    def time(self, part: str, calls: dict[str, Call], seconds: float, floor: str | None = None) -> dict[str, float]:
+        """Calls that take turns of so many seconds. Returns their settled milliseconds."""
+        with watched(self.device) as card:
+            times = turns(calls, self.rounds, seconds, self.device)
+        ms = {name: statistics.median(found) for name, found in times.items()}
+        for name in calls:
+            against = {"ratio": ratio(times, name, floor)} if floor else {}
+            self.say(part, name, ms=ms[name], **against, **card)
+        return ms
+
+    def peak(self, what: str, call: Call) -> None:
+        """The most memory during a call: held by tensors, and taken from the device."""
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.seconds_of(call)
+            peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+            self.say("memory", what, **{f"{kind}_gib": size / 2**30 for kind, size in peaks.items()})
+
+    def seconds_of(self, call: Call) -> float:
+        began = time.perf_counter()
+        call()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def inputs(self, model: Flux) -> dict[str, Any]:
+        params, side = self.variant.params, self.size // 16
+        given = in_dtype_of(model, random_inputs(params, side, self.variant.max_text, self.device))
+        return {**given, "guidance": given["guidance"] if params.guidance_embed else None}
+
+    def noise(self) -> Tensor:
+        return get_noise(1, self.size, self.size, self.device, torch.bfloat16, seed=0)
+
+
+def compile_blocks(model: Flux) -> None:
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True)
+
+
+def eager(call: Call) -> Call:
+    """The same call as if nothing were compiled."""
+    return torch.compiler.set_stance("force_eager")(lambda: call())
+
+
+def first_calls(bench: Bench, cache: str) -> None:
+    for what in ("cold", "warm"):
+        command = [sys.executable, *sys.argv, "--first-call", bench.dtype]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {CACHE: cache})
+        bench.say("first call", what, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def first_call(bench: Bench) -> dict[str, Any]:
+    """In that process: seconds until what is compiled has run once, and the graphs of the blocks."""
+    model = MODELS[bench.dtype](replace(bench.variant.params, depth=1, depth_single_blocks=1), bench.device)
+    ae = random_autoencoder(bench.variant, bench.device)
+    forward, decode = partial(model, **bench.inputs(model)), partial(torch.compile(ae.decode), bench.noise())
+    eager(forward)(), eager(decode)()
+    compile_blocks(model)
+    step_s = bench.seconds_of(forward)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"step_s": step_s, "decode_s": bench.seconds_of(decode), "graphs": graphs}
+
+
+def steps(bench: Bench, model: Flux) -> float:
+    """Returns the milliseconds of the floor."""
+    inputs, variant = bench.inputs(model), bench.variant
+    ours = partial(model, **inputs)
+    calls = {"eager": eager(ours)}
+    if bench.compiling:
+        compile_blocks(model)
+        calls["compiled"] = ours
+    for name, call in calls.items():
+        call()
+        bench.peak(f"step, {name}", call)
+    if find_spec("diffusers"):
+        other = build_theirs(model)
+        theirs = partial(call_theirs, other, inputs)
+        calls["diffusers, eager"] = eager(theirs)
+        if bench.compiling:
+            other.compile_repeated_blocks(fullgraph=True)
+            calls["diffusers, compiled"] = theirs
+    else:
+        bench.table.append("no diffusers here to stand beside")
+    floor = FloorStep(bench.dtype, bench.device, variant.params, inputs["img"].shape[1], variant.max_text)
+    return bench.time("step", {"floor": floor, **calls}, bench.seconds, "floor")["floor"]
+
+
+def text(bench: Bench) -> Encode:
+    """Returns what encodes a prompt, or stands for that."""
+    if not find_spec("transformers"):
+        bench.table.append("no transformers here: images begin after the text")
+        given = random_inputs(bench.variant.params, 1, bench.variant.max_text, bench.device)
+        return lambda: (given["txt"], given["y"])
+    t5, clip = random_encoders(bench.variant, bench.device)
+    bench.time("text", {"T5": t5, "CLIP": clip}, bench.seconds / 3)
+    return lambda: (t5(), clip())
+
+
+def decoding(bench: Bench) -> Decode:
+    """Returns what decodes an image."""
+    plain = random_autoencoder(bench.variant, bench.device).decode
+    decodes = {"eager": plain} | ({"compiled": torch.compile(plain)} if bench.compiling else {})
+    bench.time("decode", {name: partial(decode, bench.noise()) for name, decode in decodes.items()}, bench.seconds / 3)
+    return [*decodes.values()][-1]
+
+
+def image(bench: Bench, model: Flux, encode: Encode, decode: Decode, number: int) -> Tensor:
+    """Pixels on the CPU, after a number of steps; what random weights draw."""
+    variant, given = bench.variant, bench.inputs(model)
+    txt, vec = encode()
+    velocity = flow_velocity(model, given["img_ids"], txt, given["txt_ids"], vec, variant.guidance)
+    x = pack(bench.noise())
+    x = euler(velocity, x, get_schedule(number, x.shape[1], shift=variant.shift))
+    return decode(unpack(x, bench.size, bench.size)).cpu()
+
+
+def measure(bench: Bench, numbers: list[int]) -> None:
+    torch._dynamo.reset()
+    model = MODELS[bench.dtype](bench.variant.params, bench.device)
+    floor_ms = steps(bench, model)
+    draw = partial(image, bench, model, text(bench), decoding(bench))
+    bench.peak("image", partial(draw, 1))
+    for number in numbers:
+        seconds = min(bench.seconds_of(partial(draw, number)) for _ in range(2))
+        bench.say("image", f"{number} steps", s=seconds, ratio=1000 * seconds / (number * floor_ms))
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", choices=[v.name for v in VARIANTS.values() if not v.embedded], default="flux-dev")
+    parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(MODELS)}, with commas between")
+    parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
+    parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels, a multiple of 16")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of a second that count")
+    parser.add_argument("--steps", type=int, nargs="*", help="whole images of so many steps")
+    parser.add_argument("--tiny", action="store_true", help="a few blocks of 64 features, 64x64 pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--first-call", metavar="DTYPE", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    dtypes = args.first_call.split() if args.first_call else args.dtype.split(",")
+    if unknown := set(dtypes) - set(MODELS):
+        parser.error(f"--dtype: there is no {', '.join(sorted(unknown))} to measure, only {', '.join(MODELS)}")
+
+    variant, size, seconds, compiling = VARIANTS[args.name], args.size, 1.0, args.compile == "blocks"
+    if args.tiny:
+        variant, size, seconds = tiny_variant(variant), 64, 0.05
+    benches = [Bench(variant, dtype, size, args.device, compiling, args.rounds, seconds) for dtype in dtypes]
+    if args.first_call:
+        print(json.dumps(first_call(benches[0])))
+        return 0
+    usual = [28, 50] if variant.params.guidance_embed else [4]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        for bench in benches if compiling else ():  # before this process caches anything
+            first_calls(bench, f"{cache}/{bench.dtype}")
+        for bench in benches:
+            os.environ[CACHE] = f"{cache}/{bench.dtype}"
+            measure(bench, usual if args.steps is None else args.steps)
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    print(f"{variant.name}, {size}x{size}, {device}, torch {torch.__version__}", file=sys.stderr)
+    print(*(line for bench in benches for line in bench.table), sep="\n", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
