@@ -82,7 +82,7 @@ def _run_jobs(file: str) -> None:
     checked = []
     for number, job in enumerate(read_jobs(file), 1):
         name, where = str(job.get("command", "generate")), f"{file}, job {number}"
-        runnable = [word for word, row in COMMANDS.items() if row.fields]
+        runnable = [word for word, row in COMMANDS.items() if row.fields and not row.positional]
         if name not in runnable:
             raise UsageError(
                 f"{where}: no command {name[:60]!r}; there are {', '.join(runnable)}.{nearest(name, runnable)}"

@@ -52,6 +52,11 @@ class Variant:
     def embedded(self) -> bool:
         return self.repo is None
 
+    @property
+    def licence_line(self) -> str:
+        """What is told when the model is first used."""
+        return f"licence of {self.name}: {self.licence}"
+
 
 def _flux1(guidance_embed: bool) -> FluxParams:
     return FluxParams(

@@ -40,7 +40,7 @@ def download(
             "--output-dir goes with --source modelscope: the hub's files go to its cache. "
             f"Next: leave it out, or set {hub.cache_variable()} to move the cache."
         )
-    note(f"licence of {name}: {variant.licence}")
+    note(variant.licence_line)
     if variant.repo is None:
         folder = embedded_folder(variant)
         tell(f"{name} ships with the package, nothing is to be downloaded: {folder}")

@@ -52,6 +52,8 @@ def edit(
     chosen = choose_layers(layers, request)
     folder = prepare_folder(output_dir)
     check_files(variant)
+    if not variant.embedded:
+        note(variant.licence_line)
 
     from ..editing import Editing  # and with it torch
     from ..pipeline import load_pipeline

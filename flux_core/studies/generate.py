@@ -124,7 +124,7 @@ def ask(
 def _first_notes(pipeline: "Pipeline", request: GenerationRequest, old: GenerationRequest | None) -> list[str]:
     """What is told once for a model, and of the picture that is repeated."""
     request = pipeline.complete(request)
-    lines = [] if request.variant.embedded else [f"licence of {request.name}: {request.variant.licence}"]
+    lines = [] if request.variant.embedded else [request.variant.licence_line]
     return lines + [f"pixels may differ: {reason}" for reason in (differences(old, request) if old else [])]
 
 

@@ -84,7 +84,7 @@ def importance(
     rows = _FIELDS["batch"].parse(batch)
     if rank == 0:
         _announce(study)
-        for line in request.notes():
+        for line in ([] if variant.embedded else [variant.licence_line]) + request.notes():
             note(line)
 
     from ..device import pick_device  # and with it torch

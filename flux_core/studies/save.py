@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..checkpoint import check_files, with_files
 from ..errors import UsageError
+from ..terminal import note
 
 FORMATS = ("official", "diffusers")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -30,6 +31,8 @@ def save(
     folder = Path(output).expanduser() if output else Path("output") / f"{variant.name}-{format}-{dtype}"
 
     check_files(variant)
+    if not variant.embedded:
+        note(variant.licence_line)
 
     import torch  # only now: a wrong argument should not wait for it
 
