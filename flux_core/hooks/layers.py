@@ -12,7 +12,7 @@ VITAL = {
     "flux-mini": ("layer.0", "layer.3"),
 }
 """flux-dev: published with Stable Flow (arXiv 2411.14430): the blocks that its code injects in; flux-mini: as our own
-study chose them (`python cli.py importance --limit 32 --seeds 2`, README)"""
+study chose them (`python cli.py importance --limit 24 --seeds 2`, README)"""
 
 
 def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
