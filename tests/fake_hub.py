@@ -28,6 +28,8 @@ class FakeHub:
         """whether that end is a reset; otherwise the answer is short, and only the first is"""
         self.moved_to = None
         """address of another hub that has the bytes, as a content network"""
+        self.spoiled = None
+        """name of a file that comes with its last byte changed"""
         self.listed = []
         """rows of ModelScope's list that stand in the place of a file's own, or beside the others"""
         self.ranges = True
@@ -86,6 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.moved_to:
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest(data)}"'}
             return self.answer(302, b"", {**known, **linked, "Location": hub.moved_to + path})
+        if name == hub.spoiled:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         asked = self.headers.get("Range") if hub.ranges else None
         start = int((asked or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:

@@ -120,6 +120,15 @@ def test_a_run_that_was_cut_is_whole_after_the_next(cli, hub):
     assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
 
 
+def test_a_file_with_another_sum_is_told_and_gone(cli, hub):
+    hub.spoiled = FLOW
+    told = cli("download", "flux-schnell", code=4, HF_ENDPOINT=address(hub))
+    assert f"{FLOW} of {REPO} came with another sum (SHA-256) than the hub has of it: it was deleted. Next:" in told
+    hub.spoiled = None
+    out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
+    assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
+
+
 @pytest.mark.parametrize(
     ("fail", "token", "code", "words"),
     [

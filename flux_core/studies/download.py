@@ -1,5 +1,7 @@
 """`download`: the files of a model from the hub or from ModelScope, as they will be loaded, and no others."""
 
+import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,13 +67,38 @@ def _from_hub(variant: Variant, repo: str) -> list[Path]:
     if _whole(paths):
         note(_ALL_THERE)
     else:
+        fetched: list[tuple[str, str]] = []
         if not hub.offline():
             free = hub.free_bytes(hub.cache_folder())
-            rows = [(f"{repo}/{file}", size, bool(hub.cached(repo, file))) for repo, file, size in _sizes(variant)]
+            sizes = [(owner, file, size, bool(hub.cached(owner, file))) for owner, file, size in _sizes(variant)]
+            fetched = [(owner, file) for owner, file, _, there in sizes if not there]
+            rows = [(f"{owner}/{file}", size, there) for owner, file, size, there in sizes]
             missing = sum(size for _, size, there in rows if not there)
             _check_room(rows, missing, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
         paths = _hub_paths(variant, repo)
+        for owner, file in fetched:
+            _check_sum(owner, file)
     return list(dict.fromkeys(paths))
+
+
+def _check_sum(repo: str, file: str) -> None:
+    """FileError, and the file is gone, if it came with another SHA-256 than the hub has of it.
+
+    The cache names a large file by that sum; the client itself looks at the size alone.
+    """
+    for path in hub.cached(repo, file):
+        blob = path.resolve()
+        if not re.fullmatch("[0-9a-f]{64}", blob.name):
+            continue  # a small file, or a cache without links
+        with blob.open("rb") as data:
+            if hashlib.file_digest(data, "sha256").hexdigest() == blob.name:
+                continue
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise FileError(
+            f"{file} of {repo} came with another sum (SHA-256) than the hub has of it: it was deleted. "
+            "Next: run this again; if it comes so again, take another endpoint."
+        )
 
 
 def _hub_paths(variant: Variant, repo: str) -> list[Path]:
