@@ -158,6 +158,8 @@ def test_a_wrong_part_is_told_by_its_header(folder, flags, words):
 
 
 def test_two_names_and_no_transformer(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"no part 't5_xxl': there are model, ae, t5xxl, clip_l\. Did you mean t5xxl"):
+        load_pipeline("flux-mini", t5_xxl="t5.safetensors")
     with pytest.raises(UsageError, match="--name flux-dev and --model flux-schnell are two models"):
         with_files("flux-dev", model="flux-schnell")
     with pytest.raises(FileError, match=r"is an autoencoder, and no transformer of .*Next: give it with --ae\."):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileError, UsageError
+from ..fields import nearest
 from ..jsonfile import read_json
 from ..places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
@@ -45,6 +46,7 @@ HOMES: dict[Part, Home] = {
 }
 
 
+# What a config.json says besides the sizes in a variant's row.
 T5_KIND = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
 CLIP_KIND = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
@@ -64,6 +66,9 @@ def with_files(name: str | None = None, **files: str | Path | None) -> Variant:
     files: `model` (a safetensors file, or a folder, which may hold the other parts, too), `ae`, `clip_l`, `t5xxl`.
     Without a name it is read from the model's header. `model` may also be a name. UsageError, FileError.
     """
+    flags = [home.flag for home in HOMES.values()]
+    for flag in files.keys() - set(flags):
+        raise UsageError(f"a model has no part {flag!r}: there are {', '.join(flags)}.{nearest(flag, flags)}")
     given = {flag: str(path) for flag, path in files.items() if path is not None}
     if (model := given.get("model")) in VARIANTS:
         if name not in (None, model):
