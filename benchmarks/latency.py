@@ -45,11 +45,20 @@ from random_parts import random_autoencoder, random_encoders, tiny_variant
 from timing import Call, ratio, turns, watched
 from torch import Tensor
 
-from flux_core.model import Flux
+from flux_core.kernels import install
+from flux_core.linears.fp8 import quantize
+from flux_core.model import Flux, FluxParams
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pack, unpack
 from flux_core.variants import VARIANTS, Variant
 
-MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux}
+
+def random_fp8(params: FluxParams, device: str) -> Flux:
+    model = random_flux(params, device)
+    quantize(model)
+    return model
+
+
+MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux, "fp8": random_fp8}
 """for each dtype, named as in `floor.py`: a model of random weights from its sizes and device"""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 Encode = Callable[[], tuple[Tensor, Tensor]]
@@ -105,6 +114,12 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    def model(self, params: FluxParams) -> Flux:
+        """Random weights, with the functions between them that the pipeline takes on this device."""
+        model = MODELS[self.dtype](params, self.device)
+        install(model, self.device)
+        return model
+
     def inputs(self, model: Flux) -> dict[str, Any]:
         params, side = self.variant.params, self.size // 16
         given = in_dtype_of(model, random_inputs(params, side, self.variant.max_text, self.device))
@@ -133,7 +148,7 @@ def first_calls(bench: Bench, cache: str) -> None:
 
 def first_call(bench: Bench) -> dict[str, Any]:
     """In that process: seconds until what is compiled has run once, and the graphs of the blocks."""
-    model = MODELS[bench.dtype](replace(bench.variant.params, depth=1, depth_single_blocks=1), bench.device)
+    model = bench.model(replace(bench.variant.params, depth=1, depth_single_blocks=1))
     ae = random_autoencoder(bench.variant, bench.device)
     forward, decode = partial(model, **bench.inputs(model)), partial(torch.compile(ae.decode), bench.noise())
     eager(forward)(), eager(decode)()
@@ -154,7 +169,7 @@ def steps(bench: Bench, model: Flux) -> float:
     for name, call in calls.items():
         call()
         bench.peak(f"step, {name}", call)
-    if find_spec("diffusers"):
+    if find_spec("diffusers") and bench.dtype == "bf16":  # it has no fp8 of its own
         other = build_theirs(model)
         theirs = partial(call_theirs, other, inputs)
         calls["diffusers, eager"] = eager(theirs)
@@ -162,7 +177,7 @@ def steps(bench: Bench, model: Flux) -> float:
             other.compile_repeated_blocks(fullgraph=True)
             calls["diffusers, compiled"] = theirs
     else:
-        bench.table.append("no diffusers here to stand beside")
+        bench.table.append(f"no diffusers in {bench.dtype} here to stand beside")
     floor = FloorStep(bench.dtype, bench.device, variant.params, inputs["img"].shape[1], variant.max_text)
     return bench.time("step", {"floor": floor, **calls}, bench.seconds, "floor")["floor"]
 
@@ -198,7 +213,7 @@ def image(bench: Bench, model: Flux, encode: Encode, decode: Decode, number: int
 
 def measure(bench: Bench, numbers: list[int]) -> None:
     torch._dynamo.reset()
-    model = MODELS[bench.dtype](bench.variant.params, bench.device)
+    model = bench.model(bench.variant.params)
     floor_ms = steps(bench, model)
     draw = partial(image, bench, model, text(bench), decoding(bench))
     bench.peak("image", partial(draw, 1))

@@ -7,6 +7,8 @@ import torch
 
 from .errors import MemoryShortage, UsageError
 from .fields import DTYPES
+from .linears.fp8 import has_fp8_units
+from .terminal import note
 
 
 def available_devices() -> list[str]:
@@ -40,17 +42,38 @@ def _reason(asked: str) -> str:
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run."""
+    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run.
+
+    Of fp8 it is the one that everything but the quantized Linears computes in: bfloat16.
+    """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name in (None, "auto"):
         return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
     known = DTYPES.get(str(name).removeprefix("torch."))
     if known is None:
         raise UsageError(f"--dtype {name} is not known: use one of auto, {', '.join(DTYPES)}")
-    if known == "bfloat16" and not bf16:
+    if known in ("bfloat16", "fp8") and not bf16:
         card = torch.cuda.get_device_name(device)
         raise UsageError(f"--dtype {name}: {card} has no bfloat16; use --dtype float32")
-    return getattr(torch, known)
+    if known != "fp8":
+        return getattr(torch, known)
+    _check_fp8(device)
+    return torch.bfloat16
+
+
+def wants_fp8(name: str | torch.dtype | None) -> bool:
+    """Whether that name asks for the transformer's Linears in fp8."""
+    return DTYPES.get(str(name)) == "fp8"
+
+
+def _check_fp8(device: torch.device) -> None:
+    """UsageError where not even the numbers are known (MPS); a line where they are but no products of them."""
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError):
+        raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
+    if not has_fp8_units(device):
+        note(f"{device} has no fp8 units: weights stay in fp8, widened for each product (less memory, no faster)")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

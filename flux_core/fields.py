@@ -15,8 +15,9 @@ MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1000
 """pictures or seeds that one flag may ask for"""
 
-DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
-"""accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it"""
+DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32", "fp8": "fp8"}
+"""accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it. fp8 is bfloat16 with
+most of the transformer's Linears in eight bits"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ REQUEST = (
     Field(
         "dtype",
         str,
-        "precision: bfloat16 or float32 (default: bfloat16 on CUDA, else float32)",
+        "precision: bfloat16, float32 or fp8 (default: bfloat16 on CUDA, else float32)",
         choices=("auto", *DTYPES),
         word="NAME",
     ),
@@ -166,8 +167,8 @@ IMPORTANCE = (
 SAVE = (
     _NAME,
     *FILES,
-    Field("format", str, "official (single files) or diffusers (a folder)", default="diffusers", word="NAME"),
-    Field("dtype", str, "precision of the saved weights: bf16, fp16 or fp32", default="bf16", word="NAME"),
+    Field("format", str, "official (single files) or diffusers (a folder; default, but for fp8)", word="NAME"),
+    Field("dtype", str, "precision of the saved weights: bf16, fp16, fp32 or fp8", default="bf16", word="NAME"),
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
 )
 DOWNLOAD = (

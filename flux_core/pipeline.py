@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype
+from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
 from .errors import UsageError
 from .hooks import Custom, HookRun, Intervention
+from .kernels import install
+from .linears.fp8 import is_quantized
 from .metadata import describe
 from .model import AutoEncoder, Flux
 from .nonfinite import is_finite, lost, lost_at_step
@@ -67,6 +69,8 @@ class Pipeline:
     ) -> None:
         self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
         self.device, self.dtype = device, dtype
+        self.precision = "fp8" if is_quantized(model) else dtype_name(dtype)
+        """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
         self.weights = weights or {}
         self.offload = offload
         self._present: tuple[Any, ...] = ()
@@ -113,10 +117,9 @@ class Pipeline:
         """The request as this pipeline draws it: with its dtype and weights. UsageError if it cannot."""
         if request.name != self.variant.name:
             raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
-        dtype = dtype_name(self.dtype)
-        if request.dtype not in (None, dtype):
-            raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {dtype}")
-        return request.model_copy(update={"dtype": dtype, "weights": self.weights})
+        if request.dtype not in (None, self.precision):
+            raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {self.precision}")
+        return request.model_copy(update={"dtype": self.precision, "weights": self.weights})
 
     @torch.no_grad()
     def draw(
@@ -269,5 +272,6 @@ def load_pipeline(
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
     home = torch.device("cpu") if offload else place
     t5, clip = load_text_encoders(variant, home, kind)
-    model, ae = load_flux(variant, home, kind), load_autoencoder(variant, home, kind)
+    model, ae = load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind)
+    install(model, place)
     return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload)

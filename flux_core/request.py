@@ -97,7 +97,7 @@ class GenerationRequest(BaseModel):
     init_image: InitImage | None = None
     strength: float | None = _of("strength", _strength)
     """None: there is no init image"""
-    dtype: Annotated[Literal["bfloat16", "float32"] | None, BeforeValidator(_dtype)] = _of("dtype")
+    dtype: Annotated[Literal["bfloat16", "float32", "fp8"] | None, BeforeValidator(_dtype)] = _of("dtype")
     """None until the pipeline that draws says which"""
     plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
     """interventions, in the order in which they work"""

@@ -136,9 +136,7 @@ def from_diffusers(state: State, params: Params) -> dict[str, Tensor]:
 def streamed_from_diffusers(get: Callable[[str], Tensor], params: Params) -> Iterator[tuple[str, Tensor]]:
     """Official names and tensors, one by one, from a function that gives a tensor by its diffusers name."""
     for pair in _pairs(params):
-        parts = [get(name) for name in pair.diffusers]
-        parts[-1] = _back(parts[-1], pair.how, params)
-        yield pair.official, parts[0] if len(parts) == 1 else torch.cat(parts)
+        yield pair.official, _joined([get(name) for name in pair.diffusers], pair.how, params)
 
 
 def diffusers_shapes(state: State, params: Params) -> dict[str, tuple[int, ...]]:
@@ -193,6 +191,12 @@ def _cut(x: Tensor, count: int, params: Params) -> list[Tensor]:
         return [x]
     assert isinstance(params, FluxParams)
     return list(x.tensor_split([params.hidden_size * n for n in range(1, count)]))
+
+
+def _joined(parts: list[Tensor], how: str, params: Params) -> Tensor:
+    """The official tensor of those that it is cut into. A function, so that nothing here holds on to the parts."""
+    parts[-1] = _back(parts[-1], how, params)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _there(x: Tensor, how: str, params: Params) -> Tensor:

@@ -21,6 +21,7 @@ from .files import TextFiles, ae_path, encoder_config, flow_path
 from .identify import Layout, Part, identify
 from .keymaps import Params, to_diffusers
 from .read import fitting, load_autoencoder, load_flux
+from .scales import METADATA, find_scales, widen
 from .source import INDEX, Source, find_source
 from .tensors import DTYPES, opened
 from .write import write_safetensors
@@ -32,9 +33,16 @@ NOT_OURS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text
 """prefixes of what full T5 and CLIP files hold besides the text encoders"""
 
 
-def write_official(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
-    """Two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`."""
-    _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
+def write_official(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, fp8: bool = False) -> None:
+    """Two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
+
+    fp8: the transformer as `linears.fp8` has it, a `weight_scale` beside each weight that it quantizes.
+    """
+    if fp8:
+        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict()
+        write_safetensors(folder / variant.flow_file, state, METADATA)
+    else:
+        _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
     _network(folder / variant.ae_file, variant, "autoencoder", "official", dtype)
     _text_encoder(text.t5, folder / "t5", variant, "t5", dtype)
     _text_encoder(text.clip, folder / "clip", variant, "clip", dtype)
@@ -172,7 +180,8 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
     source, word = find_source(path), str(dtype).removeprefix("torch.")
     found, config = identify(source.shapes, part), encoder_config(variant, part, path)
     names = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
-    mine = {name: bare for name, bare in names.items() if not bare.startswith(NOT_OURS)}
+    scales = find_scales(source, found.prefix)
+    mine = {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales.names}
     stays = path.is_dir() and len(mine) == len(source.shapes) and _is_all(source, dtype)
     if stays and config.get("dtype", config.get("torch_dtype")) == word and _may_be_cut(source, "diffusers"):
         _copy(source, target / "model.safetensors")
@@ -181,11 +190,14 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     _json(target / "config.json", kept | {"dtype": word})
     with opened(source, "cpu") as get:
-        write_safetensors(target / "model.safetensors", {bare: _cast(get(name), dtype) for name, bare in mine.items()})
 
+        def cast(name: str) -> Tensor:
+            x, scale = get(name), scales.of.get(name)
+            if not x.is_floating_point():
+                return x  # position ids stay whole numbers
+            return widen(x, None if scale is None else get(scale), dtype)
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x  # position ids stay whole numbers
+        write_safetensors(target / "model.safetensors", {bare: cast(name) for name, bare in mine.items()})
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

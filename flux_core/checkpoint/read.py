@@ -1,12 +1,14 @@
 """From files to a model: built on `meta`, filled tensor by tensor, each at once on its device and in its dtype.
 
 So there is never a second copy of the model in memory; on the CPU, tensors that keep their dtype stay mapped from the
-file until they are used. Official names, ComfyUI's prefix and all-in-one file, and diffusers' layout are all read;
-names and shapes are compared with the header before a byte of weights is read.
+file until they are used. What becomes fp8 is quantized as it is read: the model is never there in bf16. Official names,
+ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the header
+before a byte of weights is read.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain, starmap
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import FileError
+from ..linears.fp8 import quantize
 from ..model import AutoEncoder, Flux
 from ..terminal import note
 from ..variants import Variant
 from .files import HOMES, ae_path, flow_path
 from .identify import WHOLE, Identity, Part, Shapes, identify
 from .keymaps import Params, diffusers_shapes, streamed_from_diffusers
+from .scales import as_fp8, find_scales, widen
 from .source import Source, find_source
 from .tensors import DTYPES, opened
 
@@ -28,15 +32,18 @@ M = TypeVar("M", bound=nn.Module)
 
 OTHERS = (*WHOLE.values(), "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
 """beginnings of what a file may hold besides the network that is looked for"""
-SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8")
-"""ends of the names that fp8 files with scales have"""
 
 
-def load_flux(variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
-    """The transformer of that name, weights loaded and frozen. FileError says what does not fit."""
+def load_flux(
+    variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, fp8: bool = False
+) -> Flux:
+    """The transformer of that name, weights loaded and frozen. FileError says what does not fit.
+
+    fp8: most of its Linears as `linears.fp8` has them, the rest in `dtype`.
+    """
     with torch.device("meta"):
         model = Flux(variant.params)
-    return _fill(model, "transformer", variant.params, flow_path(variant), device, dtype)
+    return _fill(model, "transformer", variant.params, flow_path(variant), device, dtype, fp8)
 
 
 def load_autoencoder(
@@ -48,8 +55,18 @@ def load_autoencoder(
     return _fill(model, "autoencoder", variant.ae_params, ae_path(variant), device, dtype)
 
 
-def _fill(model: M, part: Part, params: Params, path: Path, device: torch.device | str, dtype: torch.dtype) -> M:
-    model.load_state_dict(dict(stream(path, part, model.state_dict(), params, device, dtype)), assign=True)
+def _fill(
+    model: M,
+    part: Part,
+    params: Params,
+    path: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    fp8: bool = False,
+) -> M:
+    state = model.state_dict()
+    coded = {f"{name}.weight" for name in quantize(model)} if fp8 else ()
+    model.load_state_dict(dict(stream(path, part, state, params, device, dtype, coded)), assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -60,28 +77,41 @@ def stream(
     params: Params,
     device: torch.device | str,
     dtype: torch.dtype,
+    coded: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a network by their official names, on `device` and in `dtype`, once the headers fit.
 
-    state: the network's, on `meta`. A file that holds other parts, too, is read for this one.
+    state: the network's, on `meta`. A file that holds other parts, too, is read for this one. coded: the weights that
+    come as e4m3, with a `weight_scale` behind each. No more than one of them is there unquantized at a time.
     """
     source, found = fitting(path, part, state, params)
-    check_dtypes(path, {x: kind for x, kind in source.dtypes.items() if x.startswith(found.prefix)}, dtype)
+    scales = find_scales(source, found.prefix)
+    plain = (name for name in source.dtypes if name.startswith(found.prefix) and name not in scales.names)
+    check_dtypes(path, {name: source.dtypes[name] for name in plain}, dtype, fp8=bool(coded))
     quiet = source.size < 10**9 or not sys.stderr.isatty()
     with (
         opened(source, device) as get,
         tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=quiet) as bar,
     ):
 
-        def take(name: str) -> Tensor:
+        def take(name: str) -> tuple[Tensor, Tensor | None]:
             tensor = get(found.prefix + name)
             bar.update(tensor.nbytes)
-            return tensor
+            scale = scales.of.get(found.prefix + name)
+            return tensor, None if scale is None else get(scale)
 
-        if found.layout == "diffusers":
-            yield from ((name, x.to(dtype)) for name, x in streamed_from_diffusers(take, params))
+        def made(name: str, tensor: Tensor, scale: Tensor | None = None) -> list[tuple[str, Tensor]]:
+            if name not in coded:
+                return [(name, widen(tensor, scale, dtype))]
+            weight, rows = as_fp8(tensor, scale)
+            return [(name, weight), (f"{name}_scale", rows)]
+
+        # Written without a loop variable, which would hold on to a tensor while the next is read.
+        if found.layout == "diffusers":  # which cuts and joins weights: not as codes
+            joined = streamed_from_diffusers(lambda name: widen(*take(name), dtype), params)
+            yield from chain.from_iterable(starmap(made, joined))
         else:
-            yield from ((name, take(name).to(dtype)) for name in state)
+            yield from chain.from_iterable(made(name, *take(name)) for name in state)
 
 
 def fitting(path: Path, part: Part, state: Mapping[str, Tensor], params: Params) -> tuple[Source, Identity]:
@@ -90,13 +120,13 @@ def fitting(path: Path, part: Part, state: Mapping[str, Tensor], params: Params)
     found = identify(source.shapes, part)
     official = {name: tuple(x.shape) for name, x in state.items()}
     expected = diffusers_shapes(state, params) if found.layout == "diffusers" else official
-    mine = {name: shape for name, shape in source.shapes.items() if name.startswith(found.prefix)}
-    if scales := [name for name in mine if name.endswith(SCALES)]:
-        raise FileError(
-            f"{path} is quantized with scales ({scales[0]}), which cannot be read yet. "
-            "Next: take the bf16 file, or an fp8 file without scales."
-        )
-    _check(source, found, part, {name.removeprefix(found.prefix): shape for name, shape in mine.items()}, expected)
+    scales = find_scales(source, found.prefix).names
+    mine = {
+        name.removeprefix(found.prefix): shape
+        for name, shape in source.shapes.items()
+        if name.startswith(found.prefix) and name not in scales
+    }
+    _check(source, found, part, mine, expected)
     return source, found
 
 
@@ -124,11 +154,13 @@ def _listing(what: str, names: list[str]) -> str:
     return f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""
 
 
-def check_dtypes(path: Path, dtypes: Mapping[str, str], dtype: torch.dtype) -> None:
+def check_dtypes(path: Path, dtypes: Mapping[str, str], dtype: torch.dtype, fp8: bool = False) -> None:
     """FileError for tensors that are no plain weights; a line on stderr where they are read with fewer or more bits."""
     foreign = [f"{name} is {kind}" for name, kind in dtypes.items() if kind not in DTYPES]
     if foreign:
         raise FileError(f"{path}: {_listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
-    kinds = sorted({kind for kind in dtypes.values() if DTYPES[kind] not in (dtype, torch.bfloat16)})
+    known = {dtype, torch.bfloat16} | ({torch.float8_e4m3fn} if fp8 else set())
+    kinds = sorted({kind for kind in dtypes.values() if DTYPES[kind] not in known})
     if kinds:  # bf16 goes into fp32 without a loss
-        note(f"{path.name} holds {' and '.join(kinds)}; it is read as {str(dtype).removeprefix('torch.')}")
+        word = "fp8" if fp8 else str(dtype).removeprefix("torch.")
+        note(f"{path.name} holds {' and '.join(kinds)}; it is read as {word}")

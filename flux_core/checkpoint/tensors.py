@@ -26,7 +26,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""what weights may be written in, by the file's word for it; fp8 only where it stands for itself, without scales"""
+"""what weights may be written in, by the file's word for it; `scales.py` finds what fp8 is multiplied with"""
 SMALL = 2**30
 """bytes of a file below which tensors on the CPU get memory of their own. A mapped one begins wherever the header ends,
 and CPU kernels round by alignment: the same weights in two files gave pictures that differed in a last bit."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..params import FluxParams
 from . import ops
 from .layers import Modulation, ModulationOut, QKNorm, SelfAttention
+from .ops import Heads
 from .tap import UNTOUCHED, Tap
 
 
@@ -57,13 +58,11 @@ class DoubleStreamBlock(nn.Module):
         pe: Tensor,
         tap: Tap = UNTOUCHED,
     ) -> tuple[Tensor, Tensor]:
-        img_q, img_k, img_v = self._qkv("img", self.img_attn, img, img_mod1, pe[:, :, txt.shape[1] :], tap)
-        txt_q, txt_k, txt_v = self._qkv("txt", self.txt_attn, txt, txt_mod1, pe[:, :, : txt.shape[1]], tap)
-
-        q = tap("q", torch.cat((txt_q, img_q), dim=2))
-        k = tap("k", torch.cat((txt_k, img_k), dim=2))
-        v = torch.cat((txt_v, img_v), dim=2)
-        attn = tap.attend(self.ops.attend, q, k, v)
+        img_heads = self._heads("img", self.img_attn, img, img_mod1, tap)
+        txt_heads = self._heads("txt", self.txt_attn, txt, txt_mod1, tap)
+        scales = self.txt_attn.norm.scales, self.img_attn.norm.scales
+        q, k, v = self.ops.norm_rope_join(txt_heads, img_heads, *scales, pe)
+        attn = tap.attend(self.ops.attend, tap("q", q), tap("k", k), v)
         txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
         img = img + img_mod1.gate * self.img_attn.proj(img_attn)
@@ -74,13 +73,9 @@ class DoubleStreamBlock(nn.Module):
         txt = txt + txt_mod2.gate * tap("txt.mlp", txt_mlp)
         return img, txt
 
-    def _qkv(
-        self, stream: str, attn: SelfAttention, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, stream: str, attn: SelfAttention, x: Tensor, mod: ModulationOut, tap: Tap) -> Heads:
         q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale)), self.num_heads)
-        q, k, v = tap(f"{stream}.q", q), tap(f"{stream}.k", k), tap(f"{stream}.v", v)
-        q, k = self.ops.norm_rope(q, k, *attn.norm.scales, pe)
-        return q, k, v
+        return tap(f"{stream}.q", q), tap(f"{stream}.k", k), tap(f"{stream}.v", v)
 
 
 class SingleStreamBlock(nn.Module):

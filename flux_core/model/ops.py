@@ -1,6 +1,6 @@
 """The few functions that a block calls between its Linears, plain and readable.
 
-Everything in a FLUX block is a Linear, a gated sum, or one of these four. A block holds them as `block.ops`, a static
+Everything in a FLUX block is a Linear, a gated sum, or one of these five. A block holds them as `block.ops`, a static
 tuple of functions, so that a fused twin for one kind of device can take the place of any of them when weights are
 loaded, while the block's own text stays as it is.
 
@@ -40,6 +40,20 @@ def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor
     return apply_rope(rms_norm(q, q_scale).to(q), pe), apply_rope(rms_norm(k, k_scale).to(k), pe)
 
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q, k, v of one stream, [B, H, L, D] each"""
+Scales = tuple[Tensor, Tensor]
+"""of the norms of q and k, [D] each"""
+
+
+def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scales, pe: Tensor) -> Heads:
+    """A double block's q, k, v over the joined sequence, text first; `norm_rope` of both streams. pe: of all tokens."""
+    length = txt[0].shape[2]
+    txt_q, txt_k = norm_rope(txt[0], txt[1], *txt_scales, pe[:, :, :length])
+    img_q, img_k = norm_rope(img[0], img[1], *img_scales, pe[:, :, length:])
+    return torch.cat((txt_q, img_q), dim=2), torch.cat((txt_k, img_k), dim=2), torch.cat((txt[2], img[2]), dim=2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention over the joined sequence. q, k, v: [B, H, L, D] -> [B, L, H*D]."""
     x = F.scaled_dot_product_attention(q, k, v)
@@ -56,6 +70,7 @@ class Ops(NamedTuple):
 
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor] = modulate
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
+    norm_rope_join: Callable[..., Heads] = norm_rope_join
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
     join_gelu: Callable[[Tensor, Tensor], Tensor] = join_gelu
 

@@ -20,6 +20,7 @@ from ..checkpoint.files import encoder_config, text_files
 from ..checkpoint.identify import Part, identify
 from ..checkpoint.layouts import NOT_OURS, tokenizer_class
 from ..checkpoint.read import check_dtypes
+from ..checkpoint.scales import find_scales, widen
 from ..checkpoint.source import find_source
 from ..checkpoint.tensors import opened
 from ..errors import FileError
@@ -94,13 +95,20 @@ def load_encoder(
         raise FileError(f"{path}: the text encoder could not be read: this is {found.text}.")
     mine = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
     mine = {name: bare for name, bare in mine.items() if not bare.startswith(NOT_OURS) and "position_ids" not in bare}
+    scales = find_scales(source, found.prefix)
+    mine = {name: bare for name, bare in mine.items() if name not in scales.names}
     check_dtypes(path, {name: source.dtypes[name] for name in mine}, dtype)
     try:
         config = kind.config_class.from_dict(encoder_config(variant, part, path))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
     with opened(source, device) as get:
-        state = {bare: get(name).to(dtype) for name, bare in mine.items()}
+
+        def plain(name: str) -> Tensor:
+            scale = scales.of.get(name)
+            return widen(get(name), None if scale is None else get(scale), dtype)
+
+        state = {bare: plain(name) for name, bare in mine.items()}
         try:
             model, info = kind.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

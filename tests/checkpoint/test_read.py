@@ -226,8 +226,8 @@ def test_fp8_without_scales_stands_for_itself(official, tmp_path, capsys):
 
 
 def test_a_quantized_file(official, tmp_path):
-    rewrite(tmp_path, lambda state: state | {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)})
-    assert "quantized with scales (double_blocks.0.img_attn.qkv.scale_weight), which cannot be read yet" in finding()
+    rewrite(tmp_path, lambda state: state | {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(3)})
+    assert "quantized in a way that is not known here: double_blocks.0.img_attn.qkv.weight is F32 [96, 32]" in finding()
     rewrite(tmp_path, lambda state: {k: v.to(torch.uint8) for k, v in state.items()})
     assert "92 tensors that are no plain bf16, fp16, fp32 or fp8 (double_blocks.0." in finding()
 

@@ -1,0 +1,284 @@
+"""The elementwise work of a block as one pass over memory each: Triton kernels, and the operators that launch them.
+
+All of it is bound by memory: a tensor of [4608, 3072] in bf16 is 28 MB, 7 µs of an H200's traffic to read, and what
+counts is how often it is read and written. So each kernel reads what the Linear before it wrote, where it lies, and
+writes what the next one reads:
+
+modulate        (1 + scale) * (x - mean) / sqrt(var + eps) + shift; one program holds a row, so x is read once
+norm_rope       R (x / rms(x) * scale) for q and k, read out of the qkv product as `split_heads` sees it; a program has
+                some heads of one token. Written with the tokens outside, [B, L, H, D] in memory, seen as [B, H, L, D]:
+                attention gives its output the layout of q, so its heads then lie side by side and nothing is permuted
+norm_rope_join  the same for the two streams of a double block, straight into the joined sequence, v along with them
+join_gelu       [attn | gelu(mlp)], mlp read where `linear1` left it
+
+Rounding: everything between a load and a store is fp32, so a result rounds once. The plain twins round after each
+operation in bf16 (and `rms_norm` before its scale); compiled, they round about as seldom as these. In bf16 the two
+differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
+
+They are `triton_op`s: torch.compile takes them whole, and inductor sees the kernels inside and launches them itself,
+with no dispatch in between. There is no backward; where a gradient is wanted, the plain twin computes. The residual
+`x + gate * y` is left to inductor. No autotuning: it would cost every first image seconds; the sizes below were
+the fastest of a few on an H200, for [4608, 3072].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from ..model import ops
+from ..model.ops import Heads, Scales
+
+MODULATE_WARPS = 8
+ROPE_HEADS, ROPE_WARPS = 8, 2
+JOINED_HEADS, JOINED_WARPS = 32, 8
+JOIN_BLOCK, JOIN_WARPS = 1024, 4
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """The same values with features side by side. What a Linear or a slice of one gives has them so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# LayerNorm and modulation ------------------------------------------------------------------------------
+
+
+@triton.jit
+def modulate_kernel(
+    x, shift, scale, out, x_batch, x_row, shift_batch, scale_batch,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows = tl.num_programs(0)
+    col = tl.arange(0, BLOCK)
+    inside = col < D
+    v = tl.load(x + batch * x_batch + row * x_row + col, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + batch * shift_batch + col, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(scale + batch * scale_batch + col, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, v - tl.sum(v, axis=0) / D, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + 1e-6)
+    y = (1.0 + g) * (centred * inverse) + b
+    tl.store(out + (batch * rows + row) * D + col, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton_op("flux_core::modulate", mutates_args=())
+def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    B, L, D = x.shape
+    x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
+    out = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
+    wrap_triton(modulate_kernel)[(L, B)](
+        x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
+        D=D, BLOCK=triton.next_power_of_2(D), num_warps=MODULATE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
+    if wants_grad(x, shift, scale):
+        return ops.modulate(x, shift, scale)
+    return torch.ops.flux_core.modulate(x, shift, scale)
+
+
+# Norm of q and k, and their rotation -------------------------------------------------------------------
+
+
+@triton.jit
+def matrix_of(pe, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The four entries of the rotation of each pair of features [BLOCK / 2], of the 2 D numbers of one token.
+
+    Read in one piece and taken apart in registers: four loads of every fourth number would cost as much as q and k.
+    """
+    entry = tl.arange(0, 2 * BLOCK)
+    first, second = tl.split(tl.reshape(tl.load(pe + entry, mask=entry < 2 * D, other=0.0), (BLOCK // 2, 2, 2)))
+    a, c = tl.split(first)
+    b, d = tl.split(second)
+    return a[None, :], b[None, :], c[None, :], d[None, :]
+
+
+@triton.jit
+def normed_turned(x, scale, a, b, c, d, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [HEADS, BLOCK] fp32, zero from D on; the rotation turns (even, odd) to (a even + b odd, c even + d odd)."""
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + 1e-6)[:, None] * scale[None, :]
+    even, odd = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
+    return tl.reshape(tl.join(a * even + b * odd, c * even + d * odd), (HEADS, BLOCK))
+
+
+@triton.jit
+def norm_rope_kernel(
+    q, k, q_scale, k_scale, pe, q_out, k_out,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, pe_batch, pe_row, L,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    groups: tl.constexpr = (H + HEADS - 1) // HEADS
+    row, batch = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) % groups) * HEADS + tl.arange(0, HEADS)[:, None]
+    col = tl.arange(0, BLOCK)
+    inside = (head < H) & (col < D)[None, :]
+    x = tl.load(q + batch * q_batch + row * q_row + head * q_head + col[None, :], mask=inside, other=0.0)
+    y = tl.load(k + batch * k_batch + row * k_row + head * k_head + col[None, :], mask=inside, other=0.0)
+    x_scale = tl.load(q_scale + col, mask=col < D, other=0.0).to(tl.float32)
+    y_scale = tl.load(k_scale + col, mask=col < D, other=0.0).to(tl.float32)
+    a, b, c, d = matrix_of(pe + batch * pe_batch + row * pe_row, D, BLOCK)
+    x = normed_turned(x.to(tl.float32), x_scale, a, b, c, d, D, HEADS, BLOCK)
+    y = normed_turned(y.to(tl.float32), y_scale, a, b, c, d, D, HEADS, BLOCK)
+    place = ((batch * L + row) * H + head) * D + col[None, :]
+    tl.store(q_out + place, x.to(q_out.dtype.element_ty), mask=inside)
+    tl.store(k_out + place, y.to(k_out.dtype.element_ty), mask=inside)
+
+
+@triton_op("flux_core::norm_rope", mutates_args=())
+def norm_rope_op(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, L, D = q.shape
+    q, k, pe = dense_rows(q), dense_rows(k), dense_pe(pe)
+    q_out = torch.empty((B, L, H, D), dtype=q.dtype, device=q.device)
+    k_out = torch.empty((B, L, H, D), dtype=k.dtype, device=k.device)
+    wrap_triton(norm_rope_kernel)[(L * triton.cdiv(H, ROPE_HEADS), B)](
+        q, k, q_scale, k_scale, pe, q_out, k_out,
+        *q.stride()[:3], *k.stride()[:3], batch_stride(pe), pe.stride(2), L,
+        H=H, D=D, HEADS=ROPE_HEADS, BLOCK=triton.next_power_of_2(D), num_warps=ROPE_WARPS,
+    )  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
+def dense_pe(pe: Tensor) -> Tensor:
+    """pe with each token's matrices in one piece, as `embed_nd` makes them and slices of tokens leave them."""
+    return pe if pe[0, 0, 0].is_contiguous() else pe.contiguous()
+
+
+def batch_stride(pe: Tensor) -> int:
+    """pe may have one row for all of the batch."""
+    return pe.stride(0) if pe.shape[0] > 1 else 0
+
+
+def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.norm_rope` in one pass. q, k: [B, H, L, D], also out as such, with tokens outside heads in memory."""
+    if wants_grad(q, k, q_scale, k_scale):
+        return ops.norm_rope(q, k, q_scale, k_scale, pe)
+    return torch.ops.flux_core.norm_rope(q, k, q_scale, k_scale, pe)
+
+
+@triton.jit
+def norm_rope_join_kernel(
+    txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, pe,
+    q_out, k_out, v_out,
+    txt_batch, txt_head, txt_row, img_batch, img_head, img_row, pe_batch, pe_row, T, L,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    groups: tl.constexpr = (H + HEADS - 1) // HEADS
+    row, batch = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) % groups) * HEADS + tl.arange(0, HEADS)[:, None]
+    col = tl.arange(0, BLOCK)
+    inside = (head < H) & (col < D)[None, :]
+    if row < T:
+        at = batch * txt_batch + row * txt_row + head * txt_head + col[None, :]
+        x = tl.load(txt_q + at, mask=inside, other=0.0)
+        y = tl.load(txt_k + at, mask=inside, other=0.0)
+        z = tl.load(txt_v + at, mask=inside, other=0.0)
+        x_scale = tl.load(txt_q_scale + col, mask=col < D, other=0.0)
+        y_scale = tl.load(txt_k_scale + col, mask=col < D, other=0.0)
+    else:
+        at = batch * img_batch + (row - T) * img_row + head * img_head + col[None, :]
+        x = tl.load(img_q + at, mask=inside, other=0.0)
+        y = tl.load(img_k + at, mask=inside, other=0.0)
+        z = tl.load(img_v + at, mask=inside, other=0.0)
+        x_scale = tl.load(img_q_scale + col, mask=col < D, other=0.0)
+        y_scale = tl.load(img_k_scale + col, mask=col < D, other=0.0)
+    a, b, c, d = matrix_of(pe + batch * pe_batch + row * pe_row, D, BLOCK)
+    x = normed_turned(x.to(tl.float32), x_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
+    y = normed_turned(y.to(tl.float32), y_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
+    place = ((batch * L + row) * H + head) * D + col[None, :]
+    tl.store(q_out + place, x.to(q_out.dtype.element_ty), mask=inside)
+    tl.store(k_out + place, y.to(k_out.dtype.element_ty), mask=inside)
+    tl.store(v_out + place, z, mask=inside)
+
+
+@triton_op("flux_core::norm_rope_join", mutates_args=())
+def norm_rope_join_op(
+    txt_q: Tensor, txt_k: Tensor, txt_v: Tensor, img_q: Tensor, img_k: Tensor, img_v: Tensor,
+    txt_q_scale: Tensor, txt_k_scale: Tensor, img_q_scale: Tensor, img_k_scale: Tensor, pe: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, T, D = txt_q.shape
+    L = T + img_q.shape[2]
+    txt_q, txt_k, txt_v = alike(txt_q, txt_k, txt_v)
+    img_q, img_k, img_v = alike(img_q, img_k, img_v)
+    pe = dense_pe(pe)
+    q_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
+    k_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
+    v_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
+    wrap_triton(norm_rope_join_kernel)[(L * triton.cdiv(H, JOINED_HEADS), B)](
+        txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, pe,
+        q_out, k_out, v_out,
+        *txt_q.stride()[:3], *img_q.stride()[:3], batch_stride(pe), pe.stride(2), T, L,
+        H=H, D=D, HEADS=JOINED_HEADS, BLOCK=triton.next_power_of_2(D), num_warps=JOINED_WARPS,
+    )  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2), v_out.transpose(1, 2)
+
+
+def alike(q: Tensor, k: Tensor, v: Tensor) -> Heads:
+    """q, k, v with the same strides: those of one product have them, where nothing came in between."""
+    if q.stride(-1) == 1 and q.stride() == k.stride() == v.stride():
+        return q, k, v
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scales, pe: Tensor) -> Heads:
+    """`ops.norm_rope_join` in one pass: q, k, v [B, H, T + L, D], with tokens outside heads in memory."""
+    if wants_grad(*txt, *img, *txt_scales, *img_scales):
+        return ops.norm_rope_join(txt, img, txt_scales, img_scales, pe)
+    return torch.ops.flux_core.norm_rope_join(*txt, *img, *txt_scales, *img_scales, pe)
+
+
+# The input of a single block's second Linear -----------------------------------------------------------
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x/2 (1 + tanh u) is x / (1 + exp(-2u)), with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def join_gelu_kernel(
+    attn, mlp, out, attn_batch, attn_row, mlp_batch, mlp_row, L,
+    D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    own: tl.constexpr = (D + BLOCK - 1) // BLOCK  # programs of a row that copy; the others activate
+    each: tl.constexpr = own + (M + BLOCK - 1) // BLOCK
+    row, batch = (tl.program_id(0) // each).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0) % each
+    target = out + (batch * L + row) * (D + M)
+    if part < own:
+        col = part * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(attn + batch * attn_batch + row * attn_row + col, mask=col < D)
+        tl.store(target + col, x, mask=col < D)
+    else:
+        col = (part - own) * BLOCK + tl.arange(0, BLOCK)
+        y = tl.load(mlp + batch * mlp_batch + row * mlp_row + col, mask=col < M, other=0.0).to(tl.float32)
+        tl.store(target + D + col, gelu_tanh(y).to(out.dtype.element_ty), mask=col < M)
+
+
+@triton_op("flux_core::join_gelu", mutates_args=())
+def join_gelu_op(attn: Tensor, mlp: Tensor) -> Tensor:
+    B, L, D = attn.shape
+    M = mlp.shape[2]
+    attn, mlp = dense_rows(attn), dense_rows(mlp)
+    out = torch.empty((B, L, D + M), dtype=attn.dtype, device=attn.device)
+    wrap_triton(join_gelu_kernel)[(L * (triton.cdiv(D, JOIN_BLOCK) + triton.cdiv(M, JOIN_BLOCK)), B)](
+        attn, mlp, out, *attn.stride()[:2], *mlp.stride()[:2], L,
+        D=D, M=M, BLOCK=JOIN_BLOCK, num_warps=JOIN_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
+    """`ops.join_gelu` in one pass. attn: [B, L, D]; mlp: [B, L, M], may be a slice of a wider product."""
+    if wants_grad(attn, mlp):
+        return ops.join_gelu(attn, mlp)
+    return torch.ops.flux_core.join_gelu(attn, mlp)

@@ -1,0 +1,1 @@
+"""What may stand behind an nn.Linear of the transformer, put in place when weights are loaded."""

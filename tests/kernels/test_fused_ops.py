@@ -1,0 +1,94 @@
+"""Which functions stand in the blocks, and that changing them keeps two graphs. Needs no Triton."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from golden_files import flux_of, read
+from torch._dynamo.testing import CompileCounter
+
+from flux_core import kernels
+from flux_core.kernels import can_fuse, fused_ops, install, put
+from flux_core.model import ops
+
+GOLDEN = read("transformer_dev")
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_a_device_without_triton_keeps_the_plain_functions(device):
+    assert not can_fuse(device)
+    assert fused_ops(device) is ops.PLAIN
+    assert fused_ops(torch.device(device)) is ops.PLAIN
+
+
+def test_a_card_is_asked_what_it_can_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    for capability, able in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert can_fuse("cuda:0") is able
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert not can_fuse("cuda:0")
+
+
+def test_nothing_asks_for_triton_where_it_is_not_used():
+    code = (
+        "import sys; sys.modules['triton'] = None; from flux_core.kernels import fused_ops; "
+        "from flux_core.model.ops import PLAIN; assert fused_ops('cpu') is PLAIN; "
+        "assert 'flux_core.kernels.fused' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def other_modulate(x, shift, scale):
+    return ops.modulate(x, shift, scale)
+
+
+def other_norm_rope(q, k, q_scale, k_scale, pe):
+    return ops.norm_rope(q, k, q_scale, k_scale, pe)
+
+
+def test_all_blocks_share_two_graphs_for_each_tuple_of_functions():
+    model, inputs, counter = flux_of(GOLDEN), GOLDEN.group("in."), CompileCounter()
+    plainly = model(**inputs)
+    torch._dynamo.reset()
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(backend=counter, fullgraph=True)
+    other = ops.PLAIN._replace(modulate=other_modulate, norm_rope=other_norm_rope)
+    for standing, graphs in ((install(model, "cpu"), 2), (other, 4), (ops.PLAIN, 4), (other, 4)):
+        put(model, standing)
+        assert torch.equal(model(**inputs), plainly)
+        assert counter.frame_count == graphs
+    torch._dynamo.reset()
+
+
+def test_every_block_and_the_last_layer_hold_them():
+    model = flux_of(GOLDEN)
+    other = ops.PLAIN._replace(modulate=other_modulate)
+    put(model, other)
+    parts = [part for part in model.modules() if hasattr(part, "ops")]
+    assert len(parts) == len(model.double_blocks) + len(model.single_blocks) + 1
+    assert all(part.ops is other for part in parts)
+    assert flux_of(GOLDEN).final_layer.ops is ops.PLAIN
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: the CPU build of torch comes without it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_fused.py runs on the card itself")
+def test_the_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).with_name("test_fused.py"))]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_a_card_gets_the_fused_functions():
+    found = fused_ops("cuda")
+    assert found is not ops.PLAIN and found is fused_ops("cuda:0")
+    assert found.attend is ops.attend
