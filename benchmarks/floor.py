@@ -35,41 +35,18 @@ from timing import Call, burst, turns, watched
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flux_core.linears.fp8 import has_fp8_units, quantize_rows, scaled_product
 from flux_core.model import Flux, FluxParams
 from flux_core.variants import VARIANTS
 
-E4M3 = torch.float8_e4m3fn
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-
-
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, K] -> e4m3, and the scale of each row [R, 1] in fp32."""
-    scale = x.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / torch.finfo(E4M3).max
-    return (x.float() / scale).to(E4M3), scale
-
-
-def product_fp8(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]) -> Tensor:
-    """What `quantized` makes of [R, K] and [N, K] -> [R, N] in bf16."""
-    scales = {"scale_a": x[1], "scale_b": weight[1].t()}
-    return torch._scaled_mm(x[0], weight[0].t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "bf16": (lambda x: x, F.linear),
-    "fp8": (quantized, product_fp8),
+    "fp8": (quantize_rows, lambda x, weight: scaled_product(*x, *weight, None)),
 }
 """for each dtype: what both sides of a product become, and the product"""
-
-
-def has_fp8(device: str) -> bool:
-    """Whether the device multiplies e4m3 with a scale for each row: tried, and held against fp32."""
-    x, weight = torch.randn(32, 64, device=device), torch.randn(48, 64, device=device)
-    try:
-        found = product_fp8(quantized(x), quantized(weight)).float()
-    except (RuntimeError, NotImplementedError, ValueError):
-        return False
-    exact = x.double() @ weight.double().t()
-    return bool((found - exact).norm() < 0.1 * exact.norm())
 
 
 def fastest_attention(q: Tensor, k: Tensor, v: Tensor, device: str) -> tuple[SDPBackend, dict[str, float]]:
@@ -154,7 +131,7 @@ def main() -> int:
     if args.tiny:
         params, img, txt, seconds = tiny(params), 16, 8, 0.05
     figures: dict[str, Any] = {}
-    for dtype in ("bf16", "fp8") if has_fp8(args.device) else ("bf16",):
+    for dtype in ("bf16", "fp8") if has_fp8_units(torch.device(args.device)) else ("bf16",):
         one = figures[dtype] = floor(dtype, args.device, params, img, txt, args.rounds, seconds)
         seen = f"{one['tflop_per_s']:.0f} TFLOP/s, {one['attention']}, {one['sm_mhz']} MHz, {one['watts']} W"
         print(f"{dtype:<5}{one['ms']:>8.2f} ms   {seen}", file=sys.stderr)
