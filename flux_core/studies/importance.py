@@ -4,6 +4,7 @@ Started by torchrun, the processes share the pictures; the first one waits for t
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -202,7 +203,8 @@ def _table(rows: list["Row"], vital: list[str], other: float | None) -> str:
     for row in rows:
         seeds = "" if row.seed_spread is None else f"{row.seed_spread:.3f}"
         mark = "vital" if row.block in vital else ""
-        lines.append(f"| {row.block} | {row.layer} | {row.importance:.3f} | ±{row.ci95:.3f} | {seeds} | {mark} |")
+        wide = "" if math.isnan(row.ci95) else f"±{row.ci95:.3f}"  # one prompt has no spread
+        lines.append(f"| {row.block} | {row.layer} | {row.importance:.3f} | {wide} | {seeds} | {mark} |")
     lines += [] if other is None else [f"another seed of the same prompt: {other:.3f}"]
     return "\n".join(lines)
 
