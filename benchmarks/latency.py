@@ -7,13 +7,16 @@ Random weights of the full sizes, made on the device; batch 1. What is printed, 
 first call   seconds of the first compiled forward and the first compiled decoding, after eager ones, in a process of
              its own with an empty cache (cold), and in another that finds what the first has cached (warm). One block
              of each kind stands for all, which share their graphs
-step         one forward, eager and with its blocks compiled. The floor takes turns with them (`timing.py`), and so does
-             diffusers' model where it is installed, on the same weights and compiled the same way
+modulation   all that `vec` tells, computed as before a schedule of 28 steps, and of one step alone
+step         one forward with its modulation from that table, eager and with its blocks compiled. The floor takes turns
+             with them (`timing.py`), and so does diffusers' model where it is installed, on the same weights and
+             compiled the same way
 text         T5 and CLIP, eager, where transformers is installed
 decode       the autoencoder from latents to pixels, eager and compiled
 image        text to pixels on the CPU, by runs of the sampler with all that was compiled, the faster of two: 28 and 50
              steps, 4 of schnell, or those of `--steps` (no number: none). Its ratio is to that many floors
-memory       GiB at the peak of a forward with the model alone on the device, and of an image with all parts there
+memory       GiB at the peak of a forward with the model alone on the device, and without the projections that the table
+             is made of, and of an image with all parts there
 
 `ratio` is to the floor of the same run. Lines of JSON on stdout as figures come, a table on stderr at the end. A new
 dtype joins by its row in `MODELS`. `--tiny` runs small on anything.
@@ -47,7 +50,7 @@ from torch import Tensor
 
 from flux_core.kernels import install
 from flux_core.linears.fp8 import quantize
-from flux_core.model import Flux, FluxParams
+from flux_core.model import MODULATION, Flux, FluxParams, ModulationTable
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pack, unpack
 from flux_core.variants import VARIANTS, Variant
 
@@ -61,6 +64,7 @@ def random_fp8(params: FluxParams, device: str) -> Flux:
 MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux, "fp8": random_fp8}
 """for each dtype, named as in `floor.py`: a model of random weights from its sizes and device"""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+SIGMAS = get_schedule(28, 4096)[:-1]
 Encode = Callable[[], tuple[Tensor, Tensor]]
 Decode = Callable[[Tensor], Tensor]
 
@@ -161,7 +165,8 @@ def first_call(bench: Bench) -> dict[str, Any]:
 def steps(bench: Bench, model: Flux) -> float:
     """Returns the milliseconds of the floor."""
     inputs, variant = bench.inputs(model), bench.variant
-    ours = partial(model, **inputs)
+    table = modulation(bench, model, inputs)
+    ours = partial(model, **inputs, mods=table().at(SIGMAS[0]))
     calls = {"eager": eager(ours)}
     if bench.compiling:
         compile_blocks(model)
@@ -178,8 +183,23 @@ def steps(bench: Bench, model: Flux) -> float:
             calls["diffusers, compiled"] = theirs
     else:
         bench.table.append(f"no diffusers in {bench.dtype} here to stand beside")
+    for name, layer in model.named_modules():
+        if name.endswith(MODULATION):
+            layer.to("cpu")
+    bench.peak("step, modulation left on the CPU", ours)
+    model.to(bench.device)
     floor = FloorStep(bench.dtype, bench.device, variant.params, inputs["img"].shape[1], variant.max_text)
     return bench.time("step", {"floor": floor, **calls}, bench.seconds, "floor")["floor"]
+
+
+def modulation(bench: Bench, model: Flux, inputs: dict[str, Any]) -> Callable[[], ModulationTable]:
+    """Returns what makes the table of a schedule, as the sampler does before its first step."""
+    strengths = inputs["guidance"] if inputs["guidance"] is not None else torch.ones_like(inputs["timesteps"])
+    table = partial(ModulationTable, model, SIGMAS, inputs["y"], strengths)
+    given = [inputs[name] for name in ("timesteps", "y", "guidance")]
+    alone = lambda: model.modulations(model.embed_vec(*given))  # noqa: E731
+    bench.time("modulation", {f"table of {len(SIGMAS)} steps": table, "of one step": alone}, bench.seconds / 3)
+    return table
 
 
 def text(bench: Bench) -> Encode:
@@ -205,9 +225,10 @@ def image(bench: Bench, model: Flux, encode: Encode, decode: Decode, number: int
     """Pixels on the CPU, after a number of steps; what random weights draw."""
     variant, given = bench.variant, bench.inputs(model)
     txt, vec = encode()
-    velocity = flow_velocity(model, given["img_ids"], txt, given["txt_ids"], vec, variant.guidance)
     x = pack(bench.noise())
-    x = euler(velocity, x, get_schedule(number, x.shape[1], shift=variant.shift))
+    sigmas = get_schedule(number, x.shape[1], shift=variant.shift)
+    conditions = given["img_ids"], txt, given["txt_ids"], vec
+    x = euler(flow_velocity(model, *conditions, variant.guidance, sigmas=sigmas[:-1]), x, sigmas)
     return decode(unpack(x, bench.size, bench.size)).cpu()
 
 

@@ -87,12 +87,13 @@ class Editing:
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's path to noise, by the source prompt at guidance 1 (see `sampling.invert`)."""
         latent = nudge * self.pipeline.tokens_of(photo, *self.size)
-        velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size)
+        velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
         return invert(velocity, latent, self.sigmas)
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
-        velocity = partial(self.pipeline.velocity, [self.request.prompt, *self.edits], self.guidance, self.size)
+        prompts = [self.request.prompt, *self.edits]
+        velocity = partial(self.pipeline.velocity, prompts, self.guidance, self.size, sigmas=self.sigmas[:-1])
         x = start.expand(len(self.branches), *start.shape[1:])
         with memory_errors(f"{len(x)} pictures of {self.size[0]}x{self.size[1]} pixels", self.pipeline.device):
             return euler(velocity(run), x, self.sigmas, self.pipeline.checked(on_step, velocity, run))

@@ -23,7 +23,7 @@ from .hooks import Custom, HookRun, Intervention
 from .kernels import install
 from .linears.fp8 import is_quantized
 from .metadata import describe
-from .model import AutoEncoder, Flux
+from .model import MODULATION, AutoEncoder, Flux
 from .nonfinite import is_finite, lost, lost_at_step
 from .pictures import crop_centre, open_source
 from .request import PATCH, GenerationRequest
@@ -170,23 +170,29 @@ class Pipeline:
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas)
-        velocity = partial(self.velocity, prompts, [first.guidance or 0.0] * len(requests), (width, height))
+        strengths = [first.guidance or 0.0] * len(requests)
+        velocity = partial(self.velocity, prompts, strengths, (width, height), sigmas=sigmas[:-1])
         x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
         run.finish()
         return x
 
     def velocity(
-        self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int], run: HookRun | None = None
+        self,
+        prompts: Sequence[str],
+        guidance: Sequence[float],
+        size: tuple[int, int],
+        run: HookRun | None = None,
+        sigmas: Sequence[float] = (),
     ) -> Velocity:
         """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
 
-        size: a request's `made_size`.
+        size: a request's `made_size`. sigmas: those that will be asked for, if known.
         """
         txt, vec = (torch.cat(rows) for rows in zip(*map(self.encode, prompts), strict=True))
         ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
         txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
         strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
-        flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run)
+        flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run, sigmas=sigmas)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             self._turn(self.model)
@@ -217,10 +223,10 @@ class Pipeline:
         every: tuple[Any, ...] = (self.t5, self.clip, self.model, self.ae)
         for part in every:
             if part not in parts:
-                part.to("cpu")
+                _move(part, torch.device("cpu"))
         give_memory_back(self.device)
         for part in parts:
-            part.to(self.device)
+            _move(part, self.device)
         self._present = parts
 
     def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
@@ -252,6 +258,16 @@ class Pipeline:
         levels = rearrange((pixels.clamp(-1, 1) + 1) * 127.5, "c h w -> h w c").round().to(torch.uint8)
         image = Image.fromarray(levels.cpu().numpy())
         return describe(crop_centre(image, request.width, request.height), self.complete(request))
+
+
+def _move(part: Any, device: torch.device) -> None:
+    """Move a part, but for the transformer's modulation: it stays where it was loaded, and a table of it is made."""
+    if not isinstance(part, Flux):
+        part.to(device)
+        return
+    for name, layer in part.named_modules():
+        if not any(layer.children()) and not name.endswith(MODULATION):
+            layer.to(device)
 
 
 def load_pipeline(

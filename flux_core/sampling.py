@@ -8,6 +8,7 @@ sigma 1 to 0. `euler` knows nothing of FLUX: it calls `velocity(x, sigma)`, whic
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .model import Flux, Run
+from .model import Flux, ModulationTable, Run
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -39,6 +40,9 @@ OnStep = Callable[[Step], Tensor | None]
 
 class SampledRun(Run, Protocol):
     """A run that lasts for a whole sampling, and hears where it is before every forward."""
+
+    @property
+    def needs_vec(self) -> bool: ...
 
     def begin(self, sigma: float) -> None: ...
 
@@ -155,10 +159,12 @@ def flow_velocity(
     img_cond_seq: Tensor | None = None,
     img_cond_seq_ids: Tensor | None = None,
     run: SampledRun | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Velocity:
     """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
 
-    `run` stands in every forward and is told its sigma first.
+    `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
+    at the first of them the modulation of all is computed, which changes no bit of what comes out.
 
     img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
     Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -167,13 +173,20 @@ def flow_velocity(
         raise ValueError("img_cond_seq and img_cond_seq_ids go together")
     ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
 
+    known = () if run is not None and run.needs_vec else tuple(sigmas)
+
+    @cache
+    def table(batch: int, device: torch.device, dtype: torch.dtype) -> ModulationTable:
+        return ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
+
     def velocity(x: Tensor, sigma: float) -> Tensor:
         rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
         if run is not None:
             run.begin(sigma)
+        mods = table(x.shape[0], x.device, x.dtype).at(sigma) if sigma in known else None
         img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
         img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
-        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run)
+        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods)
         return v[:, : x.shape[1]]
 
     return velocity
@@ -194,7 +207,8 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Tokens of noise [B, L, C] -> tokens of a picture, by Euler over `timesteps` (official `denoise`)."""
-    velocity = flow_velocity(model, img_ids, txt, txt_ids, vec, guidance, img_cond, img_cond_seq, img_cond_seq_ids)
+    conditions = img_cond, img_cond_seq, img_cond_seq_ids
+    velocity = flow_velocity(model, img_ids, txt, txt_ids, vec, guidance, *conditions, sigmas=timesteps[:-1])
     return euler(velocity, img, timesteps, on_step)
 
 

@@ -19,7 +19,7 @@ FLOORS = {
     "studies": 4,
     "main": 5,
 }  # fmt: skip
-STRANGERS = [{"hooks", "linears", "kernels"}, {"model", "text"}]
+STRANGERS = [{"hooks", "linears"}, {"hooks", "kernels"}, {"model", "text"}]
 """neighbours that do not know each other"""
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "weights" not in path.parts)
 

@@ -94,6 +94,11 @@ class HookRun:
         plan = [one for one in self.plan if one.changes_pixels]
         return HookRun([*plan, *others], self.params, self.sigmas, self.branches)
 
+    @property
+    def needs_vec(self) -> bool:
+        """Whether anything stands at `vec`, which a forward lacks when its modulation was computed before."""
+        return any("vec" in _sites_of(thing) for _, thing in self._at_block.get("", ()))
+
     def begin(self, sigma: float) -> None:
         """A forward at this sigma comes next. One between two of the schedule belongs to the step that passes it."""
         self.call = self.call + 1 if sigma == self.sigma else 0

@@ -5,11 +5,14 @@ the device can do; the plain tuple stays the truth that `tests/kernels` holds th
 where it is used: nothing below asks for it on a CPU, on MPS, or on a card older than Ampere.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
+from ..linears.fp8 import Fp8Linear, Rows
 from ..model import Flux
 from ..model.ops import PLAIN, Ops
 from ..terminal import note
@@ -46,29 +49,42 @@ def fused_ops(device: torch.device | str) -> Ops:
 
 
 def install(model: Flux, device: torch.device | str) -> Ops:
-    """Put the functions of that device into every block and the last layer of a model; returns them.
+    """Put the functions of that device into every part of a model that has any; returns those of its blocks.
 
-    All hold one and the same tuple, so compiled blocks of a kind go on sharing a graph (dynamo guards on its functions,
-    which are module-level ones). Blocks that were compiled before compile once more at their next call.
+    All blocks hold one and the same tuple, so compiled blocks of a kind go on sharing a graph (dynamo guards on its
+    functions, which are module-level ones). Blocks that were compiled before compile once more at their next call.
     """
-    ops = fused_ops(device)
-    put(model, ops)
-    return ops
+    ops = blocks_ops = fused_ops(device)
+    linears = [one for one in model.modules() if isinstance(one, Fp8Linear)]
+    if ops is not PLAIN and linears and all(one.scales_on(torch.device(device)) for one in linears):
+        blocks_ops, quantize = _of_rows()
+        for one in linears:
+            one.quantize = quantize
+    put(model, ops, blocks_ops)
+    return blocks_ops
 
 
-def put(model: Flux, ops: Ops) -> None:
-    """These functions into every block and the last layer, attention included."""
-    for part in (*model.double_blocks, *model.single_blocks, model.final_layer):
-        part.ops = ops
+def put(model: Flux, ops: Ops, blocks_ops: Ops | None = None) -> None:
+    """These functions into every part of a model, attention included; blocks may have others."""
+    for part in model.modules():
+        if hasattr(part, "ops"):
+            part.ops = ops
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.ops = blocks_ops or ops
 
 
 @cache
 def _fused() -> Ops:
     from . import fused  # defines its kernels, for which it needs Triton
 
-    return PLAIN._replace(
-        modulate=fused.modulate,
-        norm_rope=fused.norm_rope,
-        norm_rope_join=fused.norm_rope_join,
-        join_gelu=fused.join_gelu,
-    )
+    return PLAIN._replace(**{name: getattr(fused, name) for name in Ops._fields if hasattr(fused, name)})
+
+
+@cache
+def _of_rows() -> tuple[Ops, Callable[[Tensor], Rows]]:
+    """For blocks of Fp8Linears, and what quantizes the inputs that nothing else has quantized."""
+    from . import rows
+
+    return _fused()._replace(
+        modulate=rows.modulate, mlp=rows.mlp, linear1=PLAIN.linear1, linear2=rows.linear2
+    ), rows.quantize

@@ -1,4 +1,4 @@
-"""The elementwise work of a block as one pass over memory each: Triton kernels, and the operators that launch them.
+"""What a block does around its Linears, in one pass over memory each: Triton kernels and what launches them.
 
 All of it is bound by memory: a tensor of [4608, 3072] in bf16 is 28 MB, 7 µs of an H200's traffic to read, and what
 counts is how often it is read and written. So each kernel reads what the Linear before it wrote, where it lies, and
@@ -9,22 +9,28 @@ norm_rope       R (x / rms(x) * scale) for q and k, read out of the qkv product 
                 some heads of one token. Written with the tokens outside, [B, L, H, D] in memory, seen as [B, H, L, D]:
                 attention gives its output the layout of q, so its heads then lie side by side and nothing is permuted
 norm_rope_join  the same for the two streams of a double block, straight into the joined sequence, v along with them
-join_gelu       [attn | gelu(mlp)], mlp read where `linear1` left it
+
+Beside these stand products that take work off what is between them (cuBLASLt's, but for the last):
+
+mlp, linear1    GELU in the epilogue of the product; for it `linear1` is two products, qkv and the MLP's part
+linear2         a product of attention and one of the MLP's part, added up: they need not be joined
+modulation      the projections of all steps of a schedule read their weights once
 
 Rounding: everything between a load and a store is fp32, so a result rounds once. The plain twins round after each
 operation in bf16 (and `rms_norm` before its scale); compiled, they round about as seldom as these. In bf16 the two
 differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
 
-They are `triton_op`s: torch.compile takes them whole, and inductor sees the kernels inside and launches them itself,
+The kernels are `triton_op`s: torch.compile takes them whole, and inductor sees what is inside and launches it itself,
 with no dispatch in between. There is no backward; where a gradient is wanted, the plain twin computes. The residual
 `x + gate * y` is left to inductor. No autotuning: it would cost every first image seconds; the sizes below were
 the fastest of a few on an H200, for [4608, 3072].
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
 
 from ..model import ops
@@ -33,7 +39,7 @@ from ..model.ops import Heads, Scales
 MODULATE_WARPS = 8
 ROPE_HEADS, ROPE_WARPS = 8, 2
 JOINED_HEADS, JOINED_WARPS = 32, 8
-JOIN_BLOCK, JOIN_WARPS = 1024, 4
+PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -49,6 +55,14 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def normed(row, col, D: tl.constexpr):
+    """A row of D features without its mean, over its standard deviation; fp32, zero from D on."""
+    v = tl.load(row + col, mask=col < D, other=0.0).to(tl.float32)
+    centred = tl.where(col < D, v - tl.sum(v, axis=0) / D, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + 1e-6)
+
+
+@triton.jit
 def modulate_kernel(
     x, shift, scale, out, x_batch, x_row, shift_batch, scale_batch,
     D: tl.constexpr, BLOCK: tl.constexpr,
@@ -57,12 +71,9 @@ def modulate_kernel(
     rows = tl.num_programs(0)
     col = tl.arange(0, BLOCK)
     inside = col < D
-    v = tl.load(x + batch * x_batch + row * x_row + col, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(shift + batch * shift_batch + col, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(scale + batch * scale_batch + col, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, v - tl.sum(v, axis=0) / D, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + 1e-6)
-    y = (1.0 + g) * (centred * inverse) + b
+    y = (1.0 + g) * normed(x + batch * x_batch + row * x_row, col, D) + b
     tl.store(out + (batch * rows + row) * D + col, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -234,51 +245,94 @@ def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scale
     return torch.ops.flux_core.norm_rope_join(*txt, *img, *txt_scales, *img_scales, pe)
 
 
-# The input of a single block's second Linear -----------------------------------------------------------
+# Linears with what stands before or behind them -----------------------------------------------------------
+
+
+def bare(linear: nn.Module, *inputs: Tensor) -> bool:
+    """Whether a Linear is its weights and nothing else: no other class, no hook, no gradient wanted."""
+    if type(linear) is not nn.Linear or linear.bias is None or wants_grad(*inputs, linear.weight, linear.bias):
+        return False
+    return torch.compiler.is_compiling() or not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU, tanh form, of a Linear, in the epilogue of the product (cuBLASLt). [B, L, K] -> [B, L, N]"""
+    y = torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True)
+    return y.unflatten(0, x.shape[:2])
+
+
+def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`ops.mlp` without a pass for the GELU."""
+    first, _, last = layers
+    return last(linear_gelu(x, first.weight, first.bias)) if bare(first, x) else ops.mlp(layers, x)
+
+
+def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
+    """`ops.linear1`, with the MLP's part activated already, where it can in the epilogue of a product of its own."""
+    if not bare(linear, x):
+        qkv, hidden = ops.linear1(linear, x, split)
+        return qkv, F.gelu(hidden, approximate="tanh")
+    weights, biases = linear.weight.split(split), linear.bias.split(split)
+    return F.linear(x, weights[0], biases[0]), linear_gelu(x, weights[1], biases[1])
+
+
+def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
+    """`ops.linear2` of what `linear1` gives, as two products into one sum: nothing is joined before."""
+    if not bare(linear, attn, hidden):
+        return linear(torch.cat((attn, hidden), dim=2))
+    return torch.ops.flux_core.sum_of_products(attn, hidden, linear.weight, linear.bias)
+
+
+@torch.library.custom_op("flux_core::sum_of_products", mutates_args=())
+def sum_of_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[x | y] @ weight.T + bias, for x [B, L, K], y [B, L, M] and weight [N, K + M].
+
+    An operator of its own, since inductor would copy the first sum before it adds the second to it.
+    """
+    of_x, of_y = weight.t().split([x.shape[2], y.shape[2]])
+    return torch.addmm(bias, y.flatten(0, 1), of_y).addmm_(x.flatten(0, 1), of_x).unflatten(0, x.shape[:2])
+
+
+@sum_of_products.register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+# The modulation of many steps at once ------------------------------------------------------------------------
 
 
 @triton.jit
-def gelu_tanh(x):
-    """x/2 (1 + tanh u) is x / (1 + exp(-2u)), with u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * u))
-
-
-@triton.jit
-def join_gelu_kernel(
-    attn, mlp, out, attn_batch, attn_row, mlp_batch, mlp_row, L,
-    D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+def project_kernel(
+    x, weight, bias, out, M, N,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    own: tl.constexpr = (D + BLOCK - 1) // BLOCK  # programs of a row that copy; the others activate
-    each: tl.constexpr = own + (M + BLOCK - 1) // BLOCK
-    row, batch = (tl.program_id(0) // each).to(tl.int64), tl.program_id(1).to(tl.int64)
-    part = tl.program_id(0) % each
-    target = out + (batch * L + row) * (D + M)
-    if part < own:
-        col = part * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(attn + batch * attn_batch + row * attn_row + col, mask=col < D)
-        tl.store(target + col, x, mask=col < D)
-    else:
-        col = (part - own) * BLOCK + tl.arange(0, BLOCK)
-        y = tl.load(mlp + batch * mlp_batch + row * mlp_row + col, mask=col < M, other=0.0).to(tl.float32)
-        tl.store(target + D + col, gelu_tanh(y).to(out.dtype.element_ty), mask=col < M)
+    n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+    total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :]
+    )
 
 
-@triton_op("flux_core::join_gelu", mutates_args=())
-def join_gelu_op(attn: Tensor, mlp: Tensor) -> Tensor:
-    B, L, D = attn.shape
-    M = mlp.shape[2]
-    attn, mlp = dense_rows(attn), dense_rows(mlp)
-    out = torch.empty((B, L, D + M), dtype=attn.dtype, device=attn.device)
-    wrap_triton(join_gelu_kernel)[(L * (triton.cdiv(D, JOIN_BLOCK) + triton.cdiv(M, JOIN_BLOCK)), B)](
-        attn, mlp, out, *attn.stride()[:2], *mlp.stride()[:2], L,
-        D=D, M=M, BLOCK=JOIN_BLOCK, num_warps=JOIN_WARPS,
+@triton_op("flux_core::project", mutates_args=())
+def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    (M, K), N = x.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    wrap_triton(project_kernel)[(triton.cdiv(N, PROJECT_N), triton.cdiv(M, PROJECT_ROWS))](
+        x.contiguous(), weight.contiguous(), bias, out, M, N,
+        K=K, ROWS=PROJECT_ROWS, BLOCK_N=PROJECT_N, BLOCK_K=PROJECT_K, num_warps=PROJECT_WARPS,
     )  # fmt: skip
     return out
 
 
-def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
-    """`ops.join_gelu` in one pass. attn: [B, L, D]; mlp: [B, L, M], may be a slice of a wider product."""
-    if wants_grad(attn, mlp):
-        return ops.join_gelu(attn, mlp)
-    return torch.ops.flux_core.join_gelu(attn, mlp)
+def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
+    """`ops.modulation`, of all steps in one pass over the weights. A row's sum does not know the rows beside it."""
+    if not bare(linear, vec):
+        return ops.modulation(linear, vec)
+    rows, weights = F.silu(vec).flatten(0, -2), ops.brought(linear, vec.device)
+    return torch.ops.flux_core.project(rows, weights["weight"], weights["bias"]).unflatten(0, vec.shape[:-1])

@@ -29,7 +29,7 @@ Not here: fp8 attention, training, e5m2 (which has the range of gradients), othe
 from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ BF16 = {
     "time_in.*": "one vector a step, not a row of tokens: nothing to win",
     "guidance_in.*": "the same",
     "vector_in.*": "the same",
-    "*_mod.lin": "the same vector; what it gives scales every token of its block (a table can take its place)",
+    "*_mod.lin": "the same vector; what it gives scales every token of its block, and a table takes its place",
     "*.modulation.lin": "the same in the single blocks",
     "final_layer.*": "64 features of each token, and nothing behind it corrects them",
 }
@@ -57,12 +57,21 @@ def stays_bf16(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in BF16)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> e4m3 [..., K], and the fp32 scale of each row [..., 1]: x ~ codes * scale."""
+class Rows(NamedTuple):
+    """Quantized tokens, x ~ codes * scale: what an Fp8Linear takes in the place of x, where a kernel made them."""
+
+    codes: Tensor
+    """e4m3 [..., K]"""
+    scale: Tensor
+    """fp32 [..., 1]"""
+
+
+def quantize_rows(x: Tensor) -> Rows:
+    """x [..., K], row by row."""
     # By the reciprocal, written out: CUDA divides by a Python number so, the CPU does not, and a file that one of them
     # wrote shall hold what the other computes.
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) * (1 / LARGEST)
-    return (x / scale).to(E4M3), scale  # the quotient is fp32, like the scale
+    return Rows((x / scale).to(E4M3), scale)  # the quotient is fp32, like the scale
 
 
 def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,6 +106,8 @@ class Fp8Linear(nn.Module):
     """Takes the place of an nn.Linear, whose `weight` and `bias` it has by the same names."""
 
     weight_scale: Tensor
+    quantize: Callable[[Tensor], Rows] = staticmethod(quantize_rows)
+    """a kernel may take its place"""
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """weight: e4m3 [N, K]; weight_scale: fp32 [N]; bias: [N] in the dtype that the model computes in."""
@@ -113,22 +124,27 @@ class Fp8Linear(nn.Module):
         codes, scale = quantize_rows(linear.weight.detach())
         return cls(codes, scale.flatten(), None if linear.bias is None else linear.bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rows) -> Tensor:
         """[..., K] -> [..., N]"""
+        if isinstance(x, Rows):
+            return self.product(x)
         if self.scaled:
-            return self.product(*quantize_rows(x))
+            return self.product(self.quantize(x))
         return F.linear(x, widened(self.weight, self.weight_scale, x.dtype), self.bias)
 
-    def product(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """The forward of an x that is quantized already: e4m3 [..., K] with [..., 1] -> bf16 [..., N]."""
-        rows = codes.reshape(-1, self.in_features), scale.reshape(-1, 1)
+    def product(self, x: Rows) -> Tensor:
+        """The forward of quantized rows -> bf16 [..., N]."""
+        rows = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
         y = scaled_product(*rows, self.weight, self.weight_scale[:, None], self.bias)
-        return y.reshape(*codes.shape[:-1], self.out_features)
+        return y.reshape(*x.codes.shape[:-1], self.out_features)
+
+    def scales_on(self, device: torch.device) -> bool:
+        """Whether its product can run in fp8 there. The units take sides that are multiples of 16."""
+        return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
 
     def _settle(self) -> None:
-        """Decide how to multiply where the weights are now. The units take sides that are multiples of 16."""
-        fits = self.in_features % 16 == self.out_features % 16 == 0
-        self.scaled = fits and has_fp8_units(self.weight.device)
+        """Decide how to multiply where the weights are now."""
+        self.scaled = self.scales_on(self.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from ..params import AutoEncoderParams, FluxParams
 from .autoencoder import AutoEncoder
+from .table import MODULATION, ModulationTable
 from .transformer import Flux, Run
 
-__all__ = ["AutoEncoder", "AutoEncoderParams", "Flux", "FluxParams", "Run"]
+__all__ = ["MODULATION", "AutoEncoder", "AutoEncoderParams", "Flux", "FluxParams", "ModulationTable", "Run"]

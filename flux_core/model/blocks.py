@@ -3,12 +3,11 @@
 A double block keeps an image and a text stream with their own weights, which meet in one attention over [txt ; img].
 A single block works on the joined sequence, with attention and MLP side by side between two wide Linears.
 
-A block receives tensors only: its modulation is computed by the caller's loop, and what it calls between its Linears is
+A block receives tensors only: its modulation is computed before the blocks run, and what it calls around its Linears is
 `self.ops`. So a block compiles once for all of its kind. `tap` sees the values that have a name (`hooks/sites.py` lists
 them); the one that stands there by default leaves them alone.
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -66,10 +65,10 @@ class DoubleStreamBlock(nn.Module):
         txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
         img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img_mlp = self.img_mlp(self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
+        img_mlp = self.ops.mlp(self.img_mlp, self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
         img = img + img_mod2.gate * tap("img.mlp", img_mlp)
         txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt_mlp = self.txt_mlp(self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt_mlp = self.ops.mlp(self.txt_mlp, self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
         txt = txt + txt_mod2.gate * tap("txt.mlp", txt_mlp)
         return img, txt
 
@@ -95,12 +94,12 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, double=False)
 
     def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap = UNTOUCHED) -> Tensor:
-        qkv, mlp = torch.split(self.linear1(self.ops.modulate(x, mod.shift, mod.scale)), self.split, dim=-1)
+        qkv, hidden = self.ops.linear1(self.linear1, self.ops.modulate(x, mod.shift, mod.scale), self.split)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
         q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
         attn = tap.joined("attn", tap.attend(self.ops.attend, tap("q", q), tap("k", k), v), 1)
-        return x + mod.gate * tap.joined("linear2", self.linear2(self.ops.join_gelu(attn, mlp)), 1)
+        return x + mod.gate * tap.joined("linear2", self.ops.linear2(self.linear2, attn, hidden), 1)
 
 
 class LastLayer(nn.Module):
@@ -113,6 +112,10 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+    def modulation(self, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """vec [B, D] -> shift and scale, [B, 1, D] each."""
+        shift, scale = self.ops.modulation(self.adaLN_modulation[1], vec)[..., None, :].chunk(2, dim=-1)
+        return shift, scale
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.linear(self.ops.modulate(x, shift, scale))

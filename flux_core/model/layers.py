@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import ops
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: int = 10_000, time_factor: float = 1000.0) -> Tensor:
     """Sinusoidal embedding of a time in [0, 1]. t: [B] -> [B, dim], cosines first, in the dtype of t.
@@ -71,7 +73,12 @@ class ModulationOut(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """vec [B, D] -> shift, scale and gate; two sets of them (attention, MLP) in a double block."""
+    """vec [B, D] -> shift, scale and gate; two sets of them (attention, MLP) in a double block.
+
+    Of vec at S steps, [S, B, D], each is [S, B, 1, D].
+    """
+
+    ops = ops.PLAIN
 
     def __init__(self, dim: int, double: bool) -> None:
         super().__init__()
@@ -79,5 +86,5 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, self.multiplier * dim)
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
-        out = self.lin(nn.functional.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+        out = self.ops.modulation(self.lin, vec)[..., None, :].chunk(self.multiplier, dim=-1)
         return tuple(ModulationOut(*out[i : i + 3]) for i in range(0, self.multiplier, 3))

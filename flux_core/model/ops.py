@@ -1,11 +1,13 @@
-"""The few functions that a block calls between its Linears, plain and readable.
+"""The few functions that a block calls around its Linears, plain and readable.
 
-Everything in a FLUX block is a Linear, a gated sum, or one of these five. A block holds them as `block.ops`, a static
-tuple of functions, so that a fused twin for one kind of device can take the place of any of them when weights are
-loaded, while the block's own text stays as it is.
+Everything in a FLUX block is a Linear, a gated sum, or one of these. A block holds them as `block.ops`, a static tuple
+of functions, so that a fused twin for one kind of device can take the place of any of them when weights are loaded,
+while the block's own text stays as it is. Those that work on the input or the output of a Linear are given the Linear,
+so that a twin can do both at once; what one of them hands to the next is their own affair: `modulate` gives what a
+Linear takes, and the MLP's part of `linear1` is read by `linear2` alone.
 
-Where each rounds is part of the contract: `modulate` and `join_gelu` work in the dtype of their input; the norm of q
-and k takes its statistics in fp32 and rounds before its scale; RoPE turns in fp32 and rounds once at its end;
+Where each rounds is part of the contract: all work in the dtype of their input, but for the norm of q and k, which
+takes its statistics in fp32 and rounds before its scale, and RoPE, which turns in fp32 and rounds once at its end;
 attention is left to PyTorch's fused kernel.
 """
 
@@ -15,9 +17,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .rope import apply_rope
+
+
+def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
+    """SiLU and Linear of what conditions a block: vec [B, D], or [S, B, D] at S steps -> as many rows of [N].
+
+    Of several steps each is computed as it would be alone, to the bit. A Linear that is not where vec is comes there
+    for the length of the call: a table needs it once.
+    """
+    if vec.ndim == 3:
+        return torch.stack([modulation(linear, one) for one in vec])
+    if linear.weight.device != vec.device:
+        return functional_call(linear, brought(linear, vec.device), (F.silu(vec),))
+    return linear(F.silu(vec))
+
+
+def brought(linear: nn.Linear, device: torch.device) -> dict[str, Tensor]:
+    """Its tensors on that device."""
+    return {name: x.to(device) for name, x in linear.state_dict().items()}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -60,19 +81,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return rearrange(x, "B H L D -> B L (H D)")
 
 
-def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
-    """The input of a single block's second Linear: attention beside the activated MLP, [B, L, D + M]."""
-    return torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=2)
+def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """A double block's MLP: Linear, GELU, Linear. [B, L, D] -> [B, L, D]."""
+    return layers(x)
+
+
+def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
+    """A single block's first Linear: [B, L, D] -> qkv [B, L, 3*D] and the MLP's part [B, L, M], for `linear2`."""
+    qkv, hidden = torch.split(linear(x), split, dim=-1)
+    return qkv, hidden
+
+
+def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
+    """Its second: of attention [B, L, D] beside the MLP's part, activated. -> [B, L, D]"""
+    return linear(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=2))
 
 
 class Ops(NamedTuple):
-    """What a block computes between its Linears."""
+    """What a block computes beside its Linears."""
 
+    modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor] = modulate
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
     norm_rope_join: Callable[..., Heads] = norm_rope_join
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
-    join_gelu: Callable[[Tensor, Tensor], Tensor] = join_gelu
+    mlp: Callable[[nn.Sequential, Tensor], Tensor] = mlp
+    linear1: Callable[[nn.Linear, Tensor, list[int]], tuple[Tensor, Tensor]] = linear1
+    linear2: Callable[[nn.Linear, Tensor, Tensor], Tensor] = linear2
 
 
 PLAIN = Ops()

@@ -4,14 +4,14 @@ It predicts the velocity of a rectified flow (arXiv 2209.03003): with `x = sigma
 output is `noise - data` for each packed image token. Parameters bear the names of the official safetensors file.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..params import FluxParams
 from .blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
-from .layers import MLPEmbedder, timestep_embedding
+from .layers import MLPEmbedder, ModulationOut, timestep_embedding
 from .rope import embed_nd
 
 TIME_DIM = 256
@@ -30,6 +30,14 @@ class Run(Protocol):
     def double_block(self, name: str, block: DoubleStreamBlock, img, txt, mods, pe) -> tuple[Tensor, Tensor]: ...
 
     def single_block(self, name: str, block: SingleStreamBlock, x, txt_len: int, mods, pe) -> Tensor: ...
+
+
+class Modulations(NamedTuple):
+    """What `vec` tells the whole model: its only way into it."""
+
+    double: list[tuple[ModulationOut, ...]]
+    single: list[tuple[ModulationOut, ...]]
+    last: tuple[Tensor, Tensor]
 
 
 class Flux(nn.Module):
@@ -66,6 +74,14 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM))
         return vec + self.vector_in(y)
 
+    def modulations(self, vec: Tensor) -> Modulations:
+        """What vec [B, D] tells every block and the last layer."""
+        return Modulations(
+            [block.modulation(vec) for block in self.double_blocks],
+            [block.modulation(vec) for block in self.single_blocks],
+            self.final_layer.modulation(vec),
+        )
+
     def forward(
         self,
         img: Tensor,
@@ -76,40 +92,42 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         run: Run | None = None,
+        mods: Modulations | None = None,
     ) -> Tensor:
         """Velocity of every image token.
 
         img: [B, L, in_channels]; img_ids: [B, L, 3]; txt: [B, T, context]; txt_ids: [B, T, 3]; timesteps: [B] in
-        [0, 1]; y: [B, vec]; guidance: [B]. Returns [B, L, out_channels].
+        [0, 1]; y: [B, vec]; guidance: [B]. Returns [B, L, out_channels]. mods: those of this time, prompt and guidance
+        where they are known already; then there is no `vec`, and a run never sees one.
         """
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"img and txt must be [B, L, D], got {tuple(img.shape)} and {tuple(txt.shape)}")
         img, txt = self.img_in(img), self.txt_in(txt)
-        vec = self.embed_vec(timesteps, y, guidance)
         pe = embed_nd(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
-        if run is None:
-            return self.final_layer(self._blocks(img, txt, vec, pe), vec)
-        txt, img = run.value("txt_in", txt), run.value("img_in", img)
-        vec, pe = run.value("vec", vec), run.value("pe", pe)
-        return run.value("velocity", self.final_layer(self._blocks_run(img, txt, vec, pe, run), vec))
+        if run is not None:
+            txt, img, pe = run.value("txt_in", txt), run.value("img_in", img), run.value("pe", pe)
+        if mods is None:
+            vec = self.embed_vec(timesteps, y, guidance)
+            mods = self.modulations(vec if run is None else run.value("vec", vec))
+        x = self._blocks(img, txt, mods, pe) if run is None else self._blocks_run(img, txt, mods, pe, run)
+        velocity = self.final_layer(x, *mods.last)
+        return velocity if run is None else run.value("velocity", velocity)
 
-    def _blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        for block in self.double_blocks:
-            img, txt = block(img, txt, *block.modulation(vec), pe)
+    def _blocks(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor) -> Tensor:
+        for block, sets in zip(self.double_blocks, mods.double, strict=True):
+            img, txt = block(img, txt, *sets, pe)
         x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, *block.modulation(vec), pe)
+        for block, sets in zip(self.single_blocks, mods.single, strict=True):
+            x = block(x, *sets, pe)
         return x[:, txt.shape[1] :]
 
-    def _blocks_run(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, run: Run) -> Tensor:
+    def _blocks_run(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor, run: Run) -> Tensor:
         """The same loop with a run between it and the blocks."""
-        for i, block in enumerate(self.double_blocks):
+        for i, (block, sets) in enumerate(zip(self.double_blocks, mods.double, strict=True)):
             name = f"double_blocks.{i}"
-            mods = run.value(f"{name}.mod", block.modulation(vec))
-            img, txt = run.double_block(name, block, img, txt, mods, pe)
+            img, txt = run.double_block(name, block, img, txt, run.value(f"{name}.mod", sets), pe)
         x = torch.cat((txt, img), dim=1)
-        for i, block in enumerate(self.single_blocks):
+        for i, (block, sets) in enumerate(zip(self.single_blocks, mods.single, strict=True)):
             name = f"single_blocks.{i}"
-            mods = run.value(f"{name}.mod", block.modulation(vec))
-            x = run.single_block(name, block, x, txt.shape[1], mods, pe)
+            x = run.single_block(name, block, x, txt.shape[1], run.value(f"{name}.mod", sets), pe)
         return x[:, txt.shape[1] :]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from golden_files import distance, flux_of, read
 
-from flux_core.kernels import put
+from flux_core import kernels
+from flux_core.kernels import install, put
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
@@ -24,10 +25,14 @@ pytest.importorskip("triton", reason="the CPU build of torch comes without Trito
 if not CUDA and not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"):
     pytest.skip("this torch's wrap_triton takes no interpreted kernels", allow_module_level=True)
 
-from flux_core.kernels import fused  # noqa: E402  it needs Triton
+from flux_core.kernels import fused, rows  # noqa: E402  they need Triton
+from flux_core.linears.fp8 import Fp8Linear, quantize, quantize_rows  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-FUSED = ops.PLAIN._replace(modulate=fused.modulate, norm_rope=fused.norm_rope, join_gelu=fused.join_gelu)
+ANYWHERE = ("modulate", "norm_rope", "norm_rope_join")
+NAMES = ops.Ops._fields if CUDA else ANYWHERE  # the CPU's epilogue has another GELU, the interpreter no bf16 product
+FUSED = ops.PLAIN._replace(**{name: getattr(fused, name) for name in NAMES if hasattr(fused, name)})
+on_a_card = pytest.mark.skipif(not CUDA, reason="the CPU's epilogue has another GELU")
 
 
 @pytest.fixture(autouse=True)
@@ -123,22 +128,130 @@ def test_norm_rope_join(dtype, txt, img):
     assert torch.equal(out[2], torch.cat((txt_heads[2], img_heads[2]), dim=2))
 
 
+def linear(inputs, outputs, dtype=torch.float32):
+    return torch.nn.Linear(inputs, outputs).requires_grad_(False).to(DEVICE, dtype)
+
+
+@on_a_card
 @DTYPES
-@pytest.mark.parametrize(("dim", "mlp_dim"), [(256, 1024), (3072, 12288), (72, 1100)])
-def test_join_gelu(dtype, dim, mlp_dim):
-    attn, product = draw(2, 3, dim, dtype=dtype), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=dtype)
-    args = attn, product[..., 3 * dim :]
-    out = fused.join_gelu(*args)
-    held(out, ops.join_gelu, *args)
-    assert torch.equal(out[..., :dim], attn)
+def test_mlp_and_linear1_activate_in_the_product(dtype):
+    layers = torch.nn.Sequential(linear(256, 1024, dtype), torch.nn.GELU(approximate="tanh"), linear(1024, 256, dtype))
+    for x in (draw(2, 7, 256, dtype=dtype), draw(2, 9, 256, dtype=dtype)[:, 2:]):
+        assert distance(fused.mlp(layers, x), ops.mlp(layers, x)) < (1e-3 if dtype == torch.float32 else 8e-3)
+        qkv, hidden = fused.linear1(layers[0], x, [768, 256])
+        plain_qkv, plain_hidden = ops.linear1(layers[0], x, [768, 256])
+        assert distance(qkv, plain_qkv) < 8e-3
+        assert distance(hidden, torch.nn.functional.gelu(plain_hidden, approximate="tanh")) < 8e-3
+
+
+@DTYPES
+def test_linear2_adds_up_two_products(dtype):
+    one, attn, hidden = linear(72 + 200, 72, dtype), draw(2, 5, 72, dtype=dtype), draw(2, 5, 200, dtype=dtype)
+    activated = torch.nn.functional.gelu(hidden, approximate="tanh")
+    found, plain = fused.linear2(one, attn, activated), ops.linear2(one, attn, hidden)
+    assert distance(found, plain) < (1e-3 if CUDA else 1e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_a_linear_that_is_more_than_its_weights_is_called():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    one, two = Doubled(64, 96).to(DEVICE), Doubled(64 + 32, 64).to(DEVICE)
+    layers = torch.nn.Sequential(Doubled(64, 128), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(128, 64)).to(
+        DEVICE
+    )
+    x, attn = draw(2, 5, 64), draw(2, 5, 64)
+    torch.testing.assert_close(fused.mlp(layers, x), ops.mlp(layers, x))
+    (qkv, hidden), (plain_qkv, plain_hidden) = fused.linear1(one, x, [64, 32]), ops.linear1(one, x, [64, 32])
+    torch.testing.assert_close(qkv, plain_qkv)
+    torch.testing.assert_close(fused.linear2(two, attn, hidden), ops.linear2(two, attn, plain_hidden))
+    torch.testing.assert_close(fused.modulation(one, x[0]), ops.modulation(one, x[0]))
+    watched, seen = linear(64, 96), []
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    fused.linear1(watched, x, [64, 32]), fused.modulation(watched, x[0])
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if CUDA else [])])
+@pytest.mark.parametrize(
+    ("steps", "batch", "dim", "wide"), [(1, 1, 256, 768), (5, 1, 200, 72), (3, 2, 64, 96), (40, 1, 64, 64)]
+)
+def test_the_modulation_of_many_steps_is_that_of_each_to_the_bit(dtype, steps, batch, dim, wide):
+    """The interpreter multiplies by NumPy, which keeps no such promise, and knows no bf16."""
+    one, vec = linear(dim, wide, dtype), draw(steps, batch, dim, dtype=dtype)
+    table = fused.modulation(one, vec)
+    assert table.shape == (steps, batch, wide)
+    for row, step in zip(table, vec, strict=True):
+        alone = fused.modulation(one, step)
+        assert torch.equal(row, alone) if CUDA else distance(row, alone) < 1e-6
+    assert distance(table, ops.modulation(one, vec)) < (1e-3 if CUDA else 1e-6)
+
+
+# Rows for fp8 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [16, 200, 3072, 15360])
+def test_quantize_is_that_of_the_plain_function(width):
+    x = draw(2, 5, width, dtype=torch.bfloat16)
+    for one in (x, x[:, 2:], torch.zeros_like(x)):
+        found, plain = rows.quantize(one), quantize_rows(one)
+        assert torch.equal(found.scale, plain.scale)
+        if CUDA:
+            assert torch.equal(found.codes.float(), plain.codes.float())
+        else:
+            close_rows(found, one.double())
+
+
+def close_rows(found, exact):
+    """Rows against what they stand for, in fp64: each within half a unit of e4m3. The interpreter rounds it worse."""
+    back = found.codes.double() * found.scale.double()
+    if CUDA:
+        assert ((back - exact).abs() <= 2**-4 * exact.abs() + 2**-9 * found.scale).all()
+    assert (back - exact).norm() <= (0.04 if CUDA else 0.1) * exact.norm()
+
+
+@pytest.mark.parametrize("dim", [64, 200, 3072])
+def test_modulate_rows(dim):
+    x, mods = 3 * draw(2, 7, dim, dtype=torch.bfloat16) + 1, draw(2, 1, 6 * dim, dtype=torch.bfloat16).chunk(6, dim=-1)
+    for one in (x, x[:, 3:]):
+        close_rows(rows.modulate(one, mods[3], mods[1]), ops.modulate(*(a.double() for a in (one, mods[3], mods[1]))))
+
+
+@pytest.mark.parametrize(("dim", "mlp_dim"), [(0, 256), (256, 1024), (3072, 12288), (72, 1104)])
+def test_join_gelu_rows(dim, mlp_dim):
+    attn, product = draw(2, 3, dim, dtype=torch.bfloat16), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=torch.bfloat16)
+    hidden = product[..., 3 * dim :]
+    exact = torch.cat((attn.double(), torch.nn.functional.gelu(hidden.double(), approximate="tanh")), dim=2)
+    found = rows.Rows(*torch.ops.flux_core.join_gelu_rows(attn, hidden))
+    assert found.codes.shape == (2, 3, dim + mlp_dim) and found.scale.shape == (2, 3, 1)
+    close_rows(found, exact)
 
 
 def test_gelu_at_the_ends():
-    mlp = torch.tensor([-3e38, -1e4, -10.0, -0.0, 0.0, 10.0, 1e4, 3e38], device=DEVICE).reshape(1, 1, -1)
-    out = fused.join_gelu(mlp, mlp)[0, 0, 8:]
-    assert out.isfinite().all()
-    torch.testing.assert_close(out, mlp[0, 0].clamp(min=0), atol=1e-20, rtol=0)
-    assert fused.join_gelu(mlp, torch.full_like(mlp, torch.nan))[..., 8:].isnan().all()
+    hidden = (
+        torch.tensor([-3e38, -1e4, -10.0, -0.0, 0.0, 10.0, 1e4, 3e38], device=DEVICE).reshape(1, -1, 1).expand(1, 8, 16)
+    )
+    found = rows.Rows(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden))
+    back = found.codes.float() * found.scale
+    torch.testing.assert_close(back, hidden.clamp(min=0), rtol=0.07, atol=1e-4)
+
+
+def test_a_model_of_fp8_linears_takes_rows(monkeypatch):
+    golden = read("transformer_dev")
+    model, inputs = flux_of(golden, torch.bfloat16).to(DEVICE), golden.group("in.")
+    inputs = {name: (x if name.endswith("ids") else x.bfloat16()).to(DEVICE) for name, x in inputs.items()}
+    truth = model(**inputs)
+    quantize(model)
+    for one in model.modules():
+        if isinstance(one, Fp8Linear):
+            one.scaled = True  # on the CPU in slow motion
+    plainly = model(**inputs)
+    monkeypatch.setattr(kernels, "fused_ops", lambda device: FUSED)
+    monkeypatch.setattr(Fp8Linear, "scales_on", lambda self, device: True)
+    found = install(model, DEVICE)
+    assert found.modulate is rows.modulate and model.final_layer.ops.modulate is fused.modulate
+    assert distance(model(**inputs), truth) < 1.2 * distance(plainly, truth) + (0 if CUDA else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if CUDA else [])])
@@ -155,10 +268,10 @@ def test_where_a_gradient_is_wanted_the_plain_twin_computes():
     x, shift, scale = draw(1, 3, 64).requires_grad_(), draw(1, 1, 64), draw(1, 1, 64)
     fused.modulate(x, shift, scale).sum().backward()
     assert x.grad is not None
-    q, mlp = draw(1, 2, 3, 64).requires_grad_(), draw(1, 3, 64).requires_grad_()
+    q, one = draw(1, 2, 3, 64).requires_grad_(), linear(64, 96).requires_grad_()
     sum(y.sum() for y in fused.norm_rope(q, q, shift[0, 0], scale[0, 0], rotations(3, 64, batch=1))).backward()
-    fused.join_gelu(shift.expand(1, 3, 64), mlp).sum().backward()
-    assert q.grad is not None and mlp.grad is not None
+    sum(y.sum() for y in fused.linear1(one, x.detach(), [64, 32])).backward()
+    assert q.grad is not None and one.weight.grad is not None
     with torch.no_grad():
         assert not fused.modulate(x, shift, scale).requires_grad
 

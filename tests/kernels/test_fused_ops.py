@@ -71,8 +71,12 @@ def test_every_block_and_the_last_layer_hold_them():
     other = ops.PLAIN._replace(modulate=other_modulate)
     put(model, other)
     parts = [part for part in model.modules() if hasattr(part, "ops")]
-    assert len(parts) == len(model.double_blocks) + len(model.single_blocks) + 1
+    doubles, singles = len(model.double_blocks), len(model.single_blocks)
+    assert len(parts) == 3 * doubles + 2 * singles + 1  # with their modulations
     assert all(part.ops is other for part in parts)
+    put(model, ops.PLAIN, blocks_ops=other)
+    blocks = {*model.double_blocks, *model.single_blocks}
+    assert all(part.ops is (other if part in blocks else ops.PLAIN) for part in parts)
     assert flux_of(GOLDEN).final_layer.ops is ops.PLAIN
 
 

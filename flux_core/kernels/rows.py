@@ -1,0 +1,161 @@
+"""The same for blocks whose Linears are fp8: what leads to a Linear leaves as e4m3 rows and their scales.
+
+Quantizing a token needs the largest of its features first, so it takes a pass of its own over what a kernel before it
+has just had in its registers. Here that kernel does both: a program holds a whole token, finds its largest number in
+fp32, and writes half the bytes that bf16 would take.
+
+quantize   rows as they come (attention's, and whatever a hook put there): one read where the plain function takes two
+modulate   LayerNorm and modulation -> the input of qkv, of an MLP, of `linear1`
+mlp        GELU between the two Linears of an MLP
+linear2    [attn | gelu(hidden)] -> the input of `linear2`
+
+All but `quantize` skip a rounding to bf16 on the way, and so are closer to fp32 than the plain functions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
+
+from ..linears.fp8 import E4M3, LARGEST, Rows
+from .fused import dense_rows, normed
+
+WARPS = 8
+WIDE = 8192
+"""features from which a token takes twice the warps"""
+
+
+def warps(width: int) -> int:
+    return 2 * WARPS if width > WIDE else WARPS
+
+
+def empty_rows(x: Tensor, width: int) -> Rows:
+    B, L = x.shape[:2]
+    return Rows(
+        torch.empty((B, L, width), dtype=E4M3, device=x.device),
+        torch.empty((B, L, 1), dtype=torch.float32, device=x.device),
+    )
+
+
+@triton.jit
+def scale_of(largest, LARGEST: tl.constexpr):
+    return tl.maximum(largest, 1e-12) * (1.0 / LARGEST)
+
+
+@triton.jit
+def code(y, scale, codes):
+    """y / scale as `quantize_rows` rounds it."""
+    return tl.div_rn(y, scale + tl.zeros_like(y)).to(codes.dtype.element_ty)
+
+
+@triton.jit
+def quantize_kernel(x, codes, scales, x_batch, x_row, K: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK)
+    y = tl.load(x + batch * x_batch + row * x_row + col, mask=col < K, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(y), axis=0), LARGEST)
+    tl.store(codes + at * K + col, code(y, scale, codes), mask=col < K)
+    tl.store(scales + at, scale)
+
+
+@triton_op("flux_core::quantize_rows", mutates_args=())
+def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    (B, L, K), x = x.shape, dense_rows(x)
+    rows = empty_rows(x, K)
+    wrap_triton(quantize_kernel)[(L, B)](
+        x, *rows, *x.stride()[:2], K=K, BLOCK=triton.next_power_of_2(K), LARGEST=LARGEST, num_warps=warps(K)
+    )
+    return rows.codes, rows.scale
+
+
+def quantize(x: Tensor) -> Rows:
+    """`linears.fp8.quantize_rows` of tokens [B, L, K], to the bit."""
+    return Rows(*torch.ops.flux_core.quantize_rows(x))
+
+
+@triton.jit
+def modulate_rows_kernel(
+    x, shift, scale, codes, scales, x_batch, x_row, shift_batch, scale_batch,
+    D: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK)
+    b = tl.load(shift + batch * shift_batch + col, mask=col < D, other=0.0).to(tl.float32)
+    g = tl.load(scale + batch * scale_batch + col, mask=col < D, other=-1.0).to(tl.float32)
+    y = (1.0 + g) * normed(x + batch * x_batch + row * x_row, col, D) + b
+    found = scale_of(tl.max(tl.abs(y), axis=0), LARGEST)
+    tl.store(codes + at * D + col, code(y, found, codes), mask=col < D)
+    tl.store(scales + at, found)
+
+
+@triton_op("flux_core::modulate_rows", mutates_args=())
+def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    B, L, D = x.shape
+    x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
+    rows = empty_rows(x, D)
+    wrap_triton(modulate_rows_kernel)[(L, B)](
+        x, shift, scale, *rows, *x.stride()[:2], shift.stride(0), scale.stride(0),
+        D=D, BLOCK=triton.next_power_of_2(D), LARGEST=LARGEST, num_warps=warps(D),
+    )  # fmt: skip
+    return rows.codes, rows.scale
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
+    """`ops.modulate`, quantized. x: [B, L, D]; shift, scale: [B, 1, D]."""
+    return Rows(*torch.ops.flux_core.modulate_rows(x, shift, scale))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x/2 (1 + tanh u) is x / (1 + exp(-2u)), with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def join_gelu_rows_kernel(
+    attn, hidden, codes, scales, attn_batch, attn_row, hidden_batch, hidden_row,
+    D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK_M)
+    y = tl.load(hidden + batch * hidden_batch + row * hidden_row + col, mask=col < M, other=0.0).to(tl.float32)
+    y = gelu_tanh(y)
+    largest = tl.max(tl.abs(y), axis=0)
+    if D > 0:
+        own = tl.arange(0, BLOCK_D)
+        x = tl.load(attn + batch * attn_batch + row * attn_row + own, mask=own < D, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=0))
+        scale = scale_of(largest, LARGEST)
+        tl.store(codes + at * (D + M) + own, code(x, scale, codes), mask=own < D)
+    else:
+        scale = scale_of(largest, LARGEST)
+    tl.store(codes + at * (D + M) + D + col, code(y, scale, codes), mask=col < M)
+    tl.store(scales + at, scale)
+
+
+@triton_op("flux_core::join_gelu_rows", mutates_args=())
+def join_gelu_op(attn: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantized [attn | gelu(hidden)]; attn may have no features."""
+    D, M = attn.shape[2], hidden.shape[2]
+    attn, hidden = dense_rows(attn), dense_rows(hidden)
+    rows = empty_rows(hidden, D + M)
+    wrap_triton(join_gelu_rows_kernel)[(hidden.shape[1], hidden.shape[0])](
+        attn, hidden, *rows, *attn.stride()[:2], *hidden.stride()[:2],
+        D=D, M=M, BLOCK_D=triton.next_power_of_2(max(D, 1)), BLOCK_M=triton.next_power_of_2(M), LARGEST=LARGEST,
+        num_warps=warps(D + M),
+    )  # fmt: skip
+    return rows.codes, rows.scale
+
+
+def mlp(layers: nn.Sequential, x: Tensor | Rows) -> Tensor:
+    """`ops.mlp` of two Fp8Linears."""
+    first, _, last = layers
+    hidden = first(x)
+    return last(Rows(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden)))
+
+
+def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor) -> Tensor:
+    """`ops.linear2` of an Fp8Linear."""
+    return linear(Rows(*torch.ops.flux_core.join_gelu_rows(attn, hidden)))
