@@ -31,7 +31,7 @@ def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     """
     if vec.ndim == 3:
         return torch.stack([modulation(linear, one) for one in vec])
-    if linear.weight.device != vec.device:
+    if any(x.device != vec.device for x in linear.parameters()):
         return functional_call(linear, brought(linear, vec.device), (F.silu(vec),))
     return linear(F.silu(vec))
 
