@@ -2,6 +2,7 @@
 41 to 45 and 55). The canary is the token of every test here, and no output may show it.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -218,6 +219,16 @@ def test_a_part_with_other_bytes_is_deleted_and_told(here, hub, tmp_path):
         here("flux-schnell")
     assert not part(tmp_path).exists()
     assert whole(here("flux-schnell")[0])
+
+
+def test_a_disk_that_fills_up_keeps_the_part(here, monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=f"{FLOW} of {REPO} could not be stored in .*No space left.*HF_HOME"):
+        here("flux-schnell")
+    assert part(tmp_path).stat().st_size == len(FILES[REPO][FLOW])
 
 
 def test_a_cache_without_links_has_the_file_once(cli, hub):
