@@ -97,6 +97,7 @@ def fetch(repo: str, name: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
             if target.exists() or _link_twin(target, file):
+                part.unlink(missing_ok=True)
                 return
             _fill(part, file, hf_hub_url(repo, name, revision=head.commit_hash, endpoint=access["endpoint"]), access)
             _check_sum(part, file)
