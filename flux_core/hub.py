@@ -244,12 +244,12 @@ def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
     if status == 429:
         return FileError(
             f"{endpoint()} answered 429 for {wanted} of {repo}: too many requests from here. "
-            "Next: wait five minutes and run this again; whole files are kept."
+            "Next: wait five minutes and run this again; what has come is kept."
         )
     if status is not None:
         return FileError(
             f"the hub answered {status} for {wanted} of {repo} ({endpoint()}). Next: try again later; "
-            "whole files are kept."
+            "what has come is kept."
         )
     if isinstance(error, OSError) and error.errno in DISK:
         return DiskError(
@@ -259,7 +259,7 @@ def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
     if type(error).__name__ in _BROKEN or "Consistency check failed" in str(error):
         return FileError(
             f"the connection to {endpoint()} was cut while {wanted} of {repo} was downloaded. "
-            "Next: run this again; whole files are kept."
+            "Next: run this again; what has come is kept."
         )
     detail = (str(error).splitlines() or [""])[0][:200]
     return _unreachable(repo, wanted, f" ({type(error).__name__}: {detail})")

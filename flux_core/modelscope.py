@@ -5,7 +5,6 @@ sizes and sums, and `/models/OWNER/NAME/resolve/master/PATH` gives one, or says 
 is ever sent: the repositories are open there, and urllib, unlike the hub's transports, reads no login and no .netrc.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from .errors import AccessError, DiskError, FileError, FluxError
 from .hub import DISK, offline
-from .terminal import no_bars, note
+from .parts import file_sha256
+from .terminal import no_bars
 from .version import __version__
 
 ADDRESS = "https://modelscope.cn"
@@ -35,8 +35,6 @@ MUCH = 2**24
 """bytes that make a try worth another: a long download is cut more than five times, and gets there"""
 CHUNK = 2**20
 MAX_LISTING = 2**24
-LARGE = 2**30
-"""bytes whose sum takes long enough to say so"""
 
 
 class Unreachable(FileError):
@@ -151,11 +149,7 @@ class Repository:
         """A part with another sum than the list says is deleted: FileError."""
         if not file.sha256:
             return
-        if file.size >= LARGE:
-            note(f"checking the sum of {file.path}")
-        with part.open("rb") as data:
-            found = hashlib.file_digest(data, "sha256").hexdigest()
-        if found != file.sha256:
+        if (found := file_sha256(part, file.path)) != file.sha256:
             part.unlink()
             raise FileError(
                 f"{file.path} of {self.name} came with the sum {found[:16]}… (SHA-256), the list has "

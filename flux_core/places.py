@@ -6,7 +6,8 @@ Everything else asks here for a folder or a file on this disk, and gets it, or a
 from pathlib import Path
 
 from .errors import FileError
-from .hub import hub_errors
+from .hub import cache_folder, hub_errors
+from .parts import fetch, fetch_all
 from .variants import Variant
 
 PACKAGE = Path(__file__).resolve().parent
@@ -50,15 +51,17 @@ def scorer_folder(name: str) -> Path:
 
 def hub_file(repo: str, name: str) -> Path:
     """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
+    fetch(repo, name)
     with hub_errors(repo, name) as access:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repo, name, **access))
+        return Path(hf_hub_download(repo, name, cache_dir=cache_folder(), **access))
 
 
 def hub_folder(repo: str, patterns: list[str], what: str = "the text encoder") -> Path:
     """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
+    fetch_all(repo, patterns)
     with hub_errors(repo, what) as access:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(repo, allow_patterns=patterns, **access))
+        return Path(snapshot_download(repo, allow_patterns=patterns, cache_dir=cache_folder(), **access))

@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from time import sleep
@@ -26,6 +27,8 @@ class FakeHub:
         """name of a file whose connection ends at 40 %, until this is None again"""
         self.reset = True
         """whether that end is a reset; otherwise the answer is short, and only the first is"""
+        self.silent = None
+        """name of a file whose connection stays open at 40 % without another byte, until this is None again"""
         self.moved_to = None
         """address of another hub that has the bytes, as a content network"""
         self.spoiled = None
@@ -77,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self.answer(200, json.dumps(rows).encode())
         if api:
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            sums = {name: {"sha256": digest(data), "size": len(data), "pointerSize": 9} for name, data in files.items()}
+            siblings = [{"rfilename": name, "size": one["size"], "lfs": one} for name, one in sums.items()]
             body = {"id": repo, "modelId": repo, "sha": SHA, "siblings": siblings, "private": False, "tags": []}
             return self.answer(200, json.dumps(body).encode())
         name = "/".join(parts[4:])
@@ -94,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = int((asked or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             known["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.answer(206 if start else 200, data[start:], known, cut=name == hub.cut)
+        self.answer(206 if start else 200, data[start:], known, cut=name in (hub.cut, hub.silent))
 
     def answer(self, status, body, headers=None, cut=False):
         self.send_response(status)
@@ -109,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) * 2 // 5])
         self.wfile.flush()
         self.close_connection = True
+        while self.hub.silent:
+            sleep(0.02)
         if not self.hub.reset:
             self.hub.cut = None
             return
@@ -124,6 +130,7 @@ def weights(data):
     return struct.pack("<Q", len(header)) + header + data
 
 
+@cache
 def digest(data):
     return hashlib.sha256(data).hexdigest()
 

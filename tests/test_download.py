@@ -2,14 +2,19 @@
 41 to 45 and 55). The canary is the token of every test here, and no output may show it.
 """
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fake_hub import digest, fake_hub, weights
+
+from flux_core.errors import DiskError, FileError
+from flux_core.studies.download import download
 
 ROOT = Path(__file__).parent.parent
 CANARY = "hf_Canary0123456789Canary0123456789"
@@ -40,17 +45,21 @@ def hub():
 def cli(tmp_path):
     """The command in an empty folder, in an environment without any settings but those given."""
 
-    def run(*words, code=0, **env):
+    def start(*words, **env):
         kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
         kept |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), **env}
         command = [sys.executable, str(ROOT / "cli.py"), *words]
-        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, encoding="utf-8", timeout=60)
-        run.err = done.stderr
-        assert CANARY not in done.stdout + done.stderr
-        assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        return subprocess.Popen(command, cwd=tmp_path, env=kept, **pipes)
 
-    run.folder = tmp_path
+    def run(*words, code=0, **env):
+        with start(*words, **env) as done:
+            stdout, run.err = done.communicate(timeout=60)
+        assert CANARY not in stdout + run.err
+        assert done.returncode == code, run.err
+        return stdout if code == 0 else run.err
+
+    run.folder, run.start = tmp_path, start
     return run
 
 
@@ -60,6 +69,49 @@ def address(hub, end=""):
 
 def names(hub):
     return {path.split("/resolve/")[1].partition("/")[2] for _, path, *_ in hub.seen if "/resolve/" in path}
+
+
+def ranges(hub):
+    return [asked for *_, asked in hub.seen if asked]
+
+
+def part(folder, name=FLOW):
+    """Where that file grows."""
+    home = folder / "hf" / "hub" / f"models--{REPO.replace('/', '--')}"
+    return home / "blobs" / f"{digest(FILES[REPO][name])}.part"
+
+
+def begun(folder, size=1000, name=FLOW):
+    """That part, as an earlier run left it."""
+    place = part(folder, name)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(FILES[REPO][name].ljust(size)[:size])
+    return place
+
+
+def whole(path, name=FLOW):
+    """Whether the file is, and none of it is left beside it."""
+    cache = Path(path).parents[3 if name == FLOW else 4]
+    return digest(Path(path).read_bytes()) == digest(FILES[REPO][name]) and not list(cache.rglob("*.part"))
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, hub):
+    """The study in this process: its paths."""
+    for name in [*os.environ]:
+        if name.startswith(("HF_", "HUGGINGFACE_", "FLUX_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", address(hub))
+    monkeypatch.chdir(tmp_path)
+    return download
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_only_what_is_loaded_is_fetched_and_then_found_offline(cli, hub):
@@ -99,25 +151,104 @@ def test_a_flag_names_the_mirror_and_the_files_may_lie_elsewhere_without_the_tok
     with fake_hub(FILES) as store:
         hub.moved_to = f"http://localhost:{store.port}"
         words = ("download", "flux-schnell", "--endpoint", address(hub))
+        begun(cli.folder)
         out = cli(*words, HF_TOKEN=CANARY, HF_ENDPOINT="http://127.0.0.1:9")
         assert Path(out.splitlines()[0]).read_bytes() == FILES[REPO][FLOW]
+        assert ranges(store) == ["bytes=1000-"]
         assert f"Bearer {CANARY}" in hub.tokens() and store.tokens() == {None}
 
 
 def test_a_cut_connection_is_taken_up_at_the_byte_where_it_broke(cli, hub):
     hub.cut, hub.reset = FLOW, False
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
-    assert [asked for *_, asked in hub.seen if asked] == [f"bytes={10 * 2**20}-"]
+    assert ranges(hub) == [f"bytes={10 * 2**20}-"]
     assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
 
 
-def test_a_run_that_was_cut_is_whole_after_the_next(cli, hub):
+def test_a_run_that_was_cut_goes_on_in_the_next(cli, hub):
     hub.cut = FLOW
     told = cli("download", "flux-schnell", code=4, HF_ENDPOINT=address(hub))
     assert f"was cut while {FLOW} of {REPO} was downloaded. Next: run this again" in told
     hub.cut = None
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
-    assert digest(Path(out.splitlines()[0]).read_bytes()) == digest(FILES[REPO][FLOW])
+    assert ranges(hub) == [f"bytes={10 * 2**20}-"] and whole(out.splitlines()[0])
+    assert f"    0.031 GB  {REPO}/{FLOW}  0.010 GB on this disk\n" in cli.err
+    assert "    0.020 GB  to download" in cli.err
+
+
+def test_a_run_that_was_killed_goes_on_in_the_next_whatever_asked_for_the_file(cli, here, hub, tmp_path):
+    """Here the drawing of a picture, which is the first to miss it."""
+    hub.silent = FLOW
+    words = ("--name", "flux-schnell", "--prompt", "a red apple", "--device", "cpu")
+    with cli.start(*words, HF_ENDPOINT=address(hub)) as run:
+        wait_for(lambda: part(tmp_path).exists() and part(tmp_path).stat().st_size)
+        run.kill()
+    hub.silent = None
+    start = part(tmp_path).stat().st_size
+    assert 0 < start < len(FILES[REPO][FLOW])
+    assert whole(here("flux-schnell")[0]) and ranges(hub) == [f"bytes={start}-"]
+
+
+def test_a_text_encoder_goes_on_whatever_asks_for_it(here, hub, tmp_path):
+    from flux_core.places import hub_folder
+
+    name = "text_encoder_2/model.safetensors"
+    begun(tmp_path, 100, name)
+    assert whole(hub_folder(REPO, ["text_encoder_2/*", "tokenizer_2/*"]) / name, name)
+    assert ranges(hub) == ["bytes=100-"]
+    hub.seen.clear()
+    hub_folder(REPO, ["text_encoder_2/*", "tokenizer_2/*"])
+    assert len(hub.seen) == 1  # what is there costs the client's one question
+
+
+def test_a_server_that_knows_no_ranges_begins_anew(here, hub, tmp_path):
+    begun(tmp_path)
+    hub.ranges = False
+    assert whole(here("flux-schnell")[0]) and ranges(hub) == ["bytes=1000-"]
+
+
+def test_a_part_that_is_too_long_is_none(here, hub, tmp_path, capsys):
+    begun(tmp_path, len(FILES[REPO][FLOW]) + 1)
+    assert whole(here("flux-schnell")[0]) and ranges(hub) == []
+    assert f"    0.031 GB  {REPO}/{FLOW}\n" in capsys.readouterr().err
+
+
+def test_a_part_with_other_bytes_is_deleted_and_told(here, hub, tmp_path):
+    begun(tmp_path).write_bytes(b"x" * 1000)
+    with pytest.raises(FileError, match=f"{FLOW} of {REPO} came with another sum"):
+        here("flux-schnell")
+    assert not part(tmp_path).exists()
+    assert whole(here("flux-schnell")[0])
+
+
+def test_a_disk_that_fills_up_keeps_the_part(here, monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=f"{FLOW} of {REPO} could not be stored in .*No space left.*HF_HOME"):
+        here("flux-schnell")
+    assert part(tmp_path).stat().st_size == len(FILES[REPO][FLOW])
+
+
+def test_a_cache_without_links_has_the_file_once(cli, hub):
+    """As on Windows: there the client would copy what it finds among its blobs."""
+    blobs = begun(cli.folder).parent
+    path = Path(cli("download", "flux-schnell", HF_ENDPOINT=address(hub), HF_HUB_DISABLE_SYMLINKS="1").splitlines()[0])
+    assert ranges(hub) == ["bytes=1000-"] and whole(path)
+    assert not path.is_symlink() and not any(blobs.iterdir())
+
+
+def test_what_another_repository_has_is_not_fetched_again(here, hub):
+    """The T5 of dev and of schnell is one file."""
+    here("flux-schnell")
+    hub.files = {**FILES, "black-forest-labs/FLUX.1-dev": {**FILES[REPO], "flux1-dev.safetensors": weights(b"d")}}
+    hub.seen.clear()
+    t5 = here("flux-dev")[2]
+    assert (t5 / "model.safetensors").read_bytes() == FILES[REPO]["text_encoder_2/model.safetensors"]
+    assert {path.split("/")[-1] for method, path, *_ in hub.seen if method == "GET" and "/resolve/" in path} == {
+        "flux1-dev.safetensors"
+    }
 
 
 def test_a_file_with_another_sum_is_told_and_gone(cli, hub):
@@ -167,9 +298,6 @@ def test_what_ships_needs_no_hub(cli):
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(monkeypatch, hub, tmp_path, capsys):
-    from flux_core.errors import DiskError
-    from flux_core.studies.download import download
-
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**28, 0, 2**28))

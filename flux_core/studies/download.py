@@ -1,7 +1,5 @@
 """`download`: the files of a model from the hub or from ModelScope, as they will be loaded, and no others."""
 
-import hashlib
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +12,7 @@ from ..checkpoint.source import find_source
 from ..errors import DiskError, FileError, UsageError
 from ..fields import DOWNLOAD
 from ..modelscope import ADDRESS, RemoteFile, Repository, Unreachable
+from ..parts import HubFile, fetch, listing
 from ..places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file
 from ..terminal import note, tell
 from ..variants import Variant, get_variant
@@ -31,10 +30,9 @@ def download(
 
     source: `hub`, into its cache, or `modelscope`, into the folder `output_dir`, which FLUX_MODEL or --model then
     names. endpoint: the source's address, instead of HF_ENDPOINT's or its own. What is whole on this disk is not
-    fetched again, and a cache that has all is not held against the hub: that works without a network. The hub's client
-    takes up a broken connection by itself; a run that ended begins its last file anew (huggingface_hub 2.4 keeps no
-    part of it). From ModelScope it goes on where it ended. UsageError, AccessError, FileError, or DiskError before
-    anything is fetched.
+    fetched again, and a cache that has all is not held against the hub: that works without a network. A run that was
+    cut or stopped goes on in the next where it ended. UsageError, AccessError, FileError, or DiskError before anything
+    is fetched.
     """
     variant, origin = get_variant(name), _FIELDS["source"].parse(source, "hub")
     if output_dir is not None and origin == "hub":
@@ -67,38 +65,16 @@ def _from_hub(variant: Variant, repo: str) -> list[Path]:
     if _whole(paths):
         note(_ALL_THERE)
     else:
-        fetched: list[tuple[str, str]] = []
         if not hub.offline():
             free = hub.free_bytes(hub.cache_folder())
-            sizes = [(owner, file, size, bool(hub.cached(owner, file))) for owner, file, size in _sizes(variant)]
-            fetched = [(owner, file) for owner, file, _, there in sizes if not there]
-            rows = [(f"{owner}/{file}", size, there) for owner, file, size, there in sizes]
-            missing = sum(size for _, size, there in rows if not there)
-            _check_room(rows, missing, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
+            files = _listed(variant)
+            rows = [(f"{file.repo}/{file.name}", file.size, file.missing()) for file in files]
+            _check_room(rows, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
+            for file in files:
+                if file.sha256:
+                    fetch(file.repo, file.name)
         paths = _hub_paths(variant, repo)
-        for owner, file in fetched:
-            _check_sum(owner, file)
     return list(dict.fromkeys(paths))
-
-
-def _check_sum(repo: str, file: str) -> None:
-    """FileError, and the file is gone, if it came with another SHA-256 than the hub has of it.
-
-    The cache names a large file by that sum; the client itself looks at the size alone.
-    """
-    for path in hub.cached(repo, file):
-        blob = path.resolve()
-        if not re.fullmatch("[0-9a-f]{64}", blob.name):
-            continue  # a small file, or a cache without links
-        with blob.open("rb") as data:
-            if hashlib.file_digest(data, "sha256").hexdigest() == blob.name:
-                continue
-        blob.unlink()
-        path.unlink(missing_ok=True)
-        raise FileError(
-            f"{file} of {repo} came with another sum (SHA-256) than the hub has of it: it was deleted. "
-            "Next: run this again; if it comes so again, take another endpoint."
-        )
 
 
 def _hub_paths(variant: Variant, repo: str) -> list[Path]:
@@ -117,24 +93,14 @@ def _whole(paths: Sequence[Path]) -> bool:
         return False
 
 
-def _sizes(variant: Variant) -> list[tuple[str, str, int]]:
-    """(repository, file, bytes) of what `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
+def _listed(variant: Variant) -> list[HubFile]:
+    """What `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
     assert variant.repo is not None
-    files = _listing(variant.repo, [variant.flow_file, variant.ae_file]) + _listing(variant.clip, TEXT_FILES)
-    t5 = _listing(variant.t5, TEXT_FILES)
-    if not any(file.endswith(".safetensors") for _, file, _ in t5):
-        t5 += _listing(variant.repo, TEXT_OF_FLUX)
+    files = listing(variant.repo, [variant.flow_file, variant.ae_file]) + listing(variant.clip, TEXT_FILES)
+    t5 = listing(variant.t5, TEXT_FILES)
+    if not any(file.name.endswith(".safetensors") for file in t5):
+        t5 += listing(variant.repo, TEXT_OF_FLUX)
     return files + t5
-
-
-def _listing(repo: str, patterns: list[str]) -> list[tuple[str, str, int]]:
-    with hub.hub_errors(repo, "the list of files") as access:
-        from huggingface_hub import HfApi
-
-        found = HfApi(**access).model_info(repo, files_metadata=True).siblings or []
-    # as the client matches them: a * also takes slashes
-    wanted = [one for one in found if any(fnmatch(one.rfilename, pattern) for pattern in patterns)]
-    return [(repo, one.rfilename, one.size or 0) for one in wanted]
 
 
 def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_dir: str | None) -> Path:
@@ -155,11 +121,8 @@ def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_d
         files = []
     missing = [source.missing(file, folder) for file in files]
     if any(missing):
-        rows = [
-            (f"{repo}/{file.path}", file.size, left == 0 < file.size) for file, left in zip(files, missing, strict=True)
-        ]
-        free = hub.free_bytes(folder, "--output-dir")
-        _check_room(rows, sum(missing), folder, free, "name a folder with --output-dir")
+        rows = [(f"{repo}/{file.path}", file.size, left) for file, left in zip(files, missing, strict=True)]
+        _check_room(rows, folder, hub.free_bytes(folder, "--output-dir"), "name a folder with --output-dir")
     else:
         note(_ALL_THERE)
     for file in sorted(files, key=lambda one: one.size):
@@ -188,11 +151,14 @@ def _wanted(variant: Variant, source: Repository) -> list[RemoteFile]:
     return wanted
 
 
-def _check_room(rows: Sequence[tuple[str, int, bool]], missing: int, folder: Path, free: int, advice: str) -> None:
-    """Tell rows of (file, bytes, is it there), what is missing and what is free; DiskError if that is too little."""
-    for file, size, there in rows:
+def _check_room(rows: Sequence[tuple[str, int, int]], folder: Path, free: int, advice: str) -> None:
+    """Tell rows of (file, bytes, those still to come), how many those are and what is free; DiskError if too little."""
+    for file, size, left in rows:
+        part = f"{(size - left) / 1e9:.3f} GB " if left else ""
+        there = f"  {part}on this disk" if left < size else ""
         if size >= 10**6 or there:
-            note(f"  {size / 1e9:8.3f} GB  {file}{'  on this disk' if there else ''}")
+            note(f"  {size / 1e9:8.3f} GB  {file}{there}")
+    missing = sum(left for *_, left in rows)
     note(f"  {missing / 1e9:8.3f} GB  to download; {free / 1e9:.1f} GB free in {folder}")
     if missing and missing + RESERVE > free:
         raise DiskError(

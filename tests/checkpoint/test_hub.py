@@ -29,8 +29,9 @@ def failing(monkeypatch):
 
         for variable in ("FLUX_MODEL", "FLUX_AE"):
             monkeypatch.delenv(variable, raising=False)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        for name in ("get_hf_file_metadata", "hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(huggingface_hub, name, download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", download)
 
     return fail_with
 
