@@ -96,6 +96,20 @@ def memory_errors(what: str, device: torch.device) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """What torch.compile raises inside (it lacks a compiler, most often) becomes a UsageError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        # its classes by name: importing them takes a second that a picture without --compile should not pay
+        if "TorchDynamoException" not in {kind.__name__ for kind in type(error).__mro__}:
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        reason = lines[0] if lines else type(error).__name__
+        raise UsageError(f"--compile does not work here: {reason[:200]}. Next: leave it out") from error
+
+
 def give_memory_back(device: torch.device) -> None:
     """What freed tensors left with torch's allocator goes back to the device."""
     if device.type == "cuda":

@@ -123,6 +123,7 @@ RUN = (
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
     Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
+    Field("compile", bool, "compile the transformer's blocks: a slower first step, faster ones after", default=False),
 )
 SITES = (_NAME,)
 EDIT = (

@@ -131,5 +131,8 @@ def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
     """Why the pixels of a repeated picture may differ, for people."""
     if old.name != new.name:
         return []
-    versions = [f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []
-    return versions + (["its weights were others"] if old.weights != new.weights else [])
+    return [
+        *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
+        *(["its weights were others"] if old.weights != new.weights else []),
+        *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
+    ]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
+from .device import compile_errors, dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
 from .errors import UsageError
 from .hooks import Custom, HookRun, Intervention
 from .kernels import install
@@ -66,13 +66,17 @@ class Pipeline:
         dtype: torch.dtype,
         weights: dict[str, str] | None = None,
         offload: bool = False,
+        compile: bool = False,
     ) -> None:
         self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
         self.device, self.dtype = device, dtype
         self.precision = "fp8" if is_quantized(model) else dtype_name(dtype)
         """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
         self.weights = weights or {}
-        self.offload = offload
+        self.offload, self.compiled = offload, compile
+        if compile:
+            for block in (*model.double_blocks, *model.single_blocks):
+                block.compile(fullgraph=True)
         self._present: tuple[Any, ...] = ()
         self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(self._encode)
         """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
@@ -119,7 +123,7 @@ class Pipeline:
             raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
         if request.dtype not in (None, self.precision):
             raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {self.precision}")
-        return request.model_copy(update={"dtype": self.precision, "weights": self.weights})
+        return request.model_copy(update={"dtype": self.precision, "weights": self.weights, "compiled": self.compiled})
 
     @torch.no_grad()
     def draw(
@@ -136,7 +140,7 @@ class Pipeline:
         request = self.complete(request)
         if (source is None) != (request.init_image is None):
             raise UsageError("an init image goes with a request that names one, and the other way round")
-        with memory_errors(f"{request.width}x{request.height} pixels", self.device):
+        with compile_errors(), memory_errors(f"{request.width}x{request.height} pixels", self.device):
             x = self._denoise([request], source, on_step, functions)
             return self.picture(x, request.recorded(functions))
 
@@ -149,7 +153,10 @@ class Pipeline:
         first = self.complete(requests[0])
         if len({one.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for one in requests}) > 1:
             raise UsageError("rows of one batch differ in prompt and seed alone")
-        with memory_errors(f"{len(requests)} pictures of {first.width}x{first.height} pixels", self.device):
+        with (
+            compile_errors(),
+            memory_errors(f"{len(requests)} pictures of {first.width}x{first.height} pixels", self.device),
+        ):
             rows = self._denoise(requests, None, None, ())
             return [self.picture(x[None], one.recorded()) for x, one in zip(rows, requests, strict=True)]
 
@@ -275,11 +282,14 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
+    compile: bool = False,
     **files: str | Path | None,
 ) -> Pipeline:
     """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32.
 
-    offload: load it to the CPU, from where each part comes to the device for its turn only. files: your own instead of
+    offload: load it to the CPU, from where each part comes to the device for its turn only. compile: the blocks are
+    compiled at their first step, one graph for each kind, the autoencoder is not: that takes longer than it saves on
+    some hundred pictures. files: your own instead of
     the model's, as `checkpoint.with_files` takes them: `model`, `ae`, `clip_l`, `t5xxl`.
     """
     variant = name if isinstance(name, Variant) else with_files(name, **files)
@@ -290,4 +300,4 @@ def load_pipeline(
     t5, clip = load_text_encoders(variant, home, kind)
     model, ae = load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind)
     install(model, place)
-    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload)
+    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload, compile)

@@ -103,6 +103,8 @@ class GenerationRequest(BaseModel):
     """interventions, in the order in which they work"""
     functions: tuple[str, ...] = ()
     """what else worked on the picture: Python functions and tensors from files, which metadata can only name"""
+    compiled: bool = False
+    """whether the pipeline that draws has compiled its blocks, which changes last bits"""
     version: str = __version__
     weights: dict[str, str] = pydantic.Field(default_factory=dict)
     """short hash of every weight file, filled by the pipeline that draws"""

@@ -42,6 +42,7 @@ def generate(
     stepwise_dir: str | None = None,
     device: str = str(_DEFAULTS["device"]),
     offload: bool = False,
+    compile: bool = False,
     plan: str | None = None,
     skip: list[str] | None = None,
     **fields: Any,
@@ -71,7 +72,7 @@ def generate(
 
     from ..pipeline import load_pipeline  # and with it torch
 
-    pipeline = load_pipeline(variant, device, asked[0].dtype, offload)
+    pipeline = load_pipeline(variant, device, asked[0].dtype, offload, compile)
     draw = partial(_draw_all, pipeline, source, folder, steps_folder)
     paths = draw(asked, _first_notes(pipeline, asked[0], old))
     return paths + _draw_what_is_typed(draw, fields) if loop else paths
@@ -102,7 +103,7 @@ def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any
         note(f"{origin.file!r} is another picture than the {old.init_image.file!r} of then")
     if old.functions:
         note(f"what also worked on that picture is not in the file: {'; '.join(old.functions)}")
-    return old.model_dump(exclude={"version", "weights", "init_image", "functions"})
+    return old.model_dump(exclude={"version", "weights", "compiled", "init_image", "functions"})
 
 
 def ask(
