@@ -102,7 +102,7 @@ def load_encoder(
         config = kind.config_class.from_dict(encoder_config(variant, part, path))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    with opened(source, device) as get:
+    with opened(source, device, scales.among(mine)) as get:
 
         def plain(name: str) -> Tensor:
             scale = scales.of.get(name)
