@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from random_model import random_weights, small_variant
 from safetensors import safe_open
 
 from flux_core.checkpoint import header, load_autoencoder, load_flux, read, stream, tensors, to_diffusers
+from flux_core.checkpoint.files import text_files
 from flux_core.checkpoint.source import INDEX, Span, find_source
 from flux_core.checkpoint.write import write_safetensors
 from flux_core.errors import FileError
 from flux_core.model import AutoEncoder, Flux
+from flux_core.text import encoders
 
 DEV = small_variant("flux-dev")
 KINDS = list(tensors.DTYPES.values())
@@ -209,6 +212,20 @@ def test_every_layout_gives_the_same_network_either_way(tmp_path, monkeypatch, l
     cut(monkeypatch, 10_000)
     for found, expected in zip(states(variant), by_mapping, strict=True):
         same(found, expected)
+
+
+@pytest.mark.parametrize("part", ["t5", "clip"])
+def test_text_encoders_are_the_same_either_way(small, part, monkeypatch):
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    kind, path = {"t5": T5EncoderModel, "clip": CLIPTextModel}[part], getattr(text_files(small), part)
+    load = partial(encoders.load_encoder, kind, part, path, small, "cpu", torch.bfloat16)
+    by_mapping = load().state_dict()
+    monkeypatch.setattr(encoders, "opened", tensors.streamed)
+    cut(monkeypatch, 10_000)
+    same(load().state_dict(), by_mapping)
+    in_file = mapped(find_source(path))
+    assert sum(torch.equal(by_mapping[name], in_file[name].bfloat16()) for name in in_file if name in by_mapping) > 10
 
 
 def test_a_file_is_read_from_its_start_to_its_end(tmp_path, monkeypatch):
