@@ -148,8 +148,8 @@ def forget(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        if hasattr(torch._C, "_accelerator_emptyHostCache"):
-            torch._C._accelerator_emptyHostCache()
+        for name in ("_host_emptyCache", "_accelerator_emptyHostCache"):  # up to torch 2.12, and since
+            getattr(torch._C, name, lambda: None)()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_peak_host_memory_stats()
 
@@ -175,7 +175,8 @@ def memory(device: str) -> Iterator[dict[str, float]]:
         watcher.join()
     pinned = device_peak = 0
     if device.startswith("cuda"):
-        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+        found = torch.cuda.host_memory_stats()
+        pinned = max(found.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved"))
         device_peak = torch.cuda.max_memory_allocated()
     own = max(peak, anonymous()) - before
     sizes = {"host": own + pinned, "pinned": pinned, "device": device_peak}
