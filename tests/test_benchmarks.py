@@ -25,6 +25,18 @@ def test_parity_with_diffusers():
     assert figures["ratio"] > 0
 
 
+def test_loading():
+    command = [sys.executable, BENCHMARKS / "loading.py", "--tiny", "--device", "cpu", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {(one["state"], one["way"]): one for one in figures if "median_of" in one}
+    assert found.keys() == {("warm", "safetensors")} | {
+        (x, y) for x in ("warm", "cold") for y in ("plain", "bf16", "fp8")
+    }
+    assert all(one["ratio"] > 0 for one in found.values())
+    assert found["warm", "bf16"]["cached"] in (1, None)
+
+
 def test_the_cost_of_hooks():
     command = [sys.executable, BENCHMARKS / "hook_cost.py", "--tiny", "--device", "cpu", "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

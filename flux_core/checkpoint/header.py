@@ -111,6 +111,17 @@ def open_file(path: Path) -> io.BufferedReader:
         raise FileError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
+def read_into(memory: memoryview, file: io.BufferedReader, path: Path, start: int) -> None:
+    """Fill it with a file's bytes from that place on. FileError if they can't be read, or are no longer all there."""
+    try:
+        file.seek(start)
+        count = file.readinto(memory)
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror or error}.") from None
+    if count != len(memory):
+        raise FileError(f"{path} became shorter while it was read. Next: wait until it is all there, and try again.")
+
+
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The header's JSON as entries and metadata. It is held to what the library takes: Python's parser is laxer."""
     if text.count(b'"dtype"') > MAX_TENSORS:

@@ -12,7 +12,7 @@ One table of rows for each network; both directions read the same rows. Almost a
 Going there and back gives the same bytes. Tensors are views of what was given wherever no values had to move.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ class Pair(NamedTuple):
 
 def to_diffusers(state: State, params: Params) -> dict[str, Tensor]:
     """Official names -> diffusers'. FileError if names or sizes are not those of `params`."""
-    pairs = list(_pairs(params))
+    pairs = pairs_of(params)
     _same_names(state, [pair.official for pair in pairs])
     out: dict[str, Tensor] = {}
     for pair in pairs:
@@ -129,13 +129,16 @@ def to_diffusers(state: State, params: Params) -> dict[str, Tensor]:
 
 def from_diffusers(state: State, params: Params) -> dict[str, Tensor]:
     """diffusers' names -> official ones. FileError likewise."""
-    _same_names(state, [name for pair in _pairs(params) for name in pair.diffusers])
-    return dict(streamed_from_diffusers(state.__getitem__, params))
+    pairs = pairs_of(params)
+    _same_names(state, [name for pair in pairs for name in pair.diffusers])
+    return dict(streamed_from_diffusers(state.__getitem__, pairs, params))
 
 
-def streamed_from_diffusers(get: Callable[[str], Tensor], params: Params) -> Iterator[tuple[str, Tensor]]:
+def streamed_from_diffusers(
+    get: Callable[[str], Tensor], pairs: Iterable[Pair], params: Params
+) -> Iterator[tuple[str, Tensor]]:
     """Official names and tensors, one by one, from a function that gives a tensor by its diffusers name."""
-    for pair in _pairs(params):
+    for pair in pairs:
         yield pair.official, _joined([get(name) for name in pair.diffusers], pair.how, params)
 
 
@@ -144,16 +147,18 @@ def diffusers_shapes(state: State, params: Params) -> dict[str, tuple[int, ...]]
     return {name: tuple(x.shape) for name, x in to_diffusers(state, params).items()}
 
 
-def _pairs(params: Params) -> Iterator[Pair]:
+def pairs_of(params: Params) -> list[Pair]:
     """The rows written out for a network of these sizes, in the order of the table."""
     table, names, blocks, parts = _network(params)
+    pairs = []
     for row, i, j, (ours, theirs) in product(table, range(blocks), range(parts), SUFFIXES.items()):
         count = {"i": i, "j": j, "u": blocks - 1 - i}
         official = f"{row.official.format(**count)}.{ours}"
         if official in names:
             names.remove(official)  # a row without a count comes round again
             diffusers = tuple(f"{name.format(**count)}.{theirs}" for name in row.diffusers.split())
-            yield Pair(official, diffusers, row.how)
+            pairs.append(Pair(official, diffusers, row.how))
+    return pairs
 
 
 def _network(params: Params) -> tuple[tuple[Row, ...], set[str], int, int]:

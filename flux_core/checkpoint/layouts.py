@@ -189,7 +189,7 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
         return
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     _json(target / "config.json", kept | {"dtype": word})
-    with opened(source, "cpu") as get:
+    with opened(source, "cpu", scales.among(mine)) as get:
 
         def cast(name: str) -> Tensor:
             x, scale = get(name), scales.of.get(name)

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain, starmap
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..errors import FileError
@@ -23,9 +24,9 @@ from ..terminal import note
 from ..variants import Variant
 from .files import HOMES, ae_path, flow_path
 from .identify import WHOLE, Identity, Part, Shapes, identify
-from .keymaps import Params, diffusers_shapes, streamed_from_diffusers
+from .keymaps import Params, diffusers_shapes, pairs_of, streamed_from_diffusers
 from .scales import as_fp8, find_scales, widen
-from .source import Source, find_source
+from .source import Source, Span, find_source
 from .tensors import DTYPES, opened
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,7 +42,7 @@ def load_flux(
 
     fp8: most of its Linears as `linears.fp8` has them, the rest in `dtype`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = Flux(variant.params)
     return _fill(model, "transformer", variant.params, flow_path(variant), device, dtype, fp8)
 
@@ -50,9 +51,21 @@ def load_autoencoder(
     variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> AutoEncoder:
     """The autoencoder of that name, likewise."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = AutoEncoder(variant.ae_params)
     return _fill(model, "autoencoder", variant.ae_params, ae_path(variant), device, dtype)
+
+
+class Undrawn(TorchFunctionMode):
+    """Modules made inside draw no first numbers: even on `meta` that is half of the time that making them takes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _fill(
@@ -82,15 +95,24 @@ def stream(
     """The tensors of a network by their official names, on `device` and in `dtype`, once the headers fit.
 
     state: the network's, on `meta`. A file that holds other parts, too, is read for this one. coded: the weights that
-    come as e4m3, with a `weight_scale` behind each. No more than one of them is there unquantized at a time.
+    come as e4m3, with a `weight_scale` behind each. No more than one of them is there unquantized at a time. They come
+    in the order in which they lie in the files, or their first parts do.
     """
     source, found = fitting(path, part, state, params)
     scales = find_scales(source, found.prefix)
     plain = (name for name in source.dtypes if name.startswith(found.prefix) and name not in scales.names)
     check_dtypes(path, {name: source.dtypes[name] for name in plain}, dtype, fp8=bool(coded))
+
+    def place(name: str) -> Span:
+        return source.spans[found.prefix + name]
+
+    pairs = pairs_of(params) if found.layout == "diffusers" else []
+    pairs.sort(key=lambda pair: place(pair.diffusers[0]))
+    names = [name for pair in pairs for name in pair.diffusers] or sorted(state, key=place)
+    order = scales.among(found.prefix + name for name in names)
     quiet = source.size < 10**9 or not sys.stderr.isatty()
     with (
-        opened(source, device) as get,
+        opened(source, device, order) as get,
         tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=quiet) as bar,
     ):
 
@@ -108,10 +130,10 @@ def stream(
 
         # Written without a loop variable, which would hold on to a tensor while the next is read.
         if found.layout == "diffusers":  # which cuts and joins weights: not as codes
-            joined = streamed_from_diffusers(lambda name: widen(*take(name), dtype), params)
+            joined = streamed_from_diffusers(lambda name: widen(*take(name), dtype), pairs, params)
             yield from chain.from_iterable(starmap(made, joined))
         else:
-            yield from chain.from_iterable(made(name, *take(name)) for name in state)
+            yield from chain.from_iterable(made(name, *take(name)) for name in names)
 
 
 def fitting(path: Path, part: Part, state: Mapping[str, Tensor], params: Params) -> tuple[Source, Identity]:

@@ -12,6 +12,7 @@ each of a row's blocks, [N, blocks, 1]. Scales of inputs come from a calibration
 every token, so they are left out.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,10 @@ class Scales(NamedTuple):
     """a weight's name in the file -> its scale's"""
     names: frozenset[str]
     """all such tensors: scales, and what is left out"""
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those names, and behind each its scale, if it has one."""
+        return [one for name in names for one in (name, self.of.get(name)) if one]
 
 
 def find_scales(source: Source, prefix: str = "") -> Scales:

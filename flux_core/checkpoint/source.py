@@ -3,7 +3,9 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import FileError
 from .header import Header, open_file, read_header
@@ -11,6 +13,14 @@ from .header import Header, open_file, read_header
 INDEX = ".safetensors.index.json"
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 MAX_INDEX = 16 << 20
+
+
+class Span(NamedTuple):
+    """Where a tensor's bytes are. Their order is that of files and of places in a file."""
+
+    path: Path
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -25,13 +35,21 @@ class Source:
     def size(self) -> int:
         return sum(header.size for header in self.headers)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for header in self.headers for name, shape in header.shapes.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, str]:
         return {name: entry.dtype for header in self.headers for name, entry in header.tensors.items()}
+
+    @cached_property
+    def spans(self) -> dict[str, Span]:
+        return {
+            name: Span(header.path, entry.start, entry.end)
+            for header in self.headers
+            for name, entry in header.tensors.items()
+        }
 
 
 def find_source(path: Path) -> Source:

@@ -1,22 +1,21 @@
 """Tensors out of files, by name, one by one: mapped by safetensors, or read where a file can't be mapped.
 
 Some network and merged file systems know no mmap (`os error 19`), Windows runs out of page file (1455), containers out
-of address space (12).
+of address space (12). For CUDA nothing is mapped: `stream.py` reads ahead.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FileError
 from ..terminal import note
-from .header import Entry, Header, open_file
+from .header import Entry, Header, open_file, read_into
 from .source import Source
+from .stream import tape
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -33,13 +32,35 @@ and CPU kernels round by alignment: the same weights in two files gave pictures 
 
 
 @contextmanager
-def opened(source: Source, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
-    """A function from names to tensors on `device`, while the block runs."""
+def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+    """A function from names to tensors on `device`, while the block runs.
+
+    names: all that will be asked for, in that order, so that they can be read ahead.
+    """
+    if torch.device(device).type == "cuda":
+        with streamed(source, device, names) as get:
+            yield get
+        return
     with ExitStack() as stack:
         homes: dict[str, Callable[[str], Tensor]] = {}
         for header in source.headers:
             homes |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device)))
         yield lambda name: homes[name](name)
+
+
+@contextmanager
+def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+    """The same, each tensor straight into memory of its own on the device, while threads read what comes next."""
+    names = list(names)
+    turns = iter(names)
+    with tape([source.spans[name] for name in names], torch.device(device)) as fill:
+
+        def get(name: str) -> Tensor:
+            if name != (turn := next(turns, None)):
+                raise RuntimeError(f"{name} was asked for when it was {turn}'s turn")
+            return fill(torch.empty(source.shapes[name], dtype=DTYPES[source.dtypes[name]], device=device))
+
+        yield get
 
 
 @contextmanager
@@ -50,20 +71,16 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
     except (SafetensorError, OSError, RuntimeError) as error:
         note(f"{header.path.name} cannot be mapped into memory here ({error}); it is read instead")
         with open_file(header.path) as file:
-            yield lambda name: _read_tensor(file, header.path, header.tensors[name]).to(device)
+            yield lambda name: _read_tensor(file, header, header.tensors[name]).to(device)
         return
     with mapped as opened:
         aligned = torch.device(device).type == "cpu" and header.size < SMALL
         yield (lambda name: opened.get_tensor(name).clone()) if aligned else opened.get_tensor
 
 
-def _read_tensor(file: io.BufferedReader, path: Path, entry: Entry) -> Tensor:
+def _read_tensor(file: io.BufferedReader, header: Header, entry: Entry) -> Tensor:
     """One tensor's bytes, straight into memory of its own."""
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     if tensor.numel():
-        file.seek(entry.start)
-        if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.start:
-            raise FileError(
-                f"{path} became shorter while it was read. Next: wait until it is all there, and try again."
-            )
+        read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, file, header.path, entry.start)
     return tensor

@@ -121,7 +121,11 @@ class Fp8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
         """The same Linear, quantized; on `meta` one that waits for its numbers."""
-        codes, scale = quantize_rows(linear.weight.detach())
+        weight = linear.weight.detach()
+        if weight.is_meta:  # where arithmetic takes longer than reading the numbers will
+            codes, scale = torch.empty_like(weight, dtype=E4M3), weight.new_empty(len(weight), dtype=torch.float32)
+        else:
+            codes, scale = quantize_rows(weight)
         return cls(codes, scale.flatten(), None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor | Rows) -> Tensor:

@@ -17,7 +17,7 @@ def verify(file: str) -> str:
 
     bad = []
     with (
-        opened(source, "cpu") as get,
+        opened(source, "cpu", source.shapes) as get,
         tqdm(total=source.size, unit="B", unit_scale=True, desc="verifying", disable=no_bars()) as bar,
     ):
         for name in source.shapes:

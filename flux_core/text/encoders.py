@@ -102,20 +102,22 @@ def load_encoder(
         config = kind.config_class.from_dict(encoder_config(variant, part, path))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    with opened(source, device) as get:
-
-        def plain(name: str) -> Tensor:
-            scale = scales.of.get(name)
-            return widen(get(name), None if scale is None else get(scale), dtype)
-
-        state = {bare: plain(name) for name, bare in mine.items()}
-        try:
-            model, info = kind.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise FileError(f"{path}: the text encoder could not be read: {error}") from error
+    # transformers knows whose place a name means, but takes every tensor to the CPU on its way there. So it is given
+    # stand-ins, one number each, and the tensors follow by themselves.
+    stand_ins = {name: torch.empty((), dtype=dtype).expand(source.shapes[name]) for name in mine}
+    state = {bare: stand_ins[name] for name, bare in mine.items()}
+    try:
+        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{path}: the text encoder could not be read: {error}") from error
     _all_there(info, path, "text encoder")
+    named = {x.data_ptr(): name for name, x in stand_ins.items()}
+    places = {named[place.data_ptr()]: place for place in model.parameters()}
+    order = sorted(places, key=source.spans.__getitem__)
+    with opened(source, device, scales.among(order)) as get:
+        for name in order:
+            scale = scales.of.get(name)
+            places[name].data = widen(get(name), None if scale is None else get(scale), dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

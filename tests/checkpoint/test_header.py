@@ -176,7 +176,7 @@ def test_row_18_where_nothing_can_be_mapped_the_file_is_read(good, monkeypatch, 
         raise error
 
     monkeypatch.setattr(tensors_module, "safe_open", forbidden)
-    with opened(find_source(good), "cpu") as get:
+    with opened(find_source(good), "cpu", TWO) as get:
         for name, x in TWO.items():
             assert torch.equal(get(name), x) and get(name).dtype == x.dtype
     assert "good.safetensors cannot be mapped into memory here" in capsys.readouterr().err
