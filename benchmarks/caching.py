@@ -149,9 +149,9 @@ def table(results: Sequence[Result]) -> str:
     lines = ["| cache | steps saved | change, ±95 % | PSNR |", "| --- | --- | --- | --- |"]
     for one in results:
         name = one.setting if one.kind == "seed" else f"{one.kind} {one.setting}"
-        wide = "" if one.ci95 is None else f" ± {one.ci95:.3f}"
+        wide = "" if one.ci95 is None else f" ± {one.ci95:.4f}"
         psnr = "" if one.psnr_db is None else f"{one.psnr_db:.1f} dB"
-        lines.append(f"| {name} | {one.saved:.0%} | {one.change:.3f}{wide} | {psnr} |")
+        lines.append(f"| {name} | {one.saved:.0%} | {one.change:.4f}{wide} | {psnr} |")
     return "\n".join(lines)
 
 
@@ -169,7 +169,7 @@ def chart(results: Sequence[Result], title: str) -> bytes:
             mine = [one for one in results if one.kind == kind and getattr(one, figure_of) is not None]
             x, y = [100 * one.saved for one in mine], [getattr(one, figure_of) for one in mine]
             axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1, label=kind)
-            for one, *place in zip(mine, x, y, strict=True) if kind == "threshold" else ():
+            for one, *place in zip(mine, x, y, strict=True) if (kind, figure_of) == ("threshold", "psnr_db") else ():
                 axes.annotate(one.setting, place, (3, 4), textcoords="offset points", fontsize=7, color=colour)
         axes.axhline(getattr(scale, figure_of), color="#777777", linewidth=1, linestyle=":", label=OTHER_SEED)
         axes.set_xlabel("steps saved, %")
@@ -307,7 +307,7 @@ def main() -> int:
     size, steps, most = (64, 4, 1) if args.tiny else (256, STEPS, 9)
     prompts = read_prompts(default_prompts("flux-mini"))[: args.prompts]
     results, rows = quality(prompts, args.seeds, size, steps, most, args.device)
-    about = f"flux-mini, {len(prompts)} prompts x {args.seeds} seeds, {steps} steps"
+    about = f"flux-mini, {len(prompts) * args.seeds} pictures, {steps} steps"
     if args.chart:
         args.chart.write_bytes(chart(results, about))
     if args.sheet:
