@@ -4,11 +4,13 @@
 
 Prints one JSON line, medians of the repeats: the command from start to file; importing torch and transformers alone, in
 the same minutes, as the part that is not ours, and the ratio of the two; inside one process, the 28 steps and the
-decoding; `--help` and a wrong flag.
+decoding; `--help` and a wrong flag; and, for half as many threads as cores, as many, and twice as many, the 28 steps
+and the decoding, and a sum of the pixels.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -16,19 +18,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch; from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast, CLIPTokenizer"
 INSIDE = """
-import json, sys, time
+import hashlib, json, time, torch
 from flux_core import load_pipeline
-pipeline = load_pipeline("flux-mini")
-times = []
+pipeline = load_pipeline("flux-mini", "cpu")
+times, pixels = [], hashlib.sha256()
 for seed in range(3):
     begin = time.monotonic()
-    pipeline.generate(f"a red apple", seed=seed)
+    pixels.update(pipeline.generate(f"a red apple", seed=seed)[0].tobytes())
     times.append(time.monotonic() - begin)
-print(json.dumps({"first": times[0], "later": min(times[1:])}))
+figures = {"first": times[0], "later": min(times[1:]), "sha256": pixels.hexdigest()[:8]}
+print(json.dumps({**figures, "threads": torch.get_num_threads()}))
 """
 
 
@@ -40,6 +44,13 @@ def seconds(*command: str, code: int = 0) -> float:
     if done.returncode != code:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.decode()}")
     return elapsed
+
+
+def drawn(**environment: str) -> dict[str, Any]:
+    """Three pictures in a process of their own: seconds of the first and of the faster later one, threads, a sum."""
+    env = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, capture_output=True, check=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def median(repeat: int, *command: str, code: int = 0) -> float:
@@ -56,8 +67,7 @@ def main() -> None:
         seconds(*draw)  # warms the disk
         figures = {"first_picture_s": median(repeat, *draw), "imports_s": median(repeat, "-c", IMPORTS)}
     figures["ratio_to_imports"] = round(figures["first_picture_s"] / figures["imports_s"], 2)
-    inside = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, capture_output=True, check=True)
-    steps = json.loads(inside.stdout.splitlines()[-1])
+    steps = drawn()
     figures |= {
         "steps_and_decoding_first_s": round(steps["first"], 2),
         "steps_and_decoding_s": round(steps["later"], 2),
@@ -66,8 +76,11 @@ def main() -> None:
         "help_s": median(repeat, "cli.py", "--help"),
         "wrong_flag_s": median(repeat, "cli.py", "--promt", code=2),
     }
+    cores = steps["threads"]
+    others = (drawn(OMP_NUM_THREADS=str(number)) for number in (max(1, cores // 2), 2 * cores))
+    by_threads = {one["threads"]: {"s": round(one["later"], 2), "sha256": one["sha256"]} for one in (steps, *others)}
     machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
-    print(json.dumps({"benchmark": "first_picture", **figures, **machine}))
+    print(json.dumps({"benchmark": "first_picture", **figures, "threads": by_threads, **machine}))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ class Field:
 
 
 _NAME = Field("name", str, f"model: {', '.join(VARIANTS)}", default=DEFAULT, word="NAME")
+THREADS = Field(
+    "threads",
+    int,
+    "CPU threads; another number may change a picture's last bits (default: the cores this process may use)",
+    (),
+    1,
+    1024,
+)
 FILES = (
     Field("model", str, "your own weights: a safetensors file or a folder; or as --name", ("-m",), word="PATH"),
     Field("ae", str, "your own autoencoder: a file or a folder", word="PATH"),
@@ -124,6 +132,7 @@ RUN = (
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
     Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
     Field("compile", bool, "compile the transformer's blocks: a slower first step, faster ones after", default=False),
+    THREADS,
 )
 SITES = (_NAME,)
 EDIT = (
@@ -148,6 +157,7 @@ EDIT = (
     Field("seed", int, "seed of the start noise (default: random)", (), 0, MAX_SEED),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    THREADS,
 )
 IMPORTANCE = (
     _NAME,
@@ -164,6 +174,7 @@ IMPORTANCE = (
     Field("threshold", float, "call the blocks above this importance vital", (), 0, 2),
     Field("output_dir", str, "the study's folder (default: output/importance-NAME)", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    THREADS,
 )
 SAVE = (
     _NAME,

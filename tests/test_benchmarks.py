@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -43,3 +45,31 @@ def test_the_cost_of_hooks():
     figures = json.loads(done.stdout)
     assert figures["ratio"].keys() == {"plain", "empty", "skip_one", "share_kv_all", "share_kv_four"}
     assert min(figures["seconds"].values()) > 0
+
+
+def lines_of(name, *flags):
+    command = [sys.executable, BENCHMARKS / name, "--tiny", "--device", "cpu", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_time_that_caching_saves():
+    step, image = lines_of("caching.py", "--full-size", "--compile", "none", "--rounds", "1")
+    assert step["ms"].keys() == {"plain", "kept", "decided", "reused"}
+    assert image["computed"] == {"plain": 4, "scheduled": 2, "decided": 2, "two in three": 2}
+
+
+@pytest.mark.slow
+def test_the_quality_that_caching_costs(tmp_path):
+    flags = ["--prompts", "2", "--chart", str(tmp_path / "chart.png"), "--sheet", str(tmp_path / "sheet.jpg")]
+    seed, threshold, *schedules = lines_of("caching.py", *flags)
+    assert seed["setting"] == "another seed" and threshold["saved"] == threshold["change"] == 0
+    assert [one["saved"] for one in schedules] == [0.25, 0.25] and all(one["change"] > 0 for one in schedules)
+    assert {path.name for path in tmp_path.iterdir()} == {"chart.png", "sheet.jpg"}
+
+
+@pytest.mark.slow
+def test_the_quality_that_fp8_costs():
+    (figures,) = lines_of("fp8_quality.py")
+    assert figures["units"] == 0 and figures["pictures"] == 2
+    assert 0 < figures["ratio"]["fp8"]["levels"] < 0.5

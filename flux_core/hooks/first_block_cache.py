@@ -2,8 +2,11 @@
 
 After ParaAttention's FBCache (github.com/chengzeyi/ParaAttention): if the residual of block 0, mean |now - then| /
 mean |then|, moved less than `threshold` since the last full forward, all further blocks are skipped and what they
-added then is added again. A full forward is forced for the first `warmup` steps and after `max_in_row` cached ones. A
-fixed `schedule` of cached steps takes the place of the measurement. Threshold 0 caches nothing.
+added then is added again. A full forward is forced for the first `warmup` steps and after `max_in_row` cached ones.
+Threshold 0 caches nothing. The decision waits for the device once in a forward, for one number.
+
+A fixed `schedule` of cached steps takes the place of the measurement and of all three numbers, and waits for nothing:
+`"1-27/2"` asks the blocks in every second step.
 """
 
 from collections import defaultdict
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ..errors import UsageError
 from ..params import FluxParams
 from .intervention import Intervention, Steps
 from .seam import Around, At, Placed
@@ -44,6 +48,12 @@ class FirstBlockCache(Intervention):
     max_in_row: int = Field(default=4, ge=1)
     schedule: Steps = None
     """steps that are cached, whatever the threshold says"""
+
+    def check_steps(self, num_steps: int) -> None:
+        super().check_steps(num_steps)
+        self._check_last(self.schedule, num_steps)
+        if self.schedule is not None and self.schedule[0] == 0:
+            raise UsageError(f"{self.kind}: step 0 has none before it to repeat. Next: begin the schedule with 1")
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         memories: dict[int, _Memory] = defaultdict(_Memory)

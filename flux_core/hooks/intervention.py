@@ -21,7 +21,7 @@ def _several(value: Any) -> Any:
 
 
 def _steps(value: Any) -> Any:
-    """`3`, `"0-14"`, `"0-4,9"`, or a list of such."""
+    """`3`, `"0-14"`, `"0-14/2"` (every second of them), `"0-4,9"`, or a list of such."""
     if value is None or isinstance(value, range):
         return value and tuple(value)
     if isinstance(value, str):
@@ -29,10 +29,10 @@ def _steps(value: Any) -> Any:
     parts: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
     steps: set[int] = set()
     for part in parts:
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(part).strip())
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5})(?:/([1-9]\d{0,4}))?)?", str(part).strip())
         if not found or isinstance(part, bool):
-            raise ValueError(f"{part!r} is no step: say 3, or 0-14")
-        steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+            raise ValueError(f"{part!r} is no step: say 3, or 0-14, or 0-14/2 for every second of them")
+        steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1)))
     if not steps:
         raise ValueError("no step is meant; leave steps out for all of them")
     return tuple(sorted(steps))
@@ -76,5 +76,8 @@ class Intervention(BaseModel):
 
     def check_steps(self, num_steps: int) -> None:
         """UsageError for a step that the schedule does not have."""
-        if self.steps is not None and self.steps[-1] >= num_steps:
-            raise UsageError(f"{self.kind}: there is no step {self.steps[-1]}, the last is {num_steps - 1}")
+        self._check_last(self.steps, num_steps)
+
+    def _check_last(self, steps: tuple[int, ...] | None, num_steps: int) -> None:
+        if steps is not None and steps[-1] >= num_steps:
+            raise UsageError(f"{self.kind}: there is no step {steps[-1]}, the last is {num_steps - 1}")

@@ -17,6 +17,7 @@ from ..checkpoint.identify import Part
 from ..errors import FluxError
 from ..memory import BF16, FP32, fit, shares
 from ..places import embedded_folder
+from ..threads import use_threads
 from ..variants import AE_VARIABLES, VARIANTS, Variant
 from ..version import __version__
 
@@ -64,6 +65,7 @@ def _devices() -> list[str]:
 
     from ..device import available_devices, dtype_name, pick_dtype
 
+    use_threads(None)
     rows = []
     for name in available_devices():
         device = torch.device(name)

@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
 from ..errors import UsageError
-from ..fields import EDIT, FILES, take
+from ..fields import EDIT, FILES, THREADS, take
 from ..output import prepare_folder, save_picture
 from ..pictures import grid, open_source
 from ..request import GenerationRequest
 from ..terminal import no_bars, note, tell
+from ..threads import use_threads
 
 if TYPE_CHECKING:
     from ..editing import Editing
@@ -32,6 +33,7 @@ def edit(
     replay: str = str(_FIELDS["replay"].default),
     output_dir: str = str(_FIELDS["output_dir"].default),
     device: str = "auto",
+    threads: str | None = None,
     **fields: Any,
 ) -> list[Path]:
     """Draw a source and its edits. Returns the strip's file, then those of source and edits.
@@ -49,7 +51,7 @@ def edit(
         note(line)
     strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
     factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
-    chosen = choose_layers(layers, request)
+    chosen, number = choose_layers(layers, request), THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     check_files(variant)
     if not variant.embedded:
@@ -58,6 +60,7 @@ def edit(
     from ..editing import Editing  # and with it torch
     from ..pipeline import load_pipeline
 
+    use_threads(number)
     pipeline = load_pipeline(variant, device, request.dtype)
     job = Editing(pipeline, request, edit, chosen, strength, origin)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
 from ..errors import MemoryShortage, UsageError
-from ..fields import FILES, RUN, take
+from ..fields import FILES, RUN, THREADS, take
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..lines import obey, prompts_of, typed_lines
 from ..metadata import differences, read_request
@@ -24,6 +24,7 @@ from ..pictures import grid, open_source
 from ..request import GenerationRequest, InitImage
 from ..stepwise import Stepwise
 from ..terminal import no_bars, note, tell
+from ..threads import use_threads
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -43,6 +44,7 @@ def generate(
     device: str = str(_DEFAULTS["device"]),
     offload: bool = False,
     compile: bool = False,
+    threads: str | None = None,
     plan: str | None = None,
     skip: list[str] | None = None,
     **fields: Any,
@@ -65,6 +67,7 @@ def generate(
     variant = with_files(fields.get("name"), **take(fields, FILES))
     fields["name"] = variant.name
     asked = ask(seed, fields, prompts)
+    number = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
 
@@ -72,6 +75,7 @@ def generate(
 
     from ..pipeline import load_pipeline  # and with it torch
 
+    use_threads(number)
     pipeline = load_pipeline(variant, device, asked[0].dtype, offload, compile)
     draw = partial(_draw_all, pipeline, source, folder, steps_folder)
     paths = draw(asked, _first_notes(pipeline, asked[0], old))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
 from ..errors import DiskError, UsageError
-from ..fields import FILES, IMPORTANCE, take
+from ..fields import FILES, IMPORTANCE, THREADS, take
 from ..importance import (
     REFERENCE,
     Study,
@@ -33,6 +33,7 @@ from ..output import prepare_folder, write_whole
 from ..places import SCORER
 from ..request import PATCH, GenerationRequest
 from ..terminal import no_bars, note, tell
+from ..threads import use_threads
 
 if TYPE_CHECKING:
     from ..importance import Row
@@ -60,6 +61,7 @@ def importance(
     threshold: str | None = None,
     output_dir: str | None = None,
     device: str = "auto",
+    threads: str | None = None,
     **fields: Any,
 ) -> Path:
     """Draw what is missing of a study, score it and write its results. Returns its folder.
@@ -71,6 +73,7 @@ def importance(
     how, how_many, cut = (
         _FIELDS[key].parse(text) for key, text in (("pooling", pooling), ("top", top), ("threshold", threshold))
     )
+    number = THREADS.parse(threads)
     variant = with_files(name, **take(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     fields |= {"num_steps": num_steps, "seed": 0}
@@ -92,6 +95,7 @@ def importance(
     from ..pipeline import load_pipeline
     from ..scoring import load_scorer
 
+    use_threads(number)
     place = pick_device(_own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
     pipeline = load_pipeline(variant, place, request.dtype)

@@ -62,6 +62,21 @@ def test_an_empty_plan_changes_no_bit():
     assert torch.equal(model(**INPUTS, run=HookRun([], model.params)), model(**INPUTS))
 
 
+@pytest.mark.parametrize(
+    ("cache", "waits"), [({"threshold": 0.05}, 1), ({"threshold": 0}, 1), ({"schedule": "1-5/2"}, 0)]
+)
+def test_deciding_to_cache_waits_for_the_device_once_in_a_forward_at_most(cache, waits):
+    """Every number that Python asks of a tensor passes through one operator, and stops the queue of a GPU."""
+    model, seen = flux_of(GOLDEN), []
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0]
+    run = HookRun([FirstBlockCache(**cache)], model.params, sigmas)
+    for sigma in sigmas[:-1]:
+        run.begin(sigma)
+        names = operators(lambda: model(**INPUTS, run=run))
+        seen.append(sum("_local_scalar_dense" in name or "nonzero" in name for name in names))
+    assert seen[0] == 0 and max(seen) == waits, seen
+
+
 @pytest.fixture
 def compiled():
     """A model with every block compiled whole, and a function that counts the graphs that a plan adds."""

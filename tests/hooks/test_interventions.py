@@ -21,6 +21,7 @@ from flux_core.hooks import (
     Skip,
     run_with_cache,
 )
+from flux_core.hooks.sites import block_names
 from flux_core.sampling import euler, flow_velocity, get_schedule
 
 GOLDEN = read("transformer_dev")
@@ -181,6 +182,18 @@ def test_a_branch_that_is_not_there_is_named():
 
 def test_a_threshold_of_zero_caches_nothing():
     assert torch.equal(sampled(FirstBlockCache(threshold=0)), sampled())
+
+
+def test_a_scheduled_step_runs_the_first_block_alone():
+    ran = []
+
+    def count(call, x, at):
+        ran.append((at.step, at.name))
+        return call(x)
+
+    blocks = block_names(PARAMS)
+    sampled(Custom(sites=blocks, fn=count), FirstBlockCache(schedule="1-5/2", follow=True))
+    assert ran == [(step, name) for step in range(6) for name in (blocks[:1] if step % 2 else blocks)]
 
 
 def test_a_cached_step_adds_what_the_last_full_one_added():

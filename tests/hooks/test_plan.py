@@ -55,6 +55,8 @@ def test_a_plan_goes_through_json_unchanged():
         ([{"kind": "skip", "blocks": "layer.0", "steps": "x"}], "steps: 'x' is no step"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": [True]}], "steps: True is no step"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": "9-3"}], "no step is meant"),
+        ([{"kind": "skip", "blocks": "layer.0", "steps": "0-9/0"}], "'0-9/0' is no step"),
+        ([{"kind": "skip", "blocks": "layer.0", "steps": "0-99999999"}], "'0-99999999' is no step"),
         ([{"kind": "scale", "sites": "vec", "value": "much"}], "value: 'much' is neither a number"),
         ([{"kind": "scale", "sites": "vec", "value": float("inf")}], "neither a number"),
         ([{"kind": "capture", "sites": "vec"}], "say where to"),
@@ -74,6 +76,8 @@ def test_what_is_no_plan_is_told_with_entry_and_nearest_word(entries, finding):
         ([Skip(blocks="single_block.9")], "no block is called 'single_block.9'.*Did you mean single_blocks.9"),
         ([Scale(sites="double_blocks.1.img.kk", value=1)], "no site is called.*Did you mean double_blocks.1.img.k"),
         ([Skip(blocks="layer.3", steps=[28])], "skip: there is no step 28, the last is 27"),
+        ([FirstBlockCache(schedule="1-29/2")], "first_block_cache: there is no step 29, the last is 27"),
+        ([FirstBlockCache(schedule="0-27/2")], "step 0 has none before it to repeat"),
         ([Skip(blocks="layer.3"), Skip(blocks="layer.2-4")], "skip and skip both write double_blocks.3"),
         (
             [Scale(sites="*.img.k", value=2), Replace(sites="layer.40.img.k", value=0)],
@@ -84,6 +88,11 @@ def test_what_is_no_plan_is_told_with_entry_and_nearest_word(entries, finding):
 def test_what_does_not_fit_the_model_is_told(plan, finding):
     with pytest.raises(UsageError, match=finding):
         check_plan(plan, DEV, 28)
+
+
+def test_every_second_step_is_said_with_a_stroke():
+    assert FirstBlockCache(schedule="1-7/2, 8").schedule == (1, 3, 5, 7, 8)
+    assert FirstBlockCache(schedule=range(2, 9, 3)).schedule == FirstBlockCache(schedule="2-9/3").schedule == (2, 5, 8)
 
 
 def test_two_writers_may_meet_at_no_step_or_where_one_follows():

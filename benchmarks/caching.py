@@ -1,0 +1,322 @@
+"""What the first-block cache saves and what it costs, by its threshold and at fixed schedules.
+
+    python benchmarks/caching.py [--prompts 8] [--seeds 1] [--chart FILE.png] [--sheet FILE.jpg]
+    python benchmarks/caching.py --full-size [--rounds 4] [--compile blocks|none]
+
+The first draws flux-mini's prompts with and without a cache, 28 steps, and prints for each setting:
+
+saved      share of the steps at which all blocks but the first were left out, counted at the second block
+change     1 - cosine of dinov2-mini's class tokens to the uncached picture of the same prompt and seed, mean of all
+           pictures with the 95 % interval over the prompts
+psnr_db    of the mean squared error over all pictures, in dB; null where no pixel differs
+
+For scale, *another seed* is the uncached picture of the prompt's next seed. With --chart a chart of it, with --sheet
+the first eight prompts' pictures.
+
+--full-size is about time: FLUX.1-dev's sizes, random weights in bf16, 1024x1024, 512 text tokens, batch 1, blocks
+compiled. With random weights a threshold decides nothing, so what shall happen is forced. Forwards of one step, in
+turns (`timing.py`):
+
+plain      without a plan
+kept       all blocks run, and what they add is kept; a schedule, so nothing is decided
+decided    the same behind the decision (threshold 0); `over_plain_ms` and `over_kept_ms` are medians over the rounds,
+           `waits` the times that the host waits for the device in a forward (None where CUDA does not count them)
+reused     what was kept is added again
+
+and all 28 steps of an image, noise to latents, the faster of two: `scheduled` reuses every second step, `decided` the
+same steps by its threshold. Lines of JSON on stdout, a table on stderr at the end. `--tiny` runs either part small on
+anything.
+"""
+
+import argparse
+import io
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from latency import compile_blocks
+from parity_diffusers import in_dtype_of, random_flux, random_inputs
+from PIL import Image
+from random_parts import tiny_variant
+from timing import Call, ratio, turns
+
+from flux_core import load_pipeline
+from flux_core.hooks import At, Custom, FirstBlockCache, HookRun
+from flux_core.importance import Prompt, default_prompts, read_prompts
+from flux_core.kernels import install
+from flux_core.model import Flux
+from flux_core.sampling import euler, flow_velocity, get_schedule
+from flux_core.scoring import Scorer, load_scorer
+from flux_core.variants import VARIANTS
+
+STEPS = 28
+CACHES = {
+    "threshold": ("0.05", "0.08", "0.1", "0.15", "0.2", "0.3"),
+    "schedule": ("3-27/4", "1-27/2", "1-27/3,2-27/3", "1-27/4,2-27/4,3-27/4"),
+    "later schedule": ("7-27/2", "7-27/3,8-27/3", "7-27/4,8-27/4,9-27/4"),
+}
+"""settings of each kind, from few steps saved to many; a schedule names the steps that are reused"""
+COLOURS = {"threshold": "#3b6fb6", "schedule": "#d9822b", "later schedule": "#5a9a4f"}
+OTHER_SEED = "another seed"
+
+
+# Quality --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting's figures."""
+
+    kind: str
+    setting: str
+    saved: float
+    change: float
+    ci95: float | None
+    psnr_db: float | None
+
+
+def squared_error(one: Image.Image, other: Image.Image) -> float:
+    a, b = (np.asarray(x, dtype=np.float64) for x in (one, other))
+    return float(((a - b) ** 2).mean())
+
+
+def compare(kind: str, setting: str, saved: float, pairs: Sequence[tuple[Any, Any]], scorer: Scorer) -> Result:
+    """pairs: for each prompt its pictures and those that they are held against."""
+    changes, errors = [], []
+    for found, exact in pairs:
+        similar = (scorer.features(found) * scorer.features(exact)).sum(1)
+        changes.append(float(1 - similar.mean()))
+        errors += map(squared_error, found, exact)
+    error = statistics.mean(errors)
+    spread = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+    psnr = 10 * math.log10(255**2 / error) if error else None
+    return Result(kind, setting, saved, statistics.mean(changes), spread, psnr)
+
+
+def quality(prompts: Sequence[Prompt], seeds: int, size: int, steps: int, most: int, device: str) -> Any:
+    """The results, and the rows of the sheet. most: settings of each kind."""
+    pipeline, scorer = load_pipeline("flux-mini", device), load_scorer("dinov2-mini", torch.device(device))
+    how = {"width": size, "height": size, "num_steps": steps, "force": True}
+    ran: list[None] = []
+    pipeline.model.double_blocks[1].register_forward_pre_hook(lambda *_: ran.append(None))
+
+    def draw(plan: Sequence[FirstBlockCache], seeds: int) -> tuple[list[list[Image.Image]], float]:
+        """Each prompt's pictures, and the share of steps that were saved."""
+        ran.clear()
+        pictures = [pipeline.generate(one.prompt, seed=one.seed, num_images=seeds, plan=plan, **how) for one in prompts]
+        return pictures, 1 - len(ran) / (len(prompts) * seeds * steps)
+
+    exact, _ = draw([], seeds + 1)
+    pairs = [(pictures[1:], pictures[:-1]) for pictures in exact]
+    results, sheet = [compare("seed", OTHER_SEED, 0.0, pairs, scorer)], [("uncached", exact)]
+    say(results[0])
+    whole = [pictures[:seeds] for pictures in exact]
+    for kind, setting in [(kind, one) for kind, settings in CACHES.items() for one in settings[:most]]:
+        found, saved = draw([cache_of(kind, setting, steps)], seeds)
+        results.append(compare(kind, setting, saved, list(zip(found, whole, strict=True)), scorer))
+        sheet.append((f"{setting}\n{saved:.0%} saved".replace(",", ",\n"), found))
+        say(results[-1])
+    return results, [(label, [pictures[0] for pictures in drawn[:8]]) for label, drawn in sheet]
+
+
+def cache_of(kind: str, setting: str, steps: int) -> FirstBlockCache:
+    """That setting in a run of so many steps."""
+    if kind == "threshold":
+        return FirstBlockCache(threshold=float(setting))
+    every = FirstBlockCache(schedule=setting).schedule or ()
+    return FirstBlockCache(schedule=[step for step in every if step < steps] or [steps - 1])
+
+
+def say(result: Result) -> None:
+    rounded = {key: round(x, 4) if isinstance(x, float) else x for key, x in vars(result).items()}
+    print(json.dumps({"benchmark": "caching", "part": "quality", **rounded}), flush=True)
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = ["| cache | steps saved | change, ±95 % | PSNR |", "| --- | --- | --- | --- |"]
+    for one in results:
+        name = one.setting if one.kind == "seed" else f"{one.kind} {one.setting}"
+        wide = "" if one.ci95 is None else f" ± {one.ci95:.4f}"
+        psnr = "" if one.psnr_db is None else f"{one.psnr_db:.1f} dB"
+        lines.append(f"| {name} | {one.saved:.0%} | {one.change:.4f}{wide} | {psnr} |")
+    return "\n".join(lines)
+
+
+def chart(results: Sequence[Result], title: str) -> bytes:
+    """A PNG: what the pictures lose over the share of steps saved, by DINOv2 and in pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    scale = next(one for one in results if one.setting == OTHER_SEED)
+    figures = ("change", "1 - similarity (DINOv2)"), ("psnr_db", "PSNR, dB")
+    for axes, (figure_of, label) in zip(figure.subplots(1, 2), figures, strict=True):
+        for kind, colour in COLOURS.items():
+            mine = [one for one in results if one.kind == kind and getattr(one, figure_of) is not None]
+            x, y = [100 * one.saved for one in mine], [getattr(one, figure_of) for one in mine]
+            axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1, label=kind)
+            for one, *place in zip(mine, x, y, strict=True) if (kind, figure_of) == ("threshold", "psnr_db") else ():
+                axes.annotate(one.setting, place, (3, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.axhline(getattr(scale, figure_of), color="#777777", linewidth=1, linestyle=":", label=OTHER_SEED)
+        axes.set_xlabel("steps saved, %")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+# Time -----------------------------------------------------------------------------------------------------
+
+
+def waits_of(call: Call, device: str) -> int | None:
+    """How often the host waits for the device in a call, as CUDA's own count has it."""
+    if not device.startswith("cuda"):
+        return None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(one.message) for one in told)
+
+
+def steps_in_turns(model: Flux, inputs: dict[str, Any], rounds: int, seconds: float, device: str) -> dict[str, Any]:
+    """Milliseconds of a forward at step 5, after a full one at step 0."""
+    sigmas = get_schedule(STEPS, inputs["img"].shape[1])
+
+    def standing(cache: FirstBlockCache) -> Call:
+        run = HookRun([cache], model.params, sigmas)
+        run.begin(sigmas[0])
+        model(**inputs, run=run)
+        run.begin(sigmas[5])
+        return partial(model, **inputs, run=run)
+
+    calls = {
+        "plain": partial(model, **inputs),
+        "kept": standing(FirstBlockCache(schedule=[STEPS - 1])),
+        "decided": standing(FirstBlockCache(threshold=0)),
+        "reused": standing(FirstBlockCache(schedule=[5])),
+    }
+    times = turns(calls, rounds, seconds, device)
+    over = {
+        f"over_{name}_ms": statistics.median(a - b for a, b in zip(times["decided"], times[name], strict=True))
+        for name in ("plain", "kept")
+    }
+    return {
+        "ms": {name: round(statistics.median(found), 3) for name, found in times.items()},
+        "decision": {name: round(ms, 3) for name, ms in over.items()}
+        | {"waits": waits_of(calls["decided"], device), "waits_plain": waits_of(calls["plain"], device)},
+        "ratio": {name: round(ratio(times, name, "plain"), 4) for name in calls},
+    }
+
+
+def images(model: Flux, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Seconds of all steps of an image, and how many of them computed all blocks."""
+    given = [inputs[name] for name in ("img_ids", "txt", "txt_ids", "y", "guidance")]
+    sigmas = get_schedule(steps, inputs["img"].shape[1])
+    caches: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "scheduled": {"schedule": "1-27/2"},
+        "decided": {"threshold": 1e30, "max_in_row": 1},
+        "two in three": {"schedule": "1-27/3,2-27/3"},
+    }
+
+    def image(cache: dict[str, Any]) -> int:
+        ran = []
+
+        def count(call: Callable[[Any], Any], x: Any, at: At) -> Any:
+            ran.append(at.step)
+            return call(x)
+
+        plan = [Custom(sites="layer.1", fn=count), FirstBlockCache(**cache, follow=True)] if cache else []
+        run = HookRun(plan, model.params, sigmas) if cache else None
+        euler(flow_velocity(model, *given, run=run), inputs["img"], sigmas).cpu()
+        return len(ran) if cache else steps
+
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    computed = {}
+    for _ in range(2):
+        for name, cache in caches.items():
+            began = time.perf_counter()
+            computed[name] = image(cache)
+            seconds[name].append(time.perf_counter() - began)
+    fastest = {name: min(found) for name, found in seconds.items()}
+    return {
+        "s": {name: round(s, 3) for name, s in fastest.items()},
+        "ratio": {name: round(s / fastest["plain"], 4) for name, s in fastest.items()},
+        "computed": computed,
+    }
+
+
+def full_size(args: argparse.Namespace) -> None:
+    variant, size, seconds, number = VARIANTS["flux-dev"], 1024, 0.7, STEPS
+    if args.tiny:
+        variant, size, seconds, number = tiny_variant(variant), 64, 0.01, 4
+    model = random_flux(variant.params, args.device)
+    install(model, args.device)
+    if args.compile == "blocks":
+        compile_blocks(model)
+    inputs = in_dtype_of(model, random_inputs(variant.params, size // 16, variant.max_text, args.device))
+    lines = [
+        {"part": "step", **steps_in_turns(model, inputs, args.rounds, seconds, args.device)},
+        {"part": "image", **images(model, inputs, number)},
+    ]
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    for line in lines:
+        print(json.dumps({"benchmark": "caching", "size": size, "compile": args.compile, **line}))
+    shown = [f"{variant.name}, {size}x{size}, {name}, torch {torch.__version__}", *map(str, lines)]
+    print(*shown, sep="\n", file=sys.stderr)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full-size", action="store_true", help="time at full size instead of quality")
+    parser.add_argument("--prompts", type=int, default=8, help="of flux-mini's, from the first on")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--chart", type=Path, help="a PNG to write, with matplotlib")
+    parser.add_argument("--sheet", type=Path, help="a JPEG to write")
+    parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
+    parser.add_argument("--rounds", type=int, default=4, help="turns that count, with --full-size")
+    parser.add_argument("--tiny", action="store_true", help="a few blocks, or few steps of small pictures")
+    parser.add_argument("--device", help="by itself cuda with --full-size where there is one, else cpu")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if args.full_size and torch.cuda.is_available() else "cpu")
+    if args.full_size:
+        full_size(args)
+        return 0
+
+    size, steps, most = (64, 4, 1) if args.tiny else (256, STEPS, 9)
+    prompts = read_prompts(default_prompts("flux-mini"))[: args.prompts]
+    results, rows = quality(prompts, args.seeds, size, steps, most, args.device)
+    about = f"flux-mini, {len(prompts) * args.seeds} pictures, {steps} steps"
+    if args.chart:
+        args.chart.write_bytes(chart(results, about))
+    if args.sheet:
+        from flux_core.charts import contact_sheet
+
+        contact_sheet(rows, [one.prompt for one in prompts[:8]], 96).save(args.sheet, quality=80)
+    print(about, table(results), sep="\n", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
