@@ -8,7 +8,7 @@ result is that of the plain path (`model/autoencoder.py`, which stays the truth)
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,7 @@ def decode(ae: AutoEncoder, z: Tensor) -> Tensor:
     net = ae.decoder
     x = cut(net.mid(net.conv_in(z / ae.scale_factor + ae.shift_factor)), ROWS)
     for level in reversed(net.up):
-        for block in level.block:
-            residual(block, x)
-        if hasattr(level, "upsample"):
-            x = list(conv3(map(doubled, used_up(x)), level.upsample.conv))
+        x = blocks(level, x)
     return torch.cat(list(conv3(activated(x, net.norm_out), net.conv_out)), dim=2)
 
 
@@ -43,10 +40,7 @@ def encode(ae: AutoEncoder, x: Tensor) -> Tensor:
     net = ae.encoder
     h = list(conv3(cut(x, ROWS * 2 ** (len(net.down) - 1)), net.conv_in))
     for level in net.down:
-        for block in level.block:
-            residual(block, h)
-        if hasattr(level, "downsample"):
-            h = list(halved(used_up(h), level.downsample.conv))
+        h = blocks(level, h)
     out = net.conv_out(F.silu(net.norm_out(net.mid(torch.cat(h, dim=2)))))
     return ae.scale_factor * (out.chunk(2, dim=1)[0] - ae.shift_factor)
 
@@ -59,6 +53,17 @@ def used_up(strips: Strips) -> Iterator[Tensor]:
     """The strips, each given away for good: it is freed as soon as the next layer has read it."""
     while strips:
         yield strips.pop(0)
+
+
+def blocks(level: Any, x: Strips) -> Strips:
+    """`level(x)`; x is used up."""
+    for block in level.block:
+        residual(block, x)
+    if hasattr(level, "downsample"):
+        return list(halved(used_up(x), level.downsample.conv))
+    if hasattr(level, "upsample"):
+        return list(conv3(map(doubled, used_up(x)), level.upsample.conv))
+    return x
 
 
 def residual(block: ResnetBlock, x: Strips) -> None:
@@ -114,8 +119,12 @@ def doubled(strip: Tensor) -> Tensor:
 
 def with_next(strips: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each strip, and the first row of the next one; zeros behind the last."""
-    for strip, following in pairwise(chain(strips, [None])):
-        yield strip, zeros_like_row(strip) if following is None else following[:, :, :1]
+    strips = iter(strips)
+    strip = next(strips)
+    for following in strips:
+        yield strip, following[:, :, :1]
+        strip = following
+    yield strip, zeros_like_row(strip)
 
 
 def zeros_like_row(strip: Tensor) -> Tensor:
