@@ -60,6 +60,8 @@ def importance(
     threshold: str | None = None,
     output_dir: str | None = None,
     device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
     **fields: Any,
 ) -> Path:
     """Draw what is missing of a study, score it and write its results. Returns its folder.
@@ -94,7 +96,7 @@ def importance(
 
     place = pick_device(_own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
-    pipeline = load_pipeline(variant, place, request.dtype)
+    pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
     study.settle(pipeline.complete(request))
     _draw(study, pipeline, groups[rank::world], quiet=rank > 0)
