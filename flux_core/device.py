@@ -1,5 +1,6 @@
 """Where to compute and in which precision: the choice, and errors that name the alternatives."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -81,19 +82,39 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""in errors without a class of their own: of MPS and of CUDA outside of torch's allocator, of the CPU on Linux and on
+Windows, of cuBLAS and cuDNN"""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SHORTAGES)
+
+
 @contextmanager
 def memory_errors(what: str, device: torch.device) -> Iterator[None]:
-    """Out-of-memory inside, on any device, becomes a MemoryShortage that says what did not fit."""
+    """Out-of-memory inside, on any device, becomes a MemoryShortage with sizes. what: as in "drawing 64x64 pixels"."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # The CPU allocator has no exception class of its own, only this text.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise MemoryShortage(
-                f"out of memory on {device} while drawing {what}: choose a smaller --width and --height, "
-                "or another --device"
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortage(
+            f"out of memory on {device} while {what}{_sizes(device, error)}. Next: choose a smaller --width and "
+            "--height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+        ) from error
+
+
+def _sizes(device: torch.device, error: Exception) -> str:
+    """What was asked for, as the allocator's text has it, and who has the rest, where the device tells."""
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    sizes = [f"{asked[1]} more were asked for"] if asked else []
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        here = torch.cuda.memory_reserved(device)
+        every = (f"{size / 2**30:.1f}" for size in (total, here, total - free - here, free))
+        sizes.append("of {} GiB {} are held here, {} by the driver and other programs, {} are free".format(*every))
+    return ": " + "; ".join(sizes) if sizes else ""
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .device import memory_errors
 from .errors import UsageError
 from .hooks import HookRun, ShareKV
 from .pipeline import Pipeline
@@ -88,15 +87,20 @@ class Editing:
         """The photograph's path to noise, by the source prompt at guidance 1 (see `sampling.invert`)."""
         latent = nudge * self.pipeline.tokens_of(photo, *self.size)
         velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
-        return invert(velocity, latent, self.sigmas)
+        what = f"inverting {self.size[0]}x{self.size[1]} pixels"
+        return self.pipeline.ladder.attempt(what, lambda: invert(velocity, latent, self.sigmas), "offload")
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
-        run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
         prompts = [self.request.prompt, *self.edits]
         velocity = partial(self.pipeline.velocity, prompts, self.guidance, self.size, sigmas=self.sigmas[:-1])
         x = start.expand(len(self.branches), *start.shape[1:])
-        with memory_errors(f"{len(x)} pictures of {self.size[0]}x{self.size[1]} pixels", self.pipeline.device):
+
+        def work() -> Tensor:
+            run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
             return euler(velocity(run), x, self.sigmas, self.pipeline.checked(on_step, velocity, run))
+
+        what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"
+        return self.pipeline.ladder.attempt(what, work, "offload")
 
     def picture(self, x: Tensor, row: int) -> Image.Image:
         """One row's tokens [L, 64] as a picture. Its metadata say what it is; `--from-image` cannot make it again."""

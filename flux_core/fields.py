@@ -123,6 +123,11 @@ PLAN = (
     Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", word="FILE"),
     Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", many=True, word="BLOCKS"),
 )
+MEMORY = (
+    Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
+    Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),
+)
+"""also taken by themselves where memory runs out"""
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", word="FILE"),
     Field("prompt_file", str, "draw every line of a text file (-: standard input)", word="FILE"),
@@ -130,7 +135,7 @@ RUN = (
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
-    Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
+    *MEMORY,
     Field("compile", bool, "compile the transformer's blocks: a slower first step, faster ones after", default=False),
     THREADS,
 )
@@ -157,6 +162,7 @@ EDIT = (
     Field("seed", int, "seed of the start noise (default: random)", (), 0, MAX_SEED),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    *MEMORY,
     THREADS,
 )
 IMPORTANCE = (
@@ -174,6 +180,7 @@ IMPORTANCE = (
     Field("threshold", float, "call the blocks above this importance vital", (), 0, 2),
     Field("output_dir", str, "the study's folder (default: output/importance-NAME)", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    *MEMORY,
     THREADS,
 )
 SAVE = (

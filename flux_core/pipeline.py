@@ -5,6 +5,7 @@ their last bits, and the same request shall give the same pixels however many we
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,11 +17,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from . import tiles
 from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from .device import compile_errors, dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
+from .device import compile_errors, dtype_name, give_memory_back, pick_device, pick_dtype, wants_fp8
 from .errors import UsageError
 from .hooks import Custom, HookRun, Intervention
 from .kernels import install
+from .ladder import CPU, Ladder
 from .linears.fp8 import is_quantized
 from .metadata import describe
 from .model import MODULATION, AutoEncoder, Flux
@@ -52,7 +55,8 @@ class Pipeline:
     """One loaded model.
 
     `t5` and `clip` map prompts to [B, T, D] and [B, V]; `t5.truncated(prompt)` is the text that t5 drops, if
-    any. With `offload` they, the transformer and the autoencoder take turns on the device.
+    any. With `offload` they, the transformer and the autoencoder take turns on the device; with `vae_tiling` the
+    autoencoder works strip by strip. Where memory runs out, both come by themselves (`ladder.py`).
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Pipeline:
         dtype: torch.dtype,
         weights: dict[str, str] | None = None,
         offload: bool = False,
+        vae_tiling: bool = False,
         compile: bool = False,
     ) -> None:
         self.variant, self.model, self.ae, self.t5, self.clip = variant, model, ae, t5, clip
@@ -73,12 +78,13 @@ class Pipeline:
         self.precision = "fp8" if is_quantized(model) else dtype_name(dtype)
         """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
         self.weights = weights or {}
-        self.offload, self.compiled = offload, compile
+        self.ladder, self.compiled = Ladder(device, offload, vae_tiling), compile
         if compile:
             for block in (*model.double_blocks, *model.single_blocks):
                 block.compile(fullgraph=True)
         self._present: tuple[Any, ...] = ()
-        self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(self._encode)
+        # By a weak reference: in a cycle with its own cache, a dropped pipeline would keep its memory for a while.
+        self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(partial(Pipeline._encode, weakref.proxy(self)))
         """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
 
     def generate(
@@ -140,9 +146,9 @@ class Pipeline:
         request = self.complete(request)
         if (source is None) != (request.init_image is None):
             raise UsageError("an init image goes with a request that names one, and the other way round")
-        with compile_errors(), memory_errors(f"{request.width}x{request.height} pixels", self.device):
-            x = self._denoise([request], source, on_step, functions)
-            return self.picture(x, request.recorded(functions))
+        what = f"drawing {request.width}x{request.height} pixels"
+        x = self.ladder.attempt(what, lambda: self._denoise([request], source, on_step, functions), "offload")
+        return self.picture(x, request.recorded(functions))
 
     @torch.no_grad()
     def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
@@ -153,13 +159,11 @@ class Pipeline:
         first = self.complete(requests[0])
         if len({one.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for one in requests}) > 1:
             raise UsageError("rows of one batch differ in prompt and seed alone")
-        with (
-            compile_errors(),
-            memory_errors(f"{len(requests)} pictures of {first.width}x{first.height} pixels", self.device),
-        ):
-            rows = self._denoise(requests, None, None, ())
-            return [self.picture(x[None], one.recorded()) for x, one in zip(rows, requests, strict=True)]
+        what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
+        rows = self.ladder.attempt(what, lambda: self._denoise(requests, None, None, ()), "offload")
+        return [self.picture(x[None], one.recorded()) for x, one in zip(rows, requests, strict=True)]
 
+    @compile_errors()
     def _denoise(
         self,
         requests: Sequence[GenerationRequest],
@@ -209,10 +213,9 @@ class Pipeline:
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """With `offload`: encode at most KNOWN_PROMPTS prompts in one turn, before the text encoders leave."""
-        if self.offload:
-            with torch.no_grad(), memory_errors(f"from {len(prompts)} prompt(s)", self.device):
-                for prompt in prompts:
-                    self.encode(prompt)
+        if self.ladder.offload:
+            with torch.no_grad():
+                self.ladder.attempt(f"encoding {len(prompts)} prompt(s)", lambda: list(map(self.encode, prompts)))
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         self._turn(self.t5, self.clip)
@@ -224,13 +227,13 @@ class Pipeline:
 
     def _turn(self, *parts: Any) -> None:
         """With `offload`: the others go back to the CPU, then these parts come to the device."""
-        if not self.offload or self._present == parts:
+        if not self.ladder.offload or self._present == parts:
             return
         self._present = ()  # until all moves are made: one may run out of memory
         every: tuple[Any, ...] = (self.t5, self.clip, self.model, self.ae)
         for part in every:
             if part not in parts:
-                _move(part, torch.device("cpu"))
+                _move(part, CPU)
         give_memory_back(self.device)
         for part in parts:
             _move(part, self.device)
@@ -239,9 +242,18 @@ class Pipeline:
     def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
         """The init image, resized, as the tokens of its latent: [1, L, 64]."""
         pixels = torch.from_numpy(np.array(source.resize((width, height), Image.Resampling.LANCZOS)))
-        x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w")
-        self._turn(self.ae)
-        return pack(self.ae.encode(x.to(self.device, self.dtype)))
+        x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w").to(self.device, self.dtype)
+        what = f"encoding {width}x{height} pixels"
+        return pack(self._with_ae(what, lambda: self.ae.encode(x), lambda: tiles.encode(self.ae, x)))
+
+    def _with_ae(self, what: str, whole: Callable[[], Tensor], in_strips: Callable[[], Tensor]) -> Tensor:
+        """Where memory runs out, strips come first: they cost less time than moving the other parts away."""
+
+        def work() -> Tensor:
+            self._turn(self.ae)
+            return in_strips() if self.ladder.vae_tiling else whole()
+
+        return self.ladder.attempt(what, work, "vae_tiling", "offload")
 
     def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
         """`on_step` behind a check of every step's latents. velocity: makes the one that is sampled, for any run."""
@@ -257,8 +269,8 @@ class Pipeline:
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
         """Decode tokens [1, L, 64] to the picture that was asked for, with its request attached."""
         width, height = request.made_size
-        self._turn(self.ae)
-        pixels = self.ae.decode(unpack(x, height, width))[0].float()
+        z, what = unpack(x, height, width), f"decoding {width}x{height} pixels"
+        pixels = self._with_ae(what, lambda: self.ae.decode(z), lambda: tiles.decode(self.ae, z))[0].float()
         if not is_finite(pixels):
             raise lost("in the decoded picture", self.dtype, self.ae)
         # Rounded to the nearest of 256 levels; the official command cuts off and is darker by half a level.
@@ -268,13 +280,13 @@ class Pipeline:
 
 
 def _move(part: Any, device: torch.device) -> None:
-    """Move a part, but for the transformer's modulation: it stays where it was loaded, and a table of it is made."""
+    """Move a part. The transformer's modulation is on the CPU whatever the rest is: a table is made of it there."""
     if not isinstance(part, Flux):
         part.to(device)
         return
     for name, layer in part.named_modules():
-        if not any(layer.children()) and not name.endswith(MODULATION):
-            layer.to(device)
+        if not any(layer.children()):
+            layer.to(CPU if name.endswith(MODULATION) else device)
 
 
 def load_pipeline(
@@ -282,22 +294,30 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
+    vae_tiling: bool = False,
     compile: bool = False,
     **files: str | Path | None,
 ) -> Pipeline:
     """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32.
 
-    offload: load it to the CPU, from where each part comes to the device for its turn only. compile: the blocks are
-    compiled at their first step, one graph for each kind, the autoencoder is not: that takes longer than it saves on
-    some hundred pictures. files: your own instead of
-    the model's, as `checkpoint.with_files` takes them: `model`, `ae`, `clip_l`, `t5xxl`.
+    offload: load it to the CPU, from where each part comes to the device for its turn only. vae_tiling: the autoencoder
+    strip by strip, for large pictures. Where memory runs out, both come by themselves. compile: the blocks are compiled
+    at their first step, one graph for each kind. files: your own instead of the model's, as `checkpoint.with_files`
+    takes them: `model`, `ae`, `clip_l`, `t5xxl`.
     """
     variant = name if isinstance(name, Variant) else with_files(name, **files)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    home = torch.device("cpu") if offload else place
-    t5, clip = load_text_encoders(variant, home, kind)
-    model, ae = load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind)
+    give_memory_back(place)  # of a model that was here before
+    ladder = Ladder(place, offload)
+
+    def load() -> tuple[Flux, AutoEncoder, Any, Any]:
+        home = CPU if ladder.offload else place
+        encoders = load_text_encoders(variant, home, kind)
+        return load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind), *encoders
+
+    model, ae, t5, clip = ladder.attempt(f"loading {variant.name}", load, "offload")
     install(model, place)
-    return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload, compile)
+    hashes = weights_hashes(variant)
+    return Pipeline(variant, model, ae, t5, clip, place, kind, hashes, ladder.offload, vae_tiling, compile)

@@ -25,6 +25,8 @@ class Stepwise:
         self.pictures: list[Image.Image] = []
 
     def __call__(self, step: "Step") -> None:
+        if step.index < len(self.pictures):
+            return  # memory ran out, and the same picture is drawn once more
         picture = self.pipeline.picture(step.x, self.request)
         self.pictures.append(picture)
         self._save(picture, f"step{step.index + 1}of{self.request.steps_made}")

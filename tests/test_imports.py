@@ -16,8 +16,9 @@ FLOORS = {
     "parts": 1,
     "threads": 1,
     "hooks": 2, "linears": 2, "kernels": 2, "checkpoint": 2,
-    "charts": 3, "editing": 3, "device": 3, "importance": 3, "lines": 3, "memory": 3, "metadata": 3, "nonfinite": 3,
-    "output": 3, "pictures": 3, "pipeline": 3, "request": 3, "scoring": 3, "stepwise": 3, "text": 3, "training": 3,
+    "charts": 3, "editing": 3, "device": 3, "importance": 3, "ladder": 3, "lines": 3, "memory": 3, "metadata": 3,
+    "nonfinite": 3, "output": 3, "pictures": 3, "pipeline": 3, "request": 3, "scoring": 3, "stepwise": 3, "text": 3,
+    "tiles": 3, "training": 3,
     "studies": 4,
     "main": 5,
 }  # fmt: skip

@@ -1,17 +1,12 @@
 """What fits where: the sizes that it is reckoned from, and the verdicts for memories as they are sold."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from alive import Alive, without_tables
 
 from flux_core import memory
 from flux_core.memory import BF16, FP32, fit, shares
 from flux_core.model import AutoEncoder, Flux
-from flux_core.model import autoencoder as autoencoder_module
-from flux_core.model import ops as ops_module
 from flux_core.sampling import image_ids
 from flux_core.studies import doctor
 from flux_core.variants import VARIANTS, get_variant
@@ -41,33 +36,9 @@ def test_the_text_encoders_are_those_of_the_row(row):
     assert sum(p.numel() for p in clip.parameters()) == memory.CLIP_L
 
 
-class Alive(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once. On the meta device, so that none are really there."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.live = {x.untyped_storage()._cdata: 0 for x in known}  # weights come back as views of themselves
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            key = x.untyped_storage()._cdata
-            if key not in self.live:
-                self.live[key] = x.untyped_storage().nbytes()
-                self.now += self.live[key]
-                self.most = max(self.most, self.now)
-                weakref.finalize(x.untyped_storage(), self._gone, key)
-        return out
-
-    def _gone(self, key):
-        self.now -= self.live.pop(key)
-
-
 @pytest.mark.parametrize(("width", "height"), [(DEV.width, DEV.height), (1024, 1024)])
 def test_what_is_alive_at_work(monkeypatch, width, height):
-    for module in (ops_module, autoencoder_module):  # a kernel that keeps no table of all pairs, as on CUDA and the CPU
-        monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+    without_tables(monkeypatch)
     tokens = width * height // 256
     with torch.no_grad(), torch.device("meta"):
         flux, ae = Flux(DEV.params).bfloat16(), AutoEncoder(DEV.ae_params).bfloat16()

@@ -181,8 +181,8 @@ def test_a_request_for_another_model_or_dtype_is_refused(pipeline):
 
 def test_running_out_of_memory_is_one_of_our_errors():
     pipeline = tiny_pipeline()
-    pipeline.ae.decode = lambda z: torch.empty(2**60)
-    with pytest.raises(MemoryShortage, match="48x32 pixels"):
+    pipeline.model.forward = lambda *_: torch.empty(2**60)
+    with pytest.raises(MemoryShortage, match=r"drawing 48x32 pixels: 4611686018427387904 bytes more .* Next: "):
         draw(pipeline)
 
 

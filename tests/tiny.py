@@ -51,6 +51,7 @@ def tiny_pipeline(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
+    vae_tiling: bool = False,
     compile: bool = False,
 ) -> Pipeline:
     """Stands in for `load_pipeline`, arguments included; weights are the same every time."""
@@ -61,4 +62,4 @@ def tiny_pipeline(
         model, ae = Flux(variant.params).to(kind), AutoEncoder(variant.ae_params).to(kind)
     t5, clip = Words(CONTEXT, False, kind), Words(VECTOR, True, kind)
     weights = {"flux-mini.safetensors": "abc"}
-    return Pipeline(variant, model, ae, t5, clip, torch.device("cpu"), kind, weights, offload, compile)
+    return Pipeline(variant, model, ae, t5, clip, torch.device("cpu"), kind, weights, offload, vae_tiling, compile)

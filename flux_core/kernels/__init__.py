@@ -68,7 +68,7 @@ def put(model: Flux, ops: Ops, blocks_ops: Ops | None = None) -> None:
     """These functions into every part of a model, attention included; blocks may have others."""
     for part in model.modules():
         if hasattr(part, "ops"):
-            part.ops = ops
+            part.ops = ops  # type: ignore[assignment]
     for block in (*model.double_blocks, *model.single_blocks):
         block.ops = blocks_ops or ops
 

@@ -263,8 +263,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
     """`ops.mlp` without a pass for the GELU."""
-    first, _, last = layers
-    return last(linear_gelu(x, first.weight, first.bias)) if bare(first, x) else ops.mlp(layers, x)
+    if not bare(layers[0], x):
+        return ops.mlp(layers, x)
+    weight, bias = layers[0].parameters()
+    return layers[2](linear_gelu(x, weight, bias))
 
 
 def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:

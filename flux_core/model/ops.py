@@ -12,7 +12,7 @@ attention is left to PyTorch's fused kernel.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class Ops(NamedTuple):
     """What a block computes beside its Linears."""
 
     modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
-    modulate: Callable[[Tensor, Tensor, Tensor], Tensor] = modulate
+    modulate: Callable[[Tensor, Tensor, Tensor], Any] = modulate
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
     norm_rope_join: Callable[..., Heads] = norm_rope_join
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend

@@ -17,6 +17,7 @@ from ..threads import use_threads
 
 if TYPE_CHECKING:
     from ..editing import Editing
+    from ..sampling import Step
 
 _FIELDS = {field.name: field for field in EDIT}
 PHOTO_GUIDANCE = (1.0, 3.0)
@@ -33,6 +34,8 @@ def edit(
     replay: str = str(_FIELDS["replay"].default),
     output_dir: str = str(_FIELDS["output_dir"].default),
     device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
     threads: str | None = None,
     **fields: Any,
 ) -> list[Path]:
@@ -61,7 +64,7 @@ def edit(
     from ..pipeline import load_pipeline
 
     use_threads(number)
-    pipeline = load_pipeline(variant, device, request.dtype)
+    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
     job = Editing(pipeline, request, edit, chosen, strength, origin)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
     return _save(job, _draw(job, photo, factor, way), folder)
@@ -80,10 +83,11 @@ def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
 def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) -> list[Image.Image]:
     steps = job.request.num_steps
     with tqdm(total=steps, desc="edits", unit="step", disable=no_bars()) as bar:
-        if photo is None:
-            x = job.generated(lambda step: bar.update() and None)
-        else:
-            x = job.of_photo(photo, nudge, replay, lambda step: bar.update() and None)  # type: ignore[arg-type]
+
+        def on_step(step: "Step") -> None:
+            bar.update(step.index + 1 - bar.n)
+
+        x = job.generated(on_step) if photo is None else job.of_photo(photo, nudge, replay, on_step)  # type: ignore
     return [job.picture(row, i) for i, row in enumerate(x)]
 
 

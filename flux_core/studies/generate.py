@@ -43,6 +43,7 @@ def generate(
     stepwise_dir: str | None = None,
     device: str = str(_DEFAULTS["device"]),
     offload: bool = False,
+    vae_tiling: bool = False,
     compile: bool = False,
     threads: str | None = None,
     plan: str | None = None,
@@ -76,7 +77,7 @@ def generate(
     from ..pipeline import load_pipeline  # and with it torch
 
     use_threads(number)
-    pipeline = load_pipeline(variant, device, asked[0].dtype, offload, compile)
+    pipeline = load_pipeline(variant, device, asked[0].dtype, offload, vae_tiling, compile)
     draw = partial(_draw_all, pipeline, source, folder, steps_folder)
     paths = draw(asked, _first_notes(pipeline, asked[0], old))
     return paths + _draw_what_is_typed(draw, fields) if loop else paths
@@ -196,7 +197,7 @@ def _draw(
     with tqdm(total=request.steps_made, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
 
         def on_step(step: "Step") -> None:
-            bar.update()
+            bar.update(step.index + 1 - bar.n)  # back to the first where memory ran out
             if stepwise is not None:
                 stepwise(step)
 

@@ -61,6 +61,8 @@ def importance(
     threshold: str | None = None,
     output_dir: str | None = None,
     device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
     threads: str | None = None,
     **fields: Any,
 ) -> Path:
@@ -98,7 +100,7 @@ def importance(
     use_threads(number)
     place = pick_device(_own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
-    pipeline = load_pipeline(variant, place, request.dtype)
+    pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
     study.settle(pipeline.complete(request))
     _draw(study, pipeline, groups[rank::world], quiet=rank > 0)
