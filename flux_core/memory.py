@@ -1,6 +1,6 @@
 """What an official model takes in memory, and whether a device holds it: from its sizes alone, nothing is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -20,6 +20,8 @@ class Share(NamedTuple):
     weights: int
     at_work: int
     """beside them while it computes"""
+    aside: int = 0
+    """of the weights: what never comes to the device with `--offload`, the transformer's modulation"""
 
 
 TEXT, TRANSFORMER, AUTOENCODER = 200_000_000, 650_000_000, 1_650_000_000
@@ -31,47 +33,60 @@ blocks; on the CPU Python and torch themselves. With half of it, which is little
 of luck and of a screen that hangs on the same card: so it is with 24 GB and bf16 (huggingface/diffusers#11922)"""
 
 
-def shares(variant: Variant) -> tuple[Share, Share, Share]:
-    """Text encoders, transformer and autoencoder of an official model, in bf16."""
-    flux, ae = _count(variant.params, variant.ae_params)
+def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Share]:
+    """Text encoders, transformer and autoencoder of an official model, in bfloat16, float32 or fp8."""
+    flux, modulation, codes, ae = _count(variant.params, variant.ae_params)
+    wide = FP32 if dtype == "float32" else BF16
+    saved = codes if dtype == "fp8" else 0  # one byte for two
     return (
-        Share(BF16 * (T5_XXL + CLIP_L), TEXT),
-        Share(BF16 * flux, TRANSFORMER),
-        Share(BF16 * ae, AUTOENCODER),
+        Share(wide * (T5_XXL + CLIP_L), TEXT * wide // BF16),
+        Share(wide * flux - saved, TRANSFORMER * wide // BF16, wide * modulation),
+        Share(wide * ae, AUTOENCODER * wide // BF16),
     )
 
 
 @cache
-def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int]:
-    """Parameters of transformer and autoencoder, built on the meta device: shapes without memory."""
-    import torch
+def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int, int, int]:
+    """Parameters of the transformer, those of its modulation, weights that fp8 halves, and those of the autoencoder.
 
-    from .model import AutoEncoder, Flux
+    Built on the meta device: shapes without memory.
+    """
+    import torch
+    from torch import nn
+
+    from .linears.fp8 import stays_bf16
+    from .model import MODULATION, AutoEncoder, Flux
 
     with torch.device("meta"):
-        networks = Flux(params), AutoEncoder(ae_params)
-    flux, ae = (sum(p.numel() for p in network.parameters()) for network in networks)
-    return flux, ae
+        flux, ae = Flux(params), AutoEncoder(ae_params)
+    linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
+    modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
+    codes = sum(one.weight.numel() for name, one in linears.items() if not stays_bf16(name))
+    whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
+    return whole_flux, modulation, codes, whole_ae
 
 
-def fit(parts: Sequence[Share], memory: int, widths: Mapping[int, str], ram: int | None) -> str:
+def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:
     """Whether a model can be drawn with in that memory, with as few flags as will do.
 
-    parts: in bf16, all there at once or, with `--offload`, each in its turn. memory: the device's bytes. widths: bytes
-    of a number -> the flag that asks for it, the device's own choice first. ram: the CPU's memory, where `--offload`
-    keeps those whose turn it is not; None on the CPU itself. 0: not known.
+    memory: the device's bytes. dtypes: those that it computes in -> the flag that asks for it, the device's own choice
+    first. ram: the CPU's memory, where `--offload` keeps those whose turn it is not; None on the CPU itself. 0: not
+    known.
     """
     if not memory:
         return "does not say its memory"
-    weights, lack = sum(part.weights for part in parts), ""
-    whole, largest = weights + max(part.at_work for part in parts), max(map(sum, parts))
+    lack = ""
     fits = (("fits", LIBRARIES), ("may just fit", LIBRARIES // 2))
-    for (word, margin), offload, (width, flag) in product(fits, (False, True), widths.items()):
-        kept = weights * width // BF16 + LIBRARIES
-        if (offload and ram is None) or (largest if offload else whole) * width // BF16 + margin > memory:
+    for (word, margin), (dtype, flag), offload in product(fits, dtypes.items(), (False, True)):
+        parts = shares(variant, dtype)
+        weights = sum(part.weights for part in parts)
+        whole = weights + max(part.at_work for part in parts)
+        largest = max(part.weights - part.aside + part.at_work for part in parts)
+        if (offload and ram is None) or (largest if offload else whole) + margin > memory:
             continue
-        if offload and ram and kept > ram:
-            lack = f" (--offload keeps {kept / 1e9:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
+        if offload and ram and weights + LIBRARIES > ram:
+            kept = (weights + LIBRARIES) / 1e9
+            lack = f" (--offload keeps {kept:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
             continue
         flags = " and ".join(filter(None, (flag, "--offload" if offload else "")))
         return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"

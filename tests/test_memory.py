@@ -5,7 +5,7 @@ import torch
 from alive import Alive, without_tables
 
 from flux_core import memory
-from flux_core.memory import BF16, FP32, fit, shares
+from flux_core.memory import fit, shares
 from flux_core.model import AutoEncoder, Flux
 from flux_core.sampling import image_ids
 from flux_core.studies import doctor
@@ -13,7 +13,8 @@ from flux_core.variants import VARIANTS, get_variant
 
 DEV = get_variant("flux-dev")
 OFFICIAL = [row for row in VARIANTS.values() if not row.embedded]
-HALF, FULL = {BF16: ""}, {FP32: "", BF16: "--dtype bfloat16"}
+HALF = {"bfloat16": "", "fp8": "--dtype fp8"}
+FULL = {"float32": "", "bfloat16": "--dtype bfloat16"}
 GIB = 2**30
 
 
@@ -23,6 +24,8 @@ def test_the_official_sizes(name, parameters):
     assert transformer.weights == 2 * parameters
     assert autoencoder.weights == 2 * 83_819_683
     assert text.weights == 2 * (4_762_310_656 + 123_060_480)
+    assert transformer.aside == 2 * (19 * 12 + 38 * 3 + 2) * 3072 * 3073
+    assert 8.6e9 < shares(get_variant(name), "fp8")[1].weights - transformer.aside < 8.8e9
     assert shares(get_variant("flux-dev-krea")) == shares(DEV)
 
 
@@ -62,16 +65,20 @@ def test_what_is_alive_at_work(monkeypatch, width, height):
         (79.2 * GIB, 64 * GIB, "fits whole"),  # A100, H100
         (39.4 * GIB, 64 * GIB, "fits whole"),  # A100 of 40 GB
         (31.4 * GIB, 64 * GIB, "fits with --offload"),  # a card of 32 GB
-        (23.65 * GIB, 64 * GIB, "may just fit with --offload"),  # of 24 GB: what torch sees of it
+        (23.65 * GIB, 64 * GIB, "fits with --offload"),  # of 24 GB: what torch sees of it
         (31.4 * GIB, 0, "fits with --offload"),  # where the system does not tell its memory
-        (31.4 * GIB, 32 * GIB, "does not fit (--offload keeps 34.7 GB in the CPU's memory of 34.4 GB)"),
-        (22.0 * GIB, 64 * GIB, "does not fit"),  # A10, L4: 24 GB less what their error correction takes
-        (15.7 * GIB, 64 * GIB, "does not fit"),
+        (31.4 * GIB, 32 * GIB, "fits whole with --dtype fp8"),
+        (15.7 * GIB, 16 * GIB, "does not fit (--offload keeps 26.1 GB in the CPU's memory of 17.2 GB)"),
+        (22.0 * GIB, 64 * GIB, "fits with --offload"),  # A10, L4: 24 GB less what their error correction takes
+        (15.7 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),
+        (11.6 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),  # of 12 GB
+        (9.9 * GIB, 64 * GIB, "may just fit with --dtype fp8 and --offload"),
+        (7.7 * GIB, 64 * GIB, "does not fit"),
         (0, 64 * GIB, "does not say its memory"),
     ],
 )
 def test_cards(size, ram, verdict):
-    assert fit(shares(DEV), int(size), HALF, int(ram)) == verdict
+    assert fit(DEV, int(size), HALF, int(ram)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_cards(size, ram, verdict):
     ],
 )
 def test_the_cpu(size, verdict):
-    assert fit(shares(DEV), int(size), FULL, None) == verdict
+    assert fit(DEV, int(size), FULL, None) == verdict
 
 
 def test_doctor_has_a_row_for_each_model_with_a_verdict_for_each_device(monkeypatch):
@@ -91,15 +98,16 @@ def test_doctor_has_a_row_for_each_model_with_a_verdict_for_each_device(monkeypa
     monkeypatch.setattr("flux_core.device.available_devices", lambda: list(sizes))
     monkeypatch.setattr(doctor, "_ram", lambda: sizes["cpu"])
     monkeypatch.setattr(doctor, "_size", lambda device, ram: sizes[str(device)])
-    monkeypatch.setattr(doctor, "_widths", lambda device: FULL if device.type == "cpu" else HALF)
+    monkeypatch.setattr(doctor, "_dtypes", lambda device: FULL if device.type == "cpu" else HALF)
     verdicts = (
-        "9.8 + 23.8 + 0.2 = 33.7 GB: cuda:0 fits whole, cuda:1 does not fit, cpu fits whole with --dtype bfloat16"
+        "9.8 + 23.8 + 0.2 = 33.7 GB: cuda:0 fits whole, cuda:1 fits with --dtype fp8 and --offload, "
+        "cpu fits whole with --dtype bfloat16"
     )
     assert doctor._fits()[1:] == [f"{row.name:<14}{verdicts}" for row in OFFICIAL]
 
 
 def test_a_card_without_bf16_or_with_both():
-    assert fit(shares(DEV), 64 * GIB, {FP32: ""}, 128 * GIB) == "fits with --offload"
-    assert fit(shares(DEV), 32 * GIB, {FP32: ""}, 128 * GIB) == "does not fit"
-    assert fit(shares(DEV), 24 * GIB, FULL, 36 * GIB) == "fits with --dtype bfloat16 and --offload"
-    assert fit(shares(DEV), int(33.6 * GIB), HALF, 32 * GIB) == "may just fit whole"
+    assert fit(DEV, 64 * GIB, {"float32": ""}, 128 * GIB) == "fits with --offload"
+    assert fit(DEV, 32 * GIB, {"float32": ""}, 128 * GIB) == "does not fit"
+    assert fit(DEV, 24 * GIB, FULL, 36 * GIB) == "fits with --dtype bfloat16 and --offload"
+    assert fit(DEV, int(33.6 * GIB), {"bfloat16": ""}, 32 * GIB) == "may just fit whole"

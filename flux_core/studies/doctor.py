@@ -15,7 +15,7 @@ from .. import hub
 from ..checkpoint.files import own_path
 from ..checkpoint.identify import Part
 from ..errors import FluxError
-from ..memory import BF16, FP32, fit, shares
+from ..memory import fit, shares
 from ..places import embedded_folder
 from ..threads import use_threads
 from ..variants import AE_VARIABLES, VARIANTS, Variant
@@ -108,7 +108,7 @@ def _fits() -> list[str]:
     for variant in (row for row in VARIANTS.values() if not row.embedded):
         parts = shares(variant)
         verdicts = [
-            f"{device} {fit(parts, _size(device, ram), _widths(device), None if device.type == 'cpu' else ram)}"
+            f"{device} {fit(variant, _size(device, ram), _dtypes(device), None if device.type == 'cpu' else ram)}"
             for device in devices
         ]
         sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
@@ -117,15 +117,16 @@ def _fits() -> list[str]:
     return rows
 
 
-def _widths(device: "torch.device") -> dict[int, str]:
-    """Bytes of a number in the dtypes that the device computes in, its own choice first, and the flag for the other."""
+def _dtypes(device: "torch.device") -> dict[str, str]:
+    """Those that the device computes in, its own choice first, and the flag for each other."""
     import torch
 
     from ..device import pick_dtype
 
     if pick_dtype(None, device) == torch.bfloat16:
-        return {BF16: ""}
-    return {FP32: ""} if device.type == "cuda" else {FP32: "", BF16: "--dtype bfloat16"}  # such a card has no bf16
+        return {"bfloat16": "", "fp8": "--dtype fp8"}
+    # a card without bf16 has neither; on a CPU fp8 is weights alone, and slow
+    return {"float32": ""} if device.type == "cuda" else {"float32": "", "bfloat16": "--dtype bfloat16"}
 
 
 def _size(device: "torch.device", ram: int) -> int:
