@@ -81,14 +81,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    # The CPU allocator and MPS have no exception class of their own, only these texts.
+    texts = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
 @contextmanager
 def memory_errors(what: str, device: torch.device) -> Iterator[None]:
     """Out-of-memory inside, on any device, becomes a MemoryShortage that says what did not fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # The CPU allocator has no exception class of its own, only this text.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise MemoryShortage(
                 f"out of memory on {device} while drawing {what}: choose a smaller --width and --height, "
                 "or another --device"

@@ -7,6 +7,7 @@ their last bits, and the same request shall give the same pixels however many we
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from .device import dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
+from .device import (
+    dtype_name,
+    give_memory_back,
+    is_out_of_memory,
+    memory_errors,
+    pick_device,
+    pick_dtype,
+    wants_fp8,
+)
 from .errors import UsageError
+from .guidance import one_batch, steered, two_passes
 from .hooks import Custom, HookRun, Intervention
 from .kernels import install
 from .linears.fp8 import is_quantized
@@ -40,6 +50,7 @@ from .sampling import (
     start_from_image,
     unpack,
 )
+from .terminal import note
 from .text import load_text_encoders
 from .variants import Variant
 
@@ -73,9 +84,12 @@ class Pipeline:
         """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
         self.weights = weights or {}
         self.offload = offload
+        self.one_batch = True
+        """whether positive and negative prompt are rows of one batch where that fits, which is the faster way"""
         self._present: tuple[Any, ...] = ()
         self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(self._encode)
-        """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
+        """Text tokens [1, T, D] and vector [1, V] of a prompt, or of a negative one, computed once for those that come
+        again. All else that they depend on (encoders, dtype, length) is one pipeline's, and does not change."""
 
     def generate(
         self,
@@ -101,8 +115,8 @@ class Pipeline:
         fields |= {"seed": seed, "init_image": origin}
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
-        for note in [*request.notes(), *self.text_notes(request.prompt)]:
-            warnings.warn(note, stacklevel=2)
+        for line in [*request.notes(), *(line for text in request.texts for line in self.text_notes(text))]:
+            warnings.warn(line, stacklevel=2)
         return [self.draw(one, source, on_step, functions) for one in request.images()]
 
     def text_notes(self, prompt: str) -> list[str]:
@@ -161,7 +175,24 @@ class Pipeline:
         functions: Sequence[Custom],
     ) -> Tensor:
         """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone."""
-        first, prompts = requests[0], [one.prompt for one in requests]
+        try:
+            return self._sample(requests, source, on_step, functions, self.one_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and self.one_batch and requests[0].is_steered):
+                raise
+        note("positive and negative prompt do not fit as one batch: two passes (the last bits of the picture differ)")
+        give_memory_back(self.device)
+        return self._sample(requests, source, on_step, functions, False)
+
+    def _sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | None,
+        on_step: OnStep | None,
+        functions: Sequence[Custom],
+        together: bool,
+    ) -> Tensor:
+        first = requests[0]
         width, height = first.made_size
         x = pack(torch.cat([get_noise(1, height, width, self.device, self.dtype, one.seed) for one in requests]))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
@@ -169,11 +200,34 @@ class Pipeline:
             latent = self.tokens_of(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
-        run = HookRun(plan, self.variant.params, sigmas)
-        velocity = partial(self.velocity, prompts, [first.guidance or 0.0] * len(requests), (width, height))
+        run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
+        velocity = partial(self._velocity_of, requests, sigmas, together)
         x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
         run.finish()
         return x
+
+    def _velocity_of(
+        self, requests: Sequence[GenerationRequest], sigmas: Sequence[float], together: bool, run: HookRun | None
+    ) -> Velocity:
+        """The velocity that requests are drawn by. together: positive and negative prompts as rows of one batch."""
+        first = requests[0]
+
+        def of(*prompts: str) -> Velocity:
+            return self.velocity(prompts, [first.guidance or 0.0] * len(prompts), first.made_size, run)
+
+        if not first.is_steered:
+            return of(*(one.prompt for one in requests))
+        texts = [one.texts for one in requests]
+        positive, negative = zip(*texts, strict=True)
+        return steered(
+            one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
+            sigmas,
+            first.true_cfg_scale or 1.0,
+            first.cfg_zero,
+            first.mimic_scale,
+            first.threshold_percentile or 100.0,
+            first.cfg_schedule or "constant",
+        )
 
     def velocity(
         self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int], run: HookRun | None = None

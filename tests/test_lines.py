@@ -16,7 +16,7 @@ from tiny import tiny_pipeline
 import flux_core.pipeline
 from flux_core.errors import FileError, UsageError
 from flux_core.jobs import flags_of
-from flux_core.lines import HELP, MAX_BYTES, QUESTION, obey, prompts_of
+from flux_core.lines import HELP, MAX_BYTES, QUESTION, obey, read_lines
 from flux_core.main import COMMANDS, main, parse
 from flux_core.metadata import read_request
 from flux_core.studies.generate import generate
@@ -87,7 +87,8 @@ def test_what_a_file_may_hold(say):
     data = b"\xef\xbb\xbf# fruit\r\n\r\n a red apple \r\n\t\n  # more\na \x0b b \xe2\x80\xa8 c #1\nlast"
     Path("prompts.txt").write_bytes(data)
     say(data)
-    assert prompts_of("prompts.txt") == prompts_of("-") == ["a red apple", "a \x0b b \u2028 c #1", "last"]
+    prompts = [[line.fields for line in read_lines(source)] for source in ("prompts.txt", "-")]
+    assert prompts == 2 * [[{"prompt": text} for text in ("a red apple", "a \x0b b \u2028 c #1", "last")]]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_wrong_file_is_told_by_its_name(data, finding, say, capsys):
         Path("prompts.txt").write_bytes(data)
         say(data)
         with pytest.raises(FileError, match=f"^standard input.*{finding}"):
-            prompts_of("-")
+            read_lines("-")
     assert main(["--prompt_file", "prompts.txt"]) == 4
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: prompts.txt") and finding in err and err.count("\n") == 1
@@ -115,7 +116,7 @@ def test_a_wrong_file_is_told_by_its_name(data, finding, say, capsys):
 def test_without_a_standard_input_there_are_no_prompts(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(FileError, match="standard input holds no prompt"):
-        prompts_of("-")
+        read_lines("-")
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "x"], ["--loop"]])
