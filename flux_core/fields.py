@@ -19,6 +19,8 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 """accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it. fp8 is bfloat16 with
 most of the transformer's Linears in eight bits"""
 
+PERCENTILE = 99.5
+"""of dynamic thresholding, as in Imagen"""
 CFG_SCHEDULES = ("constant", "linear", "cosine")
 """as it is, or down to 1 at the last step: in a line, or by a quarter of a cosine"""
 
@@ -121,7 +123,9 @@ REQUEST = (
         bare="1",
     ),
     Field("mimic_scale", float, "dynamic thresholding: no more contrast than true CFG of this scale has", (), 1, 100),
-    Field("threshold_percentile", float, "of the values that --mimic-scale bounds (default: 100)", (), 50, 100),
+    Field(
+        "threshold_percentile", float, f"of the values that --mimic-scale bounds (default: {PERCENTILE})", (), 50, 100
+    ),
     Field(
         "cfg_schedule",
         str,

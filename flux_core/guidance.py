@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .fields import PERCENTILE
 from .sampling import Velocity
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
@@ -53,7 +54,7 @@ def steered(
     scale: float,
     zero_steps: int | None = None,
     mimic_scale: float | None = None,
-    percentile: float = 100.0,
+    percentile: float = PERCENTILE,
     schedule: str = "constant",
 ) -> Velocity:
     """One velocity of two, along the schedule `sigmas`.
@@ -92,24 +93,27 @@ def optimized_scale(positive: Tensor, negative: Tensor) -> Tensor:
     return ((one * other).sum(1) / (other * other).sum(1).clamp_min(1e-8))[:, None, None]
 
 
-def threshold(result: Tensor, mimicked: Tensor, x: Tensor, sigma: float, percentile: float = 100.0) -> Tensor:
-    """The velocity `result`, with the contrast of what it predicts held to that of another, `mimicked`.
+def threshold(result: Tensor, mimicked: Tensor, x: Tensor, sigma: float, percentile: float) -> Tensor:
+    """The velocity `result`, with tint and contrast of what it predicts held to those of another, `mimicked`.
 
     Imagen (arXiv 2205.11487, section 2.3) clips the predicted picture d to [-s, s] and divides by s, where s is a
-    percentile of |d|, but at least 1, the bound of pixels. Latents have no bound: here 1 is replaced by
-    M, the largest deviation that the picture predicted at a lower ("mimic") scale has from its mean
-    (github.com/mcmonkeyprojects/sd-dynamic-thresholding). For each image and latent channel,
+    percentile of |d|, but at least 1, the bound of pixels. Latents have no bound, so 1 is replaced by what the picture
+    m has that is predicted at a lower ("mimic") scale (after github.com/mcmonkeyprojects/sd-dynamic-thresholding). For
+    each image and latent channel, with M the largest of |m - mean m|,
 
-        d = x - sigma * v,    s = max(percentile of |d - mean d|, M),    d' = mean d + clip(d - mean d, -s, s) * M / s
+        d = x - sigma * v,    s = max(percentile of |d - mean d|, M),    d' = mean m + clip(d - mean d, -s, s) * M / s
 
-    The mean, and with it the tint, is that of `result`. Where both are equal nothing changes, to the bit.
+    The extension named there keeps mean d: on flux-mini the ground then takes the colour of what stands on it. Where
+    both velocities are equal nothing changes, to the bit.
     """
 
-    def deviation(v: Tensor) -> Tensor:
+    def predicted(v: Tensor) -> tuple[Tensor, Tensor]:
         data = rearrange(x.float() - sigma * v.float(), "b l (c p) -> b c (l p)", p=PATCH_AREA)
-        return data - data.mean(-1, keepdim=True)
+        mean = data.mean(-1, keepdim=True)
+        return data - mean, mean
 
-    found, bound = deviation(result), deviation(mimicked).abs().amax(-1, keepdim=True)
+    (found, tint), (model, wanted_tint) = predicted(result), predicted(mimicked)
+    bound = model.abs().amax(-1, keepdim=True)
     s = torch.quantile(found.abs(), percentile / 100, dim=-1, keepdim=True).maximum(bound).clamp_min(1e-12)
-    taken = rearrange(found - found.clamp(-s, s) * (bound / s), "b c (l p) -> b l (c p)", p=PATCH_AREA)
-    return (result.float() + taken / sigma).to(result.dtype)
+    taken = found - found.clamp(-s, s) * (bound / s) + tint - wanted_tint
+    return (result.float() + rearrange(taken, "b c (l p) -> b l (c p)", p=PATCH_AREA) / sigma).to(result.dtype)

@@ -28,6 +28,7 @@ from .device import (
     wants_fp8,
 )
 from .errors import UsageError
+from .fields import PERCENTILE
 from .guidance import one_batch, steered, two_passes
 from .hooks import Custom, HookRun, Intervention
 from .kernels import install
@@ -225,7 +226,7 @@ class Pipeline:
             first.true_cfg_scale or 1.0,
             first.cfg_zero,
             first.mimic_scale,
-            first.threshold_percentile or 100.0,
+            first.threshold_percentile or PERCENTILE,
             first.cfg_schedule or "constant",
         )
 

@@ -123,8 +123,8 @@ def test_thresholding_brings_the_percentile_to_the_mimic_scale(percentile):
     """The largest of what is left, and the percentile of what was, are the largest at the mimic scale."""
     sigma, high, low = 0.8, guided(POSITIVE, NEGATIVE, 8.0), guided(POSITIVE, NEGATIVE, 1.5)
     held, _ = predicted(threshold(high, low, X, sigma, percentile), sigma)
-    (before, mean), (bound, other_mean) = predicted(high, sigma), predicted(low, sigma)
-    before, after, largest = (before - mean).abs(), (held - mean).abs(), (bound - other_mean).abs().amax(-1)
+    (before, mean), (bound, tint) = predicted(high, sigma), predicted(low, sigma)
+    before, after, largest = (before - mean).abs(), (held - tint).abs(), (bound - tint).abs().amax(-1)
     assert torch.allclose(after.amax(-1), largest, rtol=1e-4)
     of_before = torch.quantile(before, percentile / 100, dim=-1)
     assert (of_before > largest).all(), "or nothing was bounded"
@@ -132,12 +132,12 @@ def test_thresholding_brings_the_percentile_to_the_mimic_scale(percentile):
     ratio = (largest / of_before)[..., None].expand_as(before)
     assert torch.allclose(after[below], (before * ratio)[below], atol=1e-4)
     if percentile == 100:
-        assert torch.allclose(held.mean(-1, keepdim=True), mean, atol=1e-5)
+        assert torch.allclose(held.mean(-1, keepdim=True), tint, atol=1e-5)
 
 
 def test_thresholding_keeps_a_prediction_of_one_colour():
     flat = X / 0.8
-    assert torch.isfinite(threshold(flat, flat, X, 0.8)).all()
+    assert torch.isfinite(threshold(flat, flat, X, 0.8, 99.0)).all()
 
 
 @pytest.mark.parametrize(("name", "shares"), [
