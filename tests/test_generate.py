@@ -128,7 +128,8 @@ def test_flags_change_a_repeated_picture():
 
 def test_a_steered_picture_is_repeated_and_shown(capsys):
     flags = {"negative_prompt": "a blue car", "true_cfg_scale": "3", "cfg_zero": "1", "mimic_scale": "1.5"}
-    (first,) = generate(**{**FAST, **flags}, seed=["42"])
+    (first,) = generate(**{**FAST, **flags}, seed=["42"], stepwise_dir="steps")
+    assert Image.open("steps/seed_42_step2of2.png").tobytes() == Image.open(first).tobytes()
     out, err = capsys.readouterr()
     assert (
         "guidance 3.5, true CFG 3, CFG-Zero*, thresholded as at 1.5, seed 42" in out
