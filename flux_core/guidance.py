@@ -112,8 +112,8 @@ def threshold(result: Tensor, mimicked: Tensor, x: Tensor, sigma: float, percent
         mean = data.mean(-1, keepdim=True)
         return data - mean, mean
 
-    (found, tint), (model, wanted_tint) = predicted(result), predicted(mimicked)
-    bound = model.abs().amax(-1, keepdim=True)
-    s = torch.quantile(found.abs(), percentile / 100, dim=-1, keepdim=True).maximum(bound).clamp_min(1e-12)
-    taken = found - found.clamp(-s, s) * (bound / s) + tint - wanted_tint
+    (high, tint), (low, tint_of_low) = predicted(result), predicted(mimicked)
+    bound = low.abs().amax(-1, keepdim=True)
+    s = torch.quantile(high.abs(), percentile / 100, dim=-1, keepdim=True).maximum(bound).clamp_min(1e-12)
+    taken = high - high.clamp(-s, s) * (bound / s) + tint - tint_of_low
     return (result.float() + rearrange(taken, "b c (l p) -> b l (c p)", p=PATCH_AREA) / sigma).to(result.dtype)
