@@ -47,6 +47,8 @@ class Editing:
         """
         if not edits:
             raise UsageError("nothing to edit: say what shall be drawn with --edit")
+        if request.is_steered:
+            raise UsageError("an edit takes no negative prompt and no true CFG: leave --true-cfg-scale out")
         if not (pipeline.variant.params.guidance_embed or source_guidance is None):
             raise UsageError(f"{pipeline.variant.name} takes no guidance")
         self.pipeline, self.request, self.edits = pipeline, pipeline.complete(request), tuple(edits)

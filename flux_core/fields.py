@@ -19,6 +19,11 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 """accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it. fp8 is bfloat16 with
 most of the transformer's Linears in eight bits"""
 
+PERCENTILE = 99.5
+"""of dynamic thresholding, as in Imagen"""
+CFG_SCHEDULES = ("constant", "linear", "cosine")
+"""as it is, or down to 1 at the last step: in a line, or by a quarter of a cosine"""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -40,6 +45,8 @@ class Field:
     """whether the flag takes several values"""
     word: str = ""
     """how help calls the value; by itself N, X or TEXT"""
+    bare: str = ""
+    """the value that the flag has where none follows it; empty: one has to follow"""
 
     @property
     def flag(self) -> str:
@@ -101,10 +108,39 @@ FILES = (
 REQUEST = (
     _NAME,
     Field("prompt", str, "what to draw", ("-p",)),
+    Field("negative_prompt", str, "what to steer away from; goes with --true-cfg-scale", ("-n",)),
     Field("width", int, "pixels", ("-W",), 1, 65536, from_row=True),
     Field("height", int, "pixels", ("-H",), 1, 65536, from_row=True),
     Field("num_steps", int, "denoising steps", ("--steps",), 1, 10_000, from_row=True),
     Field("guidance", float, "how closely to follow the prompt", (), 0, 100, from_row=True),
+    Field(
+        "true_cfg_scale",
+        float,
+        "steer from the negative (or empty) prompt towards the prompt; above 1 with two forwards a step (default: 1)",
+        ("--cfg-scale",),
+        1,
+        100,
+    ),
+    Field(
+        "cfg_zero",
+        int,
+        "CFG-Zero*: true CFG at its best scale, after N steps (1) that stand still",
+        (),
+        0,
+        9999,
+        bare="1",
+    ),
+    Field("mimic_scale", float, "dynamic thresholding: no more contrast than true CFG of this scale has", (), 1, 100),
+    Field(
+        "threshold_percentile", float, f"of the values that --mimic-scale bounds (default: {PERCENTILE})", (), 50, 100
+    ),
+    Field(
+        "cfg_schedule",
+        str,
+        f"how the scales of true CFG go over the steps: {', '.join(CFG_SCHEDULES)} (default: constant)",
+        choices=CFG_SCHEDULES,
+        word="NAME",
+    ),
     Field("num_images", int, "draw the seeds s, s+1, …", (), 1, MAX_SEEDS, default=1),
     Field("seed", int, f"0 to {MAX_SEED}, one or several; -1: random (default)", ("-s",), 0, MAX_SEED, many=True),
     Field("init_image", str, "picture to start from (PNG, JPEG, WebP)", word="FILE"),
@@ -130,8 +166,8 @@ MEMORY = (
 """also taken by themselves where memory runs out"""
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", word="FILE"),
-    Field("prompt_file", str, "draw every line of a text file (-: standard input)", word="FILE"),
-    Field("loop", bool, "then read prompts and /w /h /g /s /n /q from standard input", default=False),
+    Field("prompt_file", str, "draw every line of a text file (-: standard input), a CSV or JSONL", word="FILE"),
+    Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
     Field("output_dir", str, "folder for the pictures", default="output", word="FOLDER"),
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),

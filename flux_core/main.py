@@ -155,7 +155,8 @@ def _add(parser: Parser, field: Field) -> None:
     if field.kind is bool:
         parser.add_argument(*flags, dest=field.name, action="store_true", default=None, help=text)
     else:
-        many = {"nargs": "+"} if field.many else {}
+        many: dict[str, Any] = {"nargs": "+"} if field.many else {}
+        many |= {"nargs": "?", "const": field.bare} if field.bare else {}
         shown: dict[str, Any] = {"metavar": field.metavar, "help": text, **many}
         parser.add_argument(*flags, dest=field.name, **shown)
 

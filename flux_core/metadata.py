@@ -24,8 +24,8 @@ from .request import MAX_PROMPT, GenerationRequest
 from .version import __version__
 
 KEY = "flux_core"
-MAX_JSON = 8 * MAX_PROMPT
-"""a character of a prompt may take six as a JSON escape"""
+MAX_JSON = 14 * MAX_PROMPT
+"""a character of a prompt, and of a negative one, may take six as a JSON escape"""
 _XMP_KEY = "XML:com.adobe.xmp"
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -37,7 +37,8 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 def describe(image: Image.Image, request: GenerationRequest) -> Image.Image:
     """Attach to `image.info` what its request says; `png_bytes` writes it. Returns the same image."""
-    short = request.model_copy(update={"prompt": cut(request.prompt)})
+    negative = request.negative_prompt and cut(request.negative_prompt)
+    short = request.model_copy(update={"prompt": cut(request.prompt), "negative_prompt": negative})
     image.info[KEY] = short.model_dump_json(exclude_none=True)
     image.info["parameters"] = parameters(short)
     image.info["xmp"] = _XMP.format(source_type(request)).encode()
@@ -56,14 +57,17 @@ def cut(prompt: str) -> str:
 
 def parameters(request: GenerationRequest) -> str:
     """The A1111 text. Their `CFG scale` is true guidance; ours is distilled, as Forge calls it."""
+    texts = [request.prompt] + ([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])
     values: dict[str, Any] = {"Steps": request.num_steps, "Sampler": "Euler"}
+    if request.is_steered:
+        values["CFG scale"] = request.true_cfg_scale
     if request.guidance is not None:
         values["Distilled CFG Scale"] = request.guidance
     values |= {"Seed": request.seed, "Size": f"{request.width}x{request.height}", "Model": request.name}
     if request.init_image is not None:
         values["Denoising strength"] = request.strength
     values["Version"] = f"flux_core {request.version}"
-    return printable(request.prompt) + "\n" + ", ".join(f"{key}: {value}" for key, value in values.items())
+    return "\n".join([*map(printable, texts), ", ".join(f"{key}: {value}" for key, value in values.items())])
 
 
 def printable(text: str) -> str:

@@ -93,10 +93,10 @@ def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All images of one size on one sheet, in rows, by itself as square as it gets; empty places stay black."""
+    """All images on one sheet, in rows, by itself as square as it gets; empty places stay black."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
+    width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     sheet = Image.new("RGB", (columns * width, rows * height))
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))

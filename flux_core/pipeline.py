@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from torch import Tensor
 
 from . import tiles
 from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from .device import compile_errors, dtype_name, give_memory_back, pick_device, pick_dtype, wants_fp8
+from .device import (
+    compile_errors,
+    dtype_name,
+    give_memory_back,
+    is_out_of_memory,
+    pick_device,
+    pick_dtype,
+    wants_fp8,
+)
 from .errors import UsageError
+from .fields import PERCENTILE
+from .guidance import one_batch, steered, two_passes
 from .hooks import Custom, HookRun, Intervention
 from .kernels import install
 from .ladder import CPU, Ladder
@@ -43,6 +54,7 @@ from .sampling import (
     start_from_image,
     unpack,
 )
+from .terminal import note
 from .text import load_text_encoders
 from .variants import Variant
 
@@ -82,10 +94,13 @@ class Pipeline:
         if compile:
             for block in (*model.double_blocks, *model.single_blocks):
                 block.compile(fullgraph=True)
+        self.one_batch = True
+        """whether positive and negative prompt are rows of one batch where that fits, which is the faster way"""
         self._present: tuple[Any, ...] = ()
         # By a weak reference: in a cycle with its own cache, a dropped pipeline would keep its memory for a while.
         self.encode = lru_cache(maxsize=KNOWN_PROMPTS)(partial(Pipeline._encode, weakref.proxy(self)))
-        """Text tokens [1, T, D] and vector [1, V] of a prompt, computed once for those that come again."""
+        """Text tokens [1, T, D] and vector [1, V] of a prompt, or of a negative one, computed once for those that come
+        again. All else that they depend on (encoders, dtype, length) is one pipeline's, and does not change."""
 
     def generate(
         self,
@@ -111,8 +126,8 @@ class Pipeline:
         fields |= {"seed": seed, "init_image": origin}
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
-        for note in [*request.notes(), *self.text_notes(request.prompt)]:
-            warnings.warn(note, stacklevel=2)
+        for line in [*request.notes(), *(line for text in request.texts for line in self.text_notes(text))]:
+            warnings.warn(line, stacklevel=2)
         return [self.draw(one, source, on_step, functions) for one in request.images()]
 
     def text_notes(self, prompt: str) -> list[str]:
@@ -172,7 +187,24 @@ class Pipeline:
         functions: Sequence[Custom],
     ) -> Tensor:
         """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone."""
-        first, prompts = requests[0], [one.prompt for one in requests]
+        try:
+            return self._sample(requests, source, on_step, functions, self.one_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and self.one_batch and requests[0].is_steered):
+                raise
+        note("positive and negative prompt do not fit as one batch: two passes (the last bits of the picture differ)")
+        give_memory_back(self.device)
+        return self._sample(requests, source, on_step, functions, False)
+
+    def _sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | None,
+        on_step: OnStep | None,
+        functions: Sequence[Custom],
+        together: bool,
+    ) -> Tensor:
+        first = requests[0]
         width, height = first.made_size
         x = pack(torch.cat([get_noise(1, height, width, self.device, self.dtype, one.seed) for one in requests]))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
@@ -180,12 +212,35 @@ class Pipeline:
             latent = self.tokens_of(source, width, height)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
-        run = HookRun(plan, self.variant.params, sigmas)
-        strengths = [first.guidance or 0.0] * len(requests)
-        velocity = partial(self.velocity, prompts, strengths, (width, height), sigmas=sigmas[:-1])
+        run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
+        velocity = partial(self._velocity_of, requests, sigmas, together)
         x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
         run.finish()
         return x
+
+    def _velocity_of(
+        self, requests: Sequence[GenerationRequest], sigmas: Sequence[float], together: bool, run: HookRun | None
+    ) -> Velocity:
+        """The velocity that requests are drawn by. together: positive and negative prompts as rows of one batch."""
+        first = requests[0]
+
+        def of(*prompts: str) -> Velocity:
+            strengths = [first.guidance or 0.0] * len(prompts)
+            return self.velocity(prompts, strengths, first.made_size, run, sigmas[:-1])
+
+        if not first.is_steered:
+            return of(*(one.prompt for one in requests))
+        texts = [one.texts for one in requests]
+        positive, negative = zip(*texts, strict=True)
+        return steered(
+            one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
+            sigmas,
+            first.true_cfg_scale or 1.0,
+            first.cfg_zero,
+            first.mimic_scale,
+            first.threshold_percentile or PERCENTILE,
+            first.cfg_schedule or "constant",
+        )
 
     def velocity(
         self,

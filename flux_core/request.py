@@ -87,11 +87,19 @@ class GenerationRequest(BaseModel):
 
     name: Annotated[str, AfterValidator(lambda name: get_variant(name).name)] = _of("name")
     prompt: str = pydantic.Field(description=FIELDS["prompt"].help)
+    negative_prompt: str | None = _of("negative_prompt")
+    """None: the empty one, where there is true CFG"""
     width: int = _of("width")
     height: int = _of("height")
     num_steps: int = _of("num_steps")
     guidance: float | None = _of("guidance", _guidance)
     """None: the model takes none"""
+    true_cfg_scale: float | None = _of("true_cfg_scale")
+    """None or 1: off, and with it all that follows (see `guidance.py`)"""
+    cfg_zero: int | None = _of("cfg_zero")
+    mimic_scale: float | None = _of("mimic_scale")
+    threshold_percentile: float | None = _of("threshold_percentile")
+    cfg_schedule: Literal["constant", "linear", "cosine"] | None = _of("cfg_schedule")
     num_images: int = _of("num_images")
     seed: int = _of("seed", _random_seed)
     init_image: InitImage | None = None
@@ -121,8 +129,9 @@ class GenerationRequest(BaseModel):
             request = handler(data)
         except pydantic.ValidationError as error:
             raise UsageError(_one_line(error)) from None
-        check_plan(request.plan, request.variant.params, request.steps_made)
+        check_plan(request.plan, request.variant.params, request.steps_made, request.branches)
         request._check_prompt()
+        request._check_steering()
         request._check_size()
         request._check_seeds()
         return request
@@ -130,13 +139,26 @@ class GenerationRequest(BaseModel):
     def _check_prompt(self) -> None:
         if not self.prompt.strip() and not self.allow_empty_prompt:
             raise UsageError("--prompt has no words: say what to draw, or add --allow-empty-prompt")
-        try:
-            self.prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"--prompt is no valid text: half a surrogate pair at character {error.start}. "
-                "Is the terminal's encoding another than UTF-8?"
-            ) from None
+        for name in ("prompt", "negative_prompt"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{FIELDS[name].flag} is no valid text: half a surrogate pair at character {error.start}. "
+                    "Is the terminal's encoding another than UTF-8?"
+                ) from None
+
+    def _check_steering(self) -> None:
+        """What would have no effect is an error that says what to add."""
+        needs = ("negative_prompt", "cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
+        idle = [FIELDS[name].flag for name in needs if getattr(self, name) is not None]
+        if idle and not self.is_steered:
+            scale = "without --true-cfg-scale" if self.true_cfg_scale is None else "at --true-cfg-scale 1"
+            raise UsageError(f"{idle[0]} does nothing {scale}. Next: add one above 1, as in --true-cfg-scale 2")
+        if self.threshold_percentile is not None and self.mimic_scale is None:
+            raise UsageError("--threshold-percentile does nothing without --mimic-scale. Next: add --mimic-scale 1")
+        if (self.cfg_zero or 0) >= self.steps_made > 0:
+            raise UsageError(f"--cfg-zero {self.cfg_zero} leaves none of {self.steps_made} step(s). Next: say fewer")
 
     def _check_size(self) -> None:
         row = self.variant
@@ -155,6 +177,21 @@ class GenerationRequest(BaseModel):
     @property
     def variant(self) -> Variant:
         return get_variant(self.name)
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether there is true CFG."""
+        return (self.true_cfg_scale or 1) > 1
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded for a picture: the prompt, and with true CFG what it steers away from."""
+        return (self.prompt, self.negative_prompt or "") if self.is_steered else (self.prompt,)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """How a plan calls them."""
+        return ("positive", "negative") if self.is_steered else ("image",)
 
     @property
     def made_size(self) -> tuple[int, int]:
@@ -182,6 +219,9 @@ class GenerationRequest(BaseModel):
         """The effective values, for people."""
         parts = [f"{self.name}: {self.width}x{self.height}", f"{self.num_steps} steps"]
         parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        parts += [f"true CFG {self.true_cfg_scale:g}"] if self.is_steered else []
+        parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
+        parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
         if self.plan:
             parts.append("plan: " + ", ".join(one.kind for one in self.plan))
         if self.init_image is not None:
@@ -200,15 +240,23 @@ class GenerationRequest(BaseModel):
             notes.append(f"{row.name} takes no guidance: --guidance is ignored")
         elif self.guidance is not None and self.guidance > 10:
             notes.append(f"guidance {self.guidance:g} is high: above 10 pictures look burnt")
+        if self.is_steered:
+            notes.append("true CFG takes two forwards a step, about twice the time")
+            if not self.negative_prompt:
+                notes.append("true CFG steers away from the empty prompt: --negative-prompt names another")
+        if (self.mimic_scale or 1) > (self.true_cfg_scale or 1):
+            notes.append(f"--mimic-scale {self.mimic_scale:g} is above --true-cfg-scale: it bounds next to nothing")
         if self.init_image is None and "strength" in given:
             notes.append("--strength does nothing without --init-image")
-        if len(self.prompt.encode()) > MAX_PROMPT:
+        if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
             notes.append(f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt")
         return notes
 
 
 def _left_out(key: str, value: object) -> bool:
-    """None stands for the default everywhere, and seed -1 for a random one (a habit of many tools)."""
+    """None stands for the default everywhere, seed -1 for a random one (a habit of many tools), no words for none."""
+    if key == "negative_prompt" and isinstance(value, str) and not value.strip():
+        return True
     return value is None or (key == "seed" and str(value).strip() == "-1")
 
 

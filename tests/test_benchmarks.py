@@ -73,3 +73,12 @@ def test_the_quality_that_fp8_costs():
     (figures,) = lines_of("fp8_quality.py")
     assert figures["units"] == 0 and figures["pictures"] == 2
     assert 0 < figures["ratio"]["fp8"]["levels"] < 0.5
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_second_prompt():
+    command = [sys.executable, BENCHMARKS / "steering.py", "--gpu-timing", "--tiny", "--device", "cpu", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = {line["what"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert figures.keys() == {"one batch", "two passes", "thresholded"}
+    assert figures["two passes"]["ratio"] == 1 and figures["one batch"]["ms"] > 0

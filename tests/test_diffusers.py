@@ -107,7 +107,7 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-def draw_with_theirs(folder, row, request):
+def draw_with_theirs(folder, row, request, **more):
     """The same picture from the saved folder: same sizes, text length and CPU generator."""
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -119,20 +119,28 @@ def draw_with_theirs(folder, row, request):
         guidance_scale=row.guidance,
         max_sequence_length=row.max_text,
         generator=torch.Generator("cpu").manual_seed(request["seed"]),
+        **more,
     ).images[0]
 
 
-def compare(row, tmp_path, **request):
-    """Our picture and theirs; at most one of 255 levels apart."""
+def compare(row, tmp_path, more=None, **request):
+    """Our picture and theirs; at most one of 255 levels apart. more: arguments that both have by the same name."""
+    more = more or {}
     folder = save(row.name, "diffusers", "fp32", tmp_path / "diffusers")
-    ours = load_pipeline(row.name, "cpu", "float32").generate(PROMPT, **request, force=True)[0]
-    apart = np.abs(pixels(ours) - pixels(draw_with_theirs(folder, row, request)))
+    ours = load_pipeline(row.name, "cpu", "float32").generate(PROMPT, **request, **more, force=True)[0]
+    apart = np.abs(pixels(ours) - pixels(draw_with_theirs(folder, row, request, **more)))
     assert pixels(ours).std() > 1, "a picture of one colour proves nothing"
     assert apart.max() <= 1
 
 
 def test_pipeline(small, tmp_path):
     compare(small, tmp_path, width=64, height=96, num_steps=4, seed=5)
+
+
+@pytest.mark.filterwarnings("ignore:true CFG")
+def test_true_guidance(small, tmp_path):
+    more = {"negative_prompt": "a blue table", "true_cfg_scale": 3.0}
+    compare(small, tmp_path, more, width=64, height=96, num_steps=4, seed=5)
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])

@@ -52,6 +52,24 @@ def test_one_guided_forward_stands_for_two(pipeline):
         assert min(range(4), key=lambda j: (guided[j] - two_forwards).norm()) == i
 
 
+@pytest.mark.filterwarnings("ignore:true CFG")
+def test_a_negative_prompt_takes_its_colour_away_in_one_batch_and_in_two_passes(pipeline):
+    fields = {"num_steps": 6, "width": 128, "height": 128}
+    away = {"negative_prompt": "a blue fish", "true_cfg_scale": 4.0}
+    plain, together = (pipeline.generate("a fish", seed=1, **fields, **more)[0] for more in ({}, away))
+    pipeline.one_batch = False
+    passes = pipeline.generate("a fish", seed=1, **fields, **away)[0]
+    pipeline.one_batch = True
+    apart = np.abs(np.asarray(together).astype(int) - np.asarray(passes))
+    assert apart.max() <= 2 and apart.mean() < 0.05
+
+    def blue(image):
+        red, _, blue = np.asarray(image.convert("RGB")).reshape(-1, 3).T.astype(float)
+        return (blue - red).clip(0).mean()
+
+    assert blue(together) < 0.5 * blue(plain)
+
+
 def test_what_ships_stays_small():
     """44 MiB for flux-mini with card and notices, 6 MiB for the scorer, so that a clone takes seconds."""
     weights = embedded_folder(ROW).parent

@@ -126,6 +126,24 @@ def test_flags_change_a_repeated_picture():
     assert (new.width, new.num_steps) == (old.width, old.num_steps)
 
 
+def test_a_steered_picture_is_repeated_and_shown(capsys):
+    flags = {"negative_prompt": "a blue car", "true_cfg_scale": "3", "cfg_zero": "1", "mimic_scale": "1.5"}
+    (first,) = generate(**{**FAST, **flags}, seed=["42"], stepwise_dir="steps")
+    assert Image.open("steps/seed_42_step2of2.png").tobytes() == Image.open(first).tobytes()
+    out, err = capsys.readouterr()
+    assert (
+        "guidance 3.5, true CFG 3, CFG-Zero*, thresholded as at 1.5, seed 42" in out
+        and err.count("twice the time") == 1
+    )
+    assert "Negative prompt: a blue car" in info(str(first)) and '"cfg_zero": 1' in info(str(first))
+    (again,) = generate(from_image=str(first), force=True)
+    assert again.read_bytes() == first.read_bytes()
+    (other,) = generate(from_image=str(first), force=True, negative_prompt="", true_cfg_scale="2")
+    assert read_request(other).negative_prompt is None and other.read_bytes() != first.read_bytes()
+    with pytest.raises(UsageError, match="--negative-prompt does nothing at --true-cfg-scale 1"):
+        generate(from_image=str(first), force=True, true_cfg_scale="1")
+
+
 def test_a_file_grants_no_permission():
     (first,) = generate(**FAST, seed=["42"])
     with pytest.raises(UsageError, match="--force"):

@@ -16,7 +16,7 @@ from tiny import tiny_pipeline
 import flux_core.pipeline
 from flux_core.errors import FileError, UsageError
 from flux_core.jobs import flags_of
-from flux_core.lines import HELP, MAX_BYTES, QUESTION, obey, prompts_of
+from flux_core.lines import HELP, MAX_BYTES, QUESTION, obey, read_lines
 from flux_core.main import COMMANDS, main, parse
 from flux_core.metadata import read_request
 from flux_core.studies.generate import generate
@@ -87,7 +87,8 @@ def test_what_a_file_may_hold(say):
     data = b"\xef\xbb\xbf# fruit\r\n\r\n a red apple \r\n\t\n  # more\na \x0b b \xe2\x80\xa8 c #1\nlast"
     Path("prompts.txt").write_bytes(data)
     say(data)
-    assert prompts_of("prompts.txt") == prompts_of("-") == ["a red apple", "a \x0b b \u2028 c #1", "last"]
+    prompts = [[line.fields for line in read_lines(source)] for source in ("prompts.txt", "-")]
+    assert prompts == 2 * [[{"prompt": text} for text in ("a red apple", "a \x0b b \u2028 c #1", "last")]]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_wrong_file_is_told_by_its_name(data, finding, say, capsys):
         Path("prompts.txt").write_bytes(data)
         say(data)
         with pytest.raises(FileError, match=f"^standard input.*{finding}"):
-            prompts_of("-")
+            read_lines("-")
     assert main(["--prompt_file", "prompts.txt"]) == 4
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: prompts.txt") and finding in err and err.count("\n") == 1
@@ -115,7 +116,7 @@ def test_a_wrong_file_is_told_by_its_name(data, finding, say, capsys):
 def test_without_a_standard_input_there_are_no_prompts(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(FileError, match="standard input holds no prompt"):
-        prompts_of("-")
+        read_lines("-")
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "x"], ["--loop"]])
@@ -130,6 +131,95 @@ def test_a_prompt_file_gives_a_repeated_picture_other_words():
     Path("prompts.txt").write_text("x\n")
     (new,) = map(read_request, generate(from_image=str(old), prompt_file="prompts.txt", force=True))
     assert (new.prompt, new.seed, new.guidance) == ("x", 3, 2)
+
+
+CSV = """prompt,negative-prompt,CFG Scale,seed,steps
+a flower,a red flower,3,7,
+"a ""big"" fish,
+and a cat",,,,3
+
+x,,,-1,
+"""
+JSONL = """
+{"prompt": "a flower", "negative_prompt": "a red flower", "true_cfg_scale": 3, "seed": 7, "steps": null}
+{"prompt": "a \\"big\\" fish,\\nand a cat", "num-steps": 3}
+{"prompt": "x", "seed": -1}
+"""
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("name", "text"), [("a.csv", CSV), ("b.CSV", CSV.replace("\n", "\r\n")), ("c.jsonl", JSONL)])
+def test_a_line_of_a_table_may_say_more_than_a_prompt(name, text, before, capsys):
+    Path(name).write_bytes(before + text.encode())
+    generate(prompt_file=name, **SIZE, seed=["1", "2"], guidance="2")
+    flower, *fish, x = drawn(capsys.readouterr().out)
+    assert (flower.prompt, flower.negative_prompt, flower.true_cfg_scale) == ("a flower", "a red flower", 3)
+    assert (flower.seed, flower.num_steps, flower.guidance, flower.width) == (7, 2, 2, 32)
+    assert [(one.seed, one.num_steps, one.true_cfg_scale) for one in fish] == [(1, 3, None), (2, 3, None)]
+    assert {" ".join(one.prompt.split()) for one in fish} == {'a "big" fish, and a cat'}
+    assert x.prompt == "x" and x.seed > 2
+
+
+def test_lines_of_several_sizes_and_settings_are_all_drawn(capsys):
+    Path("a.jsonl").write_text('{"prompt": "x", "width": 48, "num_images": 2}\n"x"\n{"prompt": "x", "guidance": 1}\n')
+    generate(prompt_file="a.jsonl", **SIZE, seed=["1"])
+    out = capsys.readouterr().out
+    assert [(one.width, one.seed, one.guidance) for one in drawn(out)] == [
+        (48, 1, 3.5), (48, 2, 3.5), (32, 1, 3.5), (32, 1, 1),
+    ]  # fmt: skip
+    assert "(and 2 other settings), seed 1, 2" in out and Image.open(out.split()[-1]).size == (96, 96)
+
+
+def test_a_table_without_prompts_changes_a_repeated_picture(capsys):
+    (old,) = generate(prompt="a red apple", seed=["3"], **SIZE)
+    Path("a.csv").write_text("seed,guidance\n4,1\n5,2\n")
+    generate(from_image=str(old), prompt_file="a.csv", force=True)
+    found = [(one.prompt, one.seed, one.guidance) for one in drawn(capsys.readouterr().out)[1:]]
+    assert found == [("a red apple", 4, 1), ("a red apple", 5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "finding"),
+    [
+        ("a.csv", "prompt,widht\nx,3\n", "line 1: there is no column 'widht'. Did you mean width?"),
+        ("a.csv", "prompt,dtype\nx,fp8\n", "line 1: there is no column 'dtype'"),
+        ("a.csv", "prompt,force\nx,1\n", "line 1: there is no column 'force'"),
+        ("a.csv", "prompt,steps,num_steps\nx,1,2\n", "line 1 names num_steps twice"),
+        ("a.csv", "prompt,width\nx,16\n\na, b,16\n", "line 4 has 3 cell(s), the header 2"),
+        ("a.csv", "prompt,width\nx\n", "line 2 has 1 cell(s), the header 2"),
+        ("a.csv", 'prompt,width\n"x,1\n', "is no CSV"),
+        ("a.csv", "prompt,width\nx,16\nx,big\n", "line 3: --width must be a whole number"),
+        ("a.csv", "prompt,width\nx,16\n,16\n", "line 3: --prompt is missing"),
+        ("a.csv", "seed\n1\n", "line 2: --prompt is missing"),
+        ("a.csv", "prompt,negative_prompt\nx,y\n", "line 2: --negative-prompt does nothing without"),
+        ("a.jsonl", '"x"\n{"prompt": "x", "sede": 1}\n', "line 2: there is no column 'sede'. Did you mean seed?"),
+        ("a.jsonl", '"x"\n\n{"prompt": "x"\n', "line 3 is no JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is neither an object nor a string"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("a.jsonl", '{"prompt": 7}\n', "line 1: --prompt must be text"),
+        ("a.jsonl", '{"prompt": "x", "seed": [1, 2]}\n', "line 1: --seed must be"),
+        ("a.jsonl", '{"prompt": "x", "init_image": {"file": "/etc/passwd"}}\n', "there is no column 'init_image'"),
+    ],
+)
+def test_a_wrong_table_is_told_by_line_before_a_model_is_loaded(name, text, finding, monkeypatch, capsys):
+    Path(name).write_text(text)
+    monkeypatch.setattr(flux_core.pipeline, "load_pipeline", lambda *_: pytest.fail("too late"))
+    assert main(["--prompt-file", name, "--force", "--width=32", "--height=48"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {name}, ") and finding in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "data", "finding"), [
+    ("a.csv", b"", "holds no prompt"),
+    ("a.csv", b"prompt,seed\r\n\r\n", "holds no prompt"),
+    ("a.jsonl", b"\n \n", "holds no prompt"),
+    ("a.csv", b"prompt\nx\npe\xe4r\n", "line 3 is no UTF-8"),
+    ("a.jsonl", b'"pe\xe4r"\n', "line 1 is no UTF-8"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_read_is_a_file_error(name, data, finding, capsys):
+    Path(name).write_bytes(data)
+    assert main(["--prompt-file", name]) == 4
+    assert finding in capsys.readouterr().err
 
 
 def test_jobs_have_the_flags():
@@ -169,9 +259,20 @@ def test_a_typed_picture_is_that_of_a_command_and_the_model_is_loaded_once(say, 
     assert alone.read_bytes() == Path("output/flux-mini_seed5.png").read_bytes()
 
 
+def test_a_negative_prompt_is_typed_as_a_line_of_its_own(say, capsys):
+    say("/np a dog\n/c 3\n/np a big dog\na cat\n/np\na pig\n")
+    assert main(LOOP) == 0
+    out, err = capsys.readouterr()
+    _, cat, pig = drawn(out)
+    assert (cat.negative_prompt, cat.true_cfg_scale) == ("a big dog", 3)
+    assert (pig.negative_prompt, pig.true_cfg_scale) == (None, 3)
+    assert "error: --negative-prompt does nothing without --true-cfg-scale" in err
+
+
 @pytest.mark.parametrize(
     ("line", "finding"),
     [
+        ("/c 0.5", "--true-cfg-scale must be"),
         ("/w big", "--width must be a whole number from 1 to 65536, not 'big'"),
         ("/w 0", "--width must be"),
         ("/n 1.5", "--num-steps must be"),

@@ -72,6 +72,12 @@ def test_values_may_be_negative_numbers():
     assert parse(["--seed", "1", "2", "3"])[1] == {"seed": ["1", "2", "3"]}
 
 
+def test_a_flag_may_have_a_value_of_its_own():
+    given = [parse(words)[1] for words in (["--cfg-zero"], ["--cfg_zero", "2"], ["--cfg-zero", "--seed", "1"])]
+    assert given == [{"cfg_zero": "1"}, {"cfg_zero": "2"}, {"cfg_zero": "1", "seed": ["1"]}]
+    assert parse(["-n", "a dog", "--cfg-scale", "3"])[1] == {"negative_prompt": "a dog", "true_cfg_scale": "3"}
+
+
 def test_help_shows_every_flag_and_the_defaults_of_the_rows():
     text = " ".join(build_parser("generate").format_help().split())
     assert all(field.flag in text and field.help in text for field in REQUEST + RUN)

@@ -61,10 +61,19 @@ def test_the_text_for_other_tools_has_no_control_characters(prompt):
     assert lines[-1].startswith(settings)
 
 
+def test_other_tools_read_the_negative_prompt_and_the_scale_where_they_look_for_them():
+    text = parameters(request(negative_prompt="a \x07 frame", true_cfg_scale=2.5))
+    assert text.startswith("a red apple\nNegative prompt: a   frame\nSteps: 28, Sampler: Euler, CFG scale: 2.5, Dist")
+    away_from_nothing = parameters(request(true_cfg_scale=2.5))
+    assert "Negative" not in away_from_nothing and "CFG scale: 2.5" in away_from_nothing
+    assert "CFG scale" not in parameters(request(true_cfg_scale=1, guidance=None, name="flux-schnell"))
+
+
 def test_every_field_comes_back(tmp_path):
     made = request(
         width=200, height=130, num_steps=3, guidance=0.25, seed=2**32 - 1, dtype="bf16", weights={"a": "0f"},
-        init_image=InitImage(file="cat.png", sha256="ab" * 32), strength=0.5,
+        init_image=InitImage(file="cat.png", sha256="ab" * 32), strength=0.5, negative_prompt="a\nb: c",
+        true_cfg_scale=2.5, cfg_zero=0, mimic_scale=1.5, threshold_percentile=99.5, cfg_schedule="cosine",
     )  # fmt: skip
     read = read_request(save_picture(picture(made), tmp_path, "p"))
     assert read.model_dump() == made.model_dump()
@@ -90,8 +99,9 @@ def test_a_megabyte_of_prompt_is_cut_to_whole_characters(tmp_path):
     made = request(prompt="é" * 500_000)
     read = read_request(save_picture(picture(made), tmp_path, "p"))
     assert read.prompt == "é" * (MAX_PROMPT // 2)
-    worst = request(prompt="\x01" * 100_000 + "x")
-    assert read_request(save_picture(picture(worst), tmp_path, "p")).prompt == "\x01" * MAX_PROMPT
+    worst = request(prompt="\x01" * 100_000 + "x", negative_prompt="\x02" * 100_000, true_cfg_scale=2)
+    read = read_request(save_picture(picture(worst), tmp_path, "p"))
+    assert (read.prompt, read.negative_prompt) == ("\x01" * MAX_PROMPT, "\x02" * MAX_PROMPT)
 
 
 def foreign(path, **texts) -> str:

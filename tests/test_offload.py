@@ -92,8 +92,10 @@ def test_an_init_image_and_pictures_of_steps_are_turns_too(stage):
 
 def test_prompts_are_encoded_in_one_turn(stage, monkeypatch, tmp_path):
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", lambda *_: stage.pipeline)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red apple\na blue car\na green pig\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '"a red apple"\n{"prompt": "a car", "negative-prompt": "a pig", "cfg-scale": 2}\n"a green pig"\n'
+    )
     size = {key: str(value) for key, value in FAST.items()} | {"force": True}
     generate(prompt_file=str(prompts), offload=True, seed=["1"], output_dir=str(tmp_path), **size)
     assert list(stage.turns()) == [*TEXT, *([*MODEL, *AE] * 3)]

@@ -121,3 +121,10 @@ def test_grid_is_as_square_as_it_gets():
     sheet = grid(tiles)
     assert sheet.size == (12, 4) and sheet.info["xmp"] == b"mark"
     assert [sheet.getpixel((x, y))[0] for y in (0, 2) for x in (0, 4, 8)] == [1, 2, 3, 4, 5, 0]
+
+
+def test_a_grid_has_room_for_the_largest():
+    tiles = [Image.new("RGB", size, colour) for size, colour in (((4, 2), "red"), ((2, 6), "blue"))]
+    tiles[0].info["xmp"] = b"mark"
+    sheet = grid(tiles)
+    assert sheet.size == (8, 6) and sheet.getpixel((5, 5)) == (0, 0, 255) and sheet.getpixel((7, 5)) == (0, 0, 0)

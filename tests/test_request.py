@@ -28,7 +28,7 @@ def test_none_is_the_same_as_left_out():
 
 
 def test_the_table_and_the_request_have_the_same_fields():
-    computed = {"version", "weights", "functions"}
+    computed = {"version", "weights", "compiled", "functions"}
     by_its_own_flags = {"plan"}
     assert {field.name for field in REQUEST} == set(GenerationRequest.model_fields) - computed - by_its_own_flags
 
@@ -38,6 +38,12 @@ WRONG = [
     ("height", [0, -16, 10**9, 1024.5, float("nan"), float("inf"), [256], {}]),
     ("num_steps", ["0", "-1", "10001", "4.5", "many"]),
     ("guidance", ["nan", "inf", "-inf", "-1", "1e9", "high"]),
+    ("true_cfg_scale", ["nan", "inf", "0.5", "0", "-1", "101", "high"]),
+    ("cfg_zero", ["-1", "1.5", "yes"]),
+    ("mimic_scale", ["0", "nan", "101"]),
+    ("threshold_percentile", ["0.99", "101", "nan"]),
+    ("cfg_schedule", ["cosinus", "", 7]),
+    ("negative_prompt", ["a\udc80b", 7, ["a"]]),
     ("seed", ["-2", 2**32, 2**64, "9" * 5000, "abc", "1e3", "1.5"]),
     ("num_images", ["0", "-1", "1001", "two"]),
     ("strength", ["-0.1", "1.1", "nan"]),
@@ -55,6 +61,31 @@ def test_wrong_values_are_refused_in_one_short_line(name, value):
     text.encode()  # also a prompt of half characters can be told of on any terminal
     assert "\n" not in text and len(text) < 250
     assert FIELDS[name].flag in text or "unknown model name" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "finding"),
+    [
+        ({"negative_prompt": "x"}, "--negative-prompt does nothing without --true-cfg-scale.*as in --true-cfg-scale 2"),
+        ({"negative_prompt": "x", "true_cfg_scale": "1"}, "--negative-prompt does nothing at --true-cfg-scale 1"),
+        ({"negative_prompt": "x", "true_cfg_scale": "0.5"}, "--true-cfg-scale must be a number from 1 to 100"),
+        ({"cfg_zero": 1}, "--cfg-zero does nothing without --true-cfg-scale"),
+        ({"mimic_scale": 2}, "--mimic-scale does nothing without --true-cfg-scale"),
+        ({"threshold_percentile": 99}, "--threshold-percentile does nothing without --true-cfg-scale"),
+        ({"cfg_schedule": "linear", "true_cfg_scale": 1}, "--cfg-schedule does nothing at --true-cfg-scale 1"),
+        ({"threshold_percentile": 99, "true_cfg_scale": 2}, "does nothing without --mimic-scale.*add --mimic-scale"),
+        ({"cfg_zero": 4, "num_steps": 4, "true_cfg_scale": 2}, "--cfg-zero 4 leaves none of 4"),
+    ],
+)
+def test_steering_that_would_do_nothing_says_what_to_add(fields, finding):
+    with pytest.raises(UsageError, match=finding):
+        request(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"negative_prompt": ""}, {"negative_prompt": " "}, {"true_cfg_scale": 1}])
+def test_no_words_and_scale_1_are_no_steering(fields):
+    made = request(**fields)
+    assert not made.is_steered and made.negative_prompt is None and made.texts == ("a red apple",)
 
 
 def test_unknown_field_names_the_nearest():
@@ -110,6 +141,7 @@ def test_images_have_consecutive_seeds():
         ({"name": "flux-schnell", "guidance": 3.5}, "takes no guidance"),
         ({"strength": 0.5}, "without --init-image"),
         ({"prompt": "é" * 40_000}, "64 KB"),
+        ({"negative_prompt": "x", "true_cfg_scale": 2}, "two forwards a step, about twice the time"),
     ],
 )
 def test_what_may_surprise_is_noted_once(fields, note):
@@ -119,6 +151,11 @@ def test_what_may_surprise_is_noted_once(fields, note):
 
 def test_a_plain_request_has_no_notes():
     assert request().notes() == [] and request(name="flux-schnell").notes() == []
+
+
+def test_away_from_nothing_and_a_bound_above_the_scale_are_noted():
+    notes = request(true_cfg_scale=2, mimic_scale=3).notes()
+    assert any("empty prompt" in note for note in notes) and any("next to nothing" in note for note in notes)
 
 
 def test_requests_do_not_change():

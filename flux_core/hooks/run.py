@@ -66,7 +66,8 @@ class HookRun:
     """A plan at work on one model, from the first step to the last. `finish` ends it.
 
     sigmas: the schedule, from which a forward's step is known; without it every forward is step 0. branches: names of
-    the batch's rows, row = image * len(branches) + branch.
+    the batch's rows, row = image * len(branches) + branch. passes: each branch has a forward of its own instead, in
+    that order; nothing can then be shared between them.
     """
 
     def __init__(
@@ -75,15 +76,17 @@ class HookRun:
         params: FluxParams,
         sigmas: Sequence[float] = (1.0, 0.0),
         branches: tuple[str, ...] = ("image",),
+        passes: bool = False,
     ) -> None:
         self.plan, self.params, self.sigmas, self.branches = tuple(plan), params, sigmas, branches
+        self.passes = passes and len(branches) > 1
         self.step, self.sigma, self.call = 0, sigmas[0], -1
         self._txt_len, self._device = 0, torch.device("cpu")
         self._at_block: dict[str, list[tuple[Intervention, Any]]] = defaultdict(list)
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._told: set[str] = set()
         self._ends: list[Callable[[], None]] = []
-        for one, thing in place_all(self.plan, params, branches):
+        for one, thing in place_all(self.plan, params, branches[:1] if passes else branches):
             if isinstance(thing, End):
                 self._ends.append(thing.fn)
             else:
@@ -92,7 +95,7 @@ class HookRun:
     def again(self, *others: Intervention) -> "HookRun":
         """A run of the same plan with fresh state and these behind it. What only reads has read, and is left out."""
         plan = [one for one in self.plan if one.changes_pixels]
-        return HookRun([*plan, *others], self.params, self.sigmas, self.branches)
+        return HookRun([*plan, *others], self.params, self.sigmas, self.branches, self.passes)
 
     @property
     def needs_vec(self) -> bool:
@@ -241,7 +244,9 @@ class HookRun:
         return [thing for one, thing in self._at_block.get(block, ()) if one.at_step(self.step)]
 
     def _at(self, name: str) -> At:
-        return At(name, self.step, self.sigma, max(self.call, 0), self._txt_len, self.branches)
+        call = max(self.call, 0)
+        rows = (self.branches[call % len(self.branches)],) if self.passes else self.branches
+        return At(name, self.step, self.sigma, call, self._txt_len, rows)
 
 
 def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ failure costs is never more than one picture.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ..checkpoint import check_files, with_files
 from ..errors import MemoryShortage, UsageError
 from ..fields import FILES, RUN, THREADS, take
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
-from ..lines import obey, prompts_of, typed_lines
+from ..lines import Line, obey, read_lines, typed_lines
 from ..metadata import differences, read_request
 from ..output import prepare_folder, save_picture
 from ..pictures import grid, open_source
@@ -57,7 +58,7 @@ def generate(
     UsageError for what cannot be asked, DiskError for a folder that cannot be written, FileError for an init
     image that cannot be read.
     """
-    prompts = _prompts(prompt_file, fields, loop)
+    lines = _lines(prompt_file, fields, loop)
     source, origin = open_source(init_image)
     old = read_request(from_image) if from_image else None
     if old is not None:
@@ -67,7 +68,7 @@ def generate(
     fields["init_image"] = origin
     variant = with_files(fields.get("name"), **take(fields, FILES))
     fields["name"] = variant.name
-    asked = ask(seed, fields, prompts)
+    asked = ask(seed, fields, lines)
     number = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
@@ -83,15 +84,15 @@ def generate(
     return paths + _draw_what_is_typed(draw, fields) if loop else paths
 
 
-def _prompts(file: str | None, fields: dict[str, Any], loop: bool) -> list[str] | None:
-    """The prompts of --prompt-file, if it is given."""
+def _lines(file: str | None, fields: dict[str, Any], loop: bool) -> list[Line] | None:
+    """The lines of --prompt-file, if it is given."""
     if file is None:
         return None
     if fields.get("prompt") is not None:
         raise UsageError("--prompt and --prompt-file both say what to draw: give one of them")
     if loop:
         raise UsageError("--prompt-file and --loop both say what comes next: give one of them")
-    return prompts_of(file)
+    return read_lines(file)
 
 
 def plan_of(file: str | None, skip: list[str] | None) -> Plan:
@@ -112,16 +113,24 @@ def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any
 
 
 def ask(
-    seeds: Sequence[str] | None, fields: dict[str, Any], prompts: Sequence[str] | None = None
+    seeds: Sequence[str] | None, fields: dict[str, Any], lines: Sequence[Line] | None = None
 ) -> list[GenerationRequest]:
-    """One request for each picture: `num_images` from every seed, for every prompt. The same twice is drawn once."""
-    each_prompt = [{}] if prompts is None else [{"prompt": prompt} for prompt in prompts]
+    """One request for each picture: `num_images` from every seed, for every line. The same twice is drawn once.
+
+    What a line says comes before `fields` and `seeds`. A UsageError names the line.
+    """
     each_seed = [{}] if seeds is None else [{"seed": seed} for seed in seeds]
-    given = [GenerationRequest(**{**fields, **prompt, **seed}) for prompt in each_prompt for seed in each_seed]
-    for line in dict.fromkeys(line for request in given for line in request.notes()):
-        note(line)
+    given = [GenerationRequest(**{**fields, **seed}) for seed in each_seed] if lines is None else []
+    for line in lines or ():
+        try:
+            chosen = [{}] if "seed" in line.fields else each_seed
+            given += [GenerationRequest(**{**fields, **seed, **line.fields}) for seed in chosen]
+        except UsageError as error:
+            raise UsageError(f"{line.where}: {error}") from None
+    for finding in dict.fromkeys(finding for request in given for finding in request.notes()):
+        note(finding)
     every = [one for request in given for one in request.images()]
-    unique = list({(one.prompt, one.seed): one for one in every}.values())
+    unique = list({one.model_dump_json(): one for one in every}.values())
     if len(unique) < len(every):
         note(f"{len(every) - len(unique)} repeated seed(s) are drawn once")
     return unique
@@ -163,12 +172,12 @@ def _draw_all(
     """Draw and save the pictures, and a grid of them if there are several. notes: what else is told before."""
     from ..pipeline import KNOWN_PROMPTS
 
-    first = requests[0]
+    first, ahead = requests[0], KNOWN_PROMPTS // 2  # a request has at most two texts
     _introduce(pipeline, requests, notes)
     paths, images = [], []
     for number, request in enumerate(requests):
-        if number % KNOWN_PROMPTS == 0:
-            pipeline.encode_ahead([one.prompt for one in requests[number : number + KNOWN_PROMPTS]])
+        if number % ahead == 0:
+            pipeline.encode_ahead([text for one in requests[number : number + ahead] for text in one.texts])
         images.append(_draw(pipeline, request, source, steps_folder))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
@@ -183,8 +192,12 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
     seeds, prompts = (list(dict.fromkeys(getattr(one, name) for one in requests)) for name in ("seed", "prompt"))
     shown = ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
     several = f", {len(prompts)} prompts" if len(prompts) > 1 else ""
-    tell(f"{request.settings()}{several}, seed {shown}, {request.dtype} on {pipeline.device}")
-    dropped = [line for prompt in prompts for line in pipeline.text_notes(prompt)]
+    others = len({one.settings() for one in requests}) - 1
+    more = f" (and {others} other settings)" if others else ""
+    tell(f"{request.settings()}{more}{several}, seed {shown}, {request.dtype} on {pipeline.device}")
+    dropped = [
+        line for text in dict.fromkeys(chain(*(one.texts for one in requests))) for line in pipeline.text_notes(text)
+    ]
     for line in dict.fromkeys([*notes, *dropped]):
         note(line)
 

@@ -1,0 +1,203 @@
+"""What true guidance, CFG-Zero* and dynamic thresholding do on flux-mini; what a second prompt costs at full size.
+
+    python benchmarks/steering.py [--each 24] [--sheet steering.png]
+    python benchmarks/steering.py --gpu-timing [--compile] [--size 512 1024] [--tiny]
+
+Two tasks for each of a dozen things, each drawn plainly and then by every variant from the same seed, at 128x128:
+
+away      "a fish", against "a blue fish", where the plain picture is blue by the measure below. `done`: no longer
+towards   "a red fish" against "a fish", at guidance 1, so that true guidance alone guides. `done`: it is red
+done      the share of pictures, with Wilson's 95 % interval. A picture's colour is that of the recipe's palette
+          nearest to the mean of its object (what differs from the ground); where there is none, nothing is done
+likeness  mean cosine of dinov2-mini's features, which look past paint, to those of the plain picture
+clipped   percent of the objects' values that lie at 0 or 255
+
+With --gpu-timing: milliseconds of one steered velocity of FLUX.1-dev with random weights in bf16, by two rows of one
+batch and by two passes, which take turns (`timing.py`); `ratio` is to two passes, peaks in GiB. Lines of JSON.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import quality as q  # puts the repository and the recipe on the path
+import torch
+from editing import as_tensor, share_of
+from palette import COLOURS
+from parity_diffusers import in_dtype_of, random_flux, random_inputs
+from PIL import Image
+from random_parts import tiny_variant
+from timing import ratio, turns
+from torch import Tensor
+from tqdm import tqdm
+from words import with_article
+
+from flux_core import load_pipeline
+from flux_core.guidance import one_batch, steered, two_passes
+from flux_core.kernels import install
+from flux_core.pictures import grid
+from flux_core.places import SCORER
+from flux_core.sampling import flow_velocity, get_schedule
+from flux_core.scoring import load_scorer
+from flux_core.variants import VARIANTS
+
+THINGS = (
+    "fish", "heart", "star", "car", "balloon", "bird", "key", "guitar", "cactus", "rocket", "mushroom", "butterfly",
+)  # fmt: skip
+PAINTS = range(8)
+"""numbers of the palette's chromatic colours"""
+VARIANTS_DRAWN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale 2": {"true_cfg_scale": 2.0},
+    "scale 4": {"true_cfg_scale": 4.0},
+    "4, CFG-Zero*": {"true_cfg_scale": 4.0, "cfg_zero": 1},
+    "4, CFG-Zero* without zero-init": {"true_cfg_scale": 4.0, "cfg_zero": 0},
+    "8": {"true_cfg_scale": 8.0},
+    "8, thresholded as at 2": {"true_cfg_scale": 8.0, "mimic_scale": 2.0},
+    "8, the same at 95 %": {"true_cfg_scale": 8.0, "mimic_scale": 2.0, "threshold_percentile": 95.0},
+    "8, falling (cosine)": {"true_cfg_scale": 8.0, "cfg_schedule": "cosine"},
+}
+
+
+def colour_of(rgb: Tensor) -> int:
+    """The palette's number nearest to what a picture [3, H, W] shows; -1 if it shows nothing."""
+    mask = q.object_mask(rgb, q.ground_of(rgb))
+    mean, palette = rgb[:, mask].mean(1), torch.tensor([one.rgb for one in COLOURS])
+    return int((palette - mean).norm(dim=1).argmin()) if mask.any() else -1
+
+
+class Task:
+    """A dozen things drawn by every variant; `pictures[variant]` in one order."""
+
+    def __init__(self, pipeline: Any, towards: bool, each: int, steps: int) -> None:
+        self.pipeline, self.towards = pipeline, towards
+        self.shared = {"num_steps": steps, "width": 128, "height": 128, "guidance": 1.0 if towards else 3.5}
+        self.pictures: dict[str, list[Image.Image]] = {name: [] for name in VARIANTS_DRAWN}
+        self.colours: list[int] = []
+        for seed in tqdm(range(each), "towards" if towards else "away"):
+            self._draw(THINGS[seed % len(THINGS)], seed)
+
+    def _draw(self, thing: str, seed: int) -> None:
+        plain = with_article(thing, thing)
+        if self.towards:
+            colour = PAINTS[5 * seed % len(PAINTS)]
+            prompt, negative = named(colour, thing), plain
+        else:
+            prompt = plain
+            colour = colour_of(as_tensor(self.pipeline.generate(prompt, seed, **self.shared)[0]))
+            negative = named(colour, thing)
+        self.colours.append(colour)
+        for name, steering in VARIANTS_DRAWN.items():
+            given = {"negative_prompt": negative, **steering} if steering else {}
+            self.pictures[name] += self.pipeline.generate(prompt, seed, **self.shared, **given)
+
+    def figures(self, name: str, scorer: Any) -> dict[str, Any]:
+        pictures, plain = self.pictures[name], self.pictures["plain"]
+        found = [colour_of(as_tensor(one)) for one in pictures]
+        done = [(one == wanted) == self.towards and one >= 0 for one, wanted in zip(found, self.colours, strict=True)]
+        share, low, high = share_of(done)
+        likeness = (scorer.features(pictures) * scorer.features(plain)).sum(1)
+        return {
+            "done": round(share, 3),
+            "interval": [round(low, 3), round(high, 3)],
+            "likeness": round(likeness.mean().item(), 3),
+            "clipped": round(100 * statistics.mean(map(clipped, pictures)), 1),
+        }
+
+
+def named(colour: int, thing: str) -> str:
+    name = COLOURS[colour].names[0]
+    return with_article(f"{name} {thing}", name)
+
+
+def clipped(image: Image.Image) -> float:
+    rgb = as_tensor(image)
+    x = rgb[:, q.object_mask(rgb, q.ground_of(rgb))]
+    return ((x == 0) | (x == 1)).float().mean().item() if x.numel() else 1.0
+
+
+def draw_and_measure(each: int, steps: int, sheet: Path | None) -> None:
+    pipeline = load_pipeline("flux-mini")
+    scorer = load_scorer(SCORER, pipeline.device)
+    for towards in (False, True):
+        task = Task(pipeline, towards, each, steps)
+        for name in VARIANTS_DRAWN:
+            about = {"benchmark": "steering", "task": "towards" if towards else "away", "n": each, "steps": steps}
+            print(json.dumps({**about, "variant": name, **task.figures(name, scorer)}), flush=True)
+        if sheet:
+            rows = [one for group in zip(*task.pictures.values(), strict=True) for one in group]
+            grid(rows, len(VARIANTS_DRAWN)).save(sheet.with_stem(f"{sheet.stem}_{about['task']}"))
+
+
+def time_at_full_size(sizes: Sequence[int], device: str, compiling: bool, rounds: int, tiny: bool) -> None:
+    variant = tiny_variant(VARIANTS["flux-dev"]) if tiny else VARIANTS["flux-dev"]
+    model = random_flux(variant.params, device)
+    install(model, device)
+    if compiling:
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.compile(fullgraph=True)
+    for size in sizes:
+        inputs = in_dtype_of(model, random_inputs(variant.params, size // 16, variant.max_text, device))
+        rest = {"img_ids": inputs["img_ids"], "txt_ids": inputs["txt_ids"]}
+        texts = [{"txt": inputs["txt"], "vec": inputs["y"]}, {"txt": -inputs["txt"], "vec": -inputs["y"]}]
+        positive, negative = (flow_velocity(model, **rest, **text, guidance=3.5) for text in texts)
+        both = {key: torch.cat([rest[key]] * 2) for key in rest}
+        both |= {key: torch.cat([text[key] for text in texts]) for key in texts[0]}
+        pairs = {
+            "one batch": one_batch(flow_velocity(model, **both, guidance=3.5)),
+            "two passes": two_passes(positive, negative),
+        }
+        sigmas = get_schedule(28, inputs["img"].shape[1])
+        calls = {name: partial(steered(pair, sigmas, 3.0), inputs["img"], sigmas[3]) for name, pair in pairs.items()}
+        calls |= {"thresholded": partial(steered(pairs["two passes"], sigmas, 3.0, 1, 2.0), inputs["img"], sigmas[3])}
+        peaks = {name: peak_of(call, device) for name, call in calls.items()}
+        times = turns(calls, rounds, 0.05 if tiny else 1.0, device)
+        about = {"benchmark": "steering", "name": variant.name, "size": size, "compiled": compiling, "device": device}
+        for name, found in times.items():
+            figures = {"ms": statistics.median(found), "ratio": ratio(times, name, "two passes")}
+            rounded = {key: round(x, 4) for key, x in figures.items()}
+            print(json.dumps({**about, "what": name, **rounded, "peak_gib": peaks[name]}), flush=True)
+
+
+def peak_of(call: Any, device: str) -> float | None:
+    """GiB that tensors take at most during a call; None where torch does not count them."""
+    gc.collect()
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=24, help="pictures of each task and variant")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--sheet", type=Path, help="where to write all pictures, a row for each prompt")
+    parser.add_argument("--gpu-timing", action="store_true", help="one batch against two passes, at full size")
+    parser.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="with --gpu-timing: sides in pixels")
+    parser.add_argument("--compile", action="store_true", help="with --gpu-timing: compiled blocks")
+    parser.add_argument("--rounds", type=int, default=5, help="with --gpu-timing: turns of a second that count")
+    parser.add_argument("--tiny", action="store_true", help="with --gpu-timing: a few blocks of 64 features, 64x64")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", "true CFG")
+    if args.gpu_timing:
+        sizes = [64] if args.tiny else args.size
+        return time_at_full_size(sizes, args.device, args.compile, args.rounds, args.tiny)
+    return draw_and_measure(args.each, args.steps, args.sheet)
+
+
+if __name__ == "__main__":
+    main()
