@@ -249,8 +249,10 @@ def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scale
 
 
 def bare(linear: nn.Module, *inputs: Tensor) -> bool:
-    """Whether a Linear is its weights and nothing else: no other class, no hook, no gradient wanted."""
-    if type(linear) is not nn.Linear or linear.bias is None or wants_grad(*inputs, linear.weight, linear.bias):
+    """Whether a Linear is its weights and nothing else: no other class (of the weight, too), no hook, no gradient."""
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+        return False
+    if wants_grad(*inputs, linear.weight, linear.bias):
         return False
     return torch.compiler.is_compiling() or not (linear._forward_hooks or linear._forward_pre_hooks)
 
