@@ -20,7 +20,7 @@ from .checkpoint import check_files, load_autoencoder, load_flux, weights_hashes
 from .device import compile_errors, dtype_name, give_memory_back, memory_errors, pick_device, pick_dtype, wants_fp8
 from .errors import UsageError
 from .hooks import Custom, HookRun, Intervention
-from .kernels import install
+from .kernels import install, install_decode
 from .linears.fp8 import is_quantized
 from .metadata import describe
 from .model import MODULATION, AutoEncoder, Flux
@@ -300,4 +300,5 @@ def load_pipeline(
     t5, clip = load_text_encoders(variant, home, kind)
     model, ae = load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind)
     install(model, place)
+    install_decode(ae, place)
     return Pipeline(variant, model, ae, t5, clip, place, kind, weights_hashes(variant), offload, compile)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from flux_core import memory
 from flux_core.memory import BF16, FP32, fit, shares
 from flux_core.model import AutoEncoder, Flux
-from flux_core.model import autoencoder as autoencoder_module
+from flux_core.model import ae_ops as ae_ops_module
 from flux_core.model import ops as ops_module
 from flux_core.sampling import image_ids
 from flux_core.studies import doctor
@@ -66,7 +66,7 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize(("width", "height"), [(DEV.width, DEV.height), (1024, 1024)])
 def test_what_is_alive_at_work(monkeypatch, width, height):
-    for module in (ops_module, autoencoder_module):  # a kernel that keeps no table of all pairs, as on CUDA and the CPU
+    for module in (ops_module, ae_ops_module):  # a kernel that keeps no table of all pairs, as on CUDA and the CPU
         monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
     tokens = width * height // 256
     with torch.no_grad(), torch.device("meta"):
