@@ -33,7 +33,7 @@ from .errors import UsageError
 from .fields import PERCENTILE
 from .guidance import one_batch, steered, two_passes
 from .hooks import Custom, HookRun, Intervention
-from .kernels import install
+from .kernels import install, install_decode
 from .ladder import CPU, Ladder
 from .linears.fp8 import is_quantized
 from .metadata import describe
@@ -374,5 +374,6 @@ def load_pipeline(
 
     model, ae, t5, clip = ladder.attempt(f"loading {variant.name}", load, "offload")
     install(model, place)
+    install_decode(ae, place)
     hashes = weights_hashes(variant)
     return Pipeline(variant, model, ae, t5, clip, place, kind, hashes, ladder.offload, vae_tiling, compile)

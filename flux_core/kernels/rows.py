@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from ..linears.fp8 import E4M3, LARGEST, Rows
-from .fused import dense_rows, normed
+from .fused import dense_rows, normed, operator
 
 WARPS = 8
 WIDE = 8192
@@ -60,7 +60,7 @@ def quantize_kernel(x, codes, scales, x_batch, x_row, K: tl.constexpr, BLOCK: tl
     tl.store(scales + at, scale)
 
 
-@triton_op("flux_core::quantize_rows", mutates_args=())
+@operator("quantize_rows")
 def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
     (B, L, K), x = x.shape, dense_rows(x)
     rows = empty_rows(x, K)
@@ -72,7 +72,7 @@ def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize(x: Tensor) -> Rows:
     """`linears.fp8.quantize_rows` of tokens [B, L, K], to the bit."""
-    return Rows(*torch.ops.flux_core.quantize_rows(x))
+    return Rows(*quantize_op(x))
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def modulate_rows_kernel(
     tl.store(scales + at, found)
 
 
-@triton_op("flux_core::modulate_rows", mutates_args=())
+@operator("modulate_rows")
 def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     B, L, D = x.shape
     x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
@@ -104,7 +104,7 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
     """`ops.modulate`, quantized. x: [B, L, D]; shift, scale: [B, 1, D]."""
-    return Rows(*torch.ops.flux_core.modulate_rows(x, shift, scale))
+    return Rows(*modulate_op(x, shift, scale))
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def join_gelu_rows_kernel(
     tl.store(scales + at, scale)
 
 
-@triton_op("flux_core::join_gelu_rows", mutates_args=())
+@operator("join_gelu_rows")
 def join_gelu_op(attn: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Quantized [attn | gelu(hidden)]; attn may have no features."""
     D, M = attn.shape[2], hidden.shape[2]
@@ -154,9 +154,9 @@ def mlp(layers: nn.Sequential, x: Tensor | Rows) -> Tensor:
     """`ops.mlp` of two Fp8Linears."""
     first, _, last = layers
     hidden = first(x)
-    return last(Rows(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden)))
+    return last(Rows(*join_gelu_op(hidden[..., :0], hidden)))
 
 
 def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor) -> Tensor:
     """`ops.linear2` of an Fp8Linear."""
-    return linear(Rows(*torch.ops.flux_core.join_gelu_rows(attn, hidden)))
+    return linear(Rows(*join_gelu_op(attn, hidden)))

@@ -3,16 +3,18 @@
 The architecture is that of latent diffusion (arXiv 2112.10752); names and order follow the official safetensors (244
 tensors). A latent is normalized as `scale_factor * (mean - shift_factor)`. `encode` returns the mean, as the official
 code does since 2025; `sample_z=True` draws from the Gaussian around it, as the code did before.
+
+What blocks do around their convolutions is in `ae_ops.py`: functions that a device may have faster ones for.
 """
 
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..params import AutoEncoderParams
+from .ae_ops import PLAIN, AeOps
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -28,14 +30,14 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.ops: AeOps = PLAIN
         self.norm = norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (rearrange(conv(h), "B C H W -> B 1 (H W) C").contiguous() for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "B 1 (H W) C -> B C H W", H=x.shape[2]))
+        h = self.ops.norm(self.norm, x)
+        h = self.ops.attend(self.q(h), self.k(h), self.v(h))
+        return self.ops.conv_add(self.proj_out, h, x)
 
 
 class ResnetBlock(nn.Module):
@@ -43,6 +45,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.ops: AeOps = PLAIN
         self.norm1 = norm(in_channels)
         self.conv1 = conv3(in_channels, out_channels)
         self.norm2 = norm(out_channels)
@@ -50,9 +53,9 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        h = self.ops.norm_silu(self.norm1, x)
+        h = self.ops.conv_norm_silu(self.conv1, self.norm2, h)
+        return self.ops.conv_add(self.conv2, h, x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -71,10 +74,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.ops: AeOps = PLAIN
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.ops.upsample_conv(self.conv, x)
 
 
 class Level(nn.Module):
@@ -112,6 +116,7 @@ class Encoder(nn.Module):
 
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()
+        self.ops: AeOps = PLAIN
         widths = [params.ch * m for m in params.ch_mult]
         self.conv_in = conv3(params.in_channels, params.ch)
         self.down = nn.ModuleList()
@@ -128,7 +133,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.ops.norm_silu(self.norm_out, self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -136,6 +141,7 @@ class Decoder(nn.Module):
 
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()
+        self.ops: AeOps = PLAIN
         widths = [params.ch * m for m in params.ch_mult]
         self.conv_in = conv3(params.z_channels, widths[-1])
         self.mid = Middle(widths[-1])
@@ -152,7 +158,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.ops.norm_silu(self.norm_out, h))
 
 
 class AutoEncoder(nn.Module):
