@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linears.fp8 import Fp8Linear, Rows
 from ..model import AutoEncoder, Flux, ae_ops
@@ -87,10 +87,9 @@ def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
 
 def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
     """These functions into every part of an autoencoder, and its weights with channels side by side."""
-    part: Any  # torch's stubs know no `memory_format`, and take every attribute for a Tensor or Module
+    part: Any = ae  # torch's stubs know no `memory_format`, and take every attribute for a Tensor or Module
+    part.to(memory_format=torch.channels_last)
     for part in ae.modules():
-        if isinstance(part, nn.Conv2d):
-            part.to(memory_format=torch.channels_last)
         if hasattr(part, "ops"):
             part.ops = ops
 
