@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linears.fp8 import Fp8Linear, Rows
 from ..model import AutoEncoder, Flux, ae_ops
@@ -87,9 +87,8 @@ def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
 
 def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
     """These functions into every part of an autoencoder, and its weights with channels side by side."""
+    ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in ae.modules():
-        if isinstance(part, nn.Conv2d):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if hasattr(part, "ops"):
             part.ops = ops  # type: ignore[assignment]
 

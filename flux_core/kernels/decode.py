@@ -251,16 +251,17 @@ def quarters(weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def weave_kernel(x, bias, out, N, H, W, C: tl.constexpr, PIXELS: tl.constexpr):
-    """x: [B, H + 1, W + 1, 2, 2, C] in memory -> [B, 2H, 2W, C]. N: pixels of all."""
+def weave_kernel(x, bias, out, H, W, C: tl.constexpr, PIXELS: tl.constexpr):
+    """x: [B, H + 1, W + 1, 2, 2, C] in memory -> [B, 2H, 2W, C]; a program has some pixels of one row."""
+    row, batch = tl.program_id(0).to(tl.int64) % (2 * H), tl.program_id(0).to(tl.int64) // (2 * H)
+    column = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.arange(0, C)
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    inside = (pixel < N)[:, None]
-    column, row, batch = pixel % (2 * W), pixel // (2 * W) % (2 * H), pixel // (4 * H * W)
+    inside = (column < 2 * W)[:, None]
     place = (batch * (H + 1) + (row + 1) // 2) * (W + 1) + (column + 1) // 2
     source = (place * 4 + row % 2 * 2 + column % 2)[:, None] * C + channel[None, :]
     y = tl.load(x + source, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + channel).to(tl.float32)[None, :]
-    tl.store(out + pixel[:, None] * C + channel[None, :], y.to(out.dtype.element_ty), mask=inside)
+    target = (tl.program_id(0).to(tl.int64) * 2 * W + column)[:, None] * C + channel[None, :]
+    tl.store(out + target, y.to(out.dtype.element_ty), mask=inside)
 
 
 @operator("weave")
@@ -268,8 +269,8 @@ def weave_op(x: Tensor, bias: Tensor) -> Tensor:
     """[B, 4 * C, H + 1, W + 1], parities outermost -> [B, C, 2H, 2W], with the bias."""
     B, C, H, W = x.shape[0], x.shape[1] // 4, x.shape[2] - 1, x.shape[3] - 1
     out, PIXELS = empty_dense(x, (B, C, 2 * H, 2 * W)), pixels_of(C)
-    wrap_triton(weave_kernel)[(triton.cdiv(4 * B * H * W, PIXELS),)](
-        dense(x), bias, out, 4 * B * H * W, H, W, C=C, PIXELS=PIXELS, num_warps=WARPS
+    wrap_triton(weave_kernel)[(2 * B * H, triton.cdiv(2 * W, PIXELS))](
+        dense(x), bias, out, H, W, C=C, PIXELS=PIXELS, num_warps=WARPS
     )
     return out
 

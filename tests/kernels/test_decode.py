@@ -6,6 +6,7 @@
 """
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ from flux_core.kernels import decode  # noqa: E402  it needs Triton
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SIZES = pytest.mark.parametrize(
-    ("batch", "side", "channels"), [(1, (8, 8), 64), (2, (5, 7), 32), (1, (1, 1), 128), (2, (37, 19), 64)], ids=str
+    ("batch", "side", "channels"), [(1, (8, 8), 64), (2, (5, 7), 32), (1, (1, 1), 128), (2, (17, 9), 64)], ids=str
 )
 
 
@@ -38,6 +39,8 @@ SIZES = pytest.mark.parametrize(
 def the_same_numbers(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if not CUDA:
+        monkeypatch.setattr(decode, "CHUNKS", 16)  # the interpreter takes its time over empty ones, too
 
 
 def draw(batch, channels, side, dtype=torch.float32):
@@ -69,8 +72,6 @@ def held(name, *args):
 
 
 def as_fp32(made):
-    from copy import deepcopy
-
     return deepcopy(made).float()
 
 
@@ -118,12 +119,12 @@ def test_the_norm_keeps_its_precision_far_from_zero():
     exact = as_fp32(norm).double()(x.double())
     assert distance(decode.norm(norm, x), exact) < 1e-3
     x = torch.where(torch.arange(64, device=DEVICE).reshape(1, -1, 1, 1) % 2 == 0, x, x - 2000)  # within a group
-    assert distance(decode.norm(norm, x), norm.double()(x.double())) < 1e-3 * 1000
+    assert distance(decode.norm(norm, x), norm.double()(x.double())) < 1e-6
 
 
 def test_many_chunks_of_odd_length(monkeypatch):
     monkeypatch.setattr(decode, "CHUNKS", 8)
-    x = draw(2, 32, (31, 29)) * torch.linspace(0, 9, 31, device=DEVICE).reshape(-1, 1)
+    x = draw(2, 32, (23, 17)) * torch.linspace(0, 9, 23, device=DEVICE).reshape(-1, 1)
     held("norm_silu", group_norm(32), x)
 
 
@@ -152,16 +153,16 @@ def test_where_a_gradient_is_wanted_the_plain_functions_compute():
 
 
 def test_the_same_bits_every_time():
-    norm, x = group_norm(64), draw(1, 64, (33, 65))
+    norm, x = group_norm(64), draw(1, 64, (9, 65))
     assert torch.equal(decode.norm_silu(norm, x), decode.norm_silu(norm, x))
 
 
 @DTYPES
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2] if CUDA else [1])
 def test_a_whole_autoencoder(dtype, batch):
     params = replace(VARIANTS["flux-dev"].ae_params, ch=32, ch_mult=(1, 2, 1, 1), num_res_blocks=1)
     ae = random_weights(AutoEncoder(params), std=0.05).requires_grad_(False)
-    z, pixels = torch.randn(batch, 16, 3, 5).to(DEVICE), draw(batch, 3, (24, 40))
+    z, pixels = torch.randn(batch, 16, 2, 3).to(DEVICE), draw(batch, 3, (16, 24))
     ae = ae.to(DEVICE)
     exact = ae.decode(z), ae.encode(pixels)
     ae.to(dtype)
@@ -173,3 +174,13 @@ def test_a_whole_autoencoder(dtype, batch):
             assert distance(ours, theirs) < 1e-5
         else:
             assert distance(ours, truth) < (1.1 if CUDA else 3) * distance(theirs, truth)
+
+
+@pytest.mark.gpu
+def test_compiled_the_kernels_are_taken_whole():
+    params = replace(VARIANTS["flux-dev"].ae_params, ch=32, ch_mult=(1, 2, 1, 1), num_res_blocks=1)
+    ae = random_weights(AutoEncoder(params), std=0.05).requires_grad_(False).to(DEVICE, torch.bfloat16)
+    z = draw(1, 16, (4, 6), torch.bfloat16)
+    put_decode(ae, decode.OPS)
+    torch._dynamo.reset()
+    assert distance(torch.compile(ae.decode, fullgraph=True)(z), ae.decode(z)) < 2e-2

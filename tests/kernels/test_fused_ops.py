@@ -3,17 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from golden_files import flux_of, read
+from golden_files import distance, flux_of, read
 from torch._dynamo.testing import CompileCounter
 
 from flux_core import kernels
-from flux_core.kernels import can_fuse, fused_ops, install, put
-from flux_core.model import ops
+from flux_core.kernels import can_fuse, fused_ops, install, install_decode, put, put_decode
+from flux_core.model import AutoEncoder, ae_ops, ops
+from flux_core.variants import VARIANTS
 
 GOLDEN = read("transformer_dev")
 
@@ -80,11 +82,37 @@ def test_every_block_and_the_last_layer_hold_them():
     assert flux_of(GOLDEN).final_layer.ops is ops.PLAIN
 
 
+def test_the_autoencoder_keeps_the_plain_functions_and_its_layout_where_nothing_is_faster():
+    ae = AutoEncoder(replace(VARIANTS["flux-dev"].ae_params, ch=32, ch_mult=(1, 1), num_res_blocks=1))
+    assert install_decode(ae, "cpu") is ae_ops.PLAIN
+    assert ae.decoder.ops is ae_ops.PLAIN and ae.decoder.conv_in.weight.is_contiguous()
+
+
+def other_conv_add(conv, x, residual):
+    return ae_ops.conv_add(conv, x, residual)
+
+
+def test_every_part_of_an_autoencoder_holds_them_and_its_weights_keep_their_layout_when_they_move():
+    ae = AutoEncoder(replace(VARIANTS["flux-dev"].ae_params, ch=32, ch_mult=(1, 1), num_res_blocks=1))
+    z = torch.randn(1, 16, 4, 6)
+    with torch.no_grad():
+        plainly = ae.decode(z)
+        other = ae_ops.PLAIN._replace(conv_add=other_conv_add)
+        put_decode(ae, other)
+        ae.to(torch.float64).to(torch.float32)
+        assert distance(ae.decode(z), plainly) < 1e-6
+    for part in ae.modules():
+        assert getattr(part, "ops", other) is other
+        if isinstance(part, torch.nn.Conv2d):
+            assert part.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: the CPU build of torch comes without it")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_fused.py runs on the card itself")
-def test_the_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).with_name("test_fused.py"))]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the card itself")
+@pytest.mark.parametrize("name", ["test_fused.py", "test_decode.py"])
+def test_the_kernels_in_the_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).with_name(name))]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
