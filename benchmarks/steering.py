@@ -1,14 +1,15 @@
 """What true guidance, CFG-Zero* and dynamic thresholding do on flux-mini; what a second prompt costs at full size.
 
-    python benchmarks/steering.py [--each 24] [--sheet steering.png]
+    python benchmarks/steering.py [--each 24] [--guidance 3.5] [--sheet steering.png]
     python benchmarks/steering.py --gpu-timing [--compile] [--size 512 1024] [--tiny]
 
-Two tasks for each of a dozen things, each drawn plainly and then by every variant from the same seed, at 128x128:
+A dozen things are drawn plainly, "a fish", and then by every variant from the same seed against the colour that they
+came out in, "a blue fish", at 128x128:
 
-away      "a fish", against "a blue fish", where the plain picture is blue by the measure below. `done`: no longer
-towards   "a red fish" against "a fish", at guidance 1, so that true guidance alone guides. `done`: it is red
-done      the share of pictures, with Wilson's 95 % interval. A picture's colour is that of the recipe's palette
-          nearest to the mean of its object (what differs from the ground); where there is none, nothing is done
+gone      share of pictures whose object is there and no longer has that colour, with Wilson's 95 % interval. An
+          object is what differs from the ground; its colour is of the eight chromatic ones of the recipe's palette the
+          one with the nearest hue, by the mean of its pixels weighted with their chroma
+turned    mean degrees between its hue and that colour's, less those of the plain picture
 likeness  mean cosine of dinov2-mini's features, which look past paint, to those of the plain picture
 clipped   percent of the objects' values that lie at 0 or 255
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import quality as q  # puts the repository and the recipe on the path
 import torch
+import torch.nn.functional as F
 from editing import as_tensor, share_of
 from palette import COLOURS
 from parity_diffusers import in_dtype_of, random_flux, random_inputs
@@ -39,7 +41,6 @@ from random_parts import tiny_variant
 from timing import ratio, turns
 from torch import Tensor
 from tqdm import tqdm
-from words import with_article
 
 from flux_core import load_pipeline
 from flux_core.guidance import one_batch, steered, two_passes
@@ -53,12 +54,12 @@ from flux_core.variants import VARIANTS
 THINGS = (
     "fish", "heart", "star", "car", "balloon", "bird", "key", "guitar", "cactus", "rocket", "mushroom", "butterfly",
 )  # fmt: skip
-PAINTS = range(8)
-"""numbers of the palette's chromatic colours"""
+PAINTS = COLOURS[:8]
+"""the chromatic ones"""
 VARIANTS_DRAWN: dict[str, dict[str, Any]] = {
     "plain": {},
-    "scale 2": {"true_cfg_scale": 2.0},
-    "scale 4": {"true_cfg_scale": 4.0},
+    "2": {"true_cfg_scale": 2.0},
+    "4": {"true_cfg_scale": 4.0},
     "4, CFG-Zero*": {"true_cfg_scale": 4.0, "cfg_zero": 1},
     "4, CFG-Zero* without zero-init": {"true_cfg_scale": 4.0, "cfg_zero": 0},
     "8": {"true_cfg_scale": 8.0},
@@ -68,74 +69,72 @@ VARIANTS_DRAWN: dict[str, dict[str, Any]] = {
 }
 
 
-def colour_of(rgb: Tensor) -> int:
-    """The palette's number nearest to what a picture [3, H, W] shows; -1 if it shows nothing."""
-    mask = q.object_mask(rgb, q.ground_of(rgb))
-    mean, palette = rgb[:, mask].mean(1), torch.tensor([one.rgb for one in COLOURS])
-    return int((palette - mean).norm(dim=1).argmin()) if mask.any() else -1
+def object_of(image: Image.Image) -> Tensor:
+    """The pixels [3, n] that differ from the ground."""
+    rgb = as_tensor(image)
+    return rgb[:, q.object_mask(rgb, q.ground_of(rgb))]
 
 
-class Task:
-    """A dozen things drawn by every variant; `pictures[variant]` in one order."""
+def angles(image: Image.Image) -> Tensor | None:
+    """Degrees between the hue of a picture's object and that of each paint; None where there is no object."""
+    pixels = object_of(image)
+    if not pixels.numel():
+        return None
+    chroma = pixels.amax(0) - pixels.amin(0)
+    mean = (pixels * chroma).sum(1) / chroma.sum().clamp_min(1e-6)
+    hue, paints = (x - x.mean(-1, keepdim=True) for x in (mean, torch.tensor([one.rgb for one in PAINTS])))
+    return torch.rad2deg(F.cosine_similarity(paints, hue[None]).clamp(-1, 1).acos())
 
-    def __init__(self, pipeline: Any, towards: bool, each: int, steps: int) -> None:
-        self.pipeline, self.towards = pipeline, towards
-        self.shared = {"num_steps": steps, "width": 128, "height": 128, "guidance": 1.0 if towards else 3.5}
-        self.pictures: dict[str, list[Image.Image]] = {name: [] for name in VARIANTS_DRAWN}
-        self.colours: list[int] = []
-        for seed in tqdm(range(each), "towards" if towards else "away"):
-            self._draw(THINGS[seed % len(THINGS)], seed)
 
-    def _draw(self, thing: str, seed: int) -> None:
-        plain = with_article(thing, thing)
-        if self.towards:
-            colour = PAINTS[5 * seed % len(PAINTS)]
-            prompt, negative = named(colour, thing), plain
-        else:
-            prompt = plain
-            colour = colour_of(as_tensor(self.pipeline.generate(prompt, seed, **self.shared)[0]))
-            negative = named(colour, thing)
-        self.colours.append(colour)
+def draw(pipeline: Any, each: int, **shared: Any) -> tuple[dict[str, list[Image.Image]], list[int]]:
+    """The pictures of every variant, in one order, and the colours that they are steered away from."""
+    pictures: dict[str, list[Image.Image]] = {name: [] for name in VARIANTS_DRAWN}
+    colours = []
+    for seed in tqdm(range(each)):
+        thing = THINGS[seed % len(THINGS)]
         for name, steering in VARIANTS_DRAWN.items():
-            given = {"negative_prompt": negative, **steering} if steering else {}
-            self.pictures[name] += self.pipeline.generate(prompt, seed, **self.shared, **given)
-
-    def figures(self, name: str, scorer: Any) -> dict[str, Any]:
-        pictures, plain = self.pictures[name], self.pictures["plain"]
-        found = [colour_of(as_tensor(one)) for one in pictures]
-        done = [(one == wanted) == self.towards and one >= 0 for one, wanted in zip(found, self.colours, strict=True)]
-        share, low, high = share_of(done)
-        likeness = (scorer.features(pictures) * scorer.features(plain)).sum(1)
-        return {
-            "done": round(share, 3),
-            "interval": [round(low, 3), round(high, 3)],
-            "likeness": round(likeness.mean().item(), 3),
-            "clipped": round(100 * statistics.mean(map(clipped, pictures)), 1),
-        }
+            given = (
+                {"negative_prompt": f"a {PAINTS[colours[-1]].names[0]} {thing}".replace("a o", "an o")}
+                if steering
+                else {}
+            )
+            pictures[name] += pipeline.generate(f"a {thing}", seed, **shared, **given, **steering)
+            if not steering:
+                found = angles(pictures[name][-1])
+                colours.append(0 if found is None else int(found.argmin()))
+    return pictures, colours
 
 
-def named(colour: int, thing: str) -> str:
-    name = COLOURS[colour].names[0]
-    return with_article(f"{name} {thing}", name)
+def figures(pictures: Sequence[Image.Image], plain: Sequence[Image.Image], colours: Sequence[int], scorer: Any) -> dict:
+    gone, turned = [], []
+    for before, after, colour in zip(map(angles, plain), map(angles, pictures), colours, strict=True):
+        gone.append(after is not None and int(after.argmin()) != colour)
+        turned += [] if after is None or before is None else [(after - before)[colour].item()]
+    share, low, high = share_of(gone)
+    likeness = (scorer.features(pictures) * scorer.features(plain)).sum(1)
+    return {
+        "gone": round(share, 3),
+        "interval": [round(low, 3), round(high, 3)],
+        "turned": round(statistics.mean(turned)),
+        "likeness": round(likeness.mean().item(), 3),
+        "clipped": round(100 * statistics.mean(map(clipped, pictures)), 1),
+    }
 
 
 def clipped(image: Image.Image) -> float:
-    rgb = as_tensor(image)
-    x = rgb[:, q.object_mask(rgb, q.ground_of(rgb))]
-    return ((x == 0) | (x == 1)).float().mean().item() if x.numel() else 1.0
+    x = object_of(image)
+    return ((x == 0) | (x == 1)).float().mean().item() if x.numel() else 0.0
 
 
-def draw_and_measure(each: int, steps: int, sheet: Path | None) -> None:
+def draw_and_measure(each: int, steps: int, guidance: float, sheet: Path | None) -> None:
     pipeline = load_pipeline("flux-mini")
     scorer = load_scorer(SCORER, pipeline.device)
-    for towards in (False, True):
-        task = Task(pipeline, towards, each, steps)
-        for name in VARIANTS_DRAWN:
-            about = {"benchmark": "steering", "task": "towards" if towards else "away", "n": each, "steps": steps}
-            print(json.dumps({**about, "variant": name, **task.figures(name, scorer)}), flush=True)
-        if sheet:
-            rows = [one for group in zip(*task.pictures.values(), strict=True) for one in group]
-            grid(rows, len(VARIANTS_DRAWN)).save(sheet.with_stem(f"{sheet.stem}_{about['task']}"))
+    pictures, colours = draw(pipeline, each, num_steps=steps, width=128, height=128, guidance=guidance)
+    about = {"benchmark": "steering", "n": each, "steps": steps, "guidance": guidance}
+    for name, found in pictures.items():
+        print(json.dumps({**about, "variant": name, **figures(found, pictures["plain"], colours, scorer)}), flush=True)
+    if sheet:
+        grid([one for row in zip(*pictures.values(), strict=True) for one in row], len(pictures)).save(sheet)
 
 
 def time_at_full_size(sizes: Sequence[int], device: str, compiling: bool, rounds: int, tiny: bool) -> None:
@@ -182,8 +181,9 @@ def peak_of(call: Any, device: str) -> float | None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=24, help="pictures of each task and variant")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--each", type=int, default=24, help="pictures of each variant")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--guidance", type=float, default=3.5, help="the learned one")
     parser.add_argument("--sheet", type=Path, help="where to write all pictures, a row for each prompt")
     parser.add_argument("--gpu-timing", action="store_true", help="one batch against two passes, at full size")
     parser.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="with --gpu-timing: sides in pixels")
@@ -196,7 +196,7 @@ def main() -> None:
     if args.gpu_timing:
         sizes = [64] if args.tiny else args.size
         return time_at_full_size(sizes, args.device, args.compile, args.rounds, args.tiny)
-    return draw_and_measure(args.each, args.steps, args.sheet)
+    return draw_and_measure(args.each, args.steps, args.guidance, args.sheet)
 
 
 if __name__ == "__main__":
