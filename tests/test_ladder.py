@@ -17,12 +17,20 @@ from flux_core.pipeline import Pipeline, load_pipeline
 from flux_core.request import GenerationRequest
 from flux_core.stepwise import Stepwise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cpu", 0)
 """the CPU by another name: parts can go away from it"""
 FAST = {"width": 64, "height": 48, "num_steps": 3, "force": True}
 INIT = Image.radial_gradient("L").convert("RGB")
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.65 GiB of which …"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_throughout():
+    """Also for the pictures that are drawn once for all tests: more threads may change last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Shortage:
@@ -223,20 +231,21 @@ def test_a_gpu_says_who_has_its_memory(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_that_really_runs_out_while_decoding(capsys):
-    """A limit between what the plain decoder and the strips take, at 1024x1024."""
+    """A limit between what the plain decoder and the strips take, at 1024x1024. In bf16: cuDNN's workspace for fp32
+    convolutions is as large as the card allows."""
     big = {"width": 1024, "height": 1024, "num_steps": 1, "force": True}
     card, peaks, drawn = torch.device("cuda:0"), [], []
     for vae_tiling in (False, True):
-        pipeline = load_pipeline("flux-mini", card, "float32", vae_tiling=vae_tiling)
+        pipeline = load_pipeline("flux-mini", card, "bfloat16", vae_tiling=vae_tiling)
         torch.cuda.reset_peak_memory_stats()
         drawn.append(draw(pipeline, **big))
         peaks.append(torch.cuda.max_memory_reserved())
         del pipeline
     assert peaks[1] < 0.8 * peaks[0]
-    pipeline = load_pipeline("flux-mini", card, "float32")
+    pipeline = load_pipeline("flux-mini", card, "bfloat16")
     try:
         torch.cuda.set_per_process_memory_fraction(sum(peaks) / 2 / torch.cuda.mem_get_info(card)[1], card)
-        assert same(draw(pipeline, **big), drawn[0])
+        assert np.abs(np.array(draw(pipeline, **big), int) - np.array(drawn[0], int)).mean() < 1
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, card)
     assert pipeline.ladder.vae_tiling and "while decoding 1024x1024" in capsys.readouterr().err
