@@ -32,6 +32,7 @@ from ..importance import (
 from ..output import prepare_folder, write_whole
 from ..places import SCORER
 from ..request import PATCH, GenerationRequest
+from ..sharing import own_gpu
 from ..terminal import no_bars, note, tell
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def importance(
     from ..pipeline import load_pipeline
     from ..scoring import load_scorer
 
-    place = pick_device(_own_gpu(device))
+    place = pick_device(own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
     pipeline = load_pipeline(variant, place, request.dtype)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
@@ -102,14 +103,6 @@ def importance(
         _wait(study)
         _report(study, judge, how_many, cut)
     return study.folder
-
-
-def _own_gpu(device: str) -> str:
-    """torchrun's processes take a GPU each."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "auto" and local and torch.cuda.is_available() else device
 
 
 def _rows_that_fill(device: str, request: GenerationRequest) -> int:

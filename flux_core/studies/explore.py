@@ -1,0 +1,223 @@
+"""`explore`: one prompt, or several, over seeds, steps and guidance; as pictures, grids and a table that repeats them.
+
+Whatever ends a session (a signal, a full disk, the power), `--resume` draws what is missing, and nothing twice. Started
+by torchrun, every process takes the next picture that nobody is at.
+"""
+
+import gc
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..charts import labelled_grid
+from ..checkpoint import check_files, with_files
+from ..errors import FluxError, UsageError
+from ..exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
+from ..fields import EXPLORE, FILES, take
+from ..lines import prompts_of
+from ..metadata import KEY, png_bytes
+from ..output import prepare_folder, write_whole
+from ..pictures import as_rgb, open_picture
+from ..record import NAME
+from ..session import Session, new_folder, read_manifest, wait_for_manifest
+from ..sharing import meet, only_session, own_gpu, rank_and_world
+from ..stepwise import Stepwise
+from ..stopping import Stop
+from ..terminal import no_bars, note, tell
+from ..variants import Variant
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+    from ..sampling import Step
+
+_FIELDS = {field.name: field for field in EXPLORE}
+WITH_RESUME = {"device", "offload", "stepwise_dir", *(field.name for field in FILES)}
+"""flags that a manifest does not hold: where it is drawn, and paths, since no file may make us open others"""
+
+
+def explore(resume: str | None = None, **flags: Any) -> Path:
+    """Draw a session, or what is missing of one, and its grids. Returns its folder.
+
+    UsageError for what cannot be asked, FileError for what cannot be read, DiskError.
+    """
+    rank, world = rank_and_world()
+    if resume and (others := [_FIELDS[name].flag for name in flags if name not in WITH_RESUME]):
+        raise UsageError(f"--resume goes on with what was asked: leave out {', '.join(others)}")
+    parent, device, offload = (flags.pop(name, _FIELDS[name].default) for name in ("output_dir", "device", "offload"))
+    steps_dir, files = flags.pop("stepwise_dir", None), take(flags, FILES)
+    asked = read_manifest(Path(resume)) if resume else _asked(flags, files)
+    variant = with_files(asked.request["name"], **files)
+    check_files(variant)
+    folder = Path(resume) if resume else prepare_folder(parent)
+    if steps_dir:
+        prepare_folder(steps_dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop().listening())
+        if rank == 0:
+            folder = folder if resume else new_folder(folder)
+            stack.enter_context(only_session(folder))
+            Session(folder, asked).begin()
+        if world > 1:
+            name, store = meet(rank, world, folder.name)
+            stack.callback(lambda: store)  # the first process keeps it while others may still listen
+            folder = folder if resume or rank == 0 else folder / name
+            asked = wait_for_manifest(folder)
+        session = Session(folder, asked)
+        try:
+            Work(session, stop, rank, steps_dir and Path(steps_dir, folder.name)).do(variant, device, offload)
+        except (FluxError, KeyboardInterrupt):
+            if rank == 0:
+                every = len(asked.places)
+                note(f"{every - len(session.missing())} of {every} pictures are there. Next: explore --resume {folder}")
+            raise
+    return folder
+
+
+def _asked(flags: dict[str, Any], files: dict[str, Any]) -> Exploration:
+    prompt, file = flags.pop("prompt", None), flags.pop("prompts", None)
+    if (prompt is None) == (file is None):
+        raise UsageError('say what to explore: --prompt "a red apple", or --prompts and a file of such lines')
+    lists = [flags.pop(name, None) for name in ("seeds", "steps", "guidance")]
+    options = {
+        "cross": flags.pop("cross", False),
+        "save_latents": _FIELDS["save_latents"].parse(flags.pop("save_latents", None)),
+        "metadata": not flags.pop("no_metadata", False),
+    }
+    fields = {**flags, "name": with_files(flags.get("name"), **files).name}
+    return plan_exploration(prompts_of(file) if file else [str(prompt)], fields, *lists, **options)
+
+
+@dataclass
+class Work:
+    """One process's part in a session. The first one (rank 0) talks, stays to the end, and makes the grids."""
+
+    session: Session
+    stop: Stop
+    rank: int
+    steps_folder: Path | None
+
+    def do(self, variant: Variant, device: str, offload: bool) -> None:
+        if self.rank == 0:
+            self._introduce()
+        if self.session.missing():
+            self._draw_with(variant, device, offload)
+        if self.rank == 0:
+            self._finish()
+
+    def _introduce(self) -> None:
+        session, asked = self.session, self.session.asked
+        one = asked.request_of(next(iter(asked.places)))
+        tell(f"{one.name}: {one.width}x{one.height}, {len(asked.prompts)} prompt(s), {asked.settings()}")
+        tell(f"{len(asked.places):,} pictures, {len(session.missing()):,} of them to be drawn, into {session.folder}")
+        if not one.variant.embedded:
+            note(one.variant.licence_line)
+        if asked.version != __version__:
+            note(f"pixels may differ: version {asked.version} began this session, this is {__version__}")
+
+    def _draw_with(self, variant: Variant, device: str, offload: bool) -> None:
+        """Load the model, draw with it, and give its memory back."""
+        from ..device import give_memory_back, pick_device  # and with it torch
+        from ..pipeline import load_pipeline
+
+        place, asked = pick_device(own_gpu(device)), self.session.asked
+        pipeline = load_pipeline(variant, place, asked.request_of(next(iter(asked.places))).dtype, offload)
+        try:
+            self.session.settle(Drawn(dtype=pipeline.precision, weights=pipeline.weights))
+            if self.rank == 0:
+                for line in (line for prompt in asked.prompts for line in pipeline.text_notes(prompt)):
+                    note(line)
+            self._draw_all(pipeline)
+        finally:
+            del pipeline
+            gc.collect()  # its cache of prompts refers to it
+            give_memory_back(place)
+
+    def _draw_all(self, pipeline: "Pipeline") -> None:
+        """Draw what nobody has drawn. The first process waits for the others, and takes over from those that died."""
+        total, there = sum(point.steps for point in self.session.asked.places), self.session.steps_there()
+        quiet = self.rank > 0 or no_bars()
+        with self.stop.finishing(), tqdm(total=total, initial=there, unit="step", disable=quiet) as bar:
+            while todo := self.session.missing():
+                if not self._draw_free(pipeline, todo, bar):
+                    if self.rank > 0:
+                        return
+                    time.sleep(0.5)
+                    self.stop.check()
+
+    def _draw_free(self, pipeline: "Pipeline", todo: list[Point], bar: "tqdm[NoReturn]") -> int:
+        """Draw those that no other process is at. Returns how many."""
+        from ..pipeline import KNOWN_PROMPTS
+
+        session, drawn = self.session, 0
+        for number, point in enumerate(todo):
+            self.stop.check()
+            if number % KNOWN_PROMPTS == 0:
+                ahead = dict.fromkeys(session.asked.prompts[one.prompt] for one in todo[number:][:KNOWN_PROMPTS])
+                pipeline.encode_ahead(list(ahead))
+            with session.claim(point) as mine:
+                if mine and not session.first(point).is_file():
+                    session.keep(point, *self._draw(pipeline, point, bar))
+                    drawn += 1
+            bar.n = session.steps_there()  # with those of other processes
+            bar.set_description(f"{len(session.asked.places) - len(session.missing())} pictures")
+        self.stop.check()
+        return drawn
+
+    def _draw(self, pipeline: "Pipeline", point: Point, bar: "tqdm[NoReturn]") -> tuple[bytes, bytes | None]:
+        """The whole files of a picture and of its latents, if they are kept."""
+        from ..latents import Latents
+
+        asked = self.session.asked
+        request, stem = asked.request_of(point), asked.places[point][0]
+        latents = Latents(request, asked.save_latents == "every") if asked.save_latents else None
+        stepwise = Steps(pipeline, request, prepare_folder(self.steps_folder / stem)) if self.steps_folder else None
+
+        def on_step(step: "Step") -> None:
+            bar.update()
+            if latents is not None:
+                latents(step)
+            if stepwise is not None:
+                stepwise(step)
+
+        image = pipeline.draw(request, None, on_step)
+        if stepwise is not None:
+            stepwise.save_sheet()
+        recorded = image.info[KEY] if asked.metadata else None
+        if not asked.metadata:
+            del image.info[KEY], image.info["parameters"]
+        return png_bytes(image), latents.data(recorded) if latents else None
+
+    def _finish(self) -> None:
+        session = self.session
+        session.end()
+        for sheet in session.asked.sheets():
+            path = write_whole(session.folder / f"{sheet.name}.png", png_bytes(self._grid(sheet)))
+            tell(str(path))
+        if session.asked.metadata:
+            tell(str(session.folder / NAME))
+
+    def _grid(self, sheet: Sheet) -> Image.Image:
+        """The sheet's pictures with the moving axes at their sides, and above them what all have in common."""
+        asked, axes = self.session.asked, sheet.axes
+        rows = [[self._open(point) for point in row] for row in sheet.rows]
+        labels = [asked.label(row[0], axes[-2]) if len(axes) > 1 else "" for row in sheet.rows]
+        heads = [asked.label(point, axes[-1]) for point in sheet.rows[0]]
+        still = [asked.label(sheet.rows[0][0], axis) for axis in AXES if axis not in axes[-2:]]
+        return labelled_grid(rows, labels, heads, ", ".join(filter(None, still)))
+
+    def _open(self, point: Point) -> Image.Image:
+        path = self.session.first(point)
+        return as_rgb(open_picture(path, formats=("PNG",))[0], str(path))
+
+
+class Steps(Stepwise):
+    """The pictures of the steps in a folder of their own, each in the place of what an ended session left there."""
+
+    def _save(self, picture: Image.Image, what: str) -> None:
+        write_whole(self.folder / f"seed_{self.request.seed}_{what}.png", png_bytes(picture))
