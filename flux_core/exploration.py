@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UsageError
 from .fields import FIELDS, MAX_SEED, Field
+from .metadata import printable
 from .request import GenerationRequest
 from .terminal import note
 from .version import __version__
@@ -133,9 +134,11 @@ class Exploration(BaseModel):
             yield from (Sheet("_".join(filter(None, (name, one))), view.axes, rows) for one, rows in sheets.items())
 
     def label(self, point: Point, axis: str) -> str:
-        """A value as a grid shows it."""
-        words = {"prompt": self.prompts[point.prompt], "steps": f"{point.steps} steps"}
-        return words.get(axis) or f"{axis} {_short(getattr(point, axis))}"
+        """A value as a grid shows it; nothing where the model takes none."""
+        if axis == "prompt":
+            return printable(self.prompts[point.prompt])
+        value = _short(getattr(point, axis))
+        return f"{value} steps" if axis == "steps" else value and f"{axis} {value}"
 
     def request_of(self, point: Point) -> GenerationRequest:
         changes = {"seed": point.seed, "num_steps": point.steps, "guidance": point.guidance}

@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> Exploration:
     try:
         session = Exploration(**found)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing
         key = str(first["loc"][0]) if first["loc"] else "prompts"
         raise UsageError(f"{path}, line {_line(path, key)}: {key}: {first['msg']}") from None
     try:
