@@ -28,8 +28,8 @@ FORMAT = 1
 MAX_MANIFEST = 16 << 20
 """bytes: 1 MiB of prompts with every character escaped"""
 CLAIMS, RECORD = ".claims", ".metadata.lock"
-BYTES_PER_PIXEL = 1.5
-"""of a PNG, about"""
+PNG_BYTES, LATENT_BYTES = 1.5, 1
+"""for each pixel of a picture, about; latents are 16 numbers of up to 4 bytes for 64 pixels"""
 PATIENCE = 90
 """seconds until a network's folder shows what another machine wrote"""
 PICTURE, LATENTS = ".png", ".safetensors"
@@ -48,11 +48,8 @@ class Session:
     def first(self, point: Point) -> Path:
         return self.path(self.asked.places[point][0])
 
-    def missing(self) -> list[Point]:
-        return [point for point in self.asked.places if not self.first(point).is_file()]
-
-    def steps_there(self) -> int:
-        return sum(point.steps for point in self.asked.places if self.first(point).is_file())
+    def there(self) -> list[Point]:
+        return [point for point in self.asked.places if self.first(point).is_file()]
 
     def begin(self) -> None:
         """Make the folder what it should be, but for what is to be drawn. Nobody else may be in it yet.
@@ -67,11 +64,20 @@ class Session:
                 for left in one.glob(".flux_core.*.tmp"):
                     left.unlink()
         self.mend()
-        request = self.asked.request_of(next(iter(self.numbers)))
-        size = len(self.missing()) * request.width * request.height * BYTES_PER_PIXEL
-        free = shutil.disk_usage(self.folder).free
+        size, free = self._bytes_missing(), shutil.disk_usage(self.folder).free
         if size > free:
-            raise DiskError(f"{self.folder}: the pictures take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            raise DiskError(
+                f"{self.folder}: the pictures take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. "
+                "Next: make room, or begin in another folder with --output-dir"
+            )
+
+    def _bytes_missing(self) -> float:
+        """About how much is still to be written."""
+        there, request = set(self.there()), self.asked.request_of(next(iter(self.numbers)))
+        missing = [point for point in self.asked.places if point not in there]
+        latents = {None: 0, "last": len(missing), "every": sum(point.steps for point in missing)}
+        per_pixel = len(missing) * PNG_BYTES + latents[self.asked.save_latents] * LATENT_BYTES
+        return per_pixel * request.width * request.height
 
     def mend(self) -> None:
         """Other places and rows of every picture that is there."""

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SERVER = f"""
-import json, os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import gc, json, os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch; torch.set_num_threads(1)
 import flux_core.pipeline; from tiny import tiny_pipeline; flux_core.pipeline.load_pipeline = tiny_pipeline
 from flux_core.main import main
 import flux_core.studies.explore, flux_core.latents
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
@@ -63,5 +64,5 @@ class Workshop:
         return int(self.server.stdout.readline())
 
     def close(self) -> None:
-        self.server.stdin.close()
+        self.server.kill()
         self.server.wait()

@@ -6,6 +6,7 @@ by torchrun, every process takes the next picture that nobody is at.
 
 import gc
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,30 +52,28 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
         raise UsageError(f"--resume goes on with what was asked: leave out {', '.join(others)}")
     parent, device, offload = (flags.pop(name, _FIELDS[name].default) for name in ("output_dir", "device", "offload"))
     steps_dir, files = flags.pop("stepwise_dir", None), take(flags, FILES)
-    asked = read_manifest(Path(resume)) if resume else _asked(flags, files)
-    variant = with_files(asked.request["name"], **files)
-    check_files(variant)
-    folder = Path(resume) if resume else prepare_folder(parent)
-    if steps_dir:
-        prepare_folder(steps_dir)
     with ExitStack() as stack:
-        stop = stack.enter_context(Stop().listening())
         if rank == 0:
-            folder = folder if resume else new_folder(folder)
+            asked = read_manifest(Path(resume)) if resume else _asked(flags, files)
+            check_files(with_files(asked.request["name"], **files))
+            if steps_dir:
+                prepare_folder(steps_dir)
+            folder = Path(resume) if resume else new_folder(prepare_folder(parent))
             stack.enter_context(only_session(folder))
             Session(folder, asked).begin()
         if world > 1:
-            name, store = meet(rank, world, folder.name)
+            name, store = meet(rank, world, folder.name if rank == 0 else "")
             stack.callback(lambda: store)  # the first process keeps it while others may still listen
-            folder = folder if resume or rank == 0 else folder / name
+            folder = Path(resume) if resume else Path(parent, name)
             asked = wait_for_manifest(folder)
-        session = Session(folder, asked)
+        session, stop = Session(folder, asked), stack.enter_context(Stop().listening())
+        work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None)
         try:
-            Work(session, stop, rank, steps_dir and Path(steps_dir, folder.name)).do(variant, device, offload)
+            work.do(with_files(asked.request["name"], **files), device, offload)
         except (FluxError, KeyboardInterrupt):
             if rank == 0:
-                every = len(asked.places)
-                note(f"{every - len(session.missing())} of {every} pictures are there. Next: explore --resume {folder}")
+                there = f"{len(session.there())} of {len(asked.places)} pictures are there"
+                note(f"{there}. Next: explore --resume {folder}")
             raise
     return folder
 
@@ -93,6 +92,10 @@ def _asked(flags: dict[str, Any], files: dict[str, Any]) -> Exploration:
     return plan_exploration(prompts_of(file) if file else [str(prompt)], fields, *lists, **options)
 
 
+def steps_of(points: Iterable[Point]) -> int:
+    return sum(point.steps for point in points)
+
+
 @dataclass
 class Work:
     """One process's part in a session. The first one (rank 0) talks, stays to the end, and makes the grids."""
@@ -105,7 +108,7 @@ class Work:
     def do(self, variant: Variant, device: str, offload: bool) -> None:
         if self.rank == 0:
             self._introduce()
-        if self.session.missing():
+        if len(self.session.there()) < len(self.session.asked.places):
             self._draw_with(variant, device, offload)
         if self.rank == 0:
             self._finish()
@@ -114,7 +117,8 @@ class Work:
         session, asked = self.session, self.session.asked
         one = asked.request_of(next(iter(asked.places)))
         tell(f"{one.name}: {one.width}x{one.height}, {len(asked.prompts)} prompt(s), {asked.settings()}")
-        tell(f"{len(asked.places):,} pictures, {len(session.missing()):,} of them to be drawn, into {session.folder}")
+        missing = len(asked.places) - len(session.there())
+        tell(f"{len(asked.places):,} pictures, {missing:,} of them to be drawn, into {session.folder}")
         if not one.variant.embedded:
             note(one.variant.licence_line)
         if asked.version != __version__:
@@ -140,34 +144,47 @@ class Work:
 
     def _draw_all(self, pipeline: "Pipeline") -> None:
         """Draw what nobody has drawn. The first process waits for the others, and takes over from those that died."""
-        total, there = sum(point.steps for point in self.session.asked.places), self.session.steps_there()
-        quiet = self.rank > 0 or no_bars()
-        with self.stop.finishing(), tqdm(total=total, initial=there, unit="step", disable=quiet) as bar:
-            while todo := self.session.missing():
+        session, quiet = self.session, self.rank > 0 or no_bars()
+        every, there = session.asked.places, session.there()
+        with (
+            self.stop.finishing(),
+            tqdm(total=steps_of(every), initial=steps_of(there), unit="step", disable=quiet) as bar,
+        ):
+            while todo := [point for point in every if point not in set(session.there())]:
                 if not self._draw_free(pipeline, todo, bar):
                     if self.rank > 0:
                         return
                     time.sleep(0.5)
-                    self.stop.check()
+                    self._count(bar)
 
     def _draw_free(self, pipeline: "Pipeline", todo: list[Point], bar: "tqdm[NoReturn]") -> int:
         """Draw those that no other process is at. Returns how many."""
         from ..pipeline import KNOWN_PROMPTS
 
-        session, drawn = self.session, 0
+        session, drawn, start = self.session, 0, time.monotonic()
         for number, point in enumerate(todo):
             self.stop.check()
             if number % KNOWN_PROMPTS == 0:
                 ahead = dict.fromkeys(session.asked.prompts[one.prompt] for one in todo[number:][:KNOWN_PROMPTS])
                 pipeline.encode_ahead(list(ahead))
             with session.claim(point) as mine:
-                if mine and not session.first(point).is_file():
-                    session.keep(point, *self._draw(pipeline, point, bar))
-                    drawn += 1
-            bar.n = session.steps_there()  # with those of other processes
-            bar.set_description(f"{len(session.asked.places) - len(session.missing())} pictures")
+                if not mine or session.first(point).is_file():
+                    continue
+                session.keep(point, *self._draw(pipeline, point, bar))
+            drawn += 1
+            self._count(bar)
+            if bar.disable and self.rank == 0 and drawn == 1 and len(todo) > 1:
+                seconds = (time.monotonic() - start) / point.steps
+                tell(f"{seconds:.2f} s a step: about {max(1, round(seconds * steps_of(todo[1:]) / 60))} min to go")
         self.stop.check()
         return drawn
+
+    def _count(self, bar: "tqdm[NoReturn]") -> None:
+        """Show what is there, that of other processes, too."""
+        if not bar.disable:
+            there = self.session.there()
+            bar.n = steps_of(there)
+            bar.set_description(f"{len(there)} of {len(self.session.asked.places)} pictures")
 
     def _draw(self, pipeline: "Pipeline", point: Point, bar: "tqdm[NoReturn]") -> tuple[bytes, bytes | None]:
         """The whole files of a picture and of its latents, if they are kept."""

@@ -99,6 +99,8 @@ def _draw(
 ) -> Image.Image:
     from ..pipeline import load_pipeline  # and with it torch
 
+    if not variant.embedded:
+        note(variant.licence_line)
     pipeline = load_pipeline(variant, device, asked.dtype, offload)
     for reason in differences(old, pipeline.complete(asked)):
         note(f"pixels may differ: {reason}")
