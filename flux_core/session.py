@@ -48,8 +48,8 @@ class Session:
     def first(self, point: Point) -> Path:
         return self.path(self.asked.places[point][0])
 
-    def there(self) -> list[Point]:
-        return [point for point in self.asked.places if self.first(point).is_file()]
+    def there(self) -> set[Point]:
+        return {point for point in self.asked.places if self.first(point).is_file()}
 
     def begin(self) -> None:
         """Make the folder what it should be, but for what is to be drawn. Nobody else may be in it yet.
@@ -73,7 +73,7 @@ class Session:
 
     def _bytes_missing(self) -> float:
         """About how much is still to be written."""
-        there, request = set(self.there()), self.asked.request_of(next(iter(self.numbers)))
+        there, request = self.there(), self.asked.request_of(next(iter(self.numbers)))
         missing = [point for point in self.asked.places if point not in there]
         latents = {None: 0, "last": len(missing), "every": sum(point.steps for point in missing)}
         per_pixel = len(missing) * PNG_BYTES + latents[self.asked.save_latents] * LATENT_BYTES
@@ -81,13 +81,13 @@ class Session:
 
     def mend(self) -> None:
         """Other places and rows of every picture that is there."""
-        for point, (first, *others) in self.asked.places.items():
-            for suffix in (LATENTS, PICTURE) if self.first(point).is_file() else ():
-                for other in others:
-                    if self.path(first, suffix).is_file() and not self.path(other, suffix).is_file():
-                        _link(self.path(first, suffix), self.path(other, suffix))
-        if self.asked.metadata:
-            with self.recording():
+        with self.recording():
+            for point, (first, *others) in self.asked.places.items():
+                for suffix in (LATENTS, PICTURE) if self.first(point).is_file() else ():
+                    for other in others:
+                        if self.path(first, suffix).is_file() and not self.path(other, suffix).is_file():
+                            _link(self.path(first, suffix), self.path(other, suffix))
+            if self.asked.metadata:
                 mend(self.folder, [stems[0] + PICTURE for stems in self.asked.places.values()])
 
     def recording(self) -> AbstractContextManager[None]:

@@ -144,47 +144,46 @@ class Work:
 
     def _draw_all(self, pipeline: "Pipeline") -> None:
         """Draw what nobody has drawn. The first process waits for the others, and takes over from those that died."""
-        session, quiet = self.session, self.rank > 0 or no_bars()
-        every, there = session.asked.places, session.there()
-        with (
-            self.stop.finishing(),
-            tqdm(total=steps_of(every), initial=steps_of(there), unit="step", disable=quiet) as bar,
-        ):
-            while todo := [point for point in every if point not in set(session.there())]:
-                if not self._draw_free(pipeline, todo, bar):
+        every, there, quiet = self.session.asked.places, self.session.there(), self.rank > 0 or no_bars()
+        bar = tqdm(total=steps_of(every), initial=steps_of(there), unit="step", disable=quiet)
+        with self.stop.finishing(), bar:
+            while len(there) < len(every):
+                if not self._draw_free(pipeline, [point for point in every if point not in there], bar):
                     if self.rank > 0:
                         return
                     time.sleep(0.5)
-                    self._count(bar)
+                self.stop.check()
+                there = self._there(bar)
 
     def _draw_free(self, pipeline: "Pipeline", todo: list[Point], bar: "tqdm[NoReturn]") -> int:
         """Draw those that no other process is at. Returns how many."""
         from ..pipeline import KNOWN_PROMPTS
 
-        session, drawn, start = self.session, 0, time.monotonic()
+        session, drawn = self.session, 0
         for number, point in enumerate(todo):
             self.stop.check()
             if number % KNOWN_PROMPTS == 0:
                 ahead = dict.fromkeys(session.asked.prompts[one.prompt] for one in todo[number:][:KNOWN_PROMPTS])
                 pipeline.encode_ahead(list(ahead))
+            start = time.monotonic()
             with session.claim(point) as mine:
                 if not mine or session.first(point).is_file():
                     continue
                 session.keep(point, *self._draw(pipeline, point, bar))
             drawn += 1
-            self._count(bar)
-            if bar.disable and self.rank == 0 and drawn == 1 and len(todo) > 1:
-                seconds = (time.monotonic() - start) / point.steps
-                tell(f"{seconds:.2f} s a step: about {max(1, round(seconds * steps_of(todo[1:]) / 60))} min to go")
-        self.stop.check()
+            self._there(bar)
+            if bar.disable and self.rank == 0 and drawn == 2:  # the first one's time has the text encoders in it
+                seconds = (time.monotonic() - start) / point.steps * steps_of(todo[number + 1 :])
+                tell(f"about {max(1, round(seconds / 60))} min to go")
         return drawn
 
-    def _count(self, bar: "tqdm[NoReturn]") -> None:
-        """Show what is there, that of other processes, too."""
+    def _there(self, bar: "tqdm[NoReturn]") -> set[Point]:
+        """Look at what is there, also of other processes, and show it."""
+        there = self.session.there()
         if not bar.disable:
-            there = self.session.there()
             bar.n = steps_of(there)
             bar.set_description(f"{len(there)} of {len(self.session.asked.places)} pictures")
+        return there
 
     def _draw(self, pipeline: "Pipeline", point: Point, bar: "tqdm[NoReturn]") -> tuple[bytes, bytes | None]:
         """The whole files of a picture and of its latents, if they are kept."""
