@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -9,6 +10,8 @@ from .importance import Row
 
 COLOURS = {"double_blocks": "#3b6fb6", "single_blocks": "#d9822b"}
 MARGIN = 4
+COLUMNS, CELL = 8, 256
+"""of a labelled grid: pictures side by side, and pixels that the longer side of one gets at most"""
 GAP = 0.8
 """between the bars of the two kinds"""
 
@@ -68,6 +71,31 @@ def contact_sheet(
             small = picture.copy()
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (left + i * (side + MARGIN), y))
+    return sheet
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], heads: Sequence[str], title: str
+) -> Image.Image:
+    """Pictures of one size under the names of their columns and beside those of their rows; long rows in bands.
+
+    title: a line above them all. The mark of its pictures stays on the sheet.
+    """
+    side = min(max(rows[0][0].size), CELL)
+    names = ["\n".join(wrap(label, 24, max_lines=4, placeholder=" …")) for label in labels]
+    bands = []
+    for i in range(0, len(heads), COLUMNS):
+        band = [(name, pictures[i : i + COLUMNS]) for name, pictures in zip(names, rows, strict=True)]
+        bands.append(contact_sheet(band, heads[i : i + COLUMNS], side))
+    font = ImageFont.load_default(13)
+    width, top = max(band.width for band in bands), 2 * MARGIN + 16
+    sheet = Image.new("RGB", (width, top + sum(band.height for band in bands)), "white")
+    draw, lines = ImageDraw.Draw(sheet), _wrap(title, font, width - 2 * MARGIN).split("\n")
+    draw.text((MARGIN, MARGIN), lines[0] + (" …" if lines[1:] else ""), fill="black", font=font)
+    for one in bands:
+        sheet.paste(one, (0, top))
+        top += one.height
+    sheet.info["xmp"] = rows[0][0].info["xmp"]
     return sheet
 
 

@@ -175,6 +175,43 @@ RUN = (
     Field("compile", bool, "compile the transformer's blocks: a slower first step, faster ones after", default=False),
     THREADS,
 )
+_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength")
+EXPLORE = (
+    _NAME,
+    *FILES,
+    Field("prompt", str, "what to draw", ("-p",)),
+    Field("prompts", str, "explore every line of a text file (-: standard input)", word="FILE"),
+    Field("seeds", str, "as in 1,2,3; auto:8 draws eight (default: auto:1)", many=True, word="LIST"),
+    Field("steps", str, "numbers of denoising steps, as in 4,8,28", ("--num-steps",), many=True, word="LIST"),
+    Field("guidance", str, "as in 1.5,2.5,3.5", many=True, word="LIST"),
+    Field("cross", bool, "draw all combinations, not one axis at a time around the first values", default=False),
+    *(field for field in REQUEST if field.name not in _AXES),
+    Field(
+        "save_latents",
+        str,
+        "keep each picture's latents in a file of its name: of the last step, or of every one",
+        choices=("last", "every"),
+        word="STEPS",
+        bare="last",
+    ),
+    Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
+    Field("no_metadata", bool, "no metadata.csv, and pictures that do not say how they were made", default=False),
+    Field("resume", str, "finish what is missing in a session's folder", word="FOLDER"),
+    Field("output_dir", str, "where the session makes its folder", default="output", word="FOLDER"),
+    Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    *MEMORY,
+    THREADS,
+)
+REPEAT = (
+    Field("row", int, "row of the table; 1 is the first one below the head", (), 1, 1_000_000),
+    Field("from_latents", bool, "decode the latents that lie beside the picture: nothing is denoised", default=False),
+    *FILES,
+    *(field for field in REQUEST if field.name in ("force", "allow_empty_prompt")),
+    Field("output_dir", str, "folder for the picture", default="output", word="FOLDER"),
+    Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
+    *MEMORY,
+    THREADS,
+)
 SITES = (_NAME,)
 EDIT = (
     _NAME,

@@ -42,6 +42,8 @@ def _as_given(value: Any, field: Field, where: str) -> Any:
         if value is not True:
             raise UsageError(f"{where} must be true or false")
         return True
+    if value is True and field.bare:
+        return field.bare
     values = value if isinstance(value, list) else [value]
     if any(isinstance(one, bool | list | dict) for one in values) or (len(values) != 1 and not field.many):
         raise UsageError(f"{where} must be {field.nature}" + (", or a list of such" if field.many else ""))

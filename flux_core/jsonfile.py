@@ -9,15 +9,15 @@ from .errors import FileError, UsageError
 MAX_BYTES = 1 << 20
 
 
-def read_json(path: str | Path, what: str) -> Any:
+def read_json(path: str | Path, what: str, limit: int = MAX_BYTES) -> Any:
     """What a file holds; `what` is it called in errors. FileError if it can't be read, UsageError if it is no JSON."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {what} could not be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: such a file has at most {MAX_BYTES:,} bytes")
+    if len(data) > limit:
+        raise UsageError(f"{path}: such a file has at most {limit:,} bytes")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import DOWNLOAD, EDIT, FILES, IMPORTANCE, PLAN, REQUEST, RUN, SAVE, SITES, Field, nearest
+from .fields import DOWNLOAD, EDIT, EXPLORE, FILES, IMPORTANCE, PLAN, REPEAT, REQUEST, RUN, SAVE, SITES, Field, nearest
 from .hub import read_env
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
@@ -25,6 +25,18 @@ def _generate(**flags: Any) -> None:
     from .studies.generate import generate
 
     generate(**flags)
+
+
+def _explore(**flags: Any) -> None:
+    from .studies.explore import explore
+
+    explore(**flags)
+
+
+def _repeat(**flags: Any) -> None:
+    from .studies.repeat import repeat
+
+    repeat(**flags)
 
 
 def _info(file: str) -> None:
@@ -104,6 +116,8 @@ class Command:
 
 COMMANDS = {
     "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + FILES + PLAN + RUN),
+    "explore": Command("draw over seeds, steps and guidance, with grids and a record", _explore, EXPLORE),
+    "repeat": Command("draw a recorded picture again: a row of metadata.csv, a PNG, latents", _repeat, REPEAT, "file"),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
     "importance": Command("measure what each block is worth, by DINOv2", _importance, IMPORTANCE),
     "info": Command(

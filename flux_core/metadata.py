@@ -98,16 +98,21 @@ def read_request(path: str | Path) -> GenerationRequest:
     texts = read_texts(path)
     if KEY not in texts:
         raise UsageError(f"{path} was not made by flux_core: {found(texts)}. Say what to draw with --prompt")
+    return parse_request(texts[KEY], str(path))
+
+
+def parse_request(text: str, source: str) -> GenerationRequest:
+    """A request from its recorded JSON. UsageError names the source when it cannot be used."""
     try:
-        fields = _fields(texts[KEY])
+        fields = _fields(text)
         request = GenerationRequest(**fields, force=True, allow_empty_prompt=True)
         if foreign := [one.kind for one in request.plan if not one.portable]:
             raise ValueError(f"a file cannot make us read or write others ({', '.join(foreign)})")
         return request
     except (UsageError, ValueError) as error:
-        writer = re.search(r'"version": ?"([\w.]{1,20})"', texts[KEY][-MAX_JSON:])
+        writer = re.search(r'"version": ?"([\w.]{1,20})"', text[-MAX_JSON:])
         by = f" (written by version {writer[1]}, this is {__version__})" if writer else ""
-        raise UsageError(f"the request in {path} cannot be used{by}: {error}") from None
+        raise UsageError(f"the request in {source} cannot be used{by}: {error}") from None
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ where it is used: nothing below asks for it on a CPU, on MPS, or on a card older
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -32,6 +32,7 @@ from ..importance import (
 from ..output import prepare_folder, write_whole
 from ..places import SCORER
 from ..request import PATCH, GenerationRequest
+from ..sharing import own_gpu
 from ..terminal import no_bars, note, tell
 from ..threads import use_threads
 
@@ -98,7 +99,7 @@ def importance(
     from ..scoring import load_scorer
 
     use_threads(number)
-    place = pick_device(_own_gpu(device))
+    place = pick_device(own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
@@ -108,14 +109,6 @@ def importance(
         _wait(study)
         _report(study, judge, how_many, cut)
     return study.folder
-
-
-def _own_gpu(device: str) -> str:
-    """torchrun's processes take a GPU each."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "auto" and local and torch.cuda.is_available() else device
 
 
 def _rows_that_fill(device: str, request: GenerationRequest) -> int:
