@@ -6,8 +6,8 @@
 A dozen things are drawn plainly, "a fish", and then by every variant from the same seed against the colour that they
 came out in, "a blue fish", at 128x128:
 
-gone      share of pictures whose object is there and no longer has that colour, with Wilson's 95 % interval. An
-          object is what differs from the ground; its colour is of the eight chromatic ones of the recipe's palette the
+gone      share of pictures that show an object, and not in that colour, with Wilson's 95 % interval. An object
+          is what differs from the ground; its colour is of the eight chromatic ones of the recipe's palette the
           one with the nearest hue, by the mean of its pixels weighted with their chroma
 turned    mean degrees between its hue and that colour's, less those of the plain picture
 likeness  mean cosine of dinov2-mini's features, which look past paint, to those of the plain picture
@@ -56,8 +56,7 @@ THINGS = (
 )  # fmt: skip
 PAINTS = COLOURS[:8]
 """the chromatic ones"""
-VARIANTS_DRAWN: dict[str, dict[str, Any]] = {
-    "plain": {},
+STEERINGS: dict[str, dict[str, Any]] = {
     "2": {"true_cfg_scale": 2.0},
     "4": {"true_cfg_scale": 4.0},
     "4, CFG-Zero*": {"true_cfg_scale": 4.0, "cfg_zero": 1},
@@ -88,20 +87,16 @@ def angles(image: Image.Image) -> Tensor | None:
 
 def draw(pipeline: Any, each: int, **shared: Any) -> tuple[dict[str, list[Image.Image]], list[int]]:
     """The pictures of every variant, in one order, and the colours that they are steered away from."""
-    pictures: dict[str, list[Image.Image]] = {name: [] for name in VARIANTS_DRAWN}
+    pictures: dict[str, list[Image.Image]] = {name: [] for name in ("plain", *STEERINGS)}
     colours = []
     for seed in tqdm(range(each)):
         thing = THINGS[seed % len(THINGS)]
-        for name, steering in VARIANTS_DRAWN.items():
-            given = (
-                {"negative_prompt": f"a {PAINTS[colours[-1]].names[0]} {thing}".replace("a o", "an o")}
-                if steering
-                else {}
-            )
-            pictures[name] += pipeline.generate(f"a {thing}", seed, **shared, **given, **steering)
-            if not steering:
-                found = angles(pictures[name][-1])
-                colours.append(0 if found is None else int(found.argmin()))
+        pictures["plain"] += pipeline.generate(f"a {thing}", seed, **shared)
+        found = angles(pictures["plain"][-1])
+        colours.append(0 if found is None else int(found.argmin()))
+        away = f"a {PAINTS[colours[-1]].names[0]} {thing}".replace("a o", "an o")
+        for name, steering in STEERINGS.items():
+            pictures[name] += pipeline.generate(f"a {thing}", seed, negative_prompt=away, **shared, **steering)
     return pictures, colours
 
 

@@ -1,6 +1,11 @@
 """Fixtures for whoever needs a model on the disk. This file also puts `tests/` on the path of its folders."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads this when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
