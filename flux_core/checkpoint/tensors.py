@@ -26,6 +26,15 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """what weights may be written in, by the file's word for it; `scales.py` finds what fp8 is multiplied with"""
+READABLE = DTYPES | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""and what else lies beside weights in files of text encoders: positions, most often"""
 SMALL = 2**30
 """bytes of a file below which tensors on the CPU get memory of their own. A mapped one begins wherever the header ends,
 and CPU kernels round by alignment: the same weights in two files gave pictures that differed in a last bit."""
@@ -58,7 +67,7 @@ def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -
         def get(name: str) -> Tensor:
             if name != (turn := next(turns, None)):
                 raise RuntimeError(f"{name} was asked for when it was {turn}'s turn")
-            return fill(torch.empty(source.shapes[name], dtype=DTYPES[source.dtypes[name]], device=device))
+            return fill(torch.empty(source.shapes[name], dtype=READABLE[source.dtypes[name]], device=device))
 
         yield get
 
@@ -80,7 +89,7 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
 
 def _read_tensor(file: io.BufferedReader, header: Header, entry: Entry) -> Tensor:
     """One tensor's bytes, straight into memory of its own."""
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    tensor = torch.empty(entry.shape, dtype=READABLE[entry.dtype])
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, file, header.path, entry.start)
     return tensor

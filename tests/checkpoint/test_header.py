@@ -182,6 +182,20 @@ def test_row_18_where_nothing_can_be_mapped_the_file_is_read(good, monkeypatch, 
     assert "good.safetensors cannot be mapped into memory here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_whole_numbers_are_read_as_well_as_mapped(tmp_path, monkeypatch, dtype):
+    x = torch.arange(77).to(dtype)  # as CLIP's positions, which lie in its file
+    save_file({"position_ids": x}, tmp_path / "clip.safetensors")
+
+    def forbidden(*_, **__):
+        raise OSError(19, "No such device")
+
+    for way in (safe_open, forbidden):
+        monkeypatch.setattr(tensors_module, "safe_open", way)
+        with opened(find_source(tmp_path / "clip.safetensors"), "cpu", ["position_ids"]) as get:
+            assert torch.equal(get("position_ids"), x) and get("position_ids").dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["n", "\\u006e"])
 def test_row_19_a_million_tensors(tmp_path, name):
     one = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
