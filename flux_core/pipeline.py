@@ -335,7 +335,7 @@ class Pipeline:
 
 
 def _move(part: Any, device: torch.device) -> None:
-    """Move a part. The transformer's modulation is on the CPU whatever the rest is: a table is made of it there."""
+    """Move a part. The transformer's modulation stays on the CPU: its layers come one by one for a table of theirs."""
     if not isinstance(part, Flux):
         part.to(device)
         return
