@@ -29,6 +29,8 @@ def can_fuse(device: torch.device | str) -> bool:
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
         return False
+    if torch.version.hip:
+        return False  # nobody has seen them there
     return torch.cuda.get_device_capability(device) >= OLDEST
 
 
