@@ -1,6 +1,9 @@
 """Out of memory, wherever it happens: one step down, told in one line, and the same picture (users.md 4c, row 27)."""
 
 import gc
+import resource
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -227,6 +230,38 @@ def test_a_gpu_says_who_has_its_memory(monkeypatch):
     sizes = "2.00 GiB more were asked for; of 24.0 GiB 22.0 are held here, 1.5 by .* other programs, 0.5 are free. Next"
     with pytest.raises(MemoryShortage, match=sizes), device.memory_errors("drawing", torch.device("cuda:0")):
         raise torch.OutOfMemoryError(CUDA)
+
+
+PEAK = (
+    "import re, sys; from flux_core.main import main; code = main(sys.argv[1:]); "
+    "print(re.search(r'VmPeak:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of address space are Linux's")
+def test_a_process_that_really_runs_out_while_decoding(tmp_path):
+    """A limit between what the plain decoder and the strips take, at 1024x1024, and one below both."""
+
+    def peak(*flags, limit=resource.RLIM_INFINITY, code=0):
+        words = ["--prompt", "x", "--seed", "1", "--steps", "1", "-W", "1024", "-H", "1024", "--force", *flags]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *words, "--threads", "1", "--output-dir", str(tmp_path)],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return 1024 * int(done.stdout.split()[-1]), done.stderr
+
+    (plain, _), (strips, _) = peak(), peak("--vae-tiling")
+    assert strips < 0.9 * plain
+    _, told = peak(limit=(plain + strips) // 2)
+    assert told.startswith("out of memory on cpu while decoding") and "strip by strip" in told
+    _, told = peak(limit=int(0.9 * strips), code=5)
+    assert "bytes more were asked for. Next: choose a smaller" in told
+    whole, asked, forced = (np.array(Image.open(path), int) for path in sorted(tmp_path.glob("*.png")))
+    assert (forced == asked).all()
+    assert np.abs(forced - whole).mean() < 0.5  # so large, torch's own GroupNorm is off by 4e-4 on a CPU
 
 
 @pytest.mark.gpu
