@@ -5,7 +5,6 @@
 `test_fused_ops.py` starts this file in a process of its own, as it does `test_fused.py`.
 """
 
-import os
 from copy import deepcopy
 from dataclasses import replace
 
@@ -14,22 +13,12 @@ import torch
 from golden_files import distance
 from random_model import random_weights
 from torch import nn
+from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 
-from flux_core.kernels import put_decode
+from flux_core.kernels import decode, put_decode
 from flux_core.model import AutoEncoder, ae_ops
 from flux_core.variants import VARIANTS
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("on the CPU the kernels run with TRITON_INTERPRET=1 only", allow_module_level=True)
-pytest.importorskip("triton", reason="the CPU build of torch comes without Triton")
-if not CUDA and not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"):
-    pytest.skip("this torch's wrap_triton takes no interpreted kernels", allow_module_level=True)
-
-from flux_core.kernels import decode  # noqa: E402  it needs Triton
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SIZES = pytest.mark.parametrize(
     ("batch", "side", "channels"), [(1, (8, 8), 64), (2, (5, 7), 32), (1, (1, 1), 128), (2, (17, 9), 64)], ids=str
 )

@@ -5,30 +5,18 @@
 Triton reads that variable when it is imported, so `test_fused_ops.py` starts this file in a process of its own.
 """
 
-import os
-
 import pytest
 import torch
 from golden_files import distance, flux_of, read
+from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 
 from flux_core import kernels
-from flux_core.kernels import install, put
+from flux_core.kernels import fused, install, put, rows
+from flux_core.linears.fp8 import Fp8Linear, quantize, quantize_rows
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("on the CPU the kernels run with TRITON_INTERPRET=1 only", allow_module_level=True)
-pytest.importorskip("triton", reason="the CPU build of torch comes without Triton")
-if not CUDA and not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"):
-    pytest.skip("this torch's wrap_triton takes no interpreted kernels", allow_module_level=True)
-
-from flux_core.kernels import fused, rows  # noqa: E402  they need Triton
-from flux_core.linears.fp8 import Fp8Linear, quantize, quantize_rows  # noqa: E402
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ANYWHERE = ("modulate", "norm_rope", "norm_rope_join")
 NAMES = ops.Ops._fields if CUDA else ANYWHERE  # the CPU's epilogue has another GELU, the interpreter no bf16 product
 FUSED = ops.PLAIN._replace(**{name: getattr(fused, name) for name in NAMES if hasattr(fused, name)})
