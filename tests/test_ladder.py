@@ -266,9 +266,9 @@ def test_a_process_that_really_runs_out_while_decoding(tmp_path):
 
 @pytest.mark.gpu
 def test_a_gpu_that_really_runs_out_while_decoding(capsys):
-    """A limit between what the plain decoder and the strips take, at 1024x1024. In bf16: cuDNN's workspace for fp32
+    """A limit between what the decoder takes whole and in strips, at 2048x2048. In bf16: cuDNN's workspace for fp32
     convolutions is as large as the card allows."""
-    big = {"width": 1024, "height": 1024, "num_steps": 1, "force": True}
+    big = {"width": 2048, "height": 2048, "num_steps": 1, "force": True}
     card, peaks, drawn = torch.device("cuda:0"), [], []
     for vae_tiling in (False, True):
         pipeline = load_pipeline("flux-mini", card, "bfloat16", vae_tiling=vae_tiling)
@@ -276,11 +276,13 @@ def test_a_gpu_that_really_runs_out_while_decoding(capsys):
         drawn.append(draw(pipeline, **big))
         peaks.append(torch.cuda.max_memory_reserved())
         del pipeline
-    assert peaks[1] < 0.8 * peaks[0]
+        device.give_memory_back(card)
+        assert torch.cuda.memory_reserved() < 2**28, "a model that is dropped gives its memory back"
+    assert peaks[1] < 0.8 * peaks[0], peaks
     pipeline = load_pipeline("flux-mini", card, "bfloat16")
     try:
         torch.cuda.set_per_process_memory_fraction(sum(peaks) / 2 / torch.cuda.mem_get_info(card)[1], card)
         assert np.abs(np.array(draw(pipeline, **big), int) - np.array(drawn[0], int)).mean() < 1
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, card)
-    assert pipeline.ladder.vae_tiling and "while decoding 1024x1024" in capsys.readouterr().err
+    assert pipeline.ladder.vae_tiling and "while decoding 2048x2048" in capsys.readouterr().err

@@ -168,8 +168,10 @@ def test_a_whole_autoencoder(dtype, batch):
 @pytest.mark.gpu
 def test_compiled_the_kernels_are_taken_whole():
     params = replace(VARIANTS["flux-dev"].ae_params, ch=32, ch_mult=(1, 2, 1, 1), num_res_blocks=1)
-    ae = random_weights(AutoEncoder(params), std=0.05).requires_grad_(False).to(DEVICE, torch.bfloat16)
-    z = draw(1, 16, (4, 6), torch.bfloat16)
-    put_decode(ae, decode.OPS)
+    ae = random_weights(AutoEncoder(params), std=0.05).requires_grad_(False).to(DEVICE)
+    z = draw(1, 16, (4, 6))
+    exact, z = ae.decode(z), z.bfloat16()
+    put_decode(ae.bfloat16(), decode.OPS)
     torch._dynamo.reset()
-    assert distance(torch.compile(ae.decode, fullgraph=True)(z), ae.decode(z)) < 2e-2
+    compiled = torch.compile(ae.decode, fullgraph=True)(z)
+    assert distance(compiled, exact) < 1.2 * distance(ae.decode(z), exact)
