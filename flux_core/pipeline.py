@@ -258,7 +258,8 @@ class Pipeline:
         ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
         txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
         strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
-        flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run, sigmas=sigmas)
+        replay = not self.ladder.offload  # which takes the weights from under a graph
+        flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run, sigmas=sigmas, replay=replay)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             self._turn(self.model)

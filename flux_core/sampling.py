@@ -16,7 +16,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .model import Flux, ModulationTable, Run
+from .model import Flux, Modulations, ModulationTable, Run
+from .replay import Replayed, is_worth_it
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -160,11 +161,13 @@ def flow_velocity(
     img_cond_seq_ids: Tensor | None = None,
     run: SampledRun | None = None,
     sigmas: Sequence[float] = (),
+    replay: bool = False,
 ) -> Velocity:
     """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
 
     `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
-    at the first of them the modulation of all is computed, which changes no bit of what comes out.
+    at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where
+    nothing stands in them and it `is_worth_it` (replay.py), they come from a CUDA graph, which changes none either.
 
     img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
     Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -172,22 +175,26 @@ def flow_velocity(
     if (img_cond_seq is None) != (img_cond_seq_ids is None):
         raise ValueError("img_cond_seq and img_cond_seq_ids go together")
     ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
-
     known = () if run is not None and run.needs_vec else tuple(sigmas)
+    graphed = replay and run is None and is_worth_it(model, txt.device, txt.shape[0] * (txt.shape[1] + ids.shape[1]))
 
-    @cache
-    def table(batch: int, device: torch.device, dtype: torch.dtype) -> ModulationTable:
-        return ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
-
-    def velocity(x: Tensor, sigma: float) -> Tensor:
+    def forward(x: Tensor, sigma: float, mods: Modulations | None) -> Tensor:
         rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
-        if run is not None:
-            run.begin(sigma)
-        mods = table(x.shape[0], x.device, x.dtype).at(sigma) if sigma in known else None
         img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
         img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
         v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods)
         return v[:, : x.shape[1]]
+
+    @cache
+    def along(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
+        """The velocity at the sigmas that are known."""
+        table = ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
+        return Replayed(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        if run is not None:
+            run.begin(sigma)
+        return along(x.shape[0], x.device, x.dtype)(x, sigma) if sigma in known else forward(x, sigma, None)
 
     return velocity
 

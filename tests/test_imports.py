@@ -13,7 +13,7 @@ ROOT = Path(flux_core.__file__).parent
 FLOORS = {
     "errors": 0, "jobs": 2, "params": 0, "version": 0, "terminal": 0,
     "jsonfile": 1, "model": 1, "variants": 1, "fields": 1, "guidance": 1, "sampling": 1, "places": 1, "hub": 1,
-    "modelscope": 1, "parts": 1, "threads": 1,
+    "modelscope": 1, "parts": 1, "replay": 1, "threads": 1,
     "hooks": 2, "linears": 2, "kernels": 2, "checkpoint": 2,
     "charts": 3, "editing": 3, "exploration": 3, "device": 3, "importance": 3, "ladder": 3, "latents": 3, "lines": 3,
     "memory": 3, "metadata": 3, "nonfinite": 3, "output": 3, "pictures": 3, "pipeline": 3, "record": 3, "request": 3,

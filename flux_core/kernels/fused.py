@@ -5,6 +5,7 @@ counts is how often it is read and written. So each kernel reads what the Linear
 writes what the next one reads:
 
 modulate        (1 + scale) * (x - mean) / sqrt(var + eps) + shift; one program holds a row, so x is read once
+gated_sum       x + gate * y, three passes where the plain twin takes five
 norm_rope       R (x / rms(x) * scale) for q and k, read out of the qkv product as `split_heads` sees it; a program has
                 some heads of one token. Written with the tokens outside, [B, L, H, D] in memory, seen as [B, H, L, D]:
                 attention gives its output the layout of q, so its heads then lie side by side and nothing is permuted
@@ -21,9 +22,8 @@ operation in bf16 (and `rms_norm` before its scale); compiled, they round about 
 differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
 
 For a compiler the kernels are `triton_op`s: it takes them whole, and inductor launches what is inside, with no dispatch
-in between. There is no backward; where a gradient is wanted, the plain twin computes. The residual
-`x + gate * y` is left to inductor. No autotuning: it would cost every first image seconds; the sizes below were
-the fastest of a few on an H200, for [4608, 3072].
+in between. There is no backward; where a gradient is wanted, the plain twin computes. No autotuning: it would cost
+every first image seconds; the sizes below were the fastest of a few on an H200, for [4608, 3072].
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ from ..model import ops
 from ..model.ops import Heads, Scales
 
 MODULATE_WARPS = 8
+SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4
 ROPE_HEADS, ROPE_WARPS = 8, 2
 JOINED_HEADS, JOINED_WARPS = 32, 8
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
@@ -120,6 +121,43 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if wants_grad(x, shift, scale):
         return ops.modulate(x, shift, scale)
     return modulate_op(x, shift, scale)
+
+
+# The residual -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gated_sum_kernel(
+    x, gate, y, out, x_batch, x_row, gate_batch, y_batch, y_row, L,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.program_id(2).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside, row = (row < L) & (col < D), row.to(tl.int64)
+    g = tl.load(gate + batch * gate_batch + col, mask=col < D, other=0.0).to(tl.float32)
+    a = tl.load(x + batch * x_batch + row * x_row + col, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(y + batch * y_batch + row * y_row + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (batch * L + row) * D + col, (a + g * b).to(out.dtype.element_ty), mask=inside)
+
+
+@operator("gated_sum")
+def gated_sum_op(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    B, L, D = x.shape
+    x, gate, y = dense_rows(x), dense_rows(gate), dense_rows(y)
+    out = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
+    block = min(triton.next_power_of_2(D), SUM_FEATURES)
+    wrap_triton(gated_sum_kernel)[(triton.cdiv(L, SUM_ROWS), triton.cdiv(D, block), B)](
+        x, gate, y, out, x.stride(0), x.stride(1), gate.stride(0), y.stride(0), y.stride(1), L,
+        D=D, ROWS=SUM_ROWS, BLOCK=block, num_warps=SUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """`ops.gated_sum` in one pass. x, y: [B, L, D]; gate: [B, 1, D]."""
+    if wants_grad(x, gate, y):
+        return ops.gated_sum(x, gate, y)
+    return gated_sum_op(x, gate, y)
 
 
 # Norm of q and k, and their rotation -------------------------------------------------------------------

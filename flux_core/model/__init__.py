@@ -3,6 +3,15 @@
 from ..params import AutoEncoderParams, FluxParams
 from .autoencoder import AutoEncoder
 from .table import MODULATION, ModulationTable
-from .transformer import Flux, Run
+from .transformer import Flux, Modulations, Run
 
-__all__ = ["MODULATION", "AutoEncoder", "AutoEncoderParams", "Flux", "FluxParams", "ModulationTable", "Run"]
+__all__ = [
+    "MODULATION",
+    "AutoEncoder",
+    "AutoEncoderParams",
+    "Flux",
+    "FluxParams",
+    "ModulationTable",
+    "Modulations",
+    "Run",
+]

@@ -64,12 +64,12 @@ class DoubleStreamBlock(nn.Module):
         attn = tap.attend(self.ops.attend, tap("q", q), tap("k", k), v)
         txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = self.ops.gated_sum(img, img_mod1.gate, self.img_attn.proj(img_attn))
         img_mlp = self.ops.mlp(self.img_mlp, self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
-        img = img + img_mod2.gate * tap("img.mlp", img_mlp)
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        img = self.ops.gated_sum(img, img_mod2.gate, tap("img.mlp", img_mlp))
+        txt = self.ops.gated_sum(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
         txt_mlp = self.ops.mlp(self.txt_mlp, self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
-        txt = txt + txt_mod2.gate * tap("txt.mlp", txt_mlp)
+        txt = self.ops.gated_sum(txt, txt_mod2.gate, tap("txt.mlp", txt_mlp))
         return img, txt
 
     def _heads(self, stream: str, attn: SelfAttention, x: Tensor, mod: ModulationOut, tap: Tap) -> Heads:
@@ -99,7 +99,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
         q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
         attn = tap.joined("attn", tap.attend(self.ops.attend, tap("q", q), tap("k", k), v), 1)
-        return x + mod.gate * tap.joined("linear2", self.ops.linear2(self.linear2, attn, hidden), 1)
+        return self.ops.gated_sum(x, mod.gate, tap.joined("linear2", self.ops.linear2(self.linear2, attn, hidden), 1))
 
 
 class LastLayer(nn.Module):

@@ -1,6 +1,6 @@
 """The few functions that a block calls around its Linears, plain and readable.
 
-Everything in a FLUX block is a Linear, a gated sum, or one of these. A block holds them as `block.ops`, a static tuple
+Everything in a FLUX block is a Linear or one of these. A block holds them as `block.ops`, a static tuple
 of functions, so that a fused twin for one kind of device can take the place of any of them when weights are loaded,
 while the block's own text stays as it is. Those that work on the input or the output of a Linear are given the Linear,
 so that a twin can do both at once; what one of them hands to the next is their own affair: `modulate` gives what a
@@ -47,6 +47,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     x: [B, L, D]; shift, scale: [B, 1, D].
     """
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """The residual: `x + gate * y`. x, y: [B, L, D]; gate: [B, 1, D]."""
+    return x + gate * y
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
@@ -102,6 +107,7 @@ class Ops(NamedTuple):
 
     modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
     modulate: Callable[[Tensor, Tensor, Tensor], Any] = modulate
+    gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_sum
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
     norm_rope_join: Callable[..., Heads] = norm_rope_join
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend

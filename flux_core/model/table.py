@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layers import ModulationOut
 from .transformer import Flux, Modulations
 
 MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")
@@ -25,18 +24,11 @@ class ModulationTable:
         times = (torch.ones_like(guidance) * sigma for sigma in sigmas)
         given = guidance if model.params.guidance_embed else None
         vec = torch.stack([model.embed_vec(time, y, given) for time in times])
+        self.sigmas = tuple(sigmas)
         self._rows = {sigma: row for row, sigma in enumerate(sigmas)}
         self._mods = model.modulations(vec)
 
-    def at(self, sigma: float) -> Modulations | None:
-        """Those of one forward, or None where the schedule has no such sigma."""
-        row = self._rows.get(sigma)
-        if row is None:
-            return None
-        double, single = ([_at(row, sets) for sets in blocks] for blocks in (self._mods.double, self._mods.single))
-        shift, scale = self._mods.last
-        return Modulations(double, single, (shift[row], scale[row]))
-
-
-def _at(row: int, sets: tuple[ModulationOut, ...]) -> tuple[ModulationOut, ...]:
-    return tuple(ModulationOut(*(x[row] for x in one)) for one in sets)
+    def at(self, sigma: float) -> Modulations:
+        """Those of one forward, at a sigma of the schedule."""
+        row = self._rows[sigma]
+        return self._mods.map(lambda x: x[row])

@@ -4,6 +4,8 @@ It predicts the velocity of a rectified flow (arXiv 2209.03003): with `x = sigma
 output is `noise - data` for each packed image token. Parameters bear the names of the official safetensors file.
 """
 
+from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,6 +40,19 @@ class Modulations(NamedTuple):
     double: list[tuple[ModulationOut, ...]]
     single: list[tuple[ModulationOut, ...]]
     last: tuple[Tensor, Tensor]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Modulations":
+        """`fn` of every tensor, in the same places."""
+
+        def of(blocks: list[tuple[ModulationOut, ...]]) -> list[tuple[ModulationOut, ...]]:
+            return [tuple(ModulationOut(*map(fn, one)) for one in sets) for sets in blocks]
+
+        shift, scale = self.last
+        return Modulations(of(self.double), of(self.single), (fn(shift), fn(scale)))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [*chain.from_iterable(one for sets in (*self.double, *self.single) for one in sets), *self.last]
 
 
 class Flux(nn.Module):

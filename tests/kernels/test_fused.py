@@ -17,7 +17,7 @@ from flux_core.model import ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
 
-ANYWHERE = ("modulate", "norm_rope", "norm_rope_join")
+ANYWHERE = ("modulate", "gated_sum", "norm_rope", "norm_rope_join")
 NAMES = ops.Ops._fields if CUDA else ANYWHERE  # the CPU's epilogue has another GELU, the interpreter no bf16 product
 FUSED = ops.PLAIN._replace(**{name: getattr(fused, name) for name in NAMES if hasattr(fused, name)})
 on_a_card = pytest.mark.skipif(not CUDA, reason="the CPU's epilogue has another GELU")
@@ -63,6 +63,15 @@ def test_modulate(dtype, rows, dim):
     for x in (joined, joined[:, 4:]):
         args = x, mods[3], mods[1]
         held(fused.modulate(*args), ops.modulate, *args)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "dim"), [(1, 256), (5, 3072), (3, 200)])
+def test_gated_sum(dtype, rows, dim):
+    gate = draw(2, 1, 6 * dim, dtype=dtype).chunk(6, dim=-1)[2]
+    joined, y = draw(2, rows + 4, dim, dtype=dtype), draw(2, rows, dim, dtype=dtype)
+    for x in (joined[:, :rows], joined[:, 4:]):
+        held(fused.gated_sum(x, gate, y), ops.gated_sum, x, gate, y)
 
 
 def test_the_norm_keeps_its_precision_far_from_zero():
@@ -256,6 +265,9 @@ def test_where_a_gradient_is_wanted_the_plain_twin_computes():
     x, shift, scale = draw(1, 3, 64).requires_grad_(), draw(1, 1, 64), draw(1, 1, 64)
     fused.modulate(x, shift, scale).sum().backward()
     assert x.grad is not None
+    y = draw(1, 3, 64).requires_grad_()
+    fused.gated_sum(x.detach(), scale, y).sum().backward()
+    assert y.grad is not None
     q, one = draw(1, 2, 3, 64).requires_grad_(), linear(64, 96).requires_grad_()
     sum(y.sum() for y in fused.norm_rope(q, q, shift[0, 0], scale[0, 0], rotations(3, 64, batch=1))).backward()
     sum(y.sum() for y in fused.linear1(one, x.detach(), [64, 32])).backward()

@@ -1,0 +1,133 @@
+"""Steps from a CUDA graph: the same bits, and never where Python waits inside a forward."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from flux_core import load_pipeline, replay
+from flux_core.hooks import Capture
+from flux_core.model.ops import PLAIN
+from flux_core.replay import has_strangers, is_worth_it
+
+SMALL = {"width": 64, "height": 48, "num_steps": 5, "force": True}
+
+
+def hooked(model):
+    model.single_blocks[0].linear1.register_forward_hook(lambda *_: None)
+
+
+def hooked_before(model):
+    model.txt_in.register_forward_pre_hook(lambda *_: None)
+
+
+def patched(model):
+    model.double_blocks[0].forward = model.double_blocks[0].forward
+
+
+def other_function(model):
+    model.double_blocks[0].ops = PLAIN._replace(attend=lambda q, k, v: PLAIN.attend(q, k, v))
+
+
+def other_module(model):
+    class Louder(torch.nn.Linear):
+        pass
+
+    model.img_in = Louder(4, 4)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_before, patched, other_function, other_module])
+def test_what_somebody_put_into_a_model_is_found(change):
+    model = tiny_pipeline().model
+    assert not has_strangers(model)
+    change(model)
+    assert has_strangers(model)
+
+
+def test_a_graph_is_for_few_tokens_on_cuda():
+    model = tiny_pipeline().model
+    cuda = torch.device("cuda")
+    assert is_worth_it(model, cuda, replay.TOKENS) and not is_worth_it(model, cuda, replay.TOKENS + 1)
+    assert not is_worth_it(model, torch.device("cpu"), 1)
+    hooked(model)
+    assert not is_worth_it(model, cuda, 1)
+
+
+@dataclass
+class Draws:
+    """Pictures of flux-mini on a card, and the forwards that Python made for the last of them."""
+
+    pipeline: object
+    forwards: int = 0
+
+    def __call__(self, **fields):
+        self.forwards = 0
+        embed = type(self.pipeline.model)._blocks
+
+        def counted(*args):
+            self.forwards += 1
+            return embed(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(self.pipeline.model), "_blocks", counted)
+            return self.pipeline.generate("a red apple", 3, **{**SMALL, **fields})[0].tobytes()
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "fp8"])
+def draws(request):
+    return Draws(load_pipeline("flux-mini", "cuda", request.param))
+
+
+@pytest.mark.gpu
+def test_a_replayed_picture_is_the_same_to_the_bit(draws, monkeypatch):
+    replayed, again, made = draws(), draws(), draws.forwards
+    monkeypatch.setattr(replay, "TOKENS", 0)
+    assert draws() == replayed == again
+    assert (made, draws.forwards) == (2, 5)  # the first step, and the recorded one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steering", [{"cfg_zero": 1}, {"mimic_scale": 1.5}])
+@pytest.mark.parametrize("one_batch", [True, False])
+def test_so_is_a_steered_one(draws, monkeypatch, steering, one_batch):
+    monkeypatch.setattr(draws.pipeline, "one_batch", one_batch)
+    fields = {"negative_prompt": "a blue car", "true_cfg_scale": 3.0, **steering}
+    replayed = draws(**fields)
+    monkeypatch.setattr(replay, "TOKENS", 0)
+    assert draws(**fields) == replayed
+
+
+@pytest.mark.gpu
+def test_who_looks_inside_sees_every_step(draws):
+    plain, seen, calls = draws(), {}, []
+    assert draws(plan=[Capture(sites="double_blocks.0.img.out", into=seen)]) == plain
+    assert len(seen) == 5
+    handle = draws.pipeline.model.single_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert draws() == plain and len(calls) == 5
+    finally:
+        handle.remove()
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_drawn_step_by_step(draws, monkeypatch, capsys):
+    plain = draws()
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert draws() == plain and draws.forwards == 5
+    assert "could not be recorded as a CUDA graph (CUDA out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_are_recorded_too():
+    torch._dynamo.reset()
+    draws = Draws(load_pipeline("flux-mini", "cuda", "bfloat16", compile=True))
+    first, second = draws(), draws()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "TOKENS", 0)
+        assert draws() == first == second
+    torch._dynamo.reset()
