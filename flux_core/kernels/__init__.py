@@ -17,6 +17,7 @@ from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..terminal import note
+from .attention import attention_for
 
 __all__ = ["can_fuse", "fused_ops", "install", "install_decode"]
 
@@ -57,12 +58,14 @@ def install(model: Flux, device: torch.device | str) -> Ops:
     All blocks hold one and the same tuple, so compiled blocks of a kind go on sharing a graph (dynamo guards on its
     functions, which are module-level ones). Blocks that were compiled before compile once more at their next call.
     """
+    device = torch.device(device)
     ops = blocks_ops = fused_ops(device)
     linears = [one for one in model.modules() if isinstance(one, Fp8Linear)]
-    if ops is not PLAIN and linears and all(one.scales_on(torch.device(device)) for one in linears):
+    if ops is not PLAIN and linears and all(one.scales_on(device) for one in linears):
         blocks_ops, quantize = _of_rows()
         for one in linears:
             one.quantize = quantize
+    blocks_ops = blocks_ops._replace(attend=attention_for(model, device))
     put(model, ops, blocks_ops)
     return blocks_ops
 

@@ -1,0 +1,48 @@
+"""Which of PyTorch's attention kernels stands in the blocks, and that each of them attends."""
+
+import pytest
+import torch
+from golden_files import distance
+from tiny import tiny_pipeline
+
+from flux_core.kernels.attention import WAYS, attention_for, choice, fastest, milliseconds
+from flux_core.model import ops
+
+
+@pytest.mark.parametrize(
+    ("ms", "name"),
+    [
+        ({"own": 0.40, "cudnn": 0.40, "flash": 0.79}, "own"),
+        ({"own": 0.40, "cudnn": 0.37}, "own"),  # too near: next time it may be the other way round
+        ({"own": 0.79, "cudnn": 0.40, "efficient": 1.5}, "cudnn"),
+        ({"own": 0.79, "cudnn": 0.60, "flash": 0.50}, "flash"),
+        ({"own": 0.79}, "own"),
+    ],
+)
+def test_another_kernel_only_where_it_wins_clearly(ms, name):
+    assert choice(ms) == name
+
+
+def test_nothing_is_tried_on_a_cpu():
+    model = tiny_pipeline().model
+    assert attention_for(model.bfloat16(), torch.device("cpu")) is ops.attend
+
+
+@pytest.mark.gpu
+def test_every_way_attends_forward_and_backward():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 700, 3, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    q.requires_grad_()
+    exact = ops.attend(q.float(), k.float(), v.float())
+    (truth,) = torch.autograd.grad(exact.square().sum(), q)
+    ran = []
+    for name, way in WAYS.items():
+        if milliseconds(way, q.detach(), k, v) is None:
+            continue
+        found = way(q, k, v)
+        assert found.shape == exact.shape and found.dtype == torch.bfloat16
+        assert distance(found, exact) < 0.01
+        assert distance(torch.autograd.grad(found.square().sum(), q)[0], truth) < 0.03
+        ran.append(name)
+    assert "own" in ran and len(ran) > 1
+    assert fastest(torch.device("cuda"), torch.bfloat16, 24, 128) in WAYS.values()
