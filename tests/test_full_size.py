@@ -22,6 +22,7 @@ SIGMA = 0.75
 @torch.no_grad()
 def test_the_fast_ways_agree_with_the_plain_one():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     params = VARIANTS["flux-dev"].params
     model = random_flux(params, "cuda")
     inputs = in_dtype_of(model, random_inputs(params, 64, 512, "cuda"))
