@@ -1,10 +1,12 @@
 """What threads read ahead is what is mapped, to the bit, however it is cut; and what goes wrong is told, and ends."""
 
 import json
+import os
 import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,17 @@ def test_every_bit_of_every_tensor_comes_through(shards, monkeypatch, chunk, buf
     assert not readers()
 
 
+@pytest.mark.parametrize("positioned", [True, False])
+def test_a_file_system_that_gives_less_than_was_asked_for(shards, monkeypatch, positioned):
+    """And one without reads at a place of their own: Windows."""
+    monkeypatch.setattr(header, "MOST", 7)
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    cut(monkeypatch, 1000)
+    expected = mapped(shards)
+    same(streamed(shards, list(expected)), expected)
+
+
 def test_chunks_are_full_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 10)
     spans = [Span(tmp_path, 3, 6), Span(tmp_path, 6, 6), Span(tmp_path, 100, 125), Span(tmp_path, 0, 1)]
@@ -144,16 +157,15 @@ def test_a_file_that_becomes_shorter(tmp_path, monkeypatch):
     assert not readers()
 
 
-def test_a_disk_that_fails(shards, monkeypatch):
-    class Broken:
-        def seek(self, place):
-            pass
-
-        def readinto(self, memory):
-            raise OSError(5, "Input/output error")
-
-    with pytest.raises(FileError, match="could not be read: Input/output error"):
-        header.read_into(memoryview(bytearray(1)), Broken(), shards.headers[0].path, 0)
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file is at hand that cannot be read")
+@pytest.mark.parametrize("positioned", [True, False])
+def test_a_disk_that_fails(monkeypatch, positioned):
+    """A process has nothing at its address 0, and says so as a broken disk does."""
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    path = Path("/proc/self/mem")
+    with path.open("rb") as file, pytest.raises(FileError, match="mem could not be read: Input/output error"):
+        header.read_into(memoryview(bytearray(1)), file, path, 0)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
