@@ -3,7 +3,7 @@
 So there is never a second copy of the model in memory; on the CPU, tensors that keep their dtype stay mapped from the
 file until they are used. What becomes fp8 is quantized as it is read: the model is never there in bf16. Official names,
 ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the header
-before a byte of weights is read.
+before a tensor is taken.
 """
 
 import sys
