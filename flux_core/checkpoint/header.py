@@ -26,6 +26,8 @@ BITS = {
 MAX_HEADER = 100_000_000
 """bytes, as in the library"""
 MAX_TENSORS = 20_000
+MOST = 2**30
+"""bytes in one read: macOS takes no more than 2 GiB"""
 METADATA = "__metadata__"
 AGAIN = "Next: fetch it again."
 
@@ -114,12 +116,20 @@ def open_file(path: Path) -> io.BufferedReader:
 def read_into(memory: memoryview, file: io.BufferedReader, path: Path, start: int) -> None:
     """Fill it with a file's bytes from that place on. FileError if they can't be read, or are no longer all there."""
     try:
-        file.seek(start)
-        count = file.readinto(memory)
+        while memory and (count := _read_at(file, memory, start)):
+            memory, start = memory[count:], start + count
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror or error}.") from None
-    if count != len(memory):
+    if memory:
         raise FileError(f"{path} became shorter while it was read. Next: wait until it is all there, and try again.")
+
+
+def _read_at(file: io.BufferedReader, memory: memoryview, start: int) -> int:
+    """As much as one call gives, 0 at the file's end. Where the system has it, a call that leaves Python alone once."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [memory[:MOST]], start)
+    file.seek(start)
+    return file.readinto(memory)
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:

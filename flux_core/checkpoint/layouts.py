@@ -20,7 +20,7 @@ from ..variants import Variant
 from .files import TextFiles, ae_path, encoder_config, flow_path
 from .identify import Layout, Part, identify
 from .keymaps import Params, to_diffusers
-from .read import fitting, load_autoencoder, load_flux
+from .read import check_fit, find_contents, load_autoencoder, load_flux
 from .scales import METADATA, find_scales, widen
 from .source import INDEX, Source, find_source
 from .tensors import DTYPES, opened
@@ -72,7 +72,9 @@ def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: 
     params: Params = variant.params if flow else variant.ae_params
     with torch.device("meta"):
         empty = Flux(variant.params) if flow else AutoEncoder(variant.ae_params)
-    source, found = fitting(path, part, empty.state_dict(), params)
+    contents = find_contents(path, part)
+    check_fit(contents, empty.state_dict(), params)
+    source, found = contents.source, contents.found
     if found.layout == layout and not found.prefix and _is_all(source, dtype) and _may_be_cut(source, layout):
         _copy(source, target)
         return

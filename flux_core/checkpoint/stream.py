@@ -11,9 +11,10 @@ torch gave out again, and an event behind a buffer's last copy tells when it may
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -32,36 +33,60 @@ THREADS = 16
 @contextmanager
 def tape(spans: Iterable[Span], device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function that fills a tensor on `device` with the next of the spans' bytes, while the block runs. FileError."""
-    todo = deque(chunks(spans))
+    pieces = list(chunks(spans))
+    turns: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]
+    todo = deque(zip(pieces, turns, strict=True))
+    free: SimpleQueue[Buffer | None] = SimpleQueue()
     device = torch.empty(1, device=device).device  # CUDA has its context now, before threads need one
+
+    def read_on() -> None:
+        """A reader's work. It takes a buffer before a chunk, so the next in turn is never the one without."""
+        while buffer := free.get():
+            try:
+                chunk, turn = todo.popleft()
+            except IndexError:
+                return
+            try:
+                buffer.read(chunk)
+                turn.put(buffer)
+            except BaseException as error:
+                turn.put(error)
+
+    def stop() -> None:
+        todo.clear()
+        for _ in range(THREADS):
+            free.put(None)
+
+    def arriving() -> Iterator[Buffer]:
+        """The chunks in their turn. A buffer goes back to the readers when the next one is asked for."""
+        for turn in turns:
+            buffer = turn.get()
+            if isinstance(buffer, BaseException):
+                raise buffer
+            yield buffer
+            buffer.release()
+            free.put(buffer)
+
     with ExitStack() as stack:
-        paths = {span.path for chunk in todo for span in chunk}
-        buffers = [Buffer(paths, device, stack) for _ in range(min(BUFFERS, len(todo)))]
-        readers = ThreadPoolExecutor(THREADS, "reader")
-        stack.callback(readers.shutdown, cancel_futures=True)
-        turns: deque[tuple[Buffer, Future[Tensor]]] = deque()
-
-        def read_ahead(buffer: Buffer) -> None:
-            if todo:
-                turns.append((buffer, readers.submit(buffer.read, todo.popleft())))
-
-        for buffer in buffers:
-            read_ahead(buffer)
-        rest = torch.empty(0, dtype=torch.uint8)  # of the chunk whose turn it is
+        paths = {span.path for chunk in pieces for span in chunk}
+        for _ in range(min(BUFFERS, len(pieces))):
+            free.put(Buffer(paths, device, stack))
+        readers = stack.enter_context(ThreadPoolExecutor(THREADS, "reader"))
+        stack.callback(stop)
+        for _ in range(min(THREADS, len(pieces))):
+            readers.submit(read_on)
+        buffers, memory, start, end = arriving(), torch.empty(0), 0, 0
 
         def fill(tensor: Tensor) -> Tensor:
-            nonlocal rest
-            wanted = tensor.reshape(-1).view(torch.uint8)
-            while len(wanted):
-                if not len(rest):
-                    rest = turns[0][1].result()
-                count = min(len(wanted), len(rest))
-                wanted[:count].copy_(rest[:count], non_blocking=True)
-                wanted, rest = wanted[count:], rest[count:]
-                if not len(rest):
-                    buffer, _ = turns.popleft()
-                    buffer.release()
-                    read_ahead(buffer)
+            nonlocal memory, start, end
+            wanted, done = tensor.reshape(-1).view(torch.uint8), 0
+            while done < len(wanted):
+                if start == end:
+                    buffer = next(buffers)
+                    memory, start, end = buffer.memory, 0, buffer.end
+                count = min(len(wanted) - done, end - start)
+                wanted[done : done + count].copy_(memory[start : start + count], non_blocking=True)
+                done, start = done + count, start + count
             return tensor
 
         yield fill
@@ -88,20 +113,22 @@ class Buffer:
     def __init__(self, paths: Iterable[Path], device: torch.device, stack: ExitStack) -> None:
         self.files = {path: stack.enter_context(open_file(path)) for path in paths}
         self.device = device
-        self.memory: Tensor | None = None
         self.copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.end = 0
+        """of the chunk in it"""
 
-    def read(self, chunk: list[Span]) -> Tensor:
-        """The chunk's bytes, for a thread to read once those before them have been copied. FileError."""
-        if self.memory is None:  # to pin it takes milliseconds, in which other threads read
+    def read(self, chunk: list[Span]) -> None:
+        """Put a chunk's bytes into it, for a thread to do once those before them have been copied. FileError."""
+        if not len(self.memory):  # to pin it takes milliseconds, in which other threads read
             self.memory = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.copied is not None)
-        if self.copied:
+            self.view = self.memory.numpy().data
+        elif self.copied:
             self.copied.synchronize()
-        end = 0
-        for span in chunk:
-            start, end = end, end + span.end - span.start
-            read_into(self.memory[start:end].numpy().data, self.files[span.path], span.path, span.start)
-        return self.memory[:end]
+        self.end = 0
+        for path, start, stop in chunk:
+            begin, self.end = self.end, self.end + stop - start
+            read_into(self.view[begin : self.end], self.files[path], path, start)
 
     def release(self) -> None:
         """The last copy out of it is under way."""

@@ -6,7 +6,7 @@ of address space (12). For CUDA nothing is mapped: `stream.py` reads ahead.
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,8 @@ READABLE = DTYPES | {
     "I64": torch.int64,
 }
 """and what else lies beside weights in files of text encoders: positions, most often"""
+ROUND = 512
+"""bytes, of which torch gives out whole multiples on CUDA"""
 SMALL = 2**30
 """bytes of a file below which tensors on the CPU get memory of their own. A mapped one begins wherever the header ends,
 and CPU kernels round by alignment: the same weights in two files gave pictures that differed in a last bit."""
@@ -70,6 +72,19 @@ def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -
             return fill(torch.empty(source.shapes[name], dtype=READABLE[source.dtypes[name]], device=device))
 
         yield get
+
+
+def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
+    """Have torch ask a CUDA device once for tensors of so many bytes, not for each: those who ask wait for who pins.
+
+    It keeps a block that is let go, and cuts it. Where there is none so large, each is asked for when it is made.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    whole = sum(-(-size // ROUND) * ROUND for size in sizes)
+    with suppress(torch.OutOfMemoryError):
+        torch.empty(max(0, whole - kept), dtype=torch.uint8, device=device)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", weight_scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._settle()
+        self.settle()
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -146,13 +146,13 @@ class Fp8Linear(nn.Module):
         """Whether its product can run in fp8 there. The units take sides that are multiples of 16."""
         return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
 
-    def _settle(self) -> None:
-        """Decide how to multiply where the weights are now."""
+    def settle(self) -> None:
+        """Decide how to multiply where the weights are now: for whoever puts others in their place."""
         self.scaled = self.scales_on(self.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._settle()
+        self.settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A move of the model moves all; a cast is for the layers around: codes and scales mean nothing in bf16."""
@@ -161,7 +161,7 @@ class Fp8Linear(nn.Module):
         for name, old in kept.items():
             if (new := getattr(self, name)).dtype != old.dtype:
                 new.data = old.to(new.device)
-        self._settle()
+        self.settle()
         return self
 
     def extra_repr(self) -> str:

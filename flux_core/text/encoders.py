@@ -22,7 +22,7 @@ from ..checkpoint.layouts import NOT_OURS, tokenizer_class
 from ..checkpoint.read import check_dtypes
 from ..checkpoint.scales import find_scales, widen
 from ..checkpoint.source import find_source
-from ..checkpoint.tensors import opened
+from ..checkpoint.tensors import opened, reserve
 from ..errors import FileError
 from ..variants import Variant
 
@@ -114,6 +114,7 @@ def load_encoder(
     named = {x.data_ptr(): name for name, x in stand_ins.items()}
     places = {named[place.data_ptr()]: place for place in model.parameters()}
     order = sorted(places, key=source.spans.__getitem__)
+    reserve(device, (place.numel() * dtype.itemsize for place in places.values()))
     with opened(source, device, scales.among(order)) as get:
         for name in order:
             scale = scales.of.get(name)

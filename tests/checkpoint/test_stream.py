@@ -1,10 +1,13 @@
 """What threads read ahead is what is mapped, to the bit, however it is cut; and what goes wrong is told, and ends."""
 
 import json
+import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from flux_core.checkpoint.files import text_files
 from flux_core.checkpoint.source import INDEX, Span, find_source
 from flux_core.checkpoint.write import write_safetensors
 from flux_core.errors import FileError
+from flux_core.linears.fp8 import Fp8Linear, quantize
 from flux_core.model import AutoEncoder, Flux
 from flux_core.text import encoders
 
@@ -84,6 +88,17 @@ def test_every_bit_of_every_tensor_comes_through(shards, monkeypatch, chunk, buf
     assert not readers()
 
 
+@pytest.mark.parametrize("positioned", [True, False])
+def test_a_file_system_that_gives_less_than_was_asked_for(shards, monkeypatch, positioned):
+    """And one without reads at a place of their own: Windows."""
+    monkeypatch.setattr(header, "MOST", 7)
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    cut(monkeypatch, 1000)
+    expected = mapped(shards)
+    same(streamed(shards, list(expected)), expected)
+
+
 def test_chunks_are_full_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 10)
     spans = [Span(tmp_path, 3, 6), Span(tmp_path, 6, 6), Span(tmp_path, 100, 125), Span(tmp_path, 0, 1)]
@@ -144,16 +159,15 @@ def test_a_file_that_becomes_shorter(tmp_path, monkeypatch):
     assert not readers()
 
 
-def test_a_disk_that_fails(shards, monkeypatch):
-    class Broken:
-        def seek(self, place):
-            pass
-
-        def readinto(self, memory):
-            raise OSError(5, "Input/output error")
-
-    with pytest.raises(FileError, match="could not be read: Input/output error"):
-        header.read_into(memoryview(bytearray(1)), Broken(), shards.headers[0].path, 0)
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file is at hand that cannot be read")
+@pytest.mark.parametrize("positioned", [True, False])
+def test_a_disk_that_fails(monkeypatch, positioned):
+    """A process has nothing at its address 0, and says so as a broken disk does."""
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    path = Path("/proc/self/mem")
+    with path.open("rb") as file, pytest.raises(FileError, match="mem could not be read: Input/output error"):
+        header.read_into(memoryview(bytearray(1)), file, path, 0)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -239,6 +253,128 @@ def test_a_file_is_read_from_its_start_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "opened", watched)
     load_flux(replace(DEV, files={"model": str(path)}))
     assert order == sorted(span.start for span in find_source(path).spans.values())
+
+
+def drawn(path, change=lambda state: state):
+    """A small FLUX.1-dev's row with random weights, in bf16, in a file."""
+    state = random_weights(Flux(DEV.params)).bfloat16().state_dict()
+    write_safetensors(path, change(dict(state)))
+    return replace(DEV, files={"model": str(path)})
+
+
+def test_reading_begins_before_there_is_a_network(tmp_path, monkeypatch):
+    row = drawn(tmp_path / "model.safetensors")
+    monkeypatch.setattr(read, "opened", tensors.streamed)
+    cut(monkeypatch, 1000)
+    seen = []
+
+    def late(params):
+        seen.append(len(readers()))
+        return Flux(params)
+
+    monkeypatch.setattr(read, "Flux", late)
+    load_flux(row)
+    assert seen == [4] and not readers()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {name: x for name, x in state.items() if "txt_in" not in name},
+        lambda state: state | {"extra": torch.ones(2), "txt_in.weight": torch.ones(3, 4)},
+        lambda state: state | {"txt_in.bias": state["txt_in.bias"].to(torch.int32)},
+        lambda state: {
+            name: x for name, x in to_diffusers(state, DEV.params).items() if "context_embedder" not in name
+        },
+        lambda state: dict(random_weights(AutoEncoder(DEV.ae_params)).state_dict()),
+        lambda state: {"something": torch.ones(1)},
+    ],
+)
+def test_a_wrong_file_is_told_in_the_same_words_and_hardly_read(tmp_path, monkeypatch, change):
+    row, count, real = drawn(tmp_path / "model.safetensors", change), [0], header.read_into
+    with pytest.raises(FileError) as by_mapping:
+        load_flux(row)
+
+    def counted(memory, *where):
+        count[0] += len(memory)
+        real(memory, *where)
+
+    monkeypatch.setattr(read, "opened", tensors.streamed)
+    monkeypatch.setattr(stream, "read_into", counted)
+    cut(monkeypatch, 1000)
+    with pytest.raises(FileError) as by_reading:
+        load_flux(row)
+    assert str(by_reading.value) == str(by_mapping.value)
+    assert count[0] <= 3 * 1000 and not readers()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_what_was_read_is_what_the_network_holds(tmp_path, monkeypatch, fp8):
+    """The tensor itself where nothing had to be computed; all of it frozen, in evaluation, and each for itself."""
+    row, taken = drawn(tmp_path / "model.safetensors"), {}
+
+    @contextmanager
+    def watched(*args):
+        with tensors.streamed(*args) as get:
+            yield lambda name: taken.setdefault(name, get(name))
+
+    monkeypatch.setattr(read, "opened", watched)
+    monkeypatch.setattr(Fp8Linear, "scales_on", lambda self, device: device.type == "cpu")
+    model = load_flux(row, fp8=fp8)
+    state = model.state_dict()
+    kept = [name for name in taken if state[name].dtype == torch.bfloat16]
+    assert len(kept) == len(taken) - fp8 * sum(isinstance(one, Fp8Linear) for one in model.modules())
+    assert all(state[name].data_ptr() == taken[name].data_ptr() for name in kept)
+    assert len({x.data_ptr() for x in state.values()}) == len(state)
+    assert not any(x.requires_grad or x.is_meta for x in state.values())
+    assert not any(x.requires_grad for x in model.parameters()) and len(list(model.parameters())) == len(taken)
+    assert not any(one.training for one in model.modules())
+    assert all(one.scaled for one in model.modules() if isinstance(one, Fp8Linear))  # not as it was on meta
+    if fp8:
+        plain = load_flux(row)
+        quantize(plain)
+        same(state, plain.state_dict())
+
+
+# Memory on the device
+
+
+def test_a_block_that_there_is_no_room_for_is_no_error(monkeypatch):
+    asked = []
+
+    def full(size, **options):
+        asked.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    tensors.reserve("cuda", [1, 512, 513])
+    assert asked == [4 * 512 - 600]
+    tensors.reserve("cpu", [1])
+    assert len(asked) == 1
+
+
+def test_the_block_is_as_large_as_the_network(tmp_path, monkeypatch):
+    row, asked = drawn(tmp_path / "model.safetensors"), []
+    monkeypatch.setattr(read, "reserve", lambda device, sizes: asked.append(sum(sizes)))
+    state = load_flux(row).state_dict()
+    assert asked.pop() == sum(x.nbytes for x in state.values())
+    state = load_flux(row, fp8=True).state_dict()
+    coded = [x for x in state.values() if x.dtype == torch.float8_e4m3fn]
+    scales = sum(x.nbytes for name, x in state.items() if name.endswith("weight_scale"))  # small: from elsewhere
+    assert asked.pop() == sum(x.nbytes for x in state.values()) - scales + 8 * max(x.numel() for x in coded)
+
+
+@pytest.mark.gpu
+def test_the_block_is_cut_into_the_tensors():
+    sizes = [n << 20 for n in (3, 30, 7, 64, 5)]
+    torch.cuda.empty_cache()
+    tensors.reserve("cuda", sizes)
+    held = torch.cuda.memory_reserved()
+    kept = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+    assert torch.cuda.memory_reserved() == held >= sum(x.nbytes for x in kept)
+    tensors.reserve("cuda", [2**50])  # a petabyte
 
 
 @pytest.mark.gpu
