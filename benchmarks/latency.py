@@ -171,7 +171,7 @@ def steps(bench: Bench, model: Flux) -> float:
     mods = table().at(SIGMAS[0])
     ours = partial(model, **inputs, mods=mods)
     calls = {"eager": eager(ours)}
-    if is_worth_it(model, inputs["img"].device, inputs["img"].shape[1] + variant.max_text):
+    if is_worth_it(model, inputs["img"].device, inputs["img"].shape[1] + variant.max_text, len(SIGMAS)):
         ours()
         graph = Graph(lambda x, _, mods: model(**inputs | {"img": x}, mods=mods), inputs["img"], SIGMAS[0], mods)
         calls["replayed"] = partial(graph.replay, inputs["img"])

@@ -20,11 +20,13 @@ from .terminal import note
 
 TOKENS = 2048
 """of text and picture, in all rows of a batch, up to which launches are what a step waits for"""
+STEPS = 4
+"""from which a recording pays: it takes the host as long as a step"""
 
 
-def is_worth_it(model: nn.Module, device: torch.device, tokens: int) -> bool:
-    """Whether steps of so many tokens should be replayed on that device, and can be."""
-    return device.type == "cuda" and tokens <= TOKENS and not has_strangers(model)
+def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
+    """Whether so many steps of so many tokens should be replayed on that device, and can be."""
+    return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_strangers(model)
 
 
 def has_strangers(model: nn.Module) -> bool:

@@ -176,7 +176,8 @@ def flow_velocity(
         raise ValueError("img_cond_seq and img_cond_seq_ids go together")
     ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
     known = () if run is not None and run.needs_vec else tuple(sigmas)
-    graphed = replay and run is None and is_worth_it(model, txt.device, txt.shape[0] * (txt.shape[1] + ids.shape[1]))
+    tokens = txt.shape[0] * (txt.shape[1] + ids.shape[1])
+    graphed = replay and run is None and is_worth_it(model, txt.device, tokens, len(known))
 
     def forward(x: Tensor, sigma: float, mods: Modulations | None) -> Tensor:
         rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)

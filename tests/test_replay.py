@@ -45,13 +45,14 @@ def test_what_somebody_put_into_a_model_is_found(change):
     assert has_strangers(model)
 
 
-def test_a_graph_is_for_few_tokens_on_cuda():
-    model = tiny_pipeline().model
+def test_a_graph_is_for_some_steps_of_few_tokens_on_cuda():
+    model, most, few = tiny_pipeline().model, replay.TOKENS, replay.STEPS
     cuda = torch.device("cuda")
-    assert is_worth_it(model, cuda, replay.TOKENS) and not is_worth_it(model, cuda, replay.TOKENS + 1)
-    assert not is_worth_it(model, torch.device("cpu"), 1)
+    assert is_worth_it(model, cuda, most, few)
+    assert not is_worth_it(model, cuda, most + 1, few) and not is_worth_it(model, cuda, most, few - 1)
+    assert not is_worth_it(model, torch.device("cpu"), most, few)
     hooked(model)
-    assert not is_worth_it(model, cuda, 1)
+    assert not is_worth_it(model, cuda, most, few)
 
 
 @dataclass

@@ -26,7 +26,7 @@ CHUNK = 2**24
 """bytes; a power of two, to which torch rounds pinned memory up"""
 BUFFERS = 24
 """for the chunks that are read, wait or are copied: 384 MiB, which torch keeps for the next file"""
-THREADS = 16
+THREADS = 12
 """readers: a core copies a few GB/s out of the page cache; a disk or a network likes to be asked for much at once"""
 
 

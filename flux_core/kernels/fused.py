@@ -40,10 +40,10 @@ from torch.library import triton_op, wrap_triton
 from ..model import ops
 from ..model.ops import Heads, Scales
 
-MODULATE_WARPS = 8
+MODULATE_WARPS = 4
 SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4
 ROPE_HEADS, ROPE_WARPS = 8, 2
-JOINED_HEADS, JOINED_WARPS = 32, 8
+JOINED_HEADS, JOINED_WARPS = 8, 1
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
 
