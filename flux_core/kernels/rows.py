@@ -21,13 +21,13 @@ from torch.library import wrap_triton
 from ..linears.fp8 import E4M3, LARGEST, Rows
 from .fused import dense_rows, normed, operator
 
-WARPS = 8
+NARROW_WARPS, WIDE_WARPS = 2, 8
 WIDE = 8192
-"""features from which a token takes twice the warps"""
+"""features above which a token is wide"""
 
 
 def warps(width: int) -> int:
-    return 2 * WARPS if width > WIDE else WARPS
+    return WIDE_WARPS if width > WIDE else NARROW_WARPS
 
 
 def empty_rows(x: Tensor, width: int) -> Rows:
