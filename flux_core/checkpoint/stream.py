@@ -25,7 +25,7 @@ from .source import Span
 CHUNK = 2**24
 """bytes; a power of two, to which torch rounds pinned memory up"""
 BUFFERS = 16
-"""for the chunks that are read, wait or are copied: 256 MiB, which torch keeps for the next file; pinning them is slow"""
+"""for the chunks that are read, wait or are copied: 256 MiB, which torch keeps for the next file; pinning is slow"""
 THREADS = 12
 """readers: a core copies a few GB/s out of the page cache; a disk or a network likes to be asked for much at once"""
 

@@ -25,7 +25,7 @@ from torch.library import wrap_triton
 
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .fused import operator, wants_grad
+from .fused import bare, operator, wants_grad
 
 ELEMENTS, WARPS = 4096, 4
 """of a map in a program's hands at once"""
@@ -35,13 +35,6 @@ MERGE_WARPS = 8
 QUERIES = 4096
 """rows of attention's scores at a time: 0.4 GB with 16384 keys, less than a feature map of the finest level"""
 SOFTMAX_WARPS = 16
-
-
-def bare(layer: nn.Module, kind: type[nn.Module], x: Tensor) -> bool:
-    """Whether a layer is its weights and nothing else: no other class, no hook, no gradient wanted."""
-    if type(layer) is not kind or wants_grad(x, *layer.parameters()):
-        return False
-    return torch.compiler.is_compiling() or not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def dense(x: Tensor) -> Tensor:

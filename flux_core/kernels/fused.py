@@ -312,13 +312,19 @@ def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scale
 # Linears with what stands before or behind them -----------------------------------------------------------
 
 
-def bare(linear: nn.Module, *inputs: Tensor) -> bool:
-    """Whether a Linear is its weights and nothing else: no other class (of the weight, too), no hook, no gradient."""
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+def bare(layer: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
+    """Whether a layer is its weights and nothing else: no other class (of a weight, too), no hook, no gradient."""
+    if type(layer) is not kind:
         return False
-    if wants_grad(*inputs, linear.weight, linear.bias):
+    weights = [x for x in (layer.weight, layer.bias) if x is not None]
+    if any(type(x) is not nn.Parameter for x in weights) or wants_grad(*inputs, *weights):
         return False
-    return torch.compiler.is_compiling() or not (linear._forward_hooks or linear._forward_pre_hooks)
+    return torch.compiler.is_compiling() or not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def bare_linear(linear: nn.Module, *inputs: Tensor) -> bool:
+    """Of a Linear, and whether it has a bias."""
+    return bare(linear, nn.Linear, *inputs) and linear.bias is not None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -329,7 +335,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
     """`ops.mlp` without a pass for the GELU."""
-    if not bare(layers[0], x):
+    if not bare_linear(layers[0], x):
         return ops.mlp(layers, x)
     weight, bias = layers[0].parameters()
     return layers[2](linear_gelu(x, weight, bias))
@@ -337,7 +343,7 @@ def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
     """`ops.linear1`, with the MLP's part activated already, where it can in the epilogue of a product of its own."""
-    if not bare(linear, x):
+    if not bare_linear(linear, x):
         qkv, hidden = ops.linear1(linear, x, split)
         return qkv, F.gelu(hidden, approximate="tanh")
     weights, biases = linear.weight.split(split), linear.bias.split(split)
@@ -346,7 +352,7 @@ def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Ten
 
 def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
     """`ops.linear2` of what `linear1` gives, as two products into one sum: nothing is joined before."""
-    if not bare(linear, attn, hidden):
+    if not bare_linear(linear, attn, hidden):
         return linear(torch.cat((attn, hidden), dim=2))
     add_up = torch.ops.flux_core.sum_of_products if torch.compiler.is_compiling() else sum_of_products
     return add_up(attn, hidden, linear.weight, linear.bias)
@@ -400,7 +406,7 @@ def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     """`ops.modulation`, of all steps in one pass over the weights. A row's sum does not know the rows beside it."""
-    if not bare(linear, vec):
+    if not bare_linear(linear, vec):
         return ops.modulation(linear, vec)
     rows, weights = F.silu(vec).flatten(0, -2), ops.brought(linear, vec.device)
     return project_op(rows, weights["weight"], weights["bias"]).unflatten(0, vec.shape[:-1])
