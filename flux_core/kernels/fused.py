@@ -316,7 +316,7 @@ def bare(layer: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
     """Whether a layer is its weights and nothing else: no other class (of a weight, too), no hook, no gradient."""
     if type(layer) is not kind:
         return False
-    weights = [x for x in (layer.weight, layer.bias) if x is not None]
+    weights: list[Any] = [x for x in (layer.weight, layer.bias) if x is not None]
     if any(type(x) is not nn.Parameter for x in weights) or wants_grad(*inputs, *weights):
         return False
     return torch.compiler.is_compiling() or not (layer._forward_hooks or layer._forward_pre_hooks)
