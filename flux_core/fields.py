@@ -172,7 +172,7 @@ RUN = (
     Field("stepwise_dir", str, "also write the picture after every step, and a sheet of them", word="FOLDER"),
     Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", word="NAME"),
     *MEMORY,
-    Field("compile", bool, "torch.compile for the transformer's blocks; gains little where our own kernels run", default=False),
+    Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
     THREADS,
 )
 _AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength")
