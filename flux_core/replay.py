@@ -84,7 +84,7 @@ class Graph:
         self.x, self.mods, self.sigma = x.clone(), mods.map(_copy), sigma
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(x.device)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.device_of(x), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.velocity = forward(self.x, sigma, self.mods)
 
     def bring(self, sigma: float, mods: Modulations) -> None:

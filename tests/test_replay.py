@@ -124,6 +124,17 @@ def test_what_cannot_be_recorded_is_drawn_step_by_step(draws, monkeypatch, capsy
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+def test_a_second_gpu_draws_the_same(dtype):
+    pipelines = [load_pipeline("flux-mini", f"cuda:{i}", dtype) for i in (1, 0)]
+    first, second = (Draws(one) for one in pipelines)
+    assert first() == second() and first.forwards == second.forwards == 2
+    large = {"width": 1024, "height": 1024, "num_steps": 2}
+    assert first(**large) == second(**large)
+
+
+@pytest.mark.gpu
 def test_compiled_blocks_are_recorded_too():
     torch._dynamo.reset()
     draws = Draws(load_pipeline("flux-mini", "cuda", "bfloat16", compile=True))

@@ -57,7 +57,10 @@ def attention_for(model: Flux, device: torch.device) -> Attend:
     weight, params = model.img_in.weight, model.params
     if device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
         return attend
-    return fastest(device, weight.dtype, params.num_heads, params.head_dim)
+    try:
+        return fastest(device, weight.dtype, params.num_heads, params.head_dim)
+    except torch.OutOfMemoryError:  # 0.2 GB are not free; whoever draws there will hear of it
+        return attend
 
 
 @cache
@@ -68,7 +71,8 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int)
         torch.randn(1, TOKENS, heads, head_dim, device=device, dtype=dtype, generator=draw).transpose(1, 2)
         for _ in range(3)
     )  # tokens outside heads in memory, as `norm_rope` leaves them
-    ms = {name: milliseconds(way, q, k, v) for name, way in WAYS.items()}
+    with torch.cuda.device(device):
+        ms = {name: milliseconds(way, q, k, v) for name, way in WAYS.items()}
     return WAYS[choice({name: time for name, time in ms.items() if time is not None})]
 
 
@@ -82,7 +86,9 @@ def milliseconds(way: Attend, q: Tensor, k: Tensor, v: Tensor) -> float | None:
             way(q, k, v)
             mark.record()
         marks[-1].synchronize()
-    except (RuntimeError, NotImplementedError):
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
         return None
     return min(before.elapsed_time(after) for before, after in pairwise(marks))
 

@@ -61,7 +61,7 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return traced(*args)
-            with set_wrap_triton_enabled(False):
+            with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):  # Triton launches on the current device
                 return launch(*args)
 
         return call
