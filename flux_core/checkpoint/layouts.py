@@ -49,7 +49,7 @@ def write_official(
     for the same scales, by the names of weights, and `rounding` says in the file how they were found.
     """
     if fp8:
-        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | (codes or {})
+        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | dict(codes or {})
         write_safetensors(folder / variant.flow_file, state, METADATA | ({"rounding": rounding} if codes else {}))
     else:
         _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
