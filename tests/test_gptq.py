@@ -1,5 +1,7 @@
 """GPTQ: what it aims at, that it reaches it, and that a calibrated file is the same however it was made."""
 
+from itertools import chain
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -200,9 +202,9 @@ def test_a_calibrated_file(small, small_root, prompts, tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert main(["info", str(file)]) == 0
     assert "rounding: GPTQ" in capsys.readouterr().out
-    flags = "--prompt moon --seed 1 --steps 1 --width 128 --height 128 --dtype fp8 --model".split()
-    flags += [str(file), "--output-dir", str(tmp_path / "pictures")]
-    assert main(flags) == 0
+    flags = {"--prompt": "a moon", "--steps": "1", "--width": "128", "--height": "128", "--dtype": "fp8"}
+    flags |= {"--model": str(file), "--output-dir": str(tmp_path / "pictures")}
+    assert main([*chain(*flags.items())]) == 0
     assert len(list((tmp_path / "pictures").iterdir())) == 1
 
 
