@@ -3,7 +3,7 @@
 The prompts are drawn once, by the model as it is, and the latents of every third step are kept. From these the model is
 asked again, with readers at its Linears that sum up x x^T of what comes in. A Linear of K features takes K^2 fp32
 numbers for that, at full size 65 GB in all, so as many of them are read at a time as `BUDGET` allows, and their weights
-rounded, before the next are. What a Linear sees does not depend on who is read with it.
+rounded, before the next are. The model stays as it is to the end, so the order of the Linears does not matter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,11 +52,15 @@ def calibrated(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> dic
             with _bar(forwards, f"inputs of {len(turn)} layers, pass {number} of {len(turns)}", "forward") as bar:
                 moments = second_moments(pipeline, paths, turn, bar)
             for name in tqdm(turn, f"rounding, pass {number} of {len(turns)}", unit="layer", disable=no_bars()):
-                moment = moments.pop(name)  # let go when its weight is rounded
-                if not moment.isfinite().all():
-                    raise NonFiniteError(f"NaN or infinity in the inputs of {name}; no file is written")
-                codes[f"{name}.weight"] = gptq(turn[name].weight.bfloat16(), moment).codes.cpu()
+                codes[f"{name}.weight"] = _rounded(name, turn[name], moments.pop(name))
     return codes
+
+
+def _rounded(name: str, linear: nn.Linear, moment: Tensor) -> Tensor:
+    """Its codes on the CPU; from bf16, as every file is quantized."""
+    if not moment.isfinite().all():
+        raise NonFiniteError(f"NaN or infinity in the inputs of {name}; no file is written")
+    return gptq(linear.weight.bfloat16(), moment).codes.cpu()
 
 
 def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Path]:

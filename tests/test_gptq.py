@@ -112,6 +112,19 @@ def test_the_factor():
     assert factor(indefinite).isfinite().all()
 
 
+@pytest.mark.gpu
+def test_a_card_rounds_as_the_cpu_does():
+    weight, x = randn(64, 320).bfloat16(), (randn(4096, 24) @ randn(24, 320, seed=1)).bfloat16()
+    moment = torch.zeros(320, 320, device="cuda")
+    calibration._add(moment, torch.nn.Identity(), (x.cuda(),))
+    exact = x.double().t() @ x.double()
+    assert (moment.cpu().double() - exact).norm() < 1e-5 * exact.norm()  # by TF32, but from bf16
+    found, here = gptq(weight.cuda(), moment), gptq(weight, moment.cpu())
+    assert torch.equal(found.scale.cpu(), here.scale)
+    assert (found.codes.cpu().float() == here.codes.float()).float().mean() > 0.99
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # The calibration
 
 
