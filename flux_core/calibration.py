@@ -60,7 +60,8 @@ def _rounded(name: str, linear: nn.Linear, moment: Tensor) -> Tensor:
     """Its codes on the CPU; from bf16, as every file is quantized."""
     if not moment.isfinite().all():
         raise NonFiniteError(f"NaN or infinity in the inputs of {name}; no file is written")
-    return gptq(linear.weight.bfloat16(), moment).codes.cpu()
+    here = moment.cpu() if moment.device.type == "mps" else moment  # which has neither fp64 nor e4m3
+    return gptq(linear.weight.bfloat16(), here).codes.cpu()
 
 
 def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Path]:

@@ -79,7 +79,7 @@ def test_the_last_column_is_the_best_of_all_codes():
 
 
 def test_what_an_update_pushes_beyond_448_stays_there():
-    """Column 0 is 15 above its code; column 1, its tenth, should be 66 higher than 448 for that."""
+    """Column 0 is 15 above its code; column 1, which sees a tenth of it, should be far above 448 for that."""
     weight, moment = torch.zeros(1, 64), torch.eye(64)
     weight[0, :2] = torch.tensor([431.0, 448.0])
     moment[:2, :2] = torch.tensor([[100.0, 10.0], [10.0, 1.0]])
