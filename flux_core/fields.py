@@ -261,6 +261,7 @@ SAVE = (
     *FILES,
     Field("format", str, "official (single files) or diffusers (a folder; default, but for fp8)", word="NAME"),
     Field("dtype", str, "precision of the saved weights: bf16, fp16, fp32 or fp8", default="bf16", word="NAME"),
+    Field("calibrate", str, "with --dtype fp8: draw these prompts and round by what is seen (GPTQ)", word="FILE"),
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", word="FOLDER"),
 )
 DOWNLOAD = (

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flux_core.studies.save import save
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -69,10 +71,14 @@ def test_the_quality_that_caching_costs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quality_that_fp8_costs():
+def test_the_quality_that_fp8_costs(tmp_path):
     (figures,) = lines_of("fp8_quality.py")
     assert figures["units"] == 0 and figures["pictures"] == 2
     assert 0 < figures["ratio"]["fp8"]["levels"] < 0.5
+    assert figures["interval90"]["fp8"]["levels"] == [figures["ratio"]["fp8"]["levels"]] * 2  # of a single prompt
+    saved = save("flux-mini", dtype="fp8", output=tmp_path / "saved")
+    (same,) = lines_of("fp8_quality.py", "--model", str(saved / "flux-mini.safetensors"))
+    assert same["distance"] == figures["distance"]
 
 
 @pytest.mark.slow

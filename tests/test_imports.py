@@ -15,9 +15,10 @@ FLOORS = {
     "jsonfile": 1, "model": 1, "variants": 1, "fields": 1, "guidance": 1, "sampling": 1, "places": 1, "hub": 1,
     "modelscope": 1, "parts": 1, "replay": 1, "threads": 1,
     "hooks": 2, "linears": 2, "kernels": 2, "checkpoint": 2,
-    "charts": 3, "editing": 3, "exploration": 3, "device": 3, "importance": 3, "ladder": 3, "latents": 3, "lines": 3,
-    "memory": 3, "metadata": 3, "nonfinite": 3, "output": 3, "pictures": 3, "pipeline": 3, "record": 3, "request": 3,
-    "scoring": 3, "session": 3, "sharing": 3, "stepwise": 3, "stopping": 3, "text": 3, "tiles": 3, "training": 3,
+    "calibration": 3, "charts": 3, "editing": 3, "exploration": 3, "device": 3, "importance": 3, "ladder": 3,
+    "latents": 3, "lines": 3, "memory": 3, "metadata": 3, "nonfinite": 3, "output": 3, "pictures": 3, "pipeline": 3,
+    "record": 3, "request": 3, "scoring": 3, "session": 3, "sharing": 3, "stepwise": 3, "stopping": 3, "text": 3,
+    "tiles": 3, "training": 3,
     "studies": 4,
     "main": 5,
 }  # fmt: skip

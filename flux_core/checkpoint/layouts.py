@@ -8,6 +8,7 @@ diffusers itself is not needed to write its layout: seven small JSON files, the 
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,23 @@ NOT_OURS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text
 """prefixes of what full T5 and CLIP files hold besides the text encoders"""
 
 
-def write_official(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, fp8: bool = False) -> None:
+def write_official(
+    folder: Path,
+    variant: Variant,
+    text: TextFiles,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    codes: Mapping[str, Tensor] | None = None,
+    rounding: str = "",
+) -> None:
     """Two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
 
-    fp8: the transformer as `linears.fp8` has it, a `weight_scale` beside each weight that it quantizes.
+    fp8: the transformer as `linears.fp8` has it, a `weight_scale` beside each weight that it quantizes. codes: others
+    for the same scales, by the names of weights, and `rounding` says in the file how they were found.
     """
     if fp8:
-        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict()
-        write_safetensors(folder / variant.flow_file, state, METADATA)
+        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | dict(codes or {})
+        write_safetensors(folder / variant.flow_file, state, METADATA | ({"rounding": rounding} if codes else {}))
     else:
         _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
     _network(folder / variant.ae_file, variant, "autoencoder", "official", dtype)

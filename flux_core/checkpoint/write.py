@@ -1,6 +1,7 @@
 """Files and folders that appear whole under their name, or not at all."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -22,12 +23,25 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
         try:
             tensors = {name: x.detach().contiguous() for name, x in state.items()}
             save_file(tensors, part, {"format": "pt", **(metadata or {})})
+            _sort_metadata(part)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             os.chmod(part, 0o666 & ~_umask())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order of chance. By their names the same tensors are the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 @contextmanager

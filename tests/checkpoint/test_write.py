@@ -23,6 +23,17 @@ def test_a_file_carries_its_metadata(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """safetensors alone puts metadata in another order every time."""
+    state, metadata = {"b": torch.ones(3), "a": torch.arange(4).bool()}, {x: f"{x}: ü \n" for x in "hgfedcba"}
+    for i in range(4):
+        write_safetensors(tmp_path / str(i), state, metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+        assert torch.equal(file.get_tensor("a"), state["a"])
+
+
 def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.zeros(3)})
