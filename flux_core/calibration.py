@@ -104,7 +104,10 @@ def second_moments(
     """The sum of x x^T over the inputs of each of these Linears, fp32 [K, K] on the pipeline's device."""
     sizes = {name: one.in_features for name, one in linears.items()}
     moments = {name: torch.zeros(size, size, device=pipeline.device) for name, size in sizes.items()}
-    hooks = [one.register_forward_pre_hook(partial(_add, moments[name])) for name, one in linears.items()]
+    # A reader at every Linear, also where nothing is gathered: kernels that do more than a product make way for it, and
+    # so all passes see the same bits.
+    every = ((name, one) for name, one in pipeline.model.named_modules() if isinstance(one, nn.Linear))
+    hooks = [one.register_forward_pre_hook(partial(_add, moments.get(name))) for name, one in every]
     try:
         for request, latents in paths:
             texts = request.texts
@@ -119,7 +122,9 @@ def second_moments(
     return moments
 
 
-def _add(moment: Tensor, layer: nn.Module, args: tuple[Tensor]) -> None:
+def _add(moment: Tensor | None, layer: nn.Module, args: tuple[Tensor]) -> None:
+    if moment is None:
+        return
     x = args[0].reshape(-1, len(moment))
     with exact_in_tf32(x):
         moment.addmm_(x.float().t(), x.float())

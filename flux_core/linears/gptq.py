@@ -27,7 +27,7 @@ Precision. The factor is computed in fp64. With so little damping H's eigenvalue
 3/4 of a million, which would leave fp32 a digit or two; and it is small work beside the gathering. All else is fp32.
 
 Not here: error feedback without H, corrected biases, smoothed inputs and tokens that are kept in bf16. Each was tried
-on flux-mini, and none brought its pictures nearer (docs/performance.md).
+on flux-mini, and took a tenth of the error away at most (docs/performance.md).
 """
 
 import math
