@@ -1,6 +1,6 @@
 """A step as a CUDA graph, for pictures so small that Python cannot keep up with the device.
 
-A forward of FLUX.1-dev is some fifteen hundred launches. At a megapixel each runs long enough for the next to be
+A forward of FLUX.1-dev is about a thousand launches. At a megapixel each runs long enough for the next to be
 waiting when it ends; at 256x256 the device is idle most of the time. A graph goes to it as one launch: recorded at the
 second step of a schedule (at the first everything that is tried out, compiled or allocated once has been), replayed
 from then on. It is the same kernels on the same numbers, so no bit of the picture changes.
@@ -60,11 +60,14 @@ class Replayed:
             self.graph = self._record(x, sigma)
         if self.graph is None:
             return self.forward(x, sigma, self.table.at(sigma))
-        self.graph.bring(sigma, self.table.at(sigma))
+        self._bring(self.graph, sigma)
         velocity = self.graph.replay(x)
-        if (following := self.following.get(sigma)) is not None:  # the host has time now
-            self.graph.bring(following, self.table.at(following))
+        self._bring(self.graph, self.following.get(sigma, sigma))  # the host has time now
         return velocity
+
+    def _bring(self, graph: "Graph", sigma: float) -> None:
+        if sigma != graph.sigma:
+            graph.bring(sigma, self.table.at(sigma))
 
     def _record(self, x: Tensor, sigma: float) -> "Graph | None":
         try:
@@ -89,9 +92,8 @@ class Graph:
 
     def bring(self, sigma: float, mods: Modulations) -> None:
         """The modulation of that sigma to where the graph reads it, behind whatever the device is at."""
-        if sigma != self.sigma:
-            torch._foreach_copy_(self.mods.tensors(), mods.tensors())
-            self.sigma = sigma
+        torch._foreach_copy_(self.mods.tensors(), mods.tensors())
+        self.sigma = sigma
 
     def replay(self, x: Tensor) -> Tensor:
         self.x.copy_(x)
