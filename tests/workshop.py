@@ -49,6 +49,7 @@ class Workshop:
 
     def start(self, folder: Path, *argv: str, before: str = "", **env: str) -> int:
         """Run `python cli.py argv` in that folder, after that line of Python. Returns its process id at once."""
+        (folder / "log").touch()  # it may be killed before it opens it
         return self._ask({"folder": str(folder), "argv": [*map(str, argv)], "before": before, "env": env})
 
     def wait(self, pid: int, folder: Path) -> Done:
