@@ -47,7 +47,8 @@ def calibrated(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> dic
     turns = in_turns(linears, BUDGET)
     forwards = sum(len(path.latents) for path in paths)
     codes = {}
-    with memory_errors("calibrating", pipeline.device):
+    remedy = "calibrate on a machine with more memory, or leave --calibrate out"
+    with memory_errors("calibrating", pipeline.device, remedy):
         for number, turn in enumerate(turns, 1):
             with _bar(forwards, f"inputs of {len(turn)} layers, pass {number} of {len(turns)}", "forward") as bar:
                 moments = second_moments(pipeline, paths, turn, bar)

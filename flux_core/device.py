@@ -91,8 +91,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SHORTAGES)
 
 
+SMALLER = (
+    "choose a smaller --width and --height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+)
+
+
 @contextmanager
-def memory_errors(what: str, device: torch.device) -> Iterator[None]:
+def memory_errors(what: str, device: torch.device, remedy: str = SMALLER) -> Iterator[None]:
     """Out-of-memory inside, on any device, becomes a MemoryShortage with sizes. what: as in "drawing 64x64 pixels"."""
     try:
         yield
@@ -100,8 +105,7 @@ def memory_errors(what: str, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryShortage(
-            f"out of memory on {device} while {what}{_sizes(device, error)}. Next: choose a smaller --width and "
-            "--height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+            f"out of memory on {device} while {what}{_sizes(device, error)}. Next: {remedy}"
         ) from error
 
 

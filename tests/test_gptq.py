@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from flux_core import calibration, load_pipeline
 from flux_core.calibration import calibrated, in_turns, second_moments, trajectories
 from flux_core.checkpoint.header import read_header
-from flux_core.errors import FileError, NonFiniteError, UsageError
+from flux_core.errors import FileError, MemoryShortage, NonFiniteError, UsageError
 from flux_core.importance import PROMPTS, default_prompts, read_prompts
 from flux_core.linears.fp8 import E4M3, quantize_rows, widened
 from flux_core.linears.gptq import DAMPING, factor, gptq
@@ -249,6 +249,15 @@ def test_inputs_that_are_not_finite_are_told_by_their_layer(small):
     pipeline.model.single_blocks[2].linear2.register_forward_pre_hook(overflow)
     with pytest.raises(NonFiniteError, match=r"inputs of single_blocks.2.linear2; no file is written"):
         calibrated(pipeline, requests_of({"prompt": "a moon", "num_steps": 1}))
+
+
+def test_too_little_memory_is_told_with_what_helps(small, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(calibration, "second_moments", full)
+    with pytest.raises(MemoryShortage, match=r"while calibrating: 1.00 GiB .* Next: .* or leave --calibrate out"):
+        calibrated(load_pipeline("flux-mini", "cpu"), requests_of({"prompt": "a moon", "num_steps": 1}))
 
 
 def test_the_prompts_that_ship_are_not_those_of_the_benchmark():
