@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from golden_files import flux_of, read
 from tiny import tiny_pipeline
 
-from flux_core import load_pipeline, replay
+from flux_core import load_pipeline, replay, sampling
 from flux_core.hooks import Capture
 from flux_core.model.ops import PLAIN
 from flux_core.replay import has_strangers, is_worth_it
@@ -53,6 +54,35 @@ def test_a_graph_is_for_some_steps_of_few_tokens_on_cuda():
     assert not is_worth_it(model, torch.device("cpu"), most, few)
     hooked(model)
     assert not is_worth_it(model, cuda, most, few)
+
+
+class ByHand(replay.Graph):
+    """Where there is no CUDA: the recorded forward once more, on the tensors that it was recorded with."""
+
+    def __init__(self, forward, x, sigma, mods):
+        self.x, self.mods, self.sigma = x.clone(), mods.map(replay._copy), sigma
+        self.graph, self.forward = self, forward
+
+    def replay(self, x=None):
+        if x is not None:
+            return super().replay(x)
+        self.velocity = self.forward(self.x, 0.0, self.mods)  # whatever sigma: its modulation counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [(1.0, 0.8, 0.6, 0.3, 0.1), (1.0, 0.8, 0.8, 0.3, 1.0, 0.5)])
+def test_every_sigma_meets_its_modulation(monkeypatch, order):
+    """Along the schedule (1, 0.8, 0.6, 0.3, 0.1), and out of its order, twice, and beside it."""
+    golden = read("transformer_dev")
+    model, inputs = flux_of(golden), golden.group("in.")
+    conditions = [inputs[name] for name in ("img_ids", "txt", "txt_ids", "y", "guidance")]
+    monkeypatch.setattr(sampling, "is_worth_it", lambda *_: True)
+    monkeypatch.setattr(replay, "Graph", ByHand)
+    plain = sampling.flow_velocity(model, *conditions)
+    replayed = sampling.flow_velocity(model, *conditions, sigmas=(1.0, 0.8, 0.6, 0.3, 0.1), replay=True)
+    for sigma in order:
+        x = sigma * inputs["img"]
+        assert torch.equal(replayed(x, sigma), plain(x, sigma))
 
 
 @dataclass
