@@ -99,9 +99,10 @@ def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
 
 @cache
 def _fused() -> Ops:
-    from . import fused  # defines its kernels, for which it needs Triton
+    from . import fused, products  # they define kernels, for which they need Triton
 
-    return PLAIN._replace(**{name: getattr(fused, name) for name in Ops._fields if hasattr(fused, name)})
+    twins = vars(fused) | vars(products)
+    return PLAIN._replace(**{name: twins[name] for name in Ops._fields if name in twins})
 
 
 @cache

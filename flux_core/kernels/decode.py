@@ -25,7 +25,8 @@ from torch.library import wrap_triton
 
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .fused import bare, operator, wants_grad
+from .fused import operator, wants_grad
+from .products import bare
 
 ELEMENTS, WARPS = 4096, 4
 """of a map in a program's hands at once"""

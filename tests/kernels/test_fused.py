@@ -11,15 +11,15 @@ from golden_files import distance, flux_of, read
 from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 
 from flux_core import kernels
-from flux_core.kernels import fused, install, put, rows
+from flux_core.kernels import fused, install, products, put, rows
 from flux_core.linears.fp8 import Fp8Linear, quantize, quantize_rows
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
 
 ANYWHERE = ("modulate", "gated_sum", "norm_rope", "norm_rope_join")
-NAMES = ops.Ops._fields if CUDA else ANYWHERE  # the CPU's epilogue has another GELU, the interpreter no bf16 product
-FUSED = ops.PLAIN._replace(**{name: getattr(fused, name) for name in NAMES if hasattr(fused, name)})
+# The CPU's epilogue has another GELU, the interpreter no bf16 product.
+FUSED = kernels._fused() if CUDA else ops.PLAIN._replace(**{name: getattr(fused, name) for name in ANYWHERE})
 on_a_card = pytest.mark.skipif(not CUDA, reason="the CPU's epilogue has another GELU")
 
 
@@ -134,8 +134,8 @@ def linear(inputs, outputs, dtype=torch.float32):
 def test_mlp_and_linear1_activate_in_the_product(dtype):
     layers = torch.nn.Sequential(linear(256, 1024, dtype), torch.nn.GELU(approximate="tanh"), linear(1024, 256, dtype))
     for x in (draw(2, 7, 256, dtype=dtype), draw(2, 9, 256, dtype=dtype)[:, 2:]):
-        assert distance(fused.mlp(layers, x), ops.mlp(layers, x)) < (1e-3 if dtype == torch.float32 else 8e-3)
-        qkv, hidden = fused.linear1(layers[0], x, [768, 256])
+        assert distance(products.mlp(layers, x), ops.mlp(layers, x)) < (1e-3 if dtype == torch.float32 else 8e-3)
+        qkv, hidden = products.linear1(layers[0], x, [768, 256])
         plain_qkv, plain_hidden = ops.linear1(layers[0], x, [768, 256])
         assert distance(qkv, plain_qkv) < 8e-3
         assert distance(hidden, torch.nn.functional.gelu(plain_hidden, approximate="tanh")) < 8e-3
@@ -145,7 +145,7 @@ def test_mlp_and_linear1_activate_in_the_product(dtype):
 def test_linear2_adds_up_two_products(dtype):
     one, attn, hidden = linear(72 + 200, 72, dtype), draw(2, 5, 72, dtype=dtype), draw(2, 5, 200, dtype=dtype)
     activated = torch.nn.functional.gelu(hidden, approximate="tanh")
-    found, plain = fused.linear2(one, attn, activated), ops.linear2(one, attn, hidden)
+    found, plain = products.linear2(one, attn, activated), ops.linear2(one, attn, hidden)
     assert distance(found, plain) < (8e-3 if dtype == torch.bfloat16 else 1e-3 if CUDA else 1e-6)
 
 
@@ -159,14 +159,14 @@ def test_a_linear_that_is_more_than_its_weights_is_called():
         DEVICE
     )
     x, attn = draw(2, 5, 64), draw(2, 5, 64)
-    torch.testing.assert_close(fused.mlp(layers, x), ops.mlp(layers, x))
-    (qkv, hidden), (plain_qkv, plain_hidden) = fused.linear1(one, x, [64, 32]), ops.linear1(one, x, [64, 32])
+    torch.testing.assert_close(products.mlp(layers, x), ops.mlp(layers, x))
+    (qkv, hidden), (plain_qkv, plain_hidden) = products.linear1(one, x, [64, 32]), ops.linear1(one, x, [64, 32])
     torch.testing.assert_close(qkv, plain_qkv)
-    torch.testing.assert_close(fused.linear2(two, attn, hidden), ops.linear2(two, attn, plain_hidden))
-    torch.testing.assert_close(fused.modulation(one, x[0]), ops.modulation(one, x[0]))
+    torch.testing.assert_close(products.linear2(two, attn, hidden), ops.linear2(two, attn, plain_hidden))
+    torch.testing.assert_close(products.modulation(one, x[0]), ops.modulation(one, x[0]))
     watched, seen = linear(64, 96), []
     watched.register_forward_hook(lambda *_: seen.append(1))
-    fused.linear1(watched, x, [64, 32]), fused.modulation(watched, x[0])
+    products.linear1(watched, x, [64, 32]), products.modulation(watched, x[0])
     assert len(seen) == 2
 
 
@@ -177,10 +177,10 @@ def test_a_linear_that_is_more_than_its_weights_is_called():
 def test_the_modulation_of_many_steps_is_that_of_each_to_the_bit(dtype, steps, batch, dim, wide):
     """The interpreter multiplies by NumPy, which keeps no such promise, and knows no bf16."""
     one, vec = linear(dim, wide, dtype), draw(steps, batch, dim, dtype=dtype)
-    table = fused.modulation(one, vec)
+    table = products.modulation(one, vec)
     assert table.shape == (steps, batch, wide)
     for row, step in zip(table, vec, strict=True):
-        alone = fused.modulation(one, step)
+        alone = products.modulation(one, step)
         assert torch.equal(row, alone) if CUDA else distance(row, alone) < 1e-6
     assert distance(table, ops.modulation(one, vec)) < (1e-3 if CUDA else 1e-6)
 
@@ -270,7 +270,7 @@ def test_where_a_gradient_is_wanted_the_plain_twin_computes():
     assert y.grad is not None
     q, one = draw(1, 2, 3, 64).requires_grad_(), linear(64, 96).requires_grad_()
     sum(y.sum() for y in fused.norm_rope(q, q, shift[0, 0], scale[0, 0], rotations(3, 64, batch=1))).backward()
-    sum(y.sum() for y in fused.linear1(one, x.detach(), [64, 32])).backward()
+    sum(y.sum() for y in products.linear1(one, x.detach(), [64, 32])).backward()
     assert q.grad is not None and one.weight.grad is not None
     with torch.no_grad():
         assert not fused.modulate(x, shift, scale).requires_grad
