@@ -4,7 +4,6 @@ Whatever ends a session (a signal, a full disk, the power), `--resume` draws wha
 by torchrun, every process takes the next picture that nobody is at.
 """
 
-import gc
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -152,7 +151,6 @@ class Work:
             self._draw_all(pipeline)
         finally:
             del pipeline
-            gc.collect()  # its cache of prompts refers to it
             give_memory_back(place)
 
     def _draw_all(self, pipeline: "Pipeline") -> None:
