@@ -55,11 +55,11 @@ from timing import Call, ratio, turns
 
 from flux_core import load_pipeline
 from flux_core.hooks import At, Custom, FirstBlockCache, HookRun
-from flux_core.importance import Prompt, default_prompts, read_prompts
 from flux_core.kernels import install
+from flux_core.methods.importance import Prompt, default_prompts, read_prompts
+from flux_core.methods.scoring import Scorer, load_scorer
 from flux_core.model import Flux
 from flux_core.sampling import euler, flow_velocity, get_schedule
-from flux_core.scoring import Scorer, load_scorer
 from flux_core.variants import VARIANTS
 
 STEPS = 28
@@ -311,7 +311,7 @@ def main() -> int:
     if args.chart:
         args.chart.write_bytes(chart(results, about))
     if args.sheet:
-        from flux_core.charts import contact_sheet
+        from flux_core.methods.charts import contact_sheet
 
         contact_sheet(rows, [one.prompt for one in prompts[:8]], 96).save(args.sheet, quality=80)
     print(about, table(results), sep="\n", file=sys.stderr)

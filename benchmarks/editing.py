@@ -44,13 +44,13 @@ from scenes import plain_names, sample_scenes
 from sprites import load_sprites
 
 from flux_core import GenerationRequest, load_pipeline
-from flux_core.editing import NUDGE, Editing
 from flux_core.hooks import HookRun, ShareKV
 from flux_core.hooks.layers import layers_of
 from flux_core.hooks.sites import block_names
-from flux_core.places import SCORER
+from flux_core.hub.places import SCORER
+from flux_core.methods.scoring import load_scorer
+from flux_core.methods.stable_flow import NUDGE, Editing
 from flux_core.sampling import euler, get_noise, get_schedule, pack
-from flux_core.scoring import load_scorer
 
 CHOICES = ("all", "vital", "non-vital", "none")
 KINDS = ("recolour", "replace", "add", "background")

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import flux_core.pipeline
+from flux_core.commands.explore import explore
 from flux_core.pipeline import Pipeline, load_pipeline
 from flux_core.sampling import euler, get_noise, get_schedule, pack, unpack
-from flux_core.studies.explore import explore
 
 PROMPT = "a red apple"
 

@@ -33,9 +33,9 @@ from caching import squared_error
 from PIL import Image
 
 from flux_core import load_pipeline
-from flux_core.importance import default_prompts, read_prompts
 from flux_core.linears.fp8 import Fp8Linear
-from flux_core.scoring import Scorer, load_scorer
+from flux_core.methods.importance import default_prompts, read_prompts
+from flux_core.methods.scoring import Scorer, load_scorer
 
 GOAL = 0.1
 DTYPES = ("bfloat16", "fp8", "float32")

@@ -43,12 +43,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_core import load_pipeline
-from flux_core.guidance import one_batch, steered, two_passes
+from flux_core.hub.places import SCORER
+from flux_core.images.pictures import grid
 from flux_core.kernels import install
-from flux_core.pictures import grid
-from flux_core.places import SCORER
+from flux_core.methods.scoring import load_scorer
 from flux_core.sampling import flow_velocity, get_schedule
-from flux_core.scoring import load_scorer
+from flux_core.sampling.guidance import one_batch, steered, two_passes
 from flux_core.variants import VARIANTS
 
 THINGS = (

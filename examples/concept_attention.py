@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.hooks import At, Capture, Custom, HookRun
-from flux_core.pictures import grid
+from flux_core.images.pictures import grid
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, prepare
 
 

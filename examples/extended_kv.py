@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.hooks import At, Custom, HookRun
 from flux_core.hooks.layers import layers_of
-from flux_core.pictures import grid
+from flux_core.images.pictures import grid
 from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, prepare
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_core import GenerationRequest, load_pipeline
-from flux_core.pictures import grid, open_source
+from flux_core.images.pictures import grid, open_source
 from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, pack, prepare
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.hooks import At, Custom, HookRun
 from flux_core.hooks.sites import block_names
+from flux_core.images.pictures import grid
 from flux_core.model.ops import modulate
-from flux_core.pictures import grid
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, prepare
 
 COEFFICIENTS = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  # the authors', highest power first

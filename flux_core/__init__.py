@@ -9,7 +9,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, load_pipeline
-    from .request import GenerationRequest
+    from .request.generation import GenerationRequest
 
 __all__ = ["GenerationRequest", "Pipeline", "__version__", "load_pipeline"]
 

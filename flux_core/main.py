@@ -12,8 +12,22 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import FluxError, UsageError
-from .fields import DOWNLOAD, EDIT, EXPLORE, FILES, IMPORTANCE, PLAN, REPEAT, REQUEST, RUN, SAVE, SITES, Field, nearest
-from .hub import read_env
+from .hub.client import read_env
+from .request.fields import (
+    DOWNLOAD,
+    EDIT,
+    EXPLORE,
+    FILES,
+    IMPORTANCE,
+    PLAN,
+    REPEAT,
+    REQUEST,
+    RUN,
+    SAVE,
+    SITES,
+    Field,
+    nearest,
+)
 from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
 from .variants import DEFAULT
 from .version import __version__
@@ -22,74 +36,74 @@ INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
 
 
 def _generate(**flags: Any) -> None:
-    from .studies.generate import generate
+    from .commands.generate import generate
 
     generate(**flags)
 
 
 def _explore(**flags: Any) -> None:
-    from .studies.explore import explore
+    from .commands.explore import explore
 
     explore(**flags)
 
 
 def _repeat(**flags: Any) -> None:
-    from .studies.repeat import repeat
+    from .commands.repeat import repeat
 
     repeat(**flags)
 
 
 def _info(file: str) -> None:
-    from .studies.info import info
+    from .commands.info import info
 
     tell(info(file))
 
 
 def _edit(**flags: Any) -> None:
-    from .studies.edit import edit
+    from .commands.edit import edit
 
     edit(**flags)
 
 
 def _importance(**flags: Any) -> None:
-    from .studies.importance import importance
+    from .commands.importance import importance
 
     importance(**flags)
 
 
 def _sites(**flags: Any) -> None:
-    from .studies.sites import sites
+    from .commands.sites import sites
 
     tell(sites(**flags))
 
 
 def _save(**flags: Any) -> None:
-    from .studies.save import save
+    from .commands.save import save
 
     tell(str(save(**flags)))
 
 
 def _verify(file: str) -> None:
-    from .studies.verify import verify
+    from .commands.verify import verify
 
     tell(verify(file))
 
 
 def _download(name: str = DEFAULT, **flags: Any) -> None:
-    from .studies.download import download
+    from .commands.download import download
 
     download(name, **flags)
 
 
 def _doctor() -> None:
-    from .studies.doctor import doctor
+    from .commands.doctor import doctor
 
     for line in doctor():
         tell(line)
 
 
 def _run_jobs(file: str) -> None:
-    from .jobs import flags_of, read_jobs
+    from .request.jobs import flags_of, read_jobs
 
     checked = []
     for number, job in enumerate(read_jobs(file), 1):

@@ -23,7 +23,7 @@ def small(small_root, monkeypatch):
     """The row of that model, which stands in for flux-mini while the test runs."""
     from random_model import small_variant
 
-    from flux_core import places
+    from flux_core.hub import places
     from flux_core.variants import VARIANTS
 
     row = small_variant()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_core.studies.save import save
+from flux_core.commands.save import save
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -13,9 +13,9 @@ from random_model import random_weights, small_variant, write_hub
 from flux_core import load_pipeline
 from flux_core.checkpoint import files, to_diffusers, write_safetensors
 from flux_core.checkpoint.layouts import scheduler_config, transformer_config, vae_config
+from flux_core.commands.save import save
 from flux_core.model import AutoEncoder, Flux
 from flux_core.sampling import euler, get_noise, get_schedule, image_ids, pack
-from flux_core.studies.save import save
 from flux_core.variants import VARIANTS
 
 ROW = small_variant()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_core import load_pipeline
-from flux_core.places import SCORER, embedded_folder
+from flux_core.hub.places import SCORER, embedded_folder
 from flux_core.sampling import flow_velocity, get_noise, prepare
 from flux_core.variants import VARIANTS
 

@@ -13,9 +13,9 @@ from tiny import tiny_pipeline
 
 import flux_core.pipeline
 from flux_core.errors import UsageError
-from flux_core.fields import REQUEST, RUN
 from flux_core.main import COMMANDS, build_parser, main, parse
-from flux_core.request import GenerationRequest
+from flux_core.request.fields import REQUEST, RUN
+from flux_core.request.generation import GenerationRequest
 from flux_core.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

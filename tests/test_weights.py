@@ -19,8 +19,8 @@ from test_diffusers import theirs
 from flux_core import load_pipeline
 from flux_core.checkpoint import check_files, resolve, to_diffusers, with_files
 from flux_core.checkpoint.layouts import transformer_config, vae_config
+from flux_core.commands.verify import verify
 from flux_core.sampling import get_noise, image_ids, pack
-from flux_core.studies.verify import verify
 
 pytestmark = pytest.mark.weights
 PROMPT = "a red apple on a wooden table, studio light"

@@ -16,7 +16,7 @@ import gc, json, os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}
 import torch; torch.set_num_threads(1)
 import flux_core.pipeline; from tiny import tiny_pipeline; flux_core.pipeline.load_pipeline = tiny_pipeline
 from flux_core.main import main
-import flux_core.studies.explore, flux_core.latents
+import flux_core.commands.explore, flux_core.session.latents
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)

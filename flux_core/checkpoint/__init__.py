@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..places import embedded_folder
+    from ..hub.places import embedded_folder
     from .files import check_files, resolve, weights_hashes, with_files
     from .keymaps import from_diffusers, to_diffusers
     from .read import load_autoencoder, load_flux
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "check_files": ".files",
-    "embedded_folder": "..places",
+    "embedded_folder": "..hub.places",
     "from_diffusers": ".keymaps",
     "load_autoencoder": ".read",
     "load_flux": ".read",

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileError, UsageError
-from ..fields import nearest
+from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..jsonfile import read_json
-from ..places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
+from ..request.fields import nearest
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
 from .identify import WHOLE, Identity, Part, identify
 from .source import find_source

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import UsageError
-from ..fields import nearest
 from ..params import FluxParams
+from ..request.fields import nearest
 
 KINDS = ("double_blocks", "single_blocks")
 

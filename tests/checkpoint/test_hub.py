@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import errors as hub
 from random_model import small_variant
 
-from flux_core import places
 from flux_core.checkpoint import files, resolve
 from flux_core.checkpoint.files import text_files
 from flux_core.errors import AccessError, DiskError, FileError
+from flux_core.hub import places
 
 DEV = small_variant("flux-dev")
 

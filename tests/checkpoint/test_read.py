@@ -8,14 +8,7 @@ import torch
 from random_model import random_weights, small_variant
 
 from flux_core.checkpoint import files as files_module
-from flux_core.checkpoint import (
-    load_autoencoder,
-    load_flux,
-    resolve,
-    to_diffusers,
-    weights_hashes,
-    write_safetensors,
-)
+from flux_core.checkpoint import load_autoencoder, load_flux, resolve, to_diffusers, weights_hashes, write_safetensors
 from flux_core.errors import FileError
 from flux_core.model import AutoEncoder, Flux
 

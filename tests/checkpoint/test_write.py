@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux_core import places
 from flux_core.checkpoint import load_flux, write_safetensors
 from flux_core.checkpoint import write as write_module
+from flux_core.commands.save import save
 from flux_core.errors import DiskError, UsageError
-from flux_core.studies.save import save
+from flux_core.hub import places
 
 
 def test_a_file_carries_its_metadata(tmp_path):

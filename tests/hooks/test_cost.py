@@ -9,17 +9,7 @@ from golden_files import flux_of, read
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_core.hooks import (
-    AttentionMaps,
-    Capture,
-    Custom,
-    FirstBlockCache,
-    HookRun,
-    Scale,
-    ShareKV,
-    Skip,
-    traceable,
-)
+from flux_core.hooks import AttentionMaps, Capture, Custom, FirstBlockCache, HookRun, Scale, ShareKV, Skip, traceable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from hook_cost import without_taps

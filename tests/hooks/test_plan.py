@@ -9,9 +9,9 @@ from flux_core import GenerationRequest, load_pipeline
 from flux_core.errors import FileError, FluxError, UsageError
 from flux_core.hooks import Add, Capture, Custom, FirstBlockCache, Replace, Scale, ShareKV, Skip, check_plan, parse_plan
 from flux_core.hooks.plan import KINDS, read_plan, short_form
+from flux_core.images.metadata import read_request
+from flux_core.images.output import save_picture
 from flux_core.main import main
-from flux_core.metadata import read_request
-from flux_core.output import save_picture
 from flux_core.variants import VARIANTS
 
 DEV = VARIANTS["flux-dev"].params

@@ -5,11 +5,11 @@ import torch
 from einops import rearrange
 from golden_files import distance, flux_of, read
 
+from flux_core.commands.sites import sites
 from flux_core.errors import UsageError
 from flux_core.hooks import Custom, HookRun, run_with_cache
 from flux_core.hooks.sites import SITES, block_names, match_blocks, match_sites, site_names, split
 from flux_core.model import Flux
-from flux_core.studies.sites import sites
 from flux_core.variants import VARIANTS
 
 GOLDEN = read("transformer_dev")

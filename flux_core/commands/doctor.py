@@ -1,0 +1,185 @@
+"""`doctor`: what this machine has and what would fit, for a bug report or for oneself.
+
+No network, no secrets, and nothing raises.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.files import own_path
+from ..checkpoint.identify import Part
+from ..device.memory import fit, shares
+from ..device.threads import use_threads
+from ..errors import FluxError
+from ..hub import client as hub
+from ..hub.places import embedded_folder
+from ..variants import AE_VARIABLES, VARIANTS, Variant
+from ..version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
+
+
+def doctor() -> Iterator[str]:
+    """Lines to print, one after the other: versions, devices, what fits, token's origin, endpoint, cache, models."""
+    for title, rows in (
+        ("versions", _versions),
+        ("devices", _devices),
+        ("fits", _fits),
+        ("token", _token),
+        ("endpoint", _endpoint),
+        ("cache", _cache),
+    ):
+        yield from _guarded(title, rows)
+    for variant in VARIANTS.values():
+        yield from _guarded(variant.name, lambda variant=variant: _files(variant))  # type: ignore[misc]
+
+
+def _guarded(title: str, rows: Callable[[], list[str]]) -> list[str]:
+    try:
+        found = rows()
+    except Exception as error:  # a doctor that falls ill helps nobody
+        found = [f"could not be found out: {type(error).__name__}: {error}"]
+    return [f"{title if i == 0 else '':<14}{row}" for i, row in enumerate(found)]
+
+
+def _versions() -> list[str]:
+    rows = [f"flux_core {__version__}", f"python {platform.python_version()}, {sys.platform} {platform.machine()}"]
+    for package in PACKAGES:
+        try:
+            rows.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            rows.append(f"{package} is not installed")
+    return rows
+
+
+def _devices() -> list[str]:
+    import torch
+
+    from ..device.choice import available_devices, dtype_name, pick_dtype
+
+    use_threads(None)
+    rows = []
+    for name in available_devices():
+        device = torch.device(name)
+        dtypes = [dtype_name(torch.float32)]
+        try:
+            dtypes.insert(0, dtype_name(pick_dtype("bfloat16", device)))
+        except Exception:  # this device has none
+            dtypes.append("no bfloat16")
+        row = f"{name}: {', '.join(dtypes)} (by itself {dtype_name(pick_dtype(None, device))})"
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            row += f", {torch.cuda.get_device_name(device)}, {_gb(free)} of {_gb(total)} free"
+        elif device.type == "cpu":
+            row += f", {torch.get_num_threads()} threads{_memory()}"
+        rows.append(row)
+    return rows
+
+
+def _memory() -> str:
+    memory = _ram()
+    return f", {_gb(memory)} memory" if memory else ""
+
+
+def _ram() -> int:
+    """Bytes of this machine's memory, 0 if it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
+
+
+def _fits() -> list[str]:
+    """For each official model its sizes, and how each device holds it."""
+    import torch
+
+    from ..device.choice import available_devices
+
+    devices, ram = [torch.device(name) for name in available_devices()], _ram()
+    rows = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
+    for variant in (row for row in VARIANTS.values() if not row.embedded):
+        parts = shares(variant)
+        verdicts = [
+            f"{device} {fit(variant, _size(device, ram), _dtypes(device), None if device.type == 'cpu' else ram)}"
+            for device in devices
+        ]
+        sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
+        total = sum(part.weights for part in parts)
+        rows.append(f"{variant.name:<14}{sizes} = {_gb(total)}: {', '.join(verdicts)}")
+    return rows
+
+
+def _dtypes(device: "torch.device") -> dict[str, str]:
+    """Those that the device computes in, its own choice first, and the flag for each other."""
+    import torch
+
+    from ..device.choice import pick_dtype
+
+    if pick_dtype(None, device) == torch.bfloat16:
+        return {"bfloat16": "", "fp8": "--dtype fp8"}
+    # a card without bf16 has neither; on a CPU fp8 is weights alone, and slow
+    return {"float32": ""} if device.type == "cuda" else {"float32": "", "bfloat16": "--dtype bfloat16"}
+
+
+def _size(device: "torch.device", ram: int) -> int:
+    """Bytes of a device's memory, 0 if it does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return ram
+
+
+def _token() -> list[str]:
+    token = hub.find_token()
+    return [f"from {token.origin}" if token else f"none (looked for {', '.join(hub.TOKENS)}, .env, a login)"]
+
+
+def _endpoint() -> list[str]:
+    return [hub.endpoint() + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
+
+
+def _cache() -> list[str]:
+    folder = hub.cache_folder()
+    size = sum(path.stat().st_size for path in folder.glob("*--*/blobs/*"))
+    return [f"{folder}: {_gb(size)}, {_gb(hub.free_bytes(folder))} free"]
+
+
+def _files(variant: Variant) -> list[str]:
+    """Where each part of the model would come from."""
+    if variant.repo is None:
+        return [f"ships with the package: {embedded_folder(variant)}"]
+    t5 = hub.cached(variant.repo, "text_encoder_2/*.safetensors") or hub.cached(variant.t5, "*.safetensors")
+    clip = hub.cached(variant.clip, "*.safetensors")
+    flow, ae = (hub.cached(variant.repo, file) for file in (variant.flow_file, variant.ae_file))
+    return [
+        f"transformer {_origin(variant, 'transformer', variant.variables, flow)}",
+        f"autoencoder {_origin(variant, 'autoencoder', AE_VARIABLES, ae)}",
+        f"T5 {_origin(variant, 't5', (), t5)}, CLIP {_origin(variant, 'clip', (), clip)}",
+    ]
+
+
+def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
+    for name in variables:
+        if value := os.environ.get(name):
+            there = "" if Path(value).expanduser().exists() else ", which does not exist"
+            return f"{name}={value}{there}"
+    try:
+        own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts, too
+    except FluxError:  # what it names is not there, which the transformer's row says
+        own = None
+    return str(own) if own else "in the cache" if in_cache else "not on this disk"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

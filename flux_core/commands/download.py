@@ -1,0 +1,167 @@
+"""`download`: the files of a model from the hub or from ModelScope, as they will be loaded, and no others."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ..checkpoint.files import HOMES, text_files
+from ..checkpoint.source import find_source
+from ..errors import DiskError, FileError, UsageError
+from ..hub import client as hub
+from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
+from ..hub.parts import HubFile, fetch, listing
+from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file
+from ..request.fields import DOWNLOAD
+from ..terminal import note, tell
+from ..variants import Variant, get_variant
+
+RESERVE = 2**28
+"""bytes that stay free beside a download, for everything else on that disk"""
+_FIELDS = {field.name: field for field in DOWNLOAD}
+_ALL_THERE = "all files are on this disk already, nothing is downloaded"
+
+
+def download(
+    name: str, endpoint: str | None = None, source: str | None = None, output_dir: str | None = None
+) -> list[Path]:
+    """Fetch transformer, autoencoder and text encoders of that model; their paths, or the folder's, also told.
+
+    source: `hub`, into its cache, or `modelscope`, into the folder `output_dir`, which FLUX_MODEL or --model then
+    names. endpoint: the source's address, instead of HF_ENDPOINT's or its own. What is whole on this disk is not
+    fetched again, and a cache that has all is not held against the hub: that works without a network. A run that was
+    cut or stopped goes on in the next where it ended. UsageError, AccessError, FileError, or DiskError before anything
+    is fetched.
+    """
+    variant, origin = get_variant(name), _FIELDS["source"].parse(source, "hub")
+    if output_dir is not None and origin == "hub":
+        raise UsageError(
+            "--output-dir goes with --source modelscope: the hub's files go to its cache. "
+            f"Next: leave it out, or set {hub.cache_variable()} to move the cache."
+        )
+    note(variant.licence_line)
+    if variant.repo is None:
+        folder = embedded_folder(variant)
+        tell(f"{name} ships with the package, nothing is to be downloaded: {folder}")
+        return [folder]
+    if origin == "modelscope":
+        return [_from_modelscope(variant, variant.repo, endpoint, output_dir)]
+    with hub.settings(HF_ENDPOINT=endpoint):
+        paths = _from_hub(replace(variant, variables=()), variant.repo)
+    for path in paths:
+        tell(str(path))
+    return paths
+
+
+def _from_hub(variant: Variant, repo: str) -> list[Path]:
+    """Paths in the cache. What FLUX_MODEL names is none of them, so the variant has no variables."""
+    note(f"from {hub.endpoint()} to {hub.cache_folder()}")
+    try:
+        with hub.without_network():
+            paths = _hub_paths(variant, repo)
+    except FileError:
+        paths = []
+    if _whole(paths):
+        note(_ALL_THERE)
+    else:
+        if not hub.offline():
+            free = hub.free_bytes(hub.cache_folder())
+            files = _listed(variant)
+            rows = [(f"{file.repo}/{file.name}", file.size, file.missing()) for file in files]
+            _check_room(rows, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
+            for file in files:
+                if file.sha256:
+                    fetch(file.repo, file.name)
+        paths = _hub_paths(variant, repo)
+    return list(dict.fromkeys(paths))
+
+
+def _hub_paths(variant: Variant, repo: str) -> list[Path]:
+    """Transformer, autoencoder, T5, its tokenizer, CLIP and its tokenizer, fetched where they are not there."""
+    return [hub_file(repo, variant.flow_file), hub_file(repo, variant.ae_file), *text_files(variant)]
+
+
+def _whole(paths: Sequence[Path]) -> bool:
+    """Whether those six are all there, by the headers of their weights: a folder may lack a shard or more."""
+    try:
+        flow, ae, t5, t5_tokenizer, clip, clip_tokenizer = paths
+        for weights in (flow, ae, t5, clip):
+            find_source(weights)
+        return all(folder.is_dir() and any(folder.iterdir()) for folder in (t5_tokenizer, clip_tokenizer))
+    except (ValueError, FileError):
+        return False
+
+
+def _listed(variant: Variant) -> list[HubFile]:
+    """What `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
+    assert variant.repo is not None
+    files = listing(variant.repo, [variant.flow_file, variant.ae_file]) + listing(variant.clip, TEXT_FILES)
+    t5 = listing(variant.t5, TEXT_FILES)
+    if not any(file.name.endswith(".safetensors") for file in t5):
+        t5 += listing(variant.repo, TEXT_OF_FLUX)
+    return files + t5
+
+
+def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_dir: str | None) -> Path:
+    """The folder with official files and text encoders, by default beside the hub's cache, on whose disk there is room.
+
+    Their own client's cache is another: it takes no file there that it has not written down.
+    """
+    source = Repository(repo, hub.checked_address(endpoint or "", "--endpoint", ADDRESS))
+    folder = Path(output_dir).expanduser() if output_dir else hub.cache_folder().parent / "modelscope" / repo
+    folder = folder.absolute()
+    note(f"from {source.page} to {folder}")
+    try:
+        files = _wanted(variant, source)
+    except Unreachable:
+        parts = [part for home in _text_homes() for part in home]
+        if not _whole([folder / part for part in (variant.flow_file, variant.ae_file, *parts)]):
+            raise
+        files = []
+    missing = [source.missing(file, folder) for file in files]
+    if any(missing):
+        rows = [(f"{repo}/{file.path}", file.size, left) for file, left in zip(files, missing, strict=True)]
+        _check_room(rows, folder, hub.free_bytes(folder, "--output-dir"), "name a folder with --output-dir")
+    else:
+        note(_ALL_THERE)
+    for file in sorted(files, key=lambda one: one.size):
+        source.fetch(file, folder)
+    tell(f"FLUX_MODEL={shlex.quote(str(folder))}")
+    return folder
+
+
+def _text_homes() -> list[tuple[str, str]]:
+    """The folders of T5 and its tokenizer, then CLIP's, in the repository of a FLUX.1 model."""
+    return [(HOMES[part].folders[0], HOMES[part].tokenizer) for part in ("t5", "clip")]
+
+
+def _wanted(variant: Variant, source: Repository) -> list[RemoteFile]:
+    """What is loaded of the repository: one layout, no pickles. FileError where it lacks a part."""
+    needed = [("", [variant.flow_file]), ("", [variant.ae_file])]
+    for encoder, tokenizer in _text_homes():
+        needed += [(encoder, ["*.safetensors"]), (encoder, ["*.json"]), (tokenizer, TOKENIZER_FILES)]
+    files, wanted = [(*file.path.rpartition("/")[::2], file) for file in source.files()], []
+    for folder, patterns in needed:
+        inside = [(name, file) for parent, name, file in files if parent == folder]
+        found = [file for name, file in inside if any(fnmatch(name, pattern) for pattern in patterns)]
+        if not found:
+            raise FileError(f"{source.page} has no {(folder and folder + '/') + patterns[0]}. Next: take --source hub.")
+        wanted += found
+    return wanted
+
+
+def _check_room(rows: Sequence[tuple[str, int, int]], folder: Path, free: int, advice: str) -> None:
+    """Tell rows of (file, bytes, those still to come), how many those are and what is free; DiskError if too little."""
+    for file, size, left in rows:
+        part = f"{(size - left) / 1e9:.3f} GB " if left else ""
+        there = f"  {part}on this disk" if left < size else ""
+        if size >= 10**6 or there:
+            note(f"  {size / 1e9:8.3f} GB  {file}{there}")
+    missing = sum(left for *_, left in rows)
+    note(f"  {missing / 1e9:8.3f} GB  to download; {free / 1e9:.1f} GB free in {folder}")
+    if missing and missing + RESERVE > free:
+        raise DiskError(
+            f"{missing / 1e9:.1f} GB do not fit into {folder}: {free / 1e9:.1f} GB are free. "
+            f"Next: make room, or {advice} on a larger disk."
+        )

@@ -1,0 +1,100 @@
+"""`edit`: a source and its edits by Stable Flow, as a strip and as single pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import check_files, with_files
+from ..device.threads import use_threads
+from ..errors import UsageError
+from ..images.output import prepare_folder, save_picture
+from ..images.pictures import grid, open_source
+from ..request.fields import EDIT, FILES, THREADS, take
+from ..request.generation import GenerationRequest
+from ..terminal import no_bars, note, tell
+
+if TYPE_CHECKING:
+    from ..methods.stable_flow import Editing
+    from ..sampling import Step
+
+_FIELDS = {field.name: field for field in EDIT}
+PHOTO_GUIDANCE = (1.0, 3.0)
+"""of the source and of the edits, where a photograph is edited (the released code)"""
+
+
+def edit(
+    source: str | None = None,
+    edit: list[str] | None = None,
+    image: str | None = None,
+    layers: str | None = None,
+    source_guidance: str | None = None,
+    nudge: str | None = None,
+    replay: str = str(_FIELDS["replay"].default),
+    output_dir: str = str(_FIELDS["output_dir"].default),
+    device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
+    threads: str | None = None,
+    **fields: Any,
+) -> list[Path]:
+    """Draw a source and its edits. Returns the strip's file, then those of source and edits.
+
+    UsageError for what cannot be asked, FileError for a photograph or layers that cannot be read, DiskError.
+    """
+    if not source or not edit:
+        raise UsageError('say what there is and what there shall be: --source "a pig face" --edit "a green pig face"')
+    photo, origin = open_source(image)
+    if photo is not None:
+        fields.setdefault("guidance", PHOTO_GUIDANCE[1])
+    variant = with_files(fields.pop("name", None), **take(fields, FILES))
+    request = GenerationRequest(name=variant.name, prompt=source, **fields)
+    for line in request.notes():
+        note(line)
+    strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
+    factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
+    chosen, number = choose_layers(layers, request), THREADS.parse(threads)
+    folder = prepare_folder(output_dir)
+    check_files(variant)
+    if not variant.embedded:
+        note(variant.licence_line)
+
+    from ..methods.stable_flow import Editing  # and with it torch
+    from ..pipeline import load_pipeline
+
+    use_threads(number)
+    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
+    job = Editing(pipeline, request, edit, chosen, strength, origin)
+    tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
+    return _save(job, _draw(job, photo, factor, way), folder)
+
+
+def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
+    """The blocks that --layers means; without it the vital ones where they are known, else all."""
+    from ..hooks.layers import VITAL, layers_of
+
+    if layers is None and request.name not in VITAL:
+        note(f"no vital layers are known for {request.name}: keys and values are shared in all blocks")
+    choice = layers or ("vital" if request.name in VITAL else "all")
+    return layers_of(choice, request.name, request.variant.params)
+
+
+def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) -> list[Image.Image]:
+    steps = job.request.num_steps
+    with tqdm(total=steps, desc="edits", unit="step", disable=no_bars()) as bar:
+
+        def on_step(step: "Step") -> None:
+            bar.update(step.index + 1 - bar.n)
+
+        x = job.generated(on_step) if photo is None else job.of_photo(photo, nudge, replay, on_step)  # type: ignore
+    return [job.picture(row, i) for i, row in enumerate(x)]
+
+
+def _save(job: "Editing", pictures: list[Image.Image], folder: Path) -> list[Path]:
+    stem = f"{job.request.name}_seed{job.request.seed}"
+    strip = save_picture(grid(pictures, len(pictures)), folder, f"{stem}_strip")
+    paths = [save_picture(one, folder, f"{stem}_{branch}") for one, branch in zip(pictures, job.branches, strict=True)]
+    for path in (strip, *paths):
+        tell(str(path))
+    return [strip, *paths]

@@ -1,0 +1,226 @@
+"""`importance`: which blocks matter, as a table, a chart, sheets to look at, and the layers that the editor reads.
+
+Started by torchrun, the processes share the pictures; the first one waits for the others and writes the results.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from ..checkpoint import check_files, with_files
+from ..device.threads import use_threads
+from ..errors import DiskError, UsageError
+from ..hub.places import SCORER
+from ..images.output import prepare_folder, write_whole
+from ..methods.importance import (
+    REFERENCE,
+    Study,
+    Task,
+    choose,
+    csv_of,
+    default_prompts,
+    json_rows,
+    other_seeds,
+    read_prompts,
+    rows_of,
+    similarities,
+)
+from ..request.fields import FILES, IMPORTANCE, THREADS, take
+from ..request.generation import PATCH, GenerationRequest
+from ..session.sharing import own_gpu
+from ..terminal import no_bars, note, tell
+
+if TYPE_CHECKING:
+    from ..methods.importance import Row
+    from ..methods.scoring import Scorer
+
+_FIELDS = {field.name: field for field in IMPORTANCE}
+HUB_SCORER = "facebook/dinov2-base"
+TOKENS = 4096
+"""image tokens in a batch, by itself: one picture of 1024x1024"""
+PROMPTS_ON_A_SHEET = 8
+BYTES_PER_PIXEL = 1.5
+"""of a PNG, about"""
+
+
+def importance(
+    name: str | None = None,
+    prompts: str | None = None,
+    limit: str | None = None,
+    seeds: str = "1",
+    num_steps: str = str(_FIELDS["num_steps"].default),
+    batch: str | None = None,
+    scorer: str | None = None,
+    pooling: str = "cls",
+    top: str | None = None,
+    threshold: str | None = None,
+    output_dir: str | None = None,
+    device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
+    threads: str | None = None,
+    **fields: Any,
+) -> Path:
+    """Draw what is missing of a study, score it and write its results. Returns its folder.
+
+    UsageError for what cannot be asked, FileError for files that cannot be read, DiskError.
+    """
+    if top is not None and threshold is not None:
+        raise UsageError("--top and --threshold are two ways to choose: give one of them")
+    how, how_many, cut = (
+        _FIELDS[key].parse(text) for key, text in (("pooling", pooling), ("top", top), ("threshold", threshold))
+    )
+    number = THREADS.parse(threads)
+    variant = with_files(name, **take(fields, FILES))
+    chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
+    fields |= {"num_steps": num_steps, "seed": 0}
+    request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
+    study = Study(
+        Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
+    )
+    check_files(variant)
+    prepare_folder(study.folder)
+    study.settle(request)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rows = _FIELDS["batch"].parse(batch)
+    if rank == 0:
+        _announce(study)
+        for line in ([] if variant.embedded else [variant.licence_line]) + request.notes():
+            note(line)
+
+    from ..device.choice import pick_device  # and with it torch
+    from ..methods.scoring import load_scorer
+    from ..pipeline import load_pipeline
+
+    use_threads(number)
+    place = pick_device(own_gpu(device))
+    judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
+    pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
+    groups = study.groups(rows or _rows_that_fill(place.type, request))
+    study.settle(pipeline.complete(request))
+    _draw(study, pipeline, groups[rank::world], quiet=rank > 0)
+    if rank == 0:
+        _wait(study)
+        _report(study, judge, how_many, cut)
+    return study.folder
+
+
+def _rows_that_fill(device: str, request: GenerationRequest) -> int:
+    """Two CPU cores are busy with one picture: a batch takes as long for each, and loses more when it is ended."""
+    width, height = request.made_size
+    return 1 if device == "cpu" else max(1, TOKENS * PATCH**2 // (width * height))
+
+
+def _announce(study: Study) -> None:
+    """Say what will be drawn. DiskError when the pictures would not fit."""
+    every = [task for group in study.groups(batch=1) for task in group]
+    missing = study.missing(every)
+    size = len(missing) * study.request.width * study.request.height * BYTES_PER_PIXEL
+    free = shutil.disk_usage(study.folder).free
+    tell(
+        f"{len(study.prompts)} prompts, {study.seeds} seed(s) each, {len(study.blocks)} blocks: {len(every):,} pictures"
+        f" ({study.request.settings()}); {len(every) - len(missing):,} are there, "
+        f"{len(missing):,} are drawn, about {size / 1e9:.2f} GB of {free / 1e9:.0f} GB free, into {study.folder}"
+    )
+    if size > free:
+        raise DiskError(f"{study.folder}: the pictures take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def _draw(study: Study, pipeline: Any, groups: list[list[Task]], quiet: bool) -> None:
+    """Draw what is missing of these groups. The first one's time tells how long the rest will take."""
+    todo = [missing for group in groups if (missing := study.missing(group))]
+    rest, start = sum(map(len, todo)), time.monotonic()
+    with tqdm(total=rest, desc="pictures", unit="picture", disable=quiet or no_bars()) as bar:
+        for i, tasks in enumerate(todo):
+            study.draw(pipeline, tasks)
+            bar.update(len(tasks))
+            if i == 0 and not quiet:
+                seconds = (time.monotonic() - start) / len(tasks)
+                tell(f"{seconds:.2f} s a picture: about {max(1, round(seconds * (rest - len(tasks)) / 60))} min to go")
+
+
+def _wait(study: Study) -> None:
+    """Until the other processes have drawn their share."""
+    every = [task for group in study.groups(batch=1) for task in group]
+    while missing := len(study.missing(every)):
+        note(f"waiting for {missing} pictures of the other processes")
+        time.sleep(5)
+
+
+def _report(study: Study, scorer: "Scorer", top: int | None, threshold: float | None) -> None:
+    with tqdm(total=len(study.pairs), desc="scores", unit="prompt", disable=no_bars()) as bar:
+        similar = similarities(study, scorer, bar.update)
+    rows, other = rows_of(study, similar), other_seeds(study, scorer)
+    vital, cut = choose(rows, top, threshold)
+    name, pictures = study.request.name, len(study.pairs)
+    settings = {"model": name, "scorer": scorer.name, "pooling": scorer.pooling, "num_steps": study.request.num_steps}
+    whole = {
+        **settings,
+        "prompts": len(study.prompts),
+        "seeds": study.seeds,
+        "other_seed": other,
+        "cut": cut,
+        "vital": vital,
+        "blocks": list(json_rows(rows)),
+        "similarities": [
+            {"prompt": study.prompts[number].prompt, "seed": seed, **found}
+            for (number, seed), found in zip(study.pairs, similar, strict=True)
+        ],
+    }
+    write_whole(study.folder / "importance.csv", csv_of(rows))
+    write_whole(study.folder / "importance.json", json.dumps(whole, indent=1) + "\n")
+    layers = {"model": name, "layers": vital, "cut": cut, "prompts": len(study.prompts), "seeds": study.seeds}
+    write_whole(study.folder / "vital.json", json.dumps({**layers, "scorer": scorer.name}, indent=2) + "\n")
+
+    title = f"{name}: each block left out, {pictures} pictures, {scorer.name} ({scorer.pooling})"
+    _write_chart(study.folder / "importance.png", rows, vital, cut, title, other)
+    _write_sheets(study, rows)
+    tell(_table(rows, vital, other))
+    for file in ("importance.png", "importance.csv", "importance.json", "vital.json", "sheets"):
+        if (study.folder / file).exists():
+            tell(str(study.folder / file))
+
+
+def _write_chart(path: Path, rows: list["Row"], vital: list[str], cut: float, title: str, other: float | None) -> None:
+    """The chart, where matplotlib is installed; a study of hours ends with all the rest where it is not."""
+    from ..methods.charts import importance_chart
+
+    try:
+        write_whole(path, importance_chart(rows, vital, cut, title, other))
+    except ModuleNotFoundError:
+        note('no chart without matplotlib: pip install "matplotlib>=3.9", then run this again; nothing is drawn twice')
+
+
+def _table(rows: list["Row"], vital: list[str], other: float | None) -> str:
+    lines = ["| block | layer | importance | 95 % | between seeds | |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        seeds = "" if row.seed_spread is None else f"{row.seed_spread:.3f}"
+        mark = "vital" if row.block in vital else ""
+        wide = "" if math.isnan(row.ci95) else f"±{row.ci95:.3f}"  # one prompt has no spread
+        lines.append(f"| {row.block} | {row.layer} | {row.importance:.3f} | {wide} | {seeds} | {mark} |")
+    lines += [] if other is None else [f"another seed of the same prompt: {other:.3f}"]
+    return "\n".join(lines)
+
+
+def _write_sheets(study: Study, rows: list["Row"]) -> None:
+    """The first seed's pictures: prompts as columns, the reference and each block's as rows."""
+    from io import BytesIO
+
+    from ..methods.charts import contact_sheet
+
+    labels = [(REFERENCE, REFERENCE), *((row.block, f"{row.block}\n{row.importance:.3f}") for row in rows)]
+    folder = prepare_folder(study.folder / "sheets")
+    for first in range(0, len(study.prompts), PROMPTS_ON_A_SHEET):
+        shown = list(enumerate(study.prompts))[first : first + PROMPTS_ON_A_SHEET]
+        pictures = [
+            (label, [study.picture(Task(number, one.seed, block)) for number, one in shown]) for block, label in labels
+        ]
+        data = BytesIO()
+        contact_sheet(pictures, [one.prompt for _, one in shown]).save(data, "PNG")
+        write_whole(folder / f"prompts_{first + 1:03}-{first + len(shown):03}.png", data.getvalue())

@@ -1,0 +1,149 @@
+"""`repeat`: a recorded picture once more, from a row of metadata.csv, from the picture itself, or from its latents.
+
+The same request, weights and machine give the same pixels; whether they are the same is looked at and told. From
+latents nothing is denoised: only the autoencoder is loaded.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..checkpoint import check_files, with_files
+from ..device.threads import use_threads
+from ..errors import FileError, UsageError
+from ..images.metadata import differences, parse_request, read_request
+from ..images.output import prepare_folder, save_picture
+from ..images.pictures import as_rgb, open_picture
+from ..request.fields import FILES, REPEAT, THREADS, take
+from ..request.generation import GenerationRequest
+from ..session.record import read_rows
+from ..terminal import note, tell
+from ..variants import Variant
+
+_FIELDS = {field.name: field for field in REPEAT}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of a picture: its file, which may be gone, its request if the record holds it, its SHA-256."""
+
+    picture: Path
+    request: GenerationRequest | None = None
+    sha256: str | None = None
+
+
+def repeat(
+    file: str,
+    row: str | None = None,
+    from_latents: bool = False,
+    output_dir: str = str(_FIELDS["output_dir"].default),
+    device: str = "auto",
+    offload: bool = False,
+    vae_tiling: bool = False,
+    threads: str | None = None,
+    force: bool = False,
+    allow_empty_prompt: bool = False,
+    **files: Any,
+) -> Path:
+    """Draw what a file records. Returns the new picture's file.
+
+    UsageError for what cannot be asked, FileError for what cannot be read, DiskError.
+    """
+    recorded = _recorded(Path(file), _FIELDS["row"].parse(row))
+    latents = recorded.picture.parent / (recorded.picture.name.removesuffix(".png") + ".safetensors")
+    if from_latents and not latents.is_file():
+        raise FileError(f"{latents} is not there: leave out --from-latents, and the picture is denoised again")
+    request = recorded.request or _request_in(latents)
+    if request.init_image is not None:
+        raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
+    for line in request.functions:
+        note(f"what also worked on that picture is not in the file: {line}")
+    fields = request.model_dump(exclude={"version", "weights", "compiled", "functions"})
+    asked = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
+    variant = with_files(request.name, **take(files, FILES))
+    folder, number = prepare_folder(output_dir), THREADS.parse(threads)
+    use_threads(number)
+    if from_latents or recorded.request is None:
+        image = _decode(latents, variant, device)
+    else:
+        check_files(variant)
+        image = _draw(asked, request, variant, device, offload, vae_tiling)
+    path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
+    tell(str(path))
+    _compare(path, recorded)
+    return path
+
+
+def _recorded(file: Path, row: int | None) -> Recorded:
+    if file.suffix == ".csv":
+        rows = read_rows(file)
+        if row is None or row > len(rows):
+            raise UsageError(f"{file} has {len(rows)} row(s): say which with --row, as in --row 1")
+        found = rows[row - 1]
+        request = parse_request(found["Request"], f"{file}, row {row}")
+        return Recorded(file.parent / found["File"], request, found["SHA256"])
+    if row is not None:
+        raise UsageError(f"--row goes with a metadata.csv, and {file} is none")
+    if file.suffix == ".safetensors":
+        return Recorded(file.parent / (file.name.removesuffix(".safetensors") + ".png"))
+    return Recorded(file, read_request(file))
+
+
+def _request_in(latents: Path) -> GenerationRequest:
+    from ..session.latents import read_latents  # and with it torch
+
+    return read_latents(latents)[1]
+
+
+def _draw(
+    asked: GenerationRequest, old: GenerationRequest, variant: Variant, device: str, offload: bool, vae_tiling: bool
+) -> Image.Image:
+    from ..pipeline import load_pipeline  # and with it torch
+
+    if not variant.embedded:
+        note(variant.licence_line)
+    pipeline = load_pipeline(variant, device, asked.dtype, offload, vae_tiling)
+    for reason in differences(old, pipeline.complete(asked)):
+        note(f"pixels may differ: {reason}")
+    tell(f"{asked.settings()}, seed {asked.seed}, {asked.dtype} on {pipeline.device}")
+    return pipeline.draw(asked)
+
+
+def _decode(file: Path, variant: Variant, device: str) -> Image.Image:
+    """The picture of those latents, with the autoencoder alone."""
+    import torch
+
+    from ..checkpoint import load_autoencoder
+    from ..device.choice import pick_device, pick_dtype
+    from ..kernels import install_decode
+    from ..pipeline import Pipeline
+    from ..session.latents import read_latents
+
+    x, request = read_latents(file)
+    place = pick_device(device)
+    dtype = pick_dtype(request.dtype, place)
+    ae, nothing = load_autoencoder(variant, place, dtype), torch.nn.Identity()
+    install_decode(ae, place)
+    pipeline = Pipeline(variant, nothing, ae, nothing, nothing, place, dtype, request.weights)  # type: ignore[arg-type]
+    pipeline.precision = request.dtype or pipeline.precision  # fp8 is the transformer's, which is not here
+    return pipeline.picture(x.to(place, dtype), request)
+
+
+def _compare(path: Path, recorded: Recorded) -> None:
+    """Say whether it is the recorded picture again: by the file's bytes, else by its pixels."""
+    old, data = recorded.picture, path.read_bytes()
+    if recorded.sha256 == hashlib.sha256(data).hexdigest() or (old.is_file() and old.read_bytes() == data):
+        tell("the same picture, byte for byte")
+    elif not old.is_file():
+        note("another file than the recorded one, whose picture is not there to compare pixels with")
+    elif _pixels(old) == _pixels(path):
+        tell(f"the same pixels as {old}")
+    else:
+        note(f"other pixels than {old}")
+
+
+def _pixels(path: Path) -> bytes:
+    return as_rgb(open_picture(path)[0], str(path)).tobytes()

@@ -1,0 +1,40 @@
+"""The picture after every step, as files: how an image comes out of noise.
+
+These are the latents as they stand, decoded: noise at first, and after the last step the finished picture.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ..images.output import save_picture
+from ..images.pictures import grid
+from ..request.generation import GenerationRequest
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+    from ..sampling import Step
+
+
+class Stepwise:
+    """A step callback for the one image of `request`; file names are those of mflux."""
+
+    def __init__(self, pipeline: "Pipeline", request: GenerationRequest, folder: Path) -> None:
+        self.pipeline, self.request, self.folder = pipeline, request, folder
+        self.pictures: list[Image.Image] = []
+
+    def __call__(self, step: "Step") -> None:
+        if step.index < len(self.pictures):
+            return  # memory ran out, and the same picture is drawn once more
+        picture = self.pipeline.picture(step.x, self.request)
+        self.pictures.append(picture)
+        self._save(picture, f"step{step.index + 1}of{self.request.steps_made}")
+
+    def save_sheet(self) -> None:
+        """All pictures so far on one sheet; nothing if there is none."""
+        if self.pictures:
+            self._save(grid(self.pictures), "composite")
+
+    def _save(self, picture: Image.Image, what: str) -> None:
+        save_picture(picture, self.folder, f"seed_{self.request.seed}_{what}")

@@ -1,0 +1,143 @@
+"""Where to compute and in which precision: the choice, and errors that name the alternatives."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import MemoryShortage, UsageError
+from ..linears.fp8 import has_fp8_units
+from ..request.fields import DTYPES
+from ..terminal import note
+
+
+def available_devices() -> list[str]:
+    """Names that `--device` takes on this machine, the best first."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, or the best there is. UsageError when this machine has no such device."""
+    known = available_devices()
+    if name in (None, "auto"):
+        return torch.device(known[0])
+    asked = str(name)
+    if asked in known or (asked == "cuda" and known[0] == "cuda:0"):
+        return torch.device("cuda:0" if asked == "cuda" else asked)
+    raise UsageError(f"--device {asked} is not there: {_reason(asked)}. Use one of: auto, {', '.join(known)}")
+
+
+def _reason(asked: str) -> str:
+    if asked.startswith("cuda"):
+        if not torch.backends.cuda.is_built():
+            return f"torch {torch.__version__} was built without CUDA"
+        if not torch.cuda.is_available():
+            return f"torch finds no usable GPU (is the driver recent enough for CUDA {torch.version.cuda}?)"
+        return f"torch sees {torch.cuda.device_count()} CUDA device(s)"
+    if asked.startswith("mps"):
+        return "MPS needs a Mac with Apple silicon"
+    return "no such kind of device"
+
+
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run.
+
+    Of fp8 it is the one that everything but the quantized Linears computes in: bfloat16.
+    """
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name in (None, "auto"):
+        return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+    known = DTYPES.get(str(name).removeprefix("torch."))
+    if known is None:
+        raise UsageError(f"--dtype {name} is not known: use one of auto, {', '.join(DTYPES)}")
+    if known in ("bfloat16", "fp8") and not bf16:
+        card = torch.cuda.get_device_name(device)
+        raise UsageError(f"--dtype {name}: {card} has no bfloat16; use --dtype float32")
+    if known != "fp8":
+        return getattr(torch, known)
+    _check_fp8(device)
+    return torch.bfloat16
+
+
+def wants_fp8(name: str | torch.dtype | None) -> bool:
+    """Whether that name asks for the transformer's Linears in fp8."""
+    return DTYPES.get(str(name)) == "fp8"
+
+
+def _check_fp8(device: torch.device) -> None:
+    """UsageError where not even the numbers are known (MPS); a line where they are but no products of them."""
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError):
+        raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
+    if not has_fp8_units(device):
+        note(f"{device} has no fp8 units: weights stay in fp8, widened for each product (less memory, no faster)")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> "float32", as requests and metadata spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
+SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""in errors without a class of their own: of MPS and of CUDA outside of torch's allocator, of the CPU on Linux and on
+Windows, of cuBLAS and cuDNN"""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SHORTAGES)
+
+
+SMALLER = (
+    "choose a smaller --width and --height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+)
+
+
+@contextmanager
+def memory_errors(what: str, device: torch.device, remedy: str = SMALLER) -> Iterator[None]:
+    """Out-of-memory inside, on any device, becomes a MemoryShortage with sizes. what: as in "drawing 64x64 pixels"."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortage(
+            f"out of memory on {device} while {what}{_sizes(device, error)}. Next: {remedy}"
+        ) from error
+
+
+def _sizes(device: torch.device, error: Exception) -> str:
+    """What was asked for, as the allocator's text has it, and who has the rest, where the device tells."""
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    sizes = [f"{asked[1]} more were asked for"] if asked else []
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        here = torch.cuda.memory_reserved(device)
+        every = (f"{size / 2**30:.1f}" for size in (total, here, total - free - here, free))
+        sizes.append("of {} GiB {} are held here, {} by the driver and other programs, {} are free".format(*every))
+    return ": " + "; ".join(sizes) if sizes else ""
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """What torch.compile raises inside (it lacks a compiler, most often) becomes a UsageError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        # its classes by name: importing them takes a second that a picture without --compile should not pay
+        if "TorchDynamoException" not in {kind.__name__ for kind in type(error).__mro__}:
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        reason = lines[0] if lines else type(error).__name__
+        raise UsageError(f"--compile does not work here: {reason[:200]}. Next: leave it out") from error
+
+
+def give_memory_back(device: torch.device) -> None:
+    """What freed tensors left with torch's allocator goes back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,93 @@
+"""What an official model takes in memory, and whether a device holds it: from its sizes alone, nothing is loaded."""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+from ..params import AutoEncoderParams, FluxParams
+from ..variants import Variant
+
+BF16, FP32 = 2, 4
+"""bytes of a number"""
+T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
+"""parameters of every official model's text encoders: T5 1.1 XXL without its decoder, CLIP ViT-L's text half"""
+
+
+class Share(NamedTuple):
+    """What a part of a model takes, in bytes."""
+
+    weights: int
+    at_work: int
+    """beside them while it computes"""
+    aside: int = 0
+    """of the weights: what never comes to the device with `--offload`, the transformer's modulation"""
+
+
+TEXT, TRANSFORMER, AUTOENCODER = 200_000_000, 650_000_000, 1_650_000_000
+"""bytes at work in bf16: what tensors are alive at once, at most, for a picture of a megapixel with 512 text tokens, as
+the networks' own shapes say (tests/device/test_memory.py); 2048x2048 take four times that"""
+LIBRARIES = 1_000_000_000
+"""bytes that no tensor holds: CUDA's context and kernels, workspaces of cuBLAS and cuDNN, gaps in the allocator's
+blocks; on the CPU Python and torch themselves. With half of it, which is little more than the context, it is a matter
+of luck and of a screen that hangs on the same card: so it is with 24 GB and bf16 (huggingface/diffusers#11922)"""
+
+
+def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Share]:
+    """Text encoders, transformer and autoencoder of an official model, in bfloat16, float32 or fp8."""
+    flux, modulation, codes, ae = _count(variant.params, variant.ae_params)
+    wide = FP32 if dtype == "float32" else BF16
+    saved = codes if dtype == "fp8" else 0  # one byte for two
+    return (
+        Share(wide * (T5_XXL + CLIP_L), TEXT * wide // BF16),
+        Share(wide * flux - saved, TRANSFORMER * wide // BF16, wide * modulation),
+        Share(wide * ae, AUTOENCODER * wide // BF16),
+    )
+
+
+@cache
+def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int, int, int]:
+    """Parameters of the transformer, those of its modulation, weights that fp8 halves, and those of the autoencoder.
+
+    Built on the meta device: shapes without memory.
+    """
+    import torch
+    from torch import nn
+
+    from ..linears.fp8 import stays_bf16
+    from ..model import MODULATION, AutoEncoder, Flux
+
+    with torch.device("meta"):
+        flux, ae = Flux(params), AutoEncoder(ae_params)
+    linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
+    modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
+    codes = sum(one.weight.numel() for name, one in linears.items() if not stays_bf16(name))
+    whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
+    return whole_flux, modulation, codes, whole_ae
+
+
+def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:
+    """Whether a model can be drawn with in that memory, with as few flags as will do.
+
+    memory: the device's bytes. dtypes: those that it computes in -> the flag that asks for it, the device's own choice
+    first. ram: the CPU's memory, where `--offload` keeps those whose turn it is not; None on the CPU itself. 0: not
+    known.
+    """
+    if not memory:
+        return "does not say its memory"
+    lack = ""
+    fits = (("fits", LIBRARIES), ("may just fit", LIBRARIES // 2))
+    for (word, margin), (dtype, flag), offload in product(fits, dtypes.items(), (False, True)):
+        parts = shares(variant, dtype)
+        weights = sum(part.weights for part in parts)
+        whole = weights + max(part.at_work for part in parts)
+        largest = max(part.weights - part.aside + part.at_work for part in parts)
+        if (offload and ram is None) or (largest if offload else whole) + margin > memory:
+            continue
+        if offload and ram and weights + LIBRARIES > ram:
+            kept = (weights + LIBRARIES) / 1e9
+            lack = f" (--offload keeps {kept:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
+            continue
+        flags = " and ".join(filter(None, (flag, "--offload" if offload else "")))
+        return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"
+    return f"does not fit{lack}"

@@ -1,0 +1,165 @@
+"""The hub's large files on their way into its client's cache, in a part that outlives the run.
+
+The client takes up a broken connection, but deletes its part where a run ends (huggingface_hub 2.4), and a file of
+24 GB would begin anew. Here a file grows under the name of its sum and `.part`, is held against that sum when it is
+whole, and then lies where the client finds it and has only to link it. Requests, redirects and bar are the client's.
+"""
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, FluxError
+from ..terminal import note
+from .client import cache_folder, cached, hub_errors
+
+LARGE = 2**30
+"""bytes whose sum takes long enough to say so"""
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a hub repository. `sha256` is empty for a small one: the hub keeps that in git, by another sum."""
+
+    repo: str
+    name: str
+    size: int
+    sha256: str
+
+    def missing(self) -> int:
+        """Bytes that are still to come."""
+        if cached(self.repo, self.name) or _twins(self):
+            return 0
+        have = _size(_part(self))
+        return self.size - (have if have <= self.size else 0)
+
+
+def listing(repo: str, patterns: list[str]) -> list[HubFile]:
+    """The repository's files of these patterns. AccessError or FileError."""
+    with hub_errors(repo, "the list of files") as access:
+        from huggingface_hub import HfApi
+
+        found = HfApi(**access).model_info(repo, files_metadata=True).siblings or []
+    # as the client matches them: a * also takes slashes
+    wanted = [one for one in found if any(fnmatch(one.rfilename, pattern) for pattern in patterns)]
+    return [HubFile(repo, one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else "") for one in wanted]
+
+
+def fetch_all(repo: str, patterns: list[str]) -> None:
+    """`fetch` the large ones of these patterns, if none of them is in the cache yet, or a part of one.
+
+    Otherwise the list is not asked for: the client may be content with what is there, and need no network.
+    """
+    begun = any(_home(repo).glob("blobs/*.part"))
+    if begun or not any(cached(repo, pattern) for pattern in patterns):
+        files: list[HubFile] = []
+        with suppress(FluxError):  # the client meets the same, and may still be content
+            files = listing(repo, patterns)
+        for file in files:
+            if file.sha256:
+                fetch(repo, file.name)
+
+
+def fetch(repo: str, name: str) -> None:
+    """Bring a large file that is missing into the cache, from the byte on where an earlier run ended.
+
+    Small ones are left to the client, and what the hub does not answer for: the client asks again, and knows how long.
+    AccessError, FileError or DiskError, as may be.
+    """
+    if cached(repo, name):
+        return
+    with hub_errors(repo, name) as access:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.file_download import are_symlinks_supported
+        from huggingface_hub.utils import WeakFileLock
+
+        try:
+            head = get_hf_file_metadata(hf_hub_url(repo, name, endpoint=access["endpoint"]), **access)
+        except Exception:  # whatever the transport raises
+            return
+        if head.size is None or head.commit_hash is None or not _SHA256.fullmatch(head.etag or ""):
+            return
+        file = HubFile(repo, name, head.size, str(head.etag))
+        part, home = _part(file), _home(repo)
+        # where there are no links, the client would copy a blob that it finds
+        blobs = are_symlinks_supported(cache_folder())
+        target = part.with_suffix("") if blobs else home / "snapshots" / head.commit_hash / name
+        lock = home.parent / ".locks" / home.name / f"{file.sha256}.lock"  # the client's own
+        if not Path(os.path.abspath(target)).is_relative_to(os.path.abspath(home)):
+            return  # a name that leads elsewhere, which the client refuses
+        for path in (part, target, lock):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if target.exists() or _link_twin(target, file):
+                part.unlink(missing_ok=True)
+                return
+            _fill(part, file, hf_hub_url(repo, name, revision=head.commit_hash, endpoint=access["endpoint"]), access)
+            _check_sum(part, file)
+            part.replace(target)
+
+
+def _fill(part: Path, file: HubFile, url: str, access: dict[str, Any]) -> None:
+    """Fetch what the part lacks. Where the hub sends it elsewhere, the client leaves the token behind."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if _size(part) > file.size:
+        part.unlink()
+    headers = build_hf_headers(token=access["token"]) | {"Accept-Encoding": "identity"}  # ranges are of plain bytes
+    with part.open("ab") as out:
+        have = out.tell()
+        http_get(url, out, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=file.name)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _check_sum(part: Path, file: HubFile) -> None:
+    """FileError, and the part is gone, if it has another sum than the hub has of it."""
+    if file_sha256(part, file.name) != file.sha256:
+        part.unlink()
+        raise FileError(
+            f"{file.name} of {file.repo} came with another sum (SHA-256) than the hub has of it: it was deleted. "
+            "Next: run this again; if it comes so again, take another endpoint."
+        )
+
+
+def file_sha256(path: Path, name: str) -> str:
+    """The sum in hex digits. Where that takes a while, a line says so, by that name."""
+    if path.stat().st_size >= LARGE:
+        note(f"checking the sum of {name}")
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _link_twin(target: Path, file: HubFile) -> bool:
+    """Whether another repository's cache has the same bytes, as dev and schnell have the same T5; they count once."""
+    for twin in _twins(file):
+        with suppress(OSError):  # a disk without hard links
+            if file_sha256(twin, file.name) == file.sha256:
+                os.link(twin.resolve(), target)
+                return True
+    return False
+
+
+def _twins(file: HubFile) -> list[Path]:
+    found = cache_folder().glob(f"models--*/blobs/{file.sha256}") if file.sha256 else []
+    return [path for path in found if _size(path) == file.size]
+
+
+def _home(repo: str) -> Path:
+    """The repository's folder in the cache."""
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def _part(file: HubFile) -> Path:
+    return _home(file.repo) / "blobs" / f"{file.sha256}.part"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

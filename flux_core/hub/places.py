@@ -1,0 +1,67 @@
+"""Where weights are: shipped beside the package, in the clone around it, or on the hub.
+
+Everything else asks here for a folder or a file on this disk, and gets it, or an error with the next step.
+"""
+
+from pathlib import Path
+
+from ..errors import FileError
+from ..variants import Variant
+from .client import cache_folder, hub_errors
+from .parts import fetch, fetch_all
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
+"""an installed wheel carries the weights inside the package, a clone beside it"""
+
+SCORER = "dinov2-mini"
+"""the scorer that ships, trained on flux-mini's world"""
+_SCORER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+TOKENIZER_FILES = ["*.json", "spiece.model", "merges.txt"]
+TEXT_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+TEXT_OF_FLUX = ["text_encoder_2/*", "tokenizer_2/*"]
+"""T5 and its tokenizer in the repository of a FLUX.1 model"""
+
+
+def embedded_folder(variant: Variant) -> Path:
+    """The folder of a model that ships with the package. FileError if it is not there."""
+    for root in ROOTS:
+        if (folder := root / variant.name).is_dir():
+            return folder
+    looked = " or ".join(str(root / variant.name) for root in ROOTS)
+    raise FileError(
+        f"the weights of {variant.name} ship with this package, but there is no folder {looked}. "
+        "Next: clone the repository again, whole, or reinstall the package from it."
+    )
+
+
+def scorer_folder(name: str) -> Path:
+    """The folder of a scorer: one that ships, one on this disk, or a hub repository's. Errors as in `hub_file`."""
+    shipped = [root / SCORER for root in ROOTS] if name == SCORER else []
+    for folder in (*shipped, Path(name)):
+        if folder.is_dir():
+            return folder
+    if name == SCORER:
+        looked = " or ".join(map(str, shipped))
+        raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise FileError(f"there is no scorer {name!a}: give {SCORER}, a folder, or a hub id as facebook/dinov2-base")
+    return hub_folder(name, _SCORER_FILES, "the scorer")
+
+
+def hub_file(repo: str, name: str) -> Path:
+    """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
+    fetch(repo, name)
+    with hub_errors(repo, name) as access:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo, name, cache_dir=cache_folder(), **access))
+
+
+def hub_folder(repo: str, patterns: list[str], what: str = "the text encoder") -> Path:
+    """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
+    fetch_all(repo, patterns)
+    with hub_errors(repo, what) as access:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repo, allow_patterns=patterns, cache_dir=cache_folder(), **access))

@@ -1,0 +1,1 @@
+"""Pictures in and out of files: opening them, their metadata, and writing them whole."""

@@ -1,0 +1,147 @@
+"""What a picture says of itself, and how a file is asked.
+
+Three things ride in a PNG. `flux_core` is the request as compact JSON, the truth from which a picture is
+repeated. `parameters` is the text that Automatic1111 began and most tools read. The XMP packet holds IPTC's
+mark for media made by a trained model. None of them names a folder, a user or a token.
+
+A file is never trusted: its JSON is bounded, validated as any request, grants no permissions, and names no
+path that would be opened. The keys `prompt` and `workflow` are not ours to write: tools take them for a
+ComfyUI graph.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic_core
+from PIL import Image, PngImagePlugin
+
+from ..errors import UsageError
+from ..request.fields import REQUEST
+from ..request.generation import MAX_PROMPT, GenerationRequest
+from ..version import __version__
+from .pictures import open_picture
+
+KEY = "flux_core"
+MAX_JSON = 14 * MAX_PROMPT
+"""a character of a prompt, and of a negative one, may take six as a JSON escape"""
+_XMP_KEY = "XML:com.adobe.xmp"
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+<Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/newscodes/digitalsourcetype/{}</Iptc4xmpExt:DigitalSourceType>
+</rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+
+
+def describe(image: Image.Image, request: GenerationRequest) -> Image.Image:
+    """Attach to `image.info` what its request says; `png_bytes` writes it. Returns the same image."""
+    negative = request.negative_prompt and cut(request.negative_prompt)
+    short = request.model_copy(update={"prompt": cut(request.prompt), "negative_prompt": negative})
+    image.info[KEY] = short.model_dump_json(exclude_none=True)
+    image.info["parameters"] = parameters(short)
+    image.info["xmp"] = _XMP.format(source_type(request)).encode()
+    return image
+
+
+def source_type(request: GenerationRequest) -> str:
+    """IPTC's word for a picture made by a model, or by a model from another picture."""
+    return "trainedAlgorithmicMedia" if request.init_image is None else "compositeWithTrainedAlgorithmicMedia"
+
+
+def cut(prompt: str) -> str:
+    """The first 64 KB of a prompt in UTF-8, whole characters."""
+    return prompt.encode()[:MAX_PROMPT].decode(errors="ignore")
+
+
+def parameters(request: GenerationRequest) -> str:
+    """The A1111 text. Their `CFG scale` is true guidance; ours is distilled, as Forge calls it."""
+    texts = [request.prompt] + ([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])
+    values: dict[str, Any] = {"Steps": request.num_steps, "Sampler": "Euler"}
+    if request.is_steered:
+        values["CFG scale"] = request.true_cfg_scale
+    if request.guidance is not None:
+        values["Distilled CFG Scale"] = request.guidance
+    values |= {"Seed": request.seed, "Size": f"{request.width}x{request.height}", "Model": request.name}
+    if request.init_image is not None:
+        values["Denoising strength"] = request.strength
+    values["Version"] = f"flux_core {request.version}"
+    return "\n".join([*map(printable, texts), ", ".join(f"{key}: {value}" for key, value in values.items())])
+
+
+def printable(text: str) -> str:
+    """Without control characters but newline and tab: PNG text forbids some, and terminals obey others."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The whole file: pixels and what `describe` attached."""
+    chunks = PngImagePlugin.PngInfo()
+    for key in (KEY, "parameters"):
+        if key in image.info:
+            chunks.add_itxt(key, image.info[key])
+    chunks.add_itxt(_XMP_KEY, image.info["xmp"].decode())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG. FileError when it is none."""
+    image, _ = open_picture(path, formats=("PNG",))
+    return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+
+
+def read_request(path: str | Path) -> GenerationRequest:
+    """The request in a picture's metadata. UsageError when it holds none, or one that cannot be used."""
+    texts = read_texts(path)
+    if KEY not in texts:
+        raise UsageError(f"{path} was not made by flux_core: {found(texts)}. Say what to draw with --prompt")
+    return parse_request(texts[KEY], str(path))
+
+
+def parse_request(text: str, source: str) -> GenerationRequest:
+    """A request from its recorded JSON. UsageError names the source when it cannot be used."""
+    try:
+        fields = _fields(text)
+        request = GenerationRequest(**fields, force=True, allow_empty_prompt=True)
+        if foreign := [one.kind for one in request.plan if not one.portable]:
+            raise ValueError(f"a file cannot make us read or write others ({', '.join(foreign)})")
+        return request
+    except (UsageError, ValueError) as error:
+        writer = re.search(r'"version": ?"([\w.]{1,20})"', text[-MAX_JSON:])
+        by = f" (written by version {writer[1]}, this is {__version__})" if writer else ""
+        raise UsageError(f"the request in {source} cannot be used{by}: {error}") from None
+
+
+def _fields(text: str) -> dict[str, Any]:
+    if len(text) > MAX_JSON:
+        raise ValueError(f"it has {len(text):,} characters, at most {MAX_JSON:,} are read")
+    fields = pydantic_core.from_json(text)  # unlike json.loads it bounds the depth
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    granted = sorted(fields.keys() & {field.name for field in REQUEST if field.kind is bool})
+    if granted:
+        raise ValueError(f"a file cannot grant {', '.join(granted)}")
+    return fields
+
+
+def found(texts: dict[str, str]) -> str:
+    """What foreign metadata is, in words."""
+    if "workflow" in texts or "prompt" in texts:
+        return "it holds a ComfyUI graph"
+    if "parameters" in texts:
+        return "it holds another tool's `parameters` text"
+    return f"it holds {', '.join(sorted(printable(key)[:20] for key in texts)[:5]) or 'no text at all'}"
+
+
+def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
+    """Why the pixels of a repeated picture may differ, for people."""
+    if old.name != new.name:
+        return []
+    return [
+        *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
+        *(["its weights were others"] if old.weights != new.weights else []),
+        *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
+    ]

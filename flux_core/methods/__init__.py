@@ -1,0 +1,1 @@
+"""What is done with a pipeline besides drawing: editing by Stable Flow, importance studies, scores, calibration."""

@@ -1,0 +1,262 @@
+"""What each block is worth: pictures drawn without it, against those of the whole model.
+
+After Stable Flow (arXiv 2411.14430, section 3.1): for every prompt and seed a reference is drawn by the whole model,
+and a picture with each block left out, what enters it leaving it unchanged. The importance of a block is 1 minus the
+mean similarity, by DINOv2, of its pictures to their references.
+
+A study is a folder. Every picture is a file that is written once and found again; `study.json` holds the settings that
+all of them share. So a study goes on after any end, with more prompts, or from several processes at once.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..errors import FileError, UsageError
+from ..hooks import Skip
+from ..hooks.sites import block_names
+from ..images.metadata import png_bytes
+from ..images.output import disk_errors, write_whole
+from ..images.pictures import as_rgb, open_picture
+from ..jsonfile import read_json
+from ..request.fields import MAX_SEED, MAX_SEEDS, nearest
+from ..request.generation import GenerationRequest
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+    from .scoring import Scorer
+
+REFERENCE = "reference"
+SHARE = 9 / 57
+"""of the blocks, that Stable Flow calls vital in FLUX.1-dev"""
+PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+
+
+class Prompt(BaseModel):
+    """An entry of a prompts file. The study draws `seed`, and the ones behind it if it is asked for several."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    prompt: str = Field(min_length=1)
+    seed: int = Field(ge=0, le=MAX_SEED + 1 - MAX_SEEDS)
+
+
+def default_prompts(name: str) -> Path:
+    """The 64 prompts that ship for a model: of its own world, or of anybody's."""
+    own = PROMPTS / f"{name}.json"
+    return own if own.is_file() else PROMPTS / "prompts.json"
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """A list of `{"prompt": …, "seed": …}`. FileError when it can't be read, UsageError for anything else in it."""
+    entries = read_json(path, "the list of prompts")
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f'{path} holds no prompts: it should be [{{"prompt": "a red apple", "seed": 1}}, …]')
+    try:
+        return TypeAdapter(list[Prompt]).validate_python(entries)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_finding(error)}") from None
+
+
+def _finding(error: ValidationError) -> str:
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing one
+    number, key = int(first["loc"][0]) + 1, str(first["loc"][-1])
+    if first["type"] == "extra_forbidden":
+        return f"entry {number} has no key {key[:60]!r}.{nearest(key, list(Prompt.model_fields))}"
+    if first["type"] == "missing":
+        return f"entry {number} lacks {key!r}"
+    return f"entry {number}: {key if len(first['loc']) > 1 else 'it'}: {first['msg']}"
+
+
+# The study -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture: a prompt by its number, a seed, and the block left out, or REFERENCE."""
+
+    number: int
+    seed: int
+    block: str
+
+
+class Study:
+    """The pictures of a study, which of them are there, and how to draw the others."""
+
+    def __init__(self, folder: Path, prompts: Sequence[Prompt], seeds: int, request: GenerationRequest) -> None:
+        """seeds: for each prompt, one behind the other. request: what all pictures share."""
+        self.folder, self.prompts, self.request = folder, tuple(prompts), request
+        self.blocks = block_names(request.variant.params)
+        self.pairs = [(i, one.seed + j) for i, one in enumerate(prompts) for j in range(seeds)]
+        self.seeds = seeds
+
+    def path(self, task: Task) -> Path:
+        return self.folder / "images" / f"{task.number:03}_seed{task.seed}" / f"{task.block}.png"
+
+    def groups(self, batch: int) -> list[list[Task]]:
+        """All pictures, as the batches that draw them: prompt by prompt, so that what is there is whole."""
+        chunks = [self.pairs[i : i + batch] for i in range(0, len(self.pairs), batch)]
+        every = (REFERENCE, *self.blocks)
+        return [[Task(number, seed, block) for number, seed in chunk] for chunk in chunks for block in every]
+
+    def missing(self, tasks: Sequence[Task]) -> list[Task]:
+        return [task for task in tasks if not self.path(task).is_file()]
+
+    def request_of(self, task: Task) -> GenerationRequest:
+        plan = () if task.block == REFERENCE else (Skip(blocks=(task.block,)),)
+        changes = {"prompt": self.prompts[task.number].prompt, "seed": task.seed, "plan": plan}
+        return self.request.model_copy(update=changes)
+
+    def draw(self, pipeline: "Pipeline", tasks: Sequence[Task]) -> None:
+        """Draw and keep the pictures of one block, as one batch."""
+        for task, image in zip(tasks, pipeline.draw_rows([self.request_of(task) for task in tasks]), strict=True):
+            path = self.path(task)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, png_bytes(image))
+
+    def settle(self, request: GenerationRequest) -> None:
+        """Write the study's settings, or find them equal to those it was begun with. UsageError names what differs."""
+        path, now = self.folder / "study.json", self._settings(request)
+        if path.is_file():
+            then = _read_settings(path)
+            now["prompts"] += then["prompts"][len(now["prompts"]) :]
+            for key in (key for key in now if now[key] is not None and then.get(key) is not None):
+                if key != "prompts" and then[key] != now[key]:
+                    raise UsageError(
+                        f"{self.folder} holds a study with {key} {_short(then[key])}, this one has {_short(now[key])}: "
+                        "ask for the same, or choose another folder with --output-dir"
+                    )
+            for i, (old, new) in enumerate(zip(then["prompts"], now["prompts"], strict=False), 1):
+                if old != new:
+                    raise UsageError(
+                        f"{self.folder} holds a study whose prompt {i} is {_short(old)}, this one's is {_short(new)}: "
+                        "give the same prompts, or choose another folder with --output-dir"
+                    )
+            now = {key: then.get(key) if value is None else value for key, value in now.items()}
+        write_whole(path, json.dumps(now, indent=2) + "\n")
+
+    def _settings(self, request: GenerationRequest) -> dict[str, Any]:
+        shared = ("name", "width", "height", "num_steps", "guidance", "dtype")
+        values = {key: getattr(request, key) for key in shared}
+        return {**values, "weights": request.weights or None, "prompts": [one.prompt for one in self.prompts]}
+
+    def picture(self, task: Task) -> Image.Image:
+        return as_rgb(open_picture(self.path(task), formats=("PNG",))[0], str(self.path(task)))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("prompts"), list):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise FileError(f"{path} is no study's settings: delete it if the pictures beside it may be taken as they are")
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+# What comes of it ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block's result. `spread` and `seed_spread` are standard deviations of 1 - similarity."""
+
+    block: str
+    layer: int
+    importance: float
+    spread: float
+    """over all pictures"""
+    ci95: float
+    """half the width of a 95 % confidence interval of the importance, from the spread over the prompts"""
+    seed_spread: float | None
+    """over the seeds of one prompt, pooled; None: there is one seed"""
+
+
+def similarities(study: Study, scorer: "Scorer", on_pair: Callable[[], Any] = lambda: None) -> list[dict[str, float]]:
+    """For each pair of prompt and seed, the similarity of each block's picture to the reference."""
+    found = []
+    for number, seed in study.pairs:
+        tasks = [Task(number, seed, block) for block in (REFERENCE, *study.blocks)]
+        reference, *others = scorer.features([study.picture(task) for task in tasks])
+        found.append({block: float(reference @ one) for block, one in zip(study.blocks, others, strict=True)})
+        on_pair()
+    return found
+
+
+def other_seeds(study: Study, scorer: "Scorer") -> float | None:
+    """1 - similarity of the references of two seeds of one prompt, on average: what a new start noise changes."""
+    changes = []
+    for number, one in enumerate(study.prompts):
+        tasks = [Task(number, one.seed + j, REFERENCE) for j in range(study.seeds)]
+        features = scorer.features([study.picture(task) for task in tasks])
+        changes += [1 - float(a @ b) for i, a in enumerate(features) for b in features[:i]]
+    return _mean(changes) if changes else None
+
+
+def rows_of(study: Study, similar: Sequence[dict[str, float]]) -> list[Row]:
+    """The table, in the order of the blocks."""
+    return [_row(i, block, study.seeds, [1 - one[block] for one in similar]) for i, block in enumerate(study.blocks)]
+
+
+def _row(layer: int, block: str, seeds: int, values: list[float]) -> Row:
+    by_prompt = [values[i : i + seeds] for i in range(0, len(values), seeds)]
+    means = [_mean(group) for group in by_prompt]
+    half = 1.96 * _deviation(means) / math.sqrt(len(means))
+    within = math.sqrt(_mean([_deviation(group) ** 2 for group in by_prompt])) if seeds > 1 else None
+    return Row(block, layer, _mean(values), _deviation(values), half, within)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; nan for a single value."""
+    if len(values) < 2:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+def choose(rows: Sequence[Row], top: int | None = None, threshold: float | None = None) -> tuple[list[str], float]:
+    """The vital blocks, in their order, and the cut: all above `threshold`, or the `top` most important.
+
+    With neither, the same share of blocks as Stable Flow took of FLUX.1-dev's.
+    """
+    ranked = sorted(rows, key=lambda row: -row.importance)
+    if threshold is None:
+        top = min(round(SHARE * len(rows)) if top is None else top, len(rows))
+        last, next_ = (ranked[i].importance if i < len(rows) else 0.0 for i in (top - 1, top))
+        threshold = (last + next_) / 2
+    return [row.block for row in rows if row.importance > threshold], threshold
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(asdict(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6f}" if isinstance(value, float) else value for key, value in asdict(row).items()}
+        for row in rows
+    )
+    return table.getvalue()
+
+
+def json_rows(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Rows for JSON, which knows no nan."""
+    for row in rows:
+        values = asdict(row).items()
+        yield {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values}

@@ -1,0 +1,62 @@
+"""How alike two pictures are, by DINOv2 (arXiv 2304.07193): the cosine of their features.
+
+DINOv2 sees what is there and how it is built, and forgives what pixels do not: a shift, a shade. Any `Dinov2Model` of
+transformers will do, from a folder or the hub; `dinov2-mini`, a small one for flux-mini's world, ships with the
+package.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import FileError
+from ..hub.places import scorer_folder
+from ..text.encoders import load_model, quiet
+
+Pooling = Literal["cls", "mean"]
+
+
+class Scorer:
+    """Pictures to features. pooling: the class token's, or the mean of all patches'."""
+
+    def __init__(self, name: str, model: Any, processor: Any, pooling: Pooling = "cls") -> None:
+        self.name, self.model, self.processor, self.pooling = name, model, processor, pooling
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors, float32 [N, D] on the CPU. Their products are the similarities."""
+        device = next(self.model.parameters()).device
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(device)
+        tokens = self.model(pixel_values=pixels).last_hidden_state
+        return F.normalize(tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1), dim=-1).cpu()
+
+
+def load_scorer(name: str, device: torch.device, pooling: Pooling = "cls") -> Scorer:
+    """A scorer in float32 by the name of one that ships, a folder, or a hub id. FileError when it is none."""
+    folder = scorer_folder(name)
+    _check(name, folder)
+    with quiet():
+        from transformers import AutoImageProcessor, Dinov2Model
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise FileError(f"{name}: its image processor could not be read: {error}") from error
+        model = load_model(Dinov2Model, folder, device, torch.float32, "scorer")
+    return Scorer(Path(name).name, model, processor, pooling)
+
+
+def _check(name: str, folder: Path) -> None:
+    """FileError for a folder that holds another model than DINOv2."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileError(f"{name} holds no model: a scorer is a folder with config.json and model.safetensors") from None
+    if kind != "dinov2":
+        raise FileError(f"{name} holds a {str(kind)[:40]!a} model; a scorer is a dinov2, as facebook/dinov2-base")

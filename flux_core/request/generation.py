@@ -1,0 +1,275 @@
+"""`GenerationRequest`: the one description of a picture, on the command line, in Python and in a file.
+
+It is validated once, when it is built. What was left out is filled from the variant's row there and then, and
+an absent seed is drawn, so that a request always says what will happen. Every failure is a UsageError of one
+line.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
+
+from ..errors import UsageError
+from ..hooks import Intervention, Plan, check_plan, parse_plan
+from ..variants import Variant, get_variant
+from ..version import __version__
+from .fields import DTYPES, FIELDS, MAX_SEED, nearest
+
+PATCH = 16
+"""pixels that one image token covers along each side"""
+DEFAULT_STRENGTH = 0.8
+MAX_PROMPT = 64 * 1024
+"""bytes of a prompt that metadata keeps"""
+
+
+def _random_seed(data: dict[str, Any]) -> int:
+    return secrets.randbelow(MAX_SEED + 2 - data["num_images"])
+
+
+def _guidance(data: dict[str, Any]) -> float | None:
+    row = get_variant(data["name"])
+    return row.guidance if row.params.guidance_embed else None
+
+
+def _strength(data: dict[str, Any]) -> float | None:
+    return DEFAULT_STRENGTH if data["init_image"] else None
+
+
+def _of(name: str, factory: Any = None) -> Any:
+    """The pydantic field of that row of the table; `factory` computes a default from the fields before it."""
+    field = FIELDS[name]
+    options: dict[str, Any] = {"description": field.help}
+    if field.minimum is not None:
+        options |= {"ge": field.minimum, "le": field.maximum}
+    if field.kind is float:
+        options["allow_inf_nan"] = False
+    if factory or field.from_row:
+        return pydantic.Field(default_factory=factory or _row_default(name), **options)
+    return pydantic.Field(default=field.default, **options)
+
+
+def _row_default(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: getattr(get_variant(data["name"]), name)
+
+
+def _no_folder(file: str) -> str:
+    if "/" in file:
+        raise ValueError(f"{file[:60]!a} names a folder; only a file's own name is kept")
+    return file
+
+
+class InitImage(BaseModel):
+    """The picture that image-to-image starts from: its file's name without a folder, and its SHA-256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: Annotated[str, AfterValidator(_no_folder)]
+    sha256: str
+
+
+def _dtype(value: object) -> object:
+    return None if value == "auto" else DTYPES.get(str(value), value)
+
+
+class GenerationRequest(BaseModel):
+    """One picture, or `num_images` of them with consecutive seeds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(lambda name: get_variant(name).name)] = _of("name")
+    prompt: str = pydantic.Field(description=FIELDS["prompt"].help)
+    negative_prompt: str | None = _of("negative_prompt")
+    """None: the empty one, where there is true CFG"""
+    width: int = _of("width")
+    height: int = _of("height")
+    num_steps: int = _of("num_steps")
+    guidance: float | None = _of("guidance", _guidance)
+    """None: the model takes none"""
+    true_cfg_scale: float | None = _of("true_cfg_scale")
+    """None or 1: off, and with it all that follows (see `sampling/guidance.py`)"""
+    cfg_zero: int | None = _of("cfg_zero")
+    mimic_scale: float | None = _of("mimic_scale")
+    threshold_percentile: float | None = _of("threshold_percentile")
+    cfg_schedule: Literal["constant", "linear", "cosine"] | None = _of("cfg_schedule")
+    num_images: int = _of("num_images")
+    seed: int = _of("seed", _random_seed)
+    init_image: InitImage | None = None
+    strength: float | None = _of("strength", _strength)
+    """None: there is no init image"""
+    dtype: Annotated[Literal["bfloat16", "float32", "fp8"] | None, BeforeValidator(_dtype)] = _of("dtype")
+    """None until the pipeline that draws says which"""
+    plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
+    """interventions, in the order in which they work"""
+    functions: tuple[str, ...] = ()
+    """what else worked on the picture: Python functions and tensors from files, which metadata can only name"""
+    compiled: bool = False
+    """whether the pipeline that draws has compiled its blocks, which changes last bits"""
+    version: str = __version__
+    weights: dict[str, str] = pydantic.Field(default_factory=dict)
+    """short hash of every weight file, filled by the pipeline that draws"""
+    # What the person at the machine permits. It is no property of the picture, and no file may grant it.
+    force: bool = pydantic.Field(default=False, exclude=True)
+    allow_empty_prompt: bool = pydantic.Field(default=False, exclude=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _build(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, dict):
+            data = {key: value for key, value in data.items() if not _left_out(key, value)}
+        try:
+            request = handler(data)
+        except pydantic.ValidationError as error:
+            raise UsageError(_one_line(error)) from None
+        check_plan(request.plan, request.variant.params, request.steps_made, request.branches)
+        request._check_prompt()
+        request._check_steering()
+        request._check_size()
+        request._check_seeds()
+        return request
+
+    def _check_prompt(self) -> None:
+        if not self.prompt.strip() and not self.allow_empty_prompt:
+            raise UsageError("--prompt has no words: say what to draw, or add --allow-empty-prompt")
+        for name in ("prompt", "negative_prompt"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{FIELDS[name].flag} is no valid text: half a surrogate pair at character {error.start}. "
+                    "Is the terminal's encoding another than UTF-8?"
+                ) from None
+
+    def _check_steering(self) -> None:
+        """What would have no effect is an error that says what to add."""
+        needs = ("negative_prompt", "cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
+        idle = [FIELDS[name].flag for name in needs if getattr(self, name) is not None]
+        if idle and not self.is_steered:
+            scale = "without --true-cfg-scale" if self.true_cfg_scale is None else "at --true-cfg-scale 1"
+            raise UsageError(f"{idle[0]} does nothing {scale}. Next: add one above 1, as in --true-cfg-scale 2")
+        if self.threshold_percentile is not None and self.mimic_scale is None:
+            raise UsageError("--threshold-percentile does nothing without --mimic-scale. Next: add --mimic-scale 1")
+        if (self.cfg_zero or 0) >= self.steps_made > 0:
+            raise UsageError(f"--cfg-zero {self.cfg_zero} leaves none of {self.steps_made} step(s). Next: say fewer")
+
+    def _check_size(self) -> None:
+        row = self.variant
+        for flag, side in (("--width", self.width), ("--height", self.height)):
+            if not row.min_side <= side <= row.max_side and not self.force:
+                tokens = self.made_size[0] * self.made_size[1] // PATCH**2
+                raise UsageError(
+                    f"{flag} {side} is not among the {row.min_side} to {row.max_side} pixels {row.name} is "
+                    f"made for: choose another, or add --force ({tokens:,} image tokens)"
+                )
+
+    def _check_seeds(self) -> None:
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise UsageError(f"{self.num_images} images from --seed {self.seed} on go past the last seed, {MAX_SEED}")
+
+    @property
+    def variant(self) -> Variant:
+        return get_variant(self.name)
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether there is true CFG."""
+        return (self.true_cfg_scale or 1) > 1
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded for a picture: the prompt, and with true CFG what it steers away from."""
+        return (self.prompt, self.negative_prompt or "") if self.is_steered else (self.prompt,)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """How a plan calls them."""
+        return ("positive", "negative") if self.is_steered else ("image",)
+
+    @property
+    def made_size(self) -> tuple[int, int]:
+        """Width and height at which the model draws: the next multiples of 16. The rest is cropped off."""
+        return -(-self.width // PATCH) * PATCH, -(-self.height // PATCH) * PATCH
+
+    @property
+    def steps_made(self) -> int:
+        """Forwards that this request takes: image-to-image enters the schedule late."""
+        strength = 1.0 if self.init_image is None or self.strength is None else self.strength
+        return self.num_steps - int((1 - strength) * self.num_steps)
+
+    def recorded(self, functions: Sequence[Intervention] = ()) -> Self:
+        """The request as a picture's metadata hold it: no intervention that names a file or is a function."""
+        every = (*self.plan, *functions)
+        named = tuple(one.label for one in every if one.changes_pixels and not one.portable)
+        return self.model_copy(update={"plan": tuple(one for one in every if one.portable), "functions": named})
+
+    def images(self) -> list["GenerationRequest"]:
+        """The request of every single picture: seeds s, s+1, …"""
+        seeds = range(self.seed, self.seed + self.num_images)
+        return [self.model_copy(update={"seed": seed, "num_images": 1}) for seed in seeds]
+
+    def settings(self) -> str:
+        """The effective values, for people."""
+        parts = [f"{self.name}: {self.width}x{self.height}", f"{self.num_steps} steps"]
+        parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        parts += [f"true CFG {self.true_cfg_scale:g}"] if self.is_steered else []
+        parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
+        parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
+        if self.plan:
+            parts.append("plan: " + ", ".join(one.kind for one in self.plan))
+        if self.init_image is not None:
+            parts.append(f"from {self.init_image.file} at strength {self.strength:g}")
+        return ", ".join(parts)
+
+    def notes(self) -> list[str]:
+        """What the user should know before it is drawn, one line each."""
+        row, given, notes = self.variant, self.model_fields_set, []
+        if self.made_size != (self.width, self.height):
+            made = "{}x{}".format(*self.made_size)
+            notes.append(f"{self.width}x{self.height} is drawn at {made}, multiples of {PATCH}, and cropped")
+        if not row.shift and self.num_steps > 8:
+            notes.append(f"{row.name} is made for {row.num_steps} steps; more than 8 rarely help")
+        if not row.params.guidance_embed and "guidance" in given:
+            notes.append(f"{row.name} takes no guidance: --guidance is ignored")
+        elif self.guidance is not None and self.guidance > 10:
+            notes.append(f"guidance {self.guidance:g} is high: above 10 pictures look burnt")
+        if self.is_steered:
+            notes.append("true CFG takes two forwards a step, about twice the time")
+            if not self.negative_prompt:
+                notes.append("true CFG steers away from the empty prompt: --negative-prompt names another")
+        if (self.mimic_scale or 1) > (self.true_cfg_scale or 1):
+            notes.append(f"--mimic-scale {self.mimic_scale:g} is above --true-cfg-scale: it bounds next to nothing")
+        if self.init_image is None and "strength" in given:
+            notes.append("--strength does nothing without --init-image")
+        if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
+            notes.append(f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt")
+        return notes
+
+
+def _left_out(key: str, value: object) -> bool:
+    """None stands for the default everywhere, seed -1 for a random one (a habit of many tools), no words for none."""
+    if key == "negative_prompt" and isinstance(value, str) and not value.strip():
+        return True
+    return value is None or (key == "seed" and str(value).strip() == "-1")
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    """The first finding, by the flag's name and with what would be right."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "request"
+    field = FIELDS.get(name)
+    if first["type"] == "extra_forbidden" and field is None:
+        return f"a request has no field {name[:60]!r}.{nearest(name, list(GenerationRequest.model_fields))}"
+    if field is None or len(first["loc"]) > 1:
+        return f"{field.flag if field else name}: {first['msg']}"
+    if first["type"] == "missing":
+        return f'{field.flag} is missing, as in {field.flag} "a red apple"'
+    given = ascii(first["input"])
+    return f"{field.flag} must be {field.nature}, not {given if len(given) <= 60 else given[:60] + '…'}"

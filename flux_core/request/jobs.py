@@ -1,0 +1,51 @@
+"""Job files: a command with its flags as JSON, to keep, to share and to run again.
+
+    {"command": "generate", "prompt": "a castle", "seed": 7, "skip": ["layer.6"]}
+
+Keys are the flags' names, with `_` or `-`. A list of such objects runs one after the other.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..jsonfile import read_json
+from .fields import Field, nearest
+
+
+def read_jobs(path: str | Path) -> list[dict[str, Any]]:
+    """The jobs of a file, unchecked. FileError when it can't be read, UsageError when it holds none."""
+    found = read_json(path, "the job")
+    jobs = found if isinstance(found, list) else [found]
+    if not jobs or not all(isinstance(job, dict) for job in jobs):
+        raise UsageError(f'{path} holds no job: say {{"command": "generate", "prompt": "a red apple"}}')
+    return jobs
+
+
+def flags_of(job: dict[str, Any], fields: tuple[Field, ...], where: str) -> dict[str, Any]:
+    """A job's flags as the command line would give them. UsageError names the key and the nearest right one."""
+    known = {field.name: field for field in fields}
+    flags: dict[str, Any] = {}
+    for key, value in job.items():
+        name = key.replace("-", "_")
+        if name == "command" or value is None or value is False:
+            continue
+        if name not in known:
+            raise UsageError(f"{where}: there is no {key[:60]!r} here.{nearest(name, list(known))}")
+        flags[name] = _as_given(value, known[name], f"{where}: {key}")
+    return flags
+
+
+def _as_given(value: Any, field: Field, where: str) -> Any:
+    """Text, a list of texts, or True for a switch."""
+    if field.kind is bool:
+        if value is not True:
+            raise UsageError(f"{where} must be true or false")
+        return True
+    if value is True and field.bare:
+        return field.bare
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, bool | list | dict) for one in values) or (len(values) != 1 and not field.many):
+        raise UsageError(f"{where} must be {field.nature}" + (", or a list of such" if field.many else ""))
+    texts = [str(one) for one in values]
+    return texts if field.many else texts[0]

@@ -1,0 +1,230 @@
+"""Sampling of a rectified flow: noise, tokens, schedule, Euler. Functions on tensors, with the official names.
+
+With `x = sigma * noise + (1 - sigma) * data`, the model's velocity is `dx/dsigma`, and a picture is the integral from
+sigma 1 to 0. `euler` knows nothing of FLUX: it calls `velocity(x, sigma)`, which any kind of guidance may wrap;
+`denoise` is the official function on top of it. Source: black-forest-labs/flux `src/flux/sampling.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from ..model import Flux, Modulations, ModulationTable, Run
+from .graph import Replayed, is_worth_it
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step callback sees between two forwards."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    x: Tensor
+    """latents after the step, at sigma_next"""
+    velocity: Tensor
+    before: Tensor
+    """latents before the step, at sigma"""
+
+
+OnStep = Callable[[Step], Tensor | None]
+
+
+class SampledRun(Run, Protocol):
+    """A run that lasts for a whole sampling, and hears where it is before every forward."""
+
+    @property
+    def needs_vec(self) -> bool: ...
+
+    def begin(self, sigma: float) -> None: ...
+
+
+def get_noise(
+    num_samples: int, height: int, width: int, device: torch.device | str, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Start noise [num_samples, 16, 2*ceil(height/16), 2*ceil(width/16)] for a picture of height x width pixels.
+
+    Drawn in fp32 on the CPU and cast, so that a seed gives the same start on every device and in every dtype.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (num_samples, 16, 2 * math.ceil(height / 16), 2 * math.ceil(width / 16))
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latent [B, C, H, W] -> tokens [B, H/2 * W/2, C*4], one for each patch of 2 x 2."""
+    return rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens [B, L, C*4] -> latent [B, C, 2*ceil(height/16), 2*ceil(width/16)]; height and width in pixels."""
+    h, w = math.ceil(height / 16), math.ceil(width / 16)
+    return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2)
+
+
+def image_ids(batch: int, h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
+    """Position ids (0, row, column) of h x w tokens: [batch, h*w, 3], fp32."""
+    ids = torch.zeros(h, w, 3, device=device)
+    ids[..., 1] = torch.arange(h, device=device)[:, None]
+    ids[..., 2] = torch.arange(w, device=device)[None, :]
+    return repeat(ids, "h w c -> b (h w) c", b=batch)
+
+
+def prepare(t5, clip, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]:
+    """Everything `denoise` takes but the schedule: img, img_ids, txt, txt_ids, vec (official `prepare`).
+
+    img: latent noise [B, C, H, W]; t5, clip: callables from a list of prompts to [n, T, D] and [n, D]. One prompt for
+    several images, or several prompts for one, are repeated.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if img.shape[0] == 1 and len(prompts) > 1:
+        img = repeat(img, "1 ... -> b ...", b=len(prompts))
+    batch, _, height, width = img.shape
+    txt, vec = t5(prompts), clip(prompts)
+    if txt.shape[0] == 1 and batch > 1:
+        txt, vec = repeat(txt, "1 ... -> b ...", b=batch), repeat(vec, "1 ... -> b ...", b=batch)
+    return {
+        "img": pack(img),
+        "img_ids": image_ids(batch, height // 2, width // 2, img.device),
+        "txt": txt.to(img.device),
+        "txt_ids": torch.zeros(batch, txt.shape[1], 3, device=img.device),
+        "vec": vec.to(img.device),
+    }
+
+
+def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
+    """Move times towards noise: `e^mu / (e^mu + (1/t - 1)^sigma)`."""
+    return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
+
+
+def get_schedule(
+    num_steps: int,
+    image_seq_len: int,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    shift: bool = True,
+) -> list[float]:
+    """num_steps + 1 sigmas from 1 to 0. mu is a line through (256, base_shift) and (4096, max_shift) image tokens."""
+    timesteps = torch.linspace(1, 0, num_steps + 1)
+    if shift:
+        slope = (max_shift - base_shift) / (4096 - 256)
+        mu = slope * image_seq_len + (base_shift - slope * 256)
+        timesteps = time_shift(mu, 1.0, timesteps)
+    return timesteps.tolist()
+
+
+def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None) -> Tensor:
+    """Follow the velocity from sigmas[0] to sigmas[-1], one call for each step.
+
+    `on_step` sees every step after it is made, and may return latents that take the place of its result.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        v = velocity(x, sigma)
+        before, x = x, x + (sigma_next - sigma) * v
+        if on_step is not None:
+            changed = on_step(Step(index, sigma, sigma_next, x, v, before))
+            x = x if changed is None else changed
+    return x
+
+
+def invert(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
+    """Follow the velocity backwards, from a picture to the noise that leads to it.
+
+    Every step asks for the velocity at its noisier end, from the latents it has (as Stable Flow's released code does),
+    so that going forward again retraces it to first order. Returns the path: `path[i]` are the latents at
+    `sigmas[-1 - i]`, `path[0]` is x.
+    """
+    path = [x]
+    for sigma_next, sigma in pairwise(reversed(sigmas)):
+        path.append(path[-1] + (sigma - sigma_next) * velocity(path[-1], sigma))
+    return path
+
+
+def flow_velocity(
+    model: Flux,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    vec: Tensor,
+    guidance: float | Tensor,
+    img_cond: Tensor | None = None,
+    img_cond_seq: Tensor | None = None,
+    img_cond_seq_ids: Tensor | None = None,
+    run: SampledRun | None = None,
+    sigmas: Sequence[float] = (),
+    replay: bool = False,
+) -> Velocity:
+    """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
+
+    `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
+    at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where
+    nothing stands in them and it `is_worth_it` (sampling/graph.py), they come from a CUDA graph, which changes none either.
+
+    img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
+    Time and guidance are rounded to the dtype of x, as the official code rounds them.
+    """
+    if (img_cond_seq is None) != (img_cond_seq_ids is None):
+        raise ValueError("img_cond_seq and img_cond_seq_ids go together")
+    ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
+    known = () if run is not None and run.needs_vec else tuple(sigmas)
+    tokens = txt.shape[0] * (txt.shape[1] + ids.shape[1])
+    graphed = replay and run is None and is_worth_it(model, txt.device, tokens, len(known))
+
+    def forward(x: Tensor, sigma: float, mods: Modulations | None) -> Tensor:
+        rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
+        img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
+        img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
+        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods)
+        return v[:, : x.shape[1]]
+
+    @cache
+    def along(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
+        """The velocity at the sigmas that are known."""
+        table = ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
+        return Replayed(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        if run is not None:
+            run.begin(sigma)
+        return along(x.shape[0], x.device, x.dtype)(x, sigma) if sigma in known else forward(x, sigma, None)
+
+    return velocity
+
+
+def denoise(
+    model: Flux,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    vec: Tensor,
+    timesteps: list[float],
+    guidance: float | Tensor = 4.0,
+    img_cond: Tensor | None = None,
+    img_cond_seq: Tensor | None = None,
+    img_cond_seq_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Tokens of noise [B, L, C] -> tokens of a picture, by Euler over `timesteps` (official `denoise`)."""
+    conditions = img_cond, img_cond_seq, img_cond_seq_ids
+    velocity = flow_velocity(model, img_ids, txt, txt_ids, vec, guidance, *conditions, sigmas=timesteps[:-1])
+    return euler(velocity, img, timesteps, on_step)
+
+
+def start_from_image(latent: Tensor, noise: Tensor, sigmas: list[float], strength: float) -> tuple[Tensor, list[float]]:
+    """Image-to-image: the latent mixed with noise where the schedule enters, and the rest of the schedule.
+
+    strength 1 starts from pure noise, 0 changes nothing (official `demo_st.py`: step `int((1 - strength) * steps)`).
+    """
+    first = int((1 - strength) * (len(sigmas) - 1))
+    sigma = sigmas[first]
+    return sigma * noise + (1 - sigma) * latent, sigmas[first:]

@@ -1,0 +1,106 @@
+"""A step as a CUDA graph, for pictures so small that Python cannot keep up with the device.
+
+A forward of FLUX.1-dev is about a thousand launches. At a megapixel each runs long enough for the next to be
+waiting when it ends; at 256x256 the device is idle most of the time. A graph goes to it as one launch: recorded at the
+second step of a schedule (at the first everything that is tried out, compiled or allocated once has been), replayed
+from then on. It is the same kernels on the same numbers, so no bit of the picture changes.
+
+What Python does between two kernels happens when the graph is recorded, and not again. So a plan keeps the plain loop,
+and so does a model in which `has_strangers` finds somebody's hooks or functions.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Modulations, ModulationTable
+from ..terminal import note
+
+TOKENS = 2048
+"""of text and picture, in all rows of a batch, up to which launches are what a step waits for"""
+STEPS = 4
+"""from which a recording pays: it takes the host as long as a step"""
+
+
+def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
+    """Whether so many steps of so many tokens should be replayed on that device, and can be."""
+    return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_strangers(model)
+
+
+def has_strangers(model: nn.Module) -> bool:
+    """Whether Python of somebody else's waits inside a forward: hooks, functions, modules that are not ours."""
+
+    def is_ours(thing: object) -> bool:
+        return getattr(thing, "__module__", "").split(".")[0] in ("flux_core", "torch")
+
+    return any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or "forward" in vars(part)
+        or not all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
+        for part in model.modules()
+    )
+
+
+class Replayed:
+    """The velocity along a schedule: the first step as it comes, the others from a graph."""
+
+    def __init__(self, forward: Callable[[Tensor, float, Modulations], Tensor], table: ModulationTable) -> None:
+        """forward: of latents [B, L, C], sigma and modulation, where sigma counts only through its modulation."""
+        self.forward, self.table = forward, table
+        self.following = dict(pairwise(table.sigmas))
+        self.calls = 0
+        self.graph: Graph | None = None
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            self.graph = self._record(x, sigma)
+        if self.graph is None:
+            return self.forward(x, sigma, self.table.at(sigma))
+        self._bring(self.graph, sigma)
+        velocity = self.graph.replay(x)
+        self._bring(self.graph, self.following.get(sigma, sigma))  # the host has time now
+        return velocity
+
+    def _bring(self, graph: "Graph", sigma: float) -> None:
+        if sigma != graph.sigma:
+            graph.bring(sigma, self.table.at(sigma))
+
+    def _record(self, x: Tensor, sigma: float) -> "Graph | None":
+        try:
+            return Graph(self.forward, x, sigma, self.table.at(sigma))
+        except RuntimeError as error:  # no memory for it, or a launch that a driver does not record
+            reason = (str(error).splitlines() or [""])[0][:120]
+            note(f"the step could not be recorded as a CUDA graph ({reason}): it goes on launch by launch, slower")
+            return None
+
+
+class Graph:
+    """A recorded forward, with the tensors that it reads and the one that it writes."""
+
+    def __init__(
+        self, forward: Callable[[Tensor, float, Modulations], Tensor], x: Tensor, sigma: float, mods: Modulations
+    ) -> None:
+        self.x, self.mods, self.sigma = x.clone(), mods.map(_copy), sigma
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(x.device)
+        with torch.cuda.device_of(x), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.velocity = forward(self.x, sigma, self.mods)
+
+    def bring(self, sigma: float, mods: Modulations) -> None:
+        """The modulation of that sigma to where the graph reads it, behind whatever the device is at."""
+        torch._foreach_copy_(self.mods.tensors(), mods.tensors())
+        self.sigma = sigma
+
+    def replay(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.velocity.clone()
+
+
+def _copy(x: Tensor) -> Tensor:
+    """With its strides, on which compiled blocks are specialized."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

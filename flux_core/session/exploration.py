@@ -1,0 +1,229 @@
+"""What an exploration draws: lists of values, the pictures that they make, and where each of them lies.
+
+One axis moves at a time, around the first value of the others (`cross`: all together), for every prompt. What two axes
+share, the point where they meet, is drawn once and lies in both folders. Everything follows from the lists, so the
+session's `session.json`, which holds them, says what belongs into its folder, and the folder says what of it is there.
+No torch.
+"""
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import product, zip_longest
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import UsageError
+from ..images.metadata import printable
+from ..request.fields import FIELDS, MAX_SEED, Field
+from ..request.generation import GenerationRequest
+from ..terminal import note
+from ..version import __version__
+
+AXES = ("prompt", "seed", "steps", "guidance")
+FOLDERS = {"seed": "exploration_images", "steps": "inference_steps_images", "guidance": "guidance_images"}
+MAX_PICTURES = 10_000
+SOME = pydantic.Field(min_length=1)
+
+
+class Point(NamedTuple):
+    """A picture by its values; the prompt by its number."""
+
+    prompt: int
+    seed: int
+    steps: int
+    guidance: float | None
+
+
+class View(NamedTuple):
+    """A folder of pictures in which some axes move, and the others stay at their first value."""
+
+    folder: str
+    axes: tuple[str, ...]
+
+
+class Sheet(NamedTuple):
+    """A grid: its name, and rows of points. The last of `axes` runs along a row, the one before it down the rows."""
+
+    name: str
+    axes: tuple[str, ...]
+    rows: list[list[Point]]
+
+
+class Drawn(BaseModel):
+    """What all pictures were drawn with, so that those of a later day are drawn with the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    dtype: str
+    weights: dict[str, str]
+
+
+class Exploration(BaseModel):
+    """The whole of what a session draws; as JSON its manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = 1
+    version: str = __version__
+    prompts: Annotated[tuple[str, ...], SOME]
+    seeds: Annotated[tuple[int, ...], SOME]
+    steps: Annotated[tuple[int, ...], SOME]
+    guidance: Annotated[tuple[float | None, ...], SOME]
+    cross: bool = False
+    save_latents: Literal["last", "every"] | None = None
+    metadata: bool = True
+    request: dict[str, Any]
+    """the other fields of every picture's request"""
+    drawn: Drawn | None = None
+    """None until a model was loaded"""
+
+    @pydantic.model_validator(mode="after")
+    def _check_size(self) -> Self:
+        lengths = [len(self.values(axis)) for axis in AXES[1:]]
+        size = len(self.prompts) * (math.prod(lengths) if self.cross else sum(lengths))
+        if size > MAX_PICTURES:
+            raise ValueError(f"these are {size:,} pictures, at most {MAX_PICTURES:,} make a session: give fewer values")
+        return self
+
+    def values(self, axis: str) -> Sequence[Any]:
+        every = {"prompt": range(len(self.prompts)), "seed": self.seeds, "steps": self.steps, "guidance": self.guidance}
+        return every[axis]
+
+    @cached_property
+    def views(self) -> list[View]:
+        moving = [axis for axis in AXES if len(self.values(axis)) > 1]
+        prompt = [axis for axis in moving if axis == "prompt"]
+        settings = [axis for axis in moving if axis != "prompt"] or ["seed"]
+        if self.cross:
+            return [View(FOLDERS["seed"], (*prompt, *settings))]
+        return [View(FOLDERS[axis], (*prompt, axis)) for axis in settings]
+
+    def points(self, view: View) -> list[Point]:
+        every = [self.values(axis) if axis in view.axes else self.values(axis)[:1] for axis in AXES]
+        return [Point(*values) for values in product(*every)]
+
+    @cached_property
+    def places(self) -> dict[Point, list[str]]:
+        """Every picture in the order of drawing, and where it lies, without a suffix: drawn there, linked elsewhere."""
+        found: dict[Point, list[str]] = {}
+        for view in self.views:
+            for point in self.points(view):
+                found.setdefault(point, []).append(f"{view.folder}/{self._stem(point, view.axes)}")
+        return dict(sorted(found.items(), key=lambda one: one[0].prompt))  # stable: a prompt is encoded once
+
+    def _stem(self, point: Point, axes: Sequence[str]) -> str:
+        return "_".join(f"{axis}_{self._value(point, axis)}" for axis in axes)
+
+    def _value(self, point: Point, axis: str) -> str:
+        if axis == "prompt":
+            return str(point.prompt + 1).zfill(len(str(len(self.prompts))))
+        return _short(getattr(point, axis))
+
+    def sheets(self) -> Iterator[Sheet]:
+        """A grid for each view; where more than two axes move, one for all values of those before the last two."""
+        for view in self.views:
+            points, columns = self.points(view), len(self.values(view.axes[-1]))
+            rows = [points[i : i + columns] for i in range(0, len(points), columns)]
+            sheets: dict[str, list[list[Point]]] = {}
+            for row in rows:
+                sheets.setdefault(self._stem(row[0], view.axes[:-2]), []).append(row)
+            name = view.folder.replace("images", "grid")
+            yield from (Sheet("_".join(filter(None, (name, one))), view.axes, rows) for one, rows in sheets.items())
+
+    def label(self, point: Point, axis: str) -> str:
+        """A value as a grid shows it; nothing where the model takes none."""
+        if axis == "prompt":
+            return printable(self.prompts[point.prompt])
+        value = _short(getattr(point, axis))
+        return f"{value} steps" if axis == "steps" else value and f"{axis} {value}"
+
+    def request_of(self, point: Point) -> GenerationRequest:
+        changes = {"seed": point.seed, "num_steps": point.steps, "guidance": point.guidance}
+        dtype = {"dtype": self.drawn.dtype} if self.drawn else {}
+        fields = {**self.request, **dtype, **changes, "prompt": self.prompts[point.prompt]}
+        return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
+
+    def settings(self) -> str:
+        """The lists, for people."""
+        lists = {"seed": self.seeds, "steps": self.steps, "guidance": self.guidance}
+        return ", ".join(
+            f"{name} {' '.join(map(_short, values))}" for name, values in lists.items() if values != (None,)
+        )
+
+    def text(self) -> str:
+        """The manifest."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def _short(value: float | None) -> str:
+    """3.5 -> "3.5", 4.0 -> "4"; all digits where fewer would be another number."""
+    return "" if value is None else f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+# What was asked ------------------------------------------------------------------------------------
+
+
+def numbers(row: Field, flag: str, given: Sequence[str] | None) -> list[Any]:
+    """The values of a list as in "4,8,28", each once; none if it was not given. UsageError by the row's bounds."""
+    parts = [part.strip() for text in given or () for part in text.split(",")]
+    values = [replace(row, name=flag, many=False).parse(part) for part in parts]
+    unique = list(dict.fromkeys(values))
+    if len(unique) < len(values):
+        note(f"--{flag}: what stands there twice is drawn once")
+    return unique
+
+
+def seeds_of(given: Sequence[str] | None) -> list[int]:
+    """As `numbers`; `auto:8` is eight random ones, and so is -1 a single one (a habit of many tools)."""
+    text = ",".join(given or ("auto:1",)).strip()
+    text = "auto:1" if text == "-1" else text
+    if text.startswith("auto:"):
+        how_many = replace(FIELDS["num_images"], name="seeds auto:N").parse(text.removeprefix("auto:"))
+        return secrets.SystemRandom().sample(range(MAX_SEED + 1), how_many)
+    return numbers(FIELDS["seed"], "seeds", [text])
+
+
+def plan_exploration(
+    prompts: Sequence[str],
+    fields: dict[str, Any],
+    seeds: Sequence[str] | None = None,
+    steps: Sequence[str] | None = None,
+    guidance: Sequence[str] | None = None,
+    **options: Any,
+) -> Exploration:
+    """What the flags ask for. fields: the requests' others; options: `cross`, `save_latents`, `metadata`.
+
+    UsageError for anything that is wrong with any of its requests. What a user should know is told, once each.
+    """
+    all_seeds, all_steps = seeds_of(seeds), numbers(FIELDS["num_steps"], "steps", steps)
+    strengths, texts = numbers(FIELDS["guidance"], "guidance", guidance), list(dict.fromkeys(prompts))
+    if len(texts) < len(prompts):
+        note("a prompt that stands there twice is drawn once")
+    fields = {**fields, "seed": all_seeds[0]}
+    first, *others = [
+        GenerationRequest(**fields, prompt=texts[0], num_steps=x, guidance=y)
+        for x, y in zip_longest(all_steps or [None], strengths or [None])
+    ]
+    others += [GenerationRequest(**fields, prompt=text) for text in texts[1:]]
+    if len(strengths) > 1 and not first.variant.params.guidance_embed:
+        raise UsageError(f"{first.name} takes no guidance: all pictures would be the same. Next: leave out --guidance")
+    for line in dict.fromkeys(line for request in (first, *others) for line in request.notes()):
+        note(line)
+    try:
+        return Exploration(
+            prompts=tuple(texts),
+            seeds=tuple(all_seeds),
+            steps=tuple(all_steps or [first.num_steps]),
+            guidance=tuple(strengths or [first.guidance]),
+            request=first.model_dump(mode="json", exclude=_OWN, exclude_none=True),
+            **options,
+        )
+    except ValidationError as error:
+        raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+_OWN = {"prompt", "seed", "num_steps", "guidance", "num_images", "version", "weights", "functions"}
+"""fields of a request that the manifest holds in lists of its own, or not at all"""

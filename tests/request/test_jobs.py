@@ -1,0 +1,55 @@
+"""A job file says what the command line says, and what is wrong in one is told before any job begins."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flux_core.main import COMMANDS, main, parse
+from flux_core.request.jobs import flags_of, read_jobs
+
+SHIPPED = sorted((Path(__file__).parents[2] / "jobs").glob("*.json"))
+
+
+def test_a_job_gives_the_flags_of_the_same_command_line():
+    job = {"prompt": "a", "num-steps": 2, "guidance": 3.5, "seed": [1, 2], "force": True, "width": None}
+    line = ["--prompt", "a", "--num_steps", "2", "--guidance", "3.5", "--seed", "1", "2", "--force"]
+    assert flags_of(job, COMMANDS["generate"].fields, "job") == parse(line)[1]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_jobs_that_ship_are_right(path):
+    for job in read_jobs(path):
+        assert flags_of(job, COMMANDS[job["command"]].fields, path.name)
+
+
+def test_jobs_run_one_after_the_other(small, one_thread, tmp_path, capsys):
+    first = {"prompt": "a cat", "num_steps": 2, "seed": 1, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "job.json").write_text(
+        json.dumps([first, {**first, "command": "generate", "seed": [2], "skip": "layer.0"}])
+    )
+    assert main(["run", str(tmp_path / "job.json")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["flux-mini_seed1.png", "flux-mini_seed2.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "finding"),
+    [
+        ('{"promt": "a"}', 2, "job 1: there is no 'promt' here. Did you mean prompt?"),
+        ('[{"prompt": "a"}, {"command": "draw"}]', 2, "job 2: no command 'draw'"),
+        ('{"command": "run"}', 2, "no command 'run'"),
+        ('{"prompt": ["a", "b"]}', 2, "prompt must be text"),
+        ('{"force": 1}', 2, "force must be true or false"),
+        ('{"seed": {"a": 1}}', 2, "seed must be a whole number"),
+        ("[]", 2, "holds no job"),
+        ("[3]", 2, "holds no job"),
+        ("{", 2, "is no JSON"),
+        (" " * 1_100_000, 2, "at most"),
+        (None, 4, "could not be read"),
+    ],
+)
+def test_a_wrong_job_is_told_and_nothing_is_drawn(tmp_path, capsys, text, code, finding):
+    if text is not None:
+        (tmp_path / "job.json").write_text(text)
+    assert main(["run", str(tmp_path / "job.json")]) == code
+    assert finding in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""The text encoders: padding, cutting, and what stands for a prompt. All of it on a small random model."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from golden_files import distance
+
+from flux_core.errors import FileError
+from flux_core.hub import places
+from flux_core.text import load_text_encoders
+from flux_core.variants import VARIANTS
+
+LONG = "a red apple on a blue table and two green pigs"
+
+
+@pytest.fixture
+def encoders(small):
+    return load_text_encoders(small, "cpu", torch.float32)
+
+
+def test_shapes_and_dtype(small):
+    t5, clip = load_text_encoders(small, "cpu", torch.bfloat16)
+    txt, vec = t5(["a red apple", ""]), clip(["a red apple", ""])
+    assert txt.shape == (2, small.max_text, small.params.context_in_dim)
+    assert vec.shape == (2, small.params.vec_in_dim)
+    assert txt.dtype == vec.dtype == torch.bfloat16
+
+
+def test_padding_attends(encoders):
+    """No mask: the same words before more padding are not the same tokens."""
+    t5, _ = encoders
+    before = t5(["a pig"])
+    t5.max_length += 10
+    assert distance(t5(["a pig"])[:, : before.shape[1]], before) > 1e-3
+
+
+def test_a_batch_is_its_rows(encoders):
+    for encoder in encoders:
+        together = encoder(["a red apple", LONG])
+        alone = torch.cat([encoder(["a red apple"]), encoder([LONG])])
+        assert distance(together, alone) <= 1e-6
+
+
+def test_the_pooled_vector_is_of_the_first_end_token(encoders):
+    _, clip = encoders
+    ids = clip.tokens(["a red apple"])
+    end = ids[0].tolist().index(clip.tokenizer.eos_token_id)
+    states = clip.model(input_ids=ids).last_hidden_state
+    assert torch.equal(clip(["a red apple"]), states[:, end])
+
+
+def test_what_was_cut_is_told_in_the_prompts_own_letters(encoders):
+    t5, _ = encoders
+    assert t5.truncated("a pig") is None
+    assert t5.truncated("") is None
+    cut = t5.truncated(LONG + " — ÉTÉ")
+    assert LONG.endswith(cut.removesuffix(" — ÉTÉ"))
+    kept = (LONG + " — ÉTÉ").removesuffix(cut)
+    assert torch.equal(t5([kept]), t5([LONG + " — ÉTÉ"]))
+
+
+def test_clip_cuts_in_silence(encoders, capfd):
+    _, clip = encoders
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip([LONG * 50])
+        encoders[0].truncated(LONG * 50)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_prints_nothing(small, capfd):
+    load_text_encoders(small, "cpu", torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def copied(small, small_root, tmp_path, monkeypatch):
+    """A copy of the small model's folder, to be damaged."""
+    shutil.copytree(small_root / "flux-mini", tmp_path / "flux-mini")
+    monkeypatch.setattr(places, "ROOTS", (tmp_path,))
+    return tmp_path / "flux-mini"
+
+
+def damage(folder, file, change):
+    path = folder / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_a_missing_encoder(copied, small):
+    shutil.rmtree(copied / "clip")
+    with pytest.raises(FileError, match=r"clip does not exist\. Next: clone"):
+        load_text_encoders(small)
+
+
+def test_weights_that_are_not_there_are_not_made_up(copied, small):
+    damage(copied, "t5/config.json", lambda config: config | {"num_layers": 3})
+    with pytest.raises(FileError, match=r"lacks \d+ tensors \(encoder.block.2"):
+        load_text_encoders(small)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(copied, small):
+    damage(copied, "t5/tokenizer_config.json", lambda config: {"tokenizer_class": "T5Tokenizer"})
+    with pytest.raises(FileError, match="embeddings for"):
+        load_text_encoders(small)
+
+
+def test_the_shipped_tokenizers_fit_their_models():
+    """On the real files: a pooled vector of the right token, and no token without a row."""
+    row = VARIANTS["flux-mini"]
+    t5, clip = load_text_encoders(row, "cpu", torch.float32)
+    eos = clip.tokenizer.eos_token_id
+    assert clip.model.config.eos_token_id == eos
+    assert eos != 2 or eos == len(clip.tokenizer) - 1
+    assert t5(["a red apple"]).shape == (1, row.max_text, row.params.context_in_dim)
+    assert clip(["a red apple"]).shape == (1, row.params.vec_in_dim)
+    assert t5.truncated("three red apples left of a blue house") is None
