@@ -120,7 +120,7 @@ def draw(pipeline, edit: Edit, seed: int, layers: dict[str, list[str]]) -> list[
     sigmas = get_schedule(request.num_steps, noise.shape[1])
     run = HookRun(plan, pipeline.variant.params, sigmas, branches)
     prompts = [edit.source] + [edit.edit] * len(layers)
-    velocity = pipeline.velocity(prompts, [request.guidance] * len(prompts), request.made_size, run)
+    velocity = pipeline.velocity(prompts, [request.guidance] * len(prompts), request.padded_size, run)
     rows = euler(velocity, noise.expand(len(prompts), -1, -1), sigmas)
     return [pipeline.picture(row[None], request) for row in rows]
 

@@ -27,7 +27,7 @@ from flux_core.variants import VARIANTS
 
 DEV = VARIANTS["flux-dev"]
 FIFTH = replace(DEV.params, depth=4, depth_single_blocks=8)
-WAYS = {"mapped": (DEV.params, "BF16"), "cast": (FIFTH, "F16"), "read": (FIFTH, "BF16")}
+BACKENDS = {"mapped": (DEV.params, "BF16"), "cast": (FIFTH, "F16"), "read": (FIFTH, "BF16")}
 
 
 def write_sparse(path: Path, way: str) -> int:
@@ -36,7 +36,7 @@ def write_sparse(path: Path, way: str) -> int:
 
     from flux_core.model import Flux
 
-    params, dtype = WAYS[way]
+    params, dtype = BACKENDS[way]
     header, end = {}, 0
     with torch.device("meta"):
         for name, x in Flux(params).state_dict().items():
@@ -80,7 +80,7 @@ def load(way: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = load_flux(replace(DEV, params=WAYS[way][0]), "cpu", torch.bfloat16)
+    model = load_flux(replace(DEV, params=BACKENDS[way][0]), "cpu", torch.bfloat16)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -90,12 +90,12 @@ def load(way: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", choices=BACKENDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         return load(args.load)
     figures = {}
-    for way in WAYS:
+    for way in BACKENDS:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / DEV.flow_file
             weights = write_sparse(path, way)

@@ -48,7 +48,7 @@ from flux_core.images.pictures import grid
 from flux_core.kernels import install
 from flux_core.methods.scoring import load_scorer
 from flux_core.sampling import flow_velocity, get_schedule
-from flux_core.sampling.guidance import one_batch, steered, two_passes
+from flux_core.sampling.guidance import cfg_velocity, one_batch, two_passes
 from flux_core.variants import VARIANTS
 
 THINGS = (
@@ -151,8 +151,12 @@ def time_at_full_size(sizes: Sequence[int], device: str, compiling: bool, rounds
             "two passes": two_passes(positive, negative),
         }
         sigmas = get_schedule(28, inputs["img"].shape[1])
-        calls = {name: partial(steered(pair, sigmas, 3.0), inputs["img"], sigmas[3]) for name, pair in pairs.items()}
-        calls |= {"thresholded": partial(steered(pairs["two passes"], sigmas, 3.0, 1, 2.0), inputs["img"], sigmas[3])}
+        calls = {
+            name: partial(cfg_velocity(pair, sigmas, 3.0), inputs["img"], sigmas[3]) for name, pair in pairs.items()
+        }
+        calls |= {
+            "thresholded": partial(cfg_velocity(pairs["two passes"], sigmas, 3.0, 1, 2.0), inputs["img"], sigmas[3])
+        }
         peaks = {name: peak_of(call, device) for name, call in calls.items()}
         times = turns(calls, rounds, 0.05 if tiny else 1.0, device)
         about = {"benchmark": "steering", "name": variant.name, "size": size, "compiled": compiling, "device": device}

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationRequest", "Pipeline", "__version__", "load_pipeline"]
 
-_HOMES = {"GenerationRequest": "request", "Pipeline": "pipeline", "load_pipeline": "pipeline"}
+_MODULES = {"GenerationRequest": "request", "Pipeline": "pipeline", "load_pipeline": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,151 +1,23 @@
-"""The grammar of the command line, and the way from a command to its study.
+"""The grammar of the command line.
 
 Only the standard library and tables of plain data are imported here, so that help and wrong flags are
-answered at once; a study is imported when its command runs. `-` and `_` are the same in every flag.
+answered at once; a command's module is imported when it runs. `-` and `_` are the same in every flag.
 """
 
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .errors import FluxError, UsageError
+from .commands.table import COMMANDS, Command
+from .errors import FluxError, UsageError, nearest
 from .hub.client import read_env
-from .request.fields import (
-    DOWNLOAD,
-    EDIT,
-    EXPLORE,
-    FILES,
-    IMPORTANCE,
-    PLAN,
-    REPEAT,
-    REQUEST,
-    RUN,
-    SAVE,
-    SITES,
-    Field,
-    nearest,
-)
-from .terminal import abandon_stdout, note, tell, tolerate_any_encoding
-from .variants import DEFAULT
+from .request.fields import Field
+from .terminal import abandon_stdout, note, tolerate_any_encoding
 from .version import __version__
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
-
-
-def _generate(**flags: Any) -> None:
-    from .commands.generate import generate
-
-    generate(**flags)
-
-
-def _explore(**flags: Any) -> None:
-    from .commands.explore import explore
-
-    explore(**flags)
-
-
-def _repeat(**flags: Any) -> None:
-    from .commands.repeat import repeat
-
-    repeat(**flags)
-
-
-def _info(file: str) -> None:
-    from .commands.info import info
-
-    tell(info(file))
-
-
-def _edit(**flags: Any) -> None:
-    from .commands.edit import edit
-
-    edit(**flags)
-
-
-def _importance(**flags: Any) -> None:
-    from .commands.importance import importance
-
-    importance(**flags)
-
-
-def _sites(**flags: Any) -> None:
-    from .commands.sites import sites
-
-    tell(sites(**flags))
-
-
-def _save(**flags: Any) -> None:
-    from .commands.save import save
-
-    tell(str(save(**flags)))
-
-
-def _verify(file: str) -> None:
-    from .commands.verify import verify
-
-    tell(verify(file))
-
-
-def _download(name: str = DEFAULT, **flags: Any) -> None:
-    from .commands.download import download
-
-    download(name, **flags)
-
-
-def _doctor() -> None:
-    from .commands.doctor import doctor
-
-    for line in doctor():
-        tell(line)
-
-
-def _run_jobs(file: str) -> None:
-    from .request.jobs import flags_of, read_jobs
-
-    checked = []
-    for number, job in enumerate(read_jobs(file), 1):
-        name, where = str(job.get("command", "generate")), f"{file}, job {number}"
-        runnable = [word for word, row in COMMANDS.items() if row.fields and not row.positional]
-        if name not in runnable:
-            raise UsageError(
-                f"{where}: no command {name[:60]!r}; there are {', '.join(runnable)}.{nearest(name, runnable)}"
-            )
-        checked.append((COMMANDS[name], flags_of(job, COMMANDS[name].fields, where)))
-    for command, flags in checked:
-        command.run(**flags)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A first word of the command line, its flags, and what it runs."""
-
-    help: str
-    run: Callable[..., None]
-    fields: tuple[Field, ...] = ()
-    positional: str | None = None
-
-
-COMMANDS = {
-    "generate": Command("draw pictures (this command's name may be left out)", _generate, REQUEST + FILES + PLAN + RUN),
-    "explore": Command("draw over seeds, steps and guidance, with grids and a record", _explore, EXPLORE),
-    "repeat": Command("draw a recorded picture again: a row of metadata.csv, a PNG, latents", _repeat, REPEAT, "file"),
-    "edit": Command("change what the words say and keep the rest (Stable Flow)", _edit, EDIT),
-    "importance": Command("measure what each block is worth, by DINOv2", _importance, IMPORTANCE),
-    "info": Command(
-        "print what a picture of flux_core, or a file of weights, says of itself", _info, positional="file"
-    ),
-    "verify": Command("look for damage and non-finite numbers in a file of weights", _verify, positional="file"),
-    "sites": Command("list the places where a plan can reach into a model", _sites, SITES),
-    "run": Command("run the commands in a job file (JSON)", _run_jobs, positional="file"),
-    "save": Command("write a model's weights to a folder", _save, SAVE),
-    "download": Command(
-        "fetch an official model's files from the hub or ModelScope", _download, DOWNLOAD, positional="name"
-    ),
-    "doctor": Command("print what this machine has, and what would fit: versions, devices, token, cache", _doctor),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -183,9 +55,9 @@ def _add(parser: Parser, field: Field) -> None:
     if field.kind is bool:
         parser.add_argument(*flags, dest=field.name, action="store_true", default=None, help=text)
     else:
-        many: dict[str, Any] = {"nargs": "+"} if field.many else {}
-        many |= {"nargs": "?", "const": field.bare} if field.bare else {}
-        shown: dict[str, Any] = {"metavar": field.metavar, "help": text, **many}
+        several: dict[str, Any] = {"nargs": "+"} if field.multiple else {}
+        several |= {"nargs": "?", "const": field.const} if field.const else {}
+        shown: dict[str, Any] = {"metavar": field.value_name, "help": text, **several}
         parser.add_argument(*flags, dest=field.name, **shown)
 
 

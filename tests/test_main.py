@@ -12,9 +12,10 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 import flux_core.pipeline
+from flux_core.commands.table import RUN
 from flux_core.errors import UsageError
 from flux_core.main import COMMANDS, build_parser, main, parse
-from flux_core.request.fields import REQUEST, RUN
+from flux_core.request.fields import REQUEST
 from flux_core.request.generation import GenerationRequest
 from flux_core.variants import VARIANTS
 
@@ -52,7 +53,7 @@ def test_it_draws(capsys):
 def test_every_flag_takes_dashes_and_underscores(field):
     spellings = [field.flag, field.flag.replace("-", "_").replace("__", "--"), *field.flags]
     for flag in spellings:
-        expected = {field.name: ["7"] if field.many else "7"}
+        expected = {field.name: ["7"] if field.multiple else "7"}
         assert parse([flag, "7"])[1] == expected, flag
         if flag.startswith("--"):
             assert parse([f"{flag}=7"])[1] == expected

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .read import load_autoencoder, load_flux
     from .write import write_safetensors
 
-_HOMES = {
+_MODULES = {
     "check_files": ".files",
     "embedded_folder": "..hub.places",
     "from_diffusers": ".keymaps",
@@ -36,8 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)

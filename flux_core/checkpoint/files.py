@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FileError, UsageError
+from ..errors import FileError, UsageError, nearest
 from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..jsonfile import read_json
-from ..request.fields import nearest
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
 from .identify import WHOLE, Identity, Part, identify
 from .source import find_source
@@ -23,7 +22,7 @@ LARGE = 2**28
 
 
 @dataclass(frozen=True)
-class Home:
+class PartSpec:
     """How a part is named, and what it is called inside a folder."""
 
     flag: str
@@ -38,11 +37,11 @@ class Home:
         return "--" + self.flag.replace("_", "-")
 
 
-HOMES: dict[Part, Home] = {
-    "transformer": Home("model", ("transformer",)),
-    "autoencoder": Home("ae", ("vae",)),
-    "t5": Home("t5xxl", ("text_encoder_2", "t5"), "tokenizer_2"),
-    "clip": Home("clip_l", ("text_encoder", "clip"), "tokenizer"),
+PARTS: dict[Part, PartSpec] = {
+    "transformer": PartSpec("model", ("transformer",)),
+    "autoencoder": PartSpec("ae", ("vae",)),
+    "t5": PartSpec("t5xxl", ("text_encoder_2", "t5"), "tokenizer_2"),
+    "clip": PartSpec("clip_l", ("text_encoder", "clip"), "tokenizer"),
 }
 
 
@@ -66,7 +65,7 @@ def with_files(name: str | None = None, **files: str | Path | None) -> Variant:
     files: `model` (a safetensors file, or a folder, which may hold the other parts, too), `ae`, `clip_l`, `t5xxl`.
     Without a name it is read from the model's header. `model` may also be a name. UsageError, FileError.
     """
-    flags = [home.flag for home in HOMES.values()]
+    flags = [home.flag for home in PARTS.values()]
     for flag in files.keys() - set(flags):
         raise UsageError(f"a model has no part {flag!r}: there are {', '.join(flags)}.{nearest(flag, flags)}")
     given = {flag: str(path) for flag, path in files.items() if path is not None}
@@ -156,7 +155,7 @@ def _t5_of_hub(variant: Variant) -> tuple[Path, Path]:
 
 def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | None:
     """The folder of a text encoder's tokenizer among the user's own: with it, beside it, or in the model's folder."""
-    name, model = HOMES[part].tokenizer, _named(variant, "transformer")
+    name, model = PARTS[part].tokenizer, _named(variant, "transformer")
     folders = [encoder, encoder.parent / name] if encoder else []
     folders += [model[0] / name] if model else []
     whole = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -192,7 +191,7 @@ def own_path(variant: Variant, part: Part) -> Path | None:
 
 def _named(variant: Variant, part: Part) -> tuple[Path, str] | None:
     """What a flag or a variable names for that part, and the words that named it."""
-    home = HOMES[part]
+    home = PARTS[part]
     variables = {"transformer": variant.variables, "autoencoder": AE_VARIABLES}.get(part, ())
     if (named := variant.files.get(home.flag)) is not None:
         origin, advice = f"{home.spelled} {named}", "give a safetensors file or a folder"
@@ -208,7 +207,7 @@ def _named(variant: Variant, part: Part) -> tuple[Path, str] | None:
 def _inside(path: Path, variant: Variant, part: Part) -> Path:
     """The part's own place in a folder of several, or the path itself."""
     files = {"transformer": (variant.flow_file,), "autoencoder": (variant.ae_file,)}.get(part, ())
-    places = (path / name for name in (*files, *HOMES[part].folders) if path.is_dir())
+    places = (path / name for name in (*files, *PARTS[part].folders) if path.is_dir())
     return next((one for one in places if one.exists()), path)
 
 
@@ -238,8 +237,8 @@ _NOUNS = {"t5": "T5 text encoder", "clip": "CLIP text encoder"} | {x: x for x in
 
 
 def _advice(found: Identity) -> str:
-    if found.part in HOMES:
-        return f"Next: give it with {HOMES[found.part].spelled}."
+    if found.part in PARTS:
+        return f"Next: give it with {PARTS[found.part].spelled}."
     return "Next: give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)."
 
 

@@ -22,7 +22,7 @@ from .files import TextFiles, ae_path, encoder_config, flow_path
 from .identify import Layout, Part, identify
 from .keymaps import Params, to_diffusers
 from .read import check_fit, find_contents, load_autoencoder, load_flux
-from .scales import METADATA, find_scales, widen
+from .scales import METADATA, find_scales, to_dense
 from .source import INDEX, Source, find_source
 from .tensors import DTYPES, opened
 from .write import write_safetensors
@@ -207,7 +207,7 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
             x, scale = get(name), scales.of.get(name)
             if not x.is_floating_point():
                 return x  # position ids stay whole numbers
-            return widen(x, None if scale is None else get(scale), dtype)
+            return to_dense(x, None if scale is None else get(scale), dtype)
 
         write_safetensors(target / "model.safetensors", {bare: cast(name) for name, bare in mine.items()})
 

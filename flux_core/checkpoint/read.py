@@ -23,10 +23,10 @@ from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
-from .files import HOMES, ae_path, flow_path
+from .files import PARTS, ae_path, flow_path
 from .identify import WHOLE, Identity, Part, identify
 from .keymaps import Pair, Params, diffusers_shapes, pairs_of, streamed_from_diffusers
-from .scales import Scales, as_fp8, find_scales, widen
+from .scales import Scales, as_fp8, find_scales, to_dense
 from .source import Source, find_source
 from .tensors import DTYPES, opened, reserve
 
@@ -54,7 +54,7 @@ def load_autoencoder(
     return _load(AutoEncoder, "autoencoder", variant.ae_params, ae_path(variant), device, dtype)
 
 
-class Undrawn(TorchFunctionMode):
+class skip_init(TorchFunctionMode):
     """Modules made inside draw no first numbers: even on `meta` that is half of the time that making them takes."""
 
     def __torch_function__(
@@ -83,7 +83,7 @@ def _load(
     pairs = _in_order(contents, params)
     names = (contents.prefix + name for pair in pairs for name in pair.diffusers)
     with opened(contents.source, device, contents.scales.among(names)) as get:
-        with torch.device("meta"), Undrawn():
+        with torch.device("meta"), skip_init():
             model = kind(params)
         state = model.state_dict()
         check_fit(contents, state, params)
@@ -97,7 +97,7 @@ def _load(
             _put(modules[module], leaf, tensor)
     for one in modules.values():
         if isinstance(one, Fp8Linear):
-            one.settle()
+            one.choose_matmul()
     return model
 
 
@@ -176,13 +176,13 @@ def _tensors(
 
         def made(name: str, tensor: Tensor, scale: Tensor | None = None) -> list[tuple[str, Tensor]]:
             if name not in coded:
-                return [(name, widen(tensor, scale, dtype))]
+                return [(name, to_dense(tensor, scale, dtype))]
             weight, rows = as_fp8(tensor, scale)
             return [(name, weight), (f"{name}_scale", rows)]
 
         # Written without a loop variable, which would hold on to a tensor while the next is read.
         if contents.found.layout == "diffusers":  # which cuts and joins weights: not as codes
-            joined = streamed_from_diffusers(lambda name: widen(*take(name), dtype), pairs, params)
+            joined = streamed_from_diffusers(lambda name: to_dense(*take(name), dtype), pairs, params)
             yield from chain.from_iterable(starmap(made, joined))
         else:
             yield from chain.from_iterable(made(pair.official, *take(pair.official)) for pair in pairs)
@@ -213,7 +213,7 @@ def check_fit(contents: Contents, state: Mapping[str, Tensor], params: Params) -
     if any(findings):
         raise FileError(
             f"{contents.source.path} does not hold the tensors of this model: {'; '.join(filter(None, findings))}. "
-            f"This is {contents.found.text}. Next: check --name and {HOMES[contents.part].spelled}."
+            f"This is {contents.found.text}. Next: check --name and {PARTS[contents.part].spelled}."
         )
 
 

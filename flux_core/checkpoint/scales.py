@@ -73,7 +73,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return scale in (weight[:1], (weight[0], 1)) or (in_blocks and scale[1] > 0 and weight[1] % scale[1] == 0)
 
 
-def widen(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def to_dense(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The plain weight: codes times scale, rounded once."""
     if scale is None:
         return weight.to(dtype)
@@ -87,7 +87,7 @@ def as_fp8(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """e4m3 [N, K] and fp32 [N]. What is e4m3 already keeps its codes; else bf16 is quantized, by rows."""
     rows = len(weight)
     if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, rows)):
-        codes, found = quantize_rows(widen(weight, scale, torch.bfloat16))
+        codes, found = quantize_rows(to_dense(weight, scale, torch.bfloat16))
         return codes, found.flatten()
     one = torch.ones(1, device=weight.device) if scale is None else scale.float()
     return weight, one.flatten().expand(rows).contiguous()

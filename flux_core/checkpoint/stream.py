@@ -31,7 +31,7 @@ THREADS = 12
 
 
 @contextmanager
-def tape(spans: Iterable[Span], device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function that fills a tensor on `device` with the next of the spans' bytes, while the block runs. FileError."""
     pieces = list(chunks(spans))
     turns: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]

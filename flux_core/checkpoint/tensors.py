@@ -15,7 +15,7 @@ from torch import Tensor
 from ..terminal import note
 from .header import Entry, Header, open_file, read_into
 from .source import Source
-from .stream import tape
+from .stream import stream_to_device
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -64,7 +64,7 @@ def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -
     """The same, each tensor straight into memory of its own on the device, while threads read what comes next."""
     names = list(names)
     turns = iter(names)
-    with tape([source.spans[name] for name in names], torch.device(device)) as fill:
+    with stream_to_device([source.spans[name] for name in names], torch.device(device)) as fill:
 
         def get(name: str) -> Tensor:
             if name != (turn := next(turns, None)):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from ..checkpoint.files import own_path
 from ..checkpoint.identify import Part
 from ..device.memory import fit, shares
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import FluxError
 from ..hub import client as hub
 from ..hub.places import embedded_folder
+from ..terminal import tell
 from ..variants import AE_VARIABLES, VARIANTS, Variant
 from ..version import __version__
 
@@ -65,7 +66,7 @@ def _devices() -> list[str]:
 
     from ..device.choice import available_devices, dtype_name, pick_dtype
 
-    use_threads(None)
+    set_threads(None)
     rows = []
     for name in available_devices():
         device = torch.device(name)
@@ -183,3 +184,9 @@ def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: 
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
+
+
+def print_report() -> None:
+    """`doctor` on standard output, line by line as they are found out."""
+    for line in doctor():
+        tell(line)

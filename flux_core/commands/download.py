@@ -6,16 +6,16 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..checkpoint.files import HOMES, text_files
+from ..checkpoint.files import PARTS, text_files
 from ..checkpoint.source import find_source
 from ..errors import DiskError, FileError, UsageError
 from ..hub import client as hub
 from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
 from ..hub.parts import HubFile, fetch, listing
 from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file
-from ..request.fields import DOWNLOAD
 from ..terminal import note, tell
-from ..variants import Variant, get_variant
+from ..variants import DEFAULT, Variant, get_variant
+from .table import DOWNLOAD
 
 RESERVE = 2**28
 """bytes that stay free beside a download, for everything else on that disk"""
@@ -24,7 +24,7 @@ _ALL_THERE = "all files are on this disk already, nothing is downloaded"
 
 
 def download(
-    name: str, endpoint: str | None = None, source: str | None = None, output_dir: str | None = None
+    name: str = DEFAULT, endpoint: str | None = None, source: str | None = None, output_dir: str | None = None
 ) -> list[Path]:
     """Fetch transformer, autoencoder and text encoders of that model; their paths, or the folder's, also told.
 
@@ -133,7 +133,7 @@ def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_d
 
 def _text_homes() -> list[tuple[str, str]]:
     """The folders of T5 and its tokenizer, then CLIP's, in the repository of a FLUX.1 model."""
-    return [(HOMES[part].folders[0], HOMES[part].tokenizer) for part in ("t5", "clip")]
+    return [(PARTS[part].folders[0], PARTS[part].tokenizer) for part in ("t5", "clip")]
 
 
 def _wanted(variant: Variant, source: Repository) -> list[RemoteFile]:

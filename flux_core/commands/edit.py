@@ -7,13 +7,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import UsageError
-from ..images.output import prepare_folder, save_picture
+from ..files import prepare_folder
+from ..images.output import save_picture
 from ..images.pictures import grid, open_source
-from ..request.fields import EDIT, FILES, THREADS, take
+from ..request.fields import FILES, THREADS, take
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
+from .table import EDIT
 
 if TYPE_CHECKING:
     from ..methods.stable_flow import Editing
@@ -63,7 +65,7 @@ def edit(
     from ..methods.stable_flow import Editing  # and with it torch
     from ..pipeline import load_pipeline
 
-    use_threads(number)
+    set_threads(number)
     pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
     job = Editing(pipeline, request, edit, chosen, strength, origin)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")

@@ -15,23 +15,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
+from ..files import prepare_folder, write_whole
 from ..images.metadata import KEY, png_bytes
-from ..images.output import prepare_folder, write_whole
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
-from ..request.fields import EXPLORE, FILES, MEMORY, THREADS, take
+from ..request.fields import FILES, MEMORY, THREADS, take
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
 from ..session.folder import Session, new_folder, read_manifest, wait_for_manifest
 from ..session.record import NAME
-from ..session.sharing import meet, only_session, own_gpu, rank_and_world
+from ..session.sharing import broadcast_name, only_session, own_gpu, rank_and_world
 from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from ..variants import Variant
 from ..version import __version__
 from .stepwise import Stepwise
+from .table import EXPLORE
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -63,14 +64,14 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
             stack.enter_context(only_session(folder))
             Session(folder, asked).begin()
         if world > 1:
-            name, store = meet(rank, world, folder.name if rank == 0 else "")
+            name, store = broadcast_name(rank, world, folder.name if rank == 0 else "")
             stack.callback(lambda: store)  # the first process keeps it while others may still listen
             folder = Path(resume) if resume else Path(parent, name)
             asked = wait_for_manifest(folder)
         session, stop = Session(folder, asked), stack.enter_context(Stop().listening())
         work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None)
         try:
-            use_threads(threads)
+            set_threads(threads)
             work.do(with_files(asked.request["name"], **files), device, memory)
         except (FluxError, KeyboardInterrupt):
             if rank == 0:
@@ -137,7 +138,7 @@ class Work:
 
     def _draw_with(self, variant: Variant, device: str, memory: dict[str, bool]) -> None:
         """Load the model, draw with it, and give its memory back."""
-        from ..device.choice import give_memory_back, pick_device  # and with it torch
+        from ..device.choice import empty_device_cache, pick_device  # and with it torch
         from ..pipeline import load_pipeline
 
         place, asked = pick_device(own_gpu(device)), self.session.asked
@@ -151,7 +152,7 @@ class Work:
             self._draw_all(pipeline)
         finally:
             del pipeline
-            give_memory_back(place)
+            empty_device_cache(place)
 
     def _draw_all(self, pipeline: "Pipeline") -> None:
         """Draw what nobody has drawn. The first process waits for the others, and takes over from those that died."""

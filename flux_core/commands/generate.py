@@ -15,17 +15,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import MemoryShortage, UsageError
+from ..files import prepare_folder
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..images.metadata import differences, read_request
-from ..images.output import prepare_folder, save_picture
+from ..images.output import save_picture
 from ..images.pictures import grid, open_source
-from ..request.fields import FILES, RUN, THREADS, take
+from ..request.fields import FILES, THREADS, take
 from ..request.generation import GenerationRequest, InitImage
 from ..request.prompt_lines import Line, obey, read_lines, typed_lines
 from ..terminal import no_bars, note, tell
 from .stepwise import Stepwise
+from .table import RUN
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -77,7 +79,7 @@ def generate(
 
     from ..pipeline import load_pipeline  # and with it torch
 
-    use_threads(number)
+    set_threads(number)
     pipeline = load_pipeline(variant, device, asked[0].dtype, offload, vae_tiling, compile)
     draw = partial(_draw_all, pipeline, source, folder, steps_folder)
     paths = draw(asked, _first_notes(pipeline, asked[0], old))
@@ -207,7 +209,7 @@ def _draw(
 ) -> Image.Image:
     """One picture, under a progress bar where somebody looks at one."""
     stepwise = Stepwise(pipeline, request, steps_folder) if steps_folder else None
-    with tqdm(total=request.steps_made, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
+    with tqdm(total=request.num_forward_steps, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
 
         def on_step(step: "Step") -> None:
             bar.update(step.index + 1 - bar.n)  # back to the first where memory ran out

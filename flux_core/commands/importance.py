@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import DiskError, UsageError
+from ..files import prepare_folder, write_whole
 from ..hub.places import SCORER
-from ..images.output import prepare_folder, write_whole
 from ..methods.importance import (
     REFERENCE,
     Study,
@@ -31,10 +31,11 @@ from ..methods.importance import (
     rows_of,
     similarities,
 )
-from ..request.fields import FILES, IMPORTANCE, THREADS, take
+from ..request.fields import FILES, THREADS, take
 from ..request.generation import PATCH, GenerationRequest
 from ..session.sharing import own_gpu
 from ..terminal import no_bars, note, tell
+from .table import IMPORTANCE
 
 if TYPE_CHECKING:
     from ..methods.importance import Row
@@ -98,7 +99,7 @@ def importance(
     from ..methods.scoring import load_scorer
     from ..pipeline import load_pipeline
 
-    use_threads(number)
+    set_threads(number)
     place = pick_device(own_gpu(device))
     judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
@@ -113,7 +114,7 @@ def importance(
 
 def _rows_that_fill(device: str, request: GenerationRequest) -> int:
     """Two CPU cores are busy with one picture: a batch takes as long for each, and loses more when it is ended."""
-    width, height = request.made_size
+    width, height = request.padded_size
     return 1 if device == "cpu" else max(1, TOKENS * PATCH**2 // (width * height))
 
 

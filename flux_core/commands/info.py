@@ -8,6 +8,7 @@ from ..checkpoint.identify import identify
 from ..checkpoint.source import find_source
 from ..errors import FileError
 from ..images.metadata import KEY, found, printable, read_texts
+from ..terminal import tell
 
 
 def info(file: str) -> str:
@@ -42,3 +43,8 @@ def _of_weights(path: Path) -> str:
     for header in source.headers:
         lines += [f"{key}: {value[:200]}" for key, value in sorted(header.metadata.items())]
     return printable("\n".join(lines))
+
+
+def print_info(file: str) -> None:
+    """`info` on standard output."""
+    tell(info(file))

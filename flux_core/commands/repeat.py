@@ -12,16 +12,18 @@ from typing import Any
 from PIL import Image
 
 from ..checkpoint import check_files, with_files
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import FileError, UsageError
+from ..files import prepare_folder
 from ..images.metadata import differences, parse_request, read_request
-from ..images.output import prepare_folder, save_picture
+from ..images.output import save_picture
 from ..images.pictures import as_rgb, open_picture
-from ..request.fields import FILES, REPEAT, THREADS, take
+from ..request.fields import FILES, THREADS, take
 from ..request.generation import GenerationRequest
 from ..session.record import read_rows
 from ..terminal import note, tell
 from ..variants import Variant
+from .table import REPEAT
 
 _FIELDS = {field.name: field for field in REPEAT}
 
@@ -65,7 +67,7 @@ def repeat(
     asked = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
     variant = with_files(request.name, **take(files, FILES))
     folder, number = prepare_folder(output_dir), THREADS.parse(threads)
-    use_threads(number)
+    set_threads(number)
     if from_latents or recorded.request is None:
         image = _decode(latents, variant, device)
     else:

@@ -1,17 +1,17 @@
 """`save`: a model's weights as a folder, in the official files or in the layout of diffusers."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_files, with_files
 from ..checkpoint.files import flow_path
 from ..checkpoint.identify import identify
 from ..checkpoint.source import find_source
-from ..device.threads import use_threads
+from ..device.threads import set_threads
 from ..errors import UsageError
 from ..request.generation import GenerationRequest
 from ..request.prompt_lines import read_lines
-from ..terminal import note
+from ..terminal import note, tell
 from ..variants import Variant
 
 if TYPE_CHECKING:
@@ -104,5 +104,10 @@ def _calibrated(variant: Variant, requests: list[GenerationRequest]) -> dict[str
     from ..methods.calibration import calibrated
     from ..pipeline import load_pipeline
 
-    use_threads(None)
+    set_threads(None)
     return calibrated(load_pipeline(variant), requests)
+
+
+def print_saved(**flags: Any) -> None:
+    """`save`, and its folder on standard output."""
+    tell(str(save(**flags)))

@@ -1,6 +1,7 @@
 """`sites`: the catalogue of names that a plan can use, for one model."""
 
 from ..hooks.sites import GLOBAL, KINDS, OF_BLOCK, SITES, site_names
+from ..terminal import tell
 from ..variants import DEFAULT, get_variant
 
 
@@ -30,3 +31,8 @@ def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     lines = [f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {meaning}" for name, shape, meaning in rows]
     return "\n".join([title, *lines])
+
+
+def print_sites(**flags: str) -> None:
+    """`sites` on standard output."""
+    tell(sites(**flags))

@@ -29,7 +29,7 @@ class Stepwise:
             return  # memory ran out, and the same picture is drawn once more
         picture = self.pipeline.picture(step.x, self.request)
         self.pictures.append(picture)
-        self._save(picture, f"step{step.index + 1}of{self.request.steps_made}")
+        self._save(picture, f"step{step.index + 1}of{self.request.num_forward_steps}")
 
     def save_sheet(self) -> None:
         """All pictures so far on one sheet; nothing if there is none."""

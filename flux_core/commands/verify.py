@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from ..checkpoint.source import find_source
 from ..errors import FileError
-from ..terminal import no_bars
+from ..terminal import no_bars, tell
 
 
 def verify(file: str) -> str:
@@ -29,3 +29,8 @@ def verify(file: str) -> str:
         listed = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         raise FileError(f"{file}: {len(bad)} tensor(s) hold NaN or infinity ({listed}). Next: fetch the file again.")
     return f"{file}: {len(source.shapes):,} tensors, {source.size:,} bytes, whole and finite"
+
+
+def print_verdict(file: str) -> None:
+    """`verify` on standard output."""
+    tell(verify(file))

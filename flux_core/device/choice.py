@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import MemoryShortage, UsageError
+from ..errors import MemoryShortage, UsageError, is_out_of_memory
 from ..linears.fp8 import has_fp8_units
 from ..request.fields import DTYPES
 from ..terminal import note
@@ -82,15 +82,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""in errors without a class of their own: of MPS and of CUDA outside of torch's allocator, of the CPU on Linux and on
-Windows, of cuBLAS and cuDNN"""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SHORTAGES)
-
-
 SMALLER = (
     "choose a smaller --width and --height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
 )
@@ -135,7 +126,7 @@ def compile_errors() -> Iterator[None]:
         raise UsageError(f"--compile does not work here: {reason[:200]}. Next: leave it out") from error
 
 
-def give_memory_back(device: torch.device) -> None:
+def empty_device_cache(device: torch.device) -> None:
     """What freed tensors left with torch's allocator goes back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """what torch itself listens to"""
 
 
-def use_threads(number: int | None) -> None:
+def set_threads(number: int | None) -> None:
     """Compute with that many. By itself with what the environment says, else with torch's choice within the quota."""
     import torch
 

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..jsonfile import read_json
 from ..params import FluxParams
-from ..request.fields import nearest
 from .attention_maps import AttentionMaps
 from .capture import Capture
 from .change import Add, Replace, Scale

@@ -6,9 +6,8 @@ its own keeps what it has. So any layers, steps and branches share one compiled 
 
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..params import FluxParams
-from ..request.fields import nearest
 from .intervention import Intervention, Patterns
 from .seam import Placed, Write, traceable
 from .sites import match_blocks

@@ -11,9 +11,8 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..params import FluxParams
-from ..request.fields import nearest
 
 KINDS = ("double_blocks", "single_blocks")
 

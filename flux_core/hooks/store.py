@@ -36,7 +36,7 @@ def read_tensor(path: Path, name: str) -> "Tensor":
     """One tensor of a safetensors file. FileError names the file and the nearest tensor."""
     from safetensors import SafetensorError, safe_open
 
-    from ..request.fields import nearest
+    from ..errors import nearest
 
     try:
         with safe_open(path, "pt") as file:

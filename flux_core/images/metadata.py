@@ -59,7 +59,7 @@ def parameters(request: GenerationRequest) -> str:
     """The A1111 text. Their `CFG scale` is true guidance; ours is distilled, as Forge calls it."""
     texts = [request.prompt] + ([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])
     values: dict[str, Any] = {"Steps": request.num_steps, "Sampler": "Euler"}
-    if request.is_steered:
+    if request.uses_true_cfg:
         values["CFG scale"] = request.true_cfg_scale
     if request.guidance is not None:
         values["Distilled CFG Scale"] = request.guidance

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..linears.fp8 import Fp8Linear, Rows
+from ..linears.fp8 import Fp8Linear, QuantizedTokens
 from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
@@ -106,10 +106,10 @@ def _fused() -> Ops:
 
 
 @cache
-def _of_rows() -> tuple[Ops, Callable[[Tensor], Rows]]:
+def _of_rows() -> tuple[Ops, Callable[[Tensor], QuantizedTokens]]:
     """For blocks of Fp8Linears, and what quantizes the inputs that nothing else has quantized."""
-    from . import rows
+    from . import quantized
 
     return _fused()._replace(
-        modulate=rows.modulate, mlp=rows.mlp, linear1=PLAIN.linear1, linear2=rows.linear2
-    ), rows.quantize
+        modulate=quantized.modulate, mlp=quantized.mlp, linear1=PLAIN.linear1, linear2=quantized.linear2
+    ), quantized.quantize

@@ -19,7 +19,7 @@ from ..model.ops import attend
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-CLEARLY = 0.9
+SWITCH_BELOW = 0.9
 """of the time of PyTorch's own choice, below which another kernel takes its place"""
 TOKENS = 4608
 """of a megapixel and its prompt: where attention counts most"""
@@ -27,7 +27,7 @@ CALLS = 3
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return joined(torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, goes_back(q, k, v)))
+    return joined(torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs_grad(q, k, v)))
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return joined(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, goes_back(q, k, v)))
+    return joined(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, needs_grad(q, k, v)))
 
 
 def joined(found: tuple[Tensor, ...]) -> Tensor:
@@ -43,12 +43,12 @@ def joined(found: tuple[Tensor, ...]) -> Tensor:
     return rearrange(found[0], "B H L D -> B L (H D)")
 
 
-def goes_back(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     """Whether a backward follows, which wants the sums of the softmax."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-WAYS: dict[str, Attend] = {"own": attend, "cudnn": cudnn, "flash": flash, "efficient": efficient}
+BACKENDS: dict[str, Attend] = {"own": attend, "cudnn": cudnn, "flash": flash, "efficient": efficient}
 """`ops.attend`, [B, H, L, D] each -> [B, L, H*D], by PyTorch's own choice and by each of its kernels"""
 
 
@@ -72,8 +72,8 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int)
         for _ in range(3)
     )  # tokens outside heads in memory, as `norm_rope` leaves them
     with torch.cuda.device(device):
-        ms = {name: milliseconds(way, q, k, v) for name, way in WAYS.items()}
-    return WAYS[choice({name: time for name, time in ms.items() if time is not None})]
+        ms = {name: milliseconds(way, q, k, v) for name, way in BACKENDS.items()}
+    return BACKENDS[choice({name: time for name, time in ms.items() if time is not None})]
 
 
 def milliseconds(way: Attend, q: Tensor, k: Tensor, v: Tensor) -> float | None:
@@ -96,4 +96,4 @@ def milliseconds(way: Attend, q: Tensor, k: Tensor, v: Tensor) -> float | None:
 def choice(ms: Mapping[str, float]) -> str:
     """The name of the way to take, from the milliseconds of each, `own` among them."""
     name = min(ms, key=ms.__getitem__)
-    return name if ms[name] < CLEARLY * ms["own"] else "own"
+    return name if ms[name] < SWITCH_BELOW * ms["own"] else "own"

@@ -25,7 +25,7 @@ from torch.library import wrap_triton
 
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .fused import operator, wants_grad
+from .fused import needs_grad, operator
 from .products import bare
 
 ELEMENTS, WARPS = 4096, 4
@@ -213,7 +213,7 @@ def add_op_(x: Tensor, residual: Tensor, bias: Tensor) -> None:
 
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    if not takes_bias(conv, x) or wants_grad(residual):
+    if not takes_bias(conv, x) or needs_grad(residual):
         return ae_ops.conv_add(conv, x, residual)
     y = product(conv, x)
     add_op_(y, residual, conv.bias)
@@ -306,7 +306,7 @@ def products(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if wants_grad(q, k, v):
+    if needs_grad(q, k, v):
         return ae_ops.attend(q, k, v)
     _, C, H, W = q.shape
     q, k, v = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (q, k, v))

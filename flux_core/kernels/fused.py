@@ -61,7 +61,7 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
     return made
 
 
-def wants_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -110,7 +110,7 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
-    if wants_grad(x, shift, scale):
+    if needs_grad(x, shift, scale):
         return ops.modulate(x, shift, scale)
     return modulate_op(x, shift, scale)
 
@@ -147,7 +147,7 @@ def gated_sum_op(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """`ops.gated_sum` in one pass. x, y: [B, L, D]; gate: [B, 1, D]."""
-    if wants_grad(x, gate, y):
+    if needs_grad(x, gate, y):
         return ops.gated_sum(x, gate, y)
     return gated_sum_op(x, gate, y)
 
@@ -225,7 +225,7 @@ def batch_stride(pe: Tensor) -> int:
 
 def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.norm_rope` in one pass. q, k: [B, H, L, D], also out as such, with tokens outside heads in memory."""
-    if wants_grad(q, k, q_scale, k_scale):
+    if needs_grad(q, k, q_scale, k_scale):
         return ops.norm_rope(q, k, q_scale, k_scale, pe)
     return norm_rope_op(q, k, q_scale, k_scale, pe)
 
@@ -296,6 +296,6 @@ def alike(q: Tensor, k: Tensor, v: Tensor) -> Heads:
 
 def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scales, pe: Tensor) -> Heads:
     """`ops.norm_rope_join` in one pass: q, k, v [B, H, T + L, D], with tokens outside heads in memory."""
-    if wants_grad(*txt, *img, *txt_scales, *img_scales):
+    if needs_grad(*txt, *img, *txt_scales, *img_scales):
         return ops.norm_rope_join(txt, img, txt_scales, img_scales, pe)
     return norm_rope_join_op(*txt, *img, *txt_scales, *img_scales, pe)

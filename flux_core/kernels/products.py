@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.library import wrap_triton
 
 from ..model import ops
-from .fused import operator, wants_grad
+from .fused import needs_grad, operator
 
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
@@ -27,7 +27,7 @@ def bare(layer: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
     if type(layer) is not kind:
         return False
     weights: list[Any] = [x for x in (layer.weight, layer.bias) if x is not None]
-    if any(type(x) is not nn.Parameter for x in weights) or wants_grad(*inputs, *weights):
+    if any(type(x) is not nn.Parameter for x in weights) or needs_grad(*inputs, *weights):
         return False
     return torch.compiler.is_compiling() or not (layer._forward_hooks or layer._forward_pre_hooks)
 

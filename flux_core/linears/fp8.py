@@ -57,7 +57,7 @@ def stays_bf16(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in BF16)
 
 
-class Rows(NamedTuple):
+class QuantizedTokens(NamedTuple):
     """Quantized tokens, x ~ codes * scale: what an Fp8Linear takes in the place of x, where a kernel made them."""
 
     codes: Tensor
@@ -66,15 +66,15 @@ class Rows(NamedTuple):
     """fp32 [..., 1]"""
 
 
-def quantize_rows(x: Tensor) -> Rows:
+def quantize_rows(x: Tensor) -> QuantizedTokens:
     """x [..., K], row by row."""
     # By the reciprocal, written out: CUDA divides by a Python number so, the CPU does not, and a file that one of them
     # wrote shall hold what the other computes.
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) * (1 / LARGEST)
-    return Rows((x / scale).to(E4M3), scale)  # the quotient is fp32, like the scale
+    return QuantizedTokens((x / scale).to(E4M3), scale)  # the quotient is fp32, like the scale
 
 
-def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight that codes [N, K] and the scales of their rows [N] stand for, rounded once."""
     return (codes.float() * scale[:, None]).to(dtype)
 
@@ -106,7 +106,7 @@ class Fp8Linear(nn.Module):
     """Takes the place of an nn.Linear, whose `weight` and `bias` it has by the same names."""
 
     weight_scale: Tensor
-    quantize: Callable[[Tensor], Rows] = staticmethod(quantize_rows)
+    quantize: Callable[[Tensor], QuantizedTokens] = staticmethod(quantize_rows)
     """a kernel may take its place"""
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
@@ -116,7 +116,7 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", weight_scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.settle()
+        self.choose_matmul()
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -128,15 +128,15 @@ class Fp8Linear(nn.Module):
             codes, scale = quantize_rows(weight)
         return cls(codes, scale.flatten(), None if linear.bias is None else linear.bias.detach())
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedTokens) -> Tensor:
         """[..., K] -> [..., N]"""
-        if isinstance(x, Rows):
+        if isinstance(x, QuantizedTokens):
             return self.product(x)
         if self.scaled:
             return self.product(self.quantize(x))
-        return F.linear(x, widened(self.weight, self.weight_scale, x.dtype), self.bias)
+        return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
 
-    def product(self, x: Rows) -> Tensor:
+    def product(self, x: QuantizedTokens) -> Tensor:
         """The forward of quantized rows -> bf16 [..., N]."""
         rows = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
         y = scaled_product(*rows, self.weight, self.weight_scale[:, None], self.bias)
@@ -146,13 +146,13 @@ class Fp8Linear(nn.Module):
         """Whether its product can run in fp8 there. The units take sides that are multiples of 16."""
         return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
 
-    def settle(self) -> None:
+    def choose_matmul(self) -> None:
         """Decide how to multiply where the weights are now: for whoever puts others in their place."""
         self.scaled = self.scales_on(self.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.settle()
+        self.choose_matmul()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A move of the model moves all; a cast is for the layers around: codes and scales mean nothing in bf16."""
@@ -161,7 +161,7 @@ class Fp8Linear(nn.Module):
         for name, old in kept.items():
             if (new := getattr(self, name)).dtype != old.dtype:
                 new.data = old.to(new.device)
-        self.settle()
+        self.choose_matmul()
         return self
 
     def extra_repr(self) -> str:

@@ -35,7 +35,7 @@ import math
 import torch
 from torch import Tensor
 
-from .fp8 import E4M3, LARGEST, Rows, quantize_rows
+from .fp8 import E4M3, LARGEST, QuantizedTokens, quantize_rows
 
 DAMPING = 0.02
 """of H's mean diagonal, added to it"""
@@ -43,7 +43,7 @@ BLOCK = 128
 """columns after whose rounding all that follow are updated, in one product"""
 
 
-def gptq(weight: Tensor, moment: Tensor, block: int = BLOCK) -> Rows:
+def gptq(weight: Tensor, moment: Tensor, block: int = BLOCK) -> QuantizedTokens:
     """weight [N, K] -> codes e4m3 [N, K] and the scales fp32 [N, 1] that plain rounding has.
 
     moment: sum of x x^T over the inputs, in any unit, fp32 [K, K], on the device that computes. Without numbers to go
@@ -65,7 +65,7 @@ def gptq(weight: Tensor, moment: Tensor, block: int = BLOCK) -> Rows:
             here[k] = rounded
             here[k + 1 :].addr_(near[k, k + 1 :], errors[k], alpha=-1)
         columns[start + block :].addmm_(far.t(), errors, alpha=-1)
-    return Rows(columns[order.argsort()].t().contiguous().to(E4M3), scale)
+    return QuantizedTokens(columns[order.argsort()].t().contiguous().to(E4M3), scale)
 
 
 def factor(moment: Tensor, damping: float = DAMPING) -> Tensor:

@@ -114,7 +114,7 @@ def second_moments(
         for request, latents in paths:
             texts = request.texts
             strengths = [request.guidance or 0.0] * len(texts)
-            velocity = pipeline.velocity(texts, strengths, request.made_size, sigmas=tuple(latents))
+            velocity = pipeline.velocity(texts, strengths, request.padded_size, sigmas=tuple(latents))
             for sigma, x in latents.items():
                 velocity(x.expand(len(texts), -1, -1), sigma)
                 bar.update()

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..errors import FileError, UsageError
+from ..errors import FileError, UsageError, nearest
+from ..files import disk_errors, write_whole
 from ..hooks import Skip
 from ..hooks.sites import block_names
 from ..images.metadata import png_bytes
-from ..images.output import disk_errors, write_whole
 from ..images.pictures import as_rgb, open_picture
 from ..jsonfile import read_json
-from ..request.fields import MAX_SEED, MAX_SEEDS, nearest
+from ..request.fields import MAX_SEED, MAX_SEEDS
 from ..request.generation import GenerationRequest
 
 if TYPE_CHECKING:

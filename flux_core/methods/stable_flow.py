@@ -47,14 +47,14 @@ class Editing:
         """
         if not edits:
             raise UsageError("nothing to edit: say what shall be drawn with --edit")
-        if request.is_steered:
+        if request.uses_true_cfg:
             raise UsageError("an edit takes no negative prompt and no true CFG: leave --true-cfg-scale out")
         if not (pipeline.variant.params.guidance_embed or source_guidance is None):
             raise UsageError(f"{pipeline.variant.name} takes no guidance")
         self.pipeline, self.request, self.edits = pipeline, pipeline.complete(request), tuple(edits)
         self.branches = (SOURCE, *(f"edit{i + 1}" for i in range(len(edits))))
         self.plan = [ShareKV(blocks=tuple(layers), source=SOURCE)] if layers else []
-        self.size = request.made_size
+        self.size = request.padded_size
         tokens = self.size[0] * self.size[1] // PATCH**2
         self.sigmas = get_schedule(request.num_steps, tokens, shift=pipeline.variant.shift)
         self.origin, self.layers = origin, tuple(layers)
@@ -90,7 +90,7 @@ class Editing:
         latent = nudge * self.pipeline.tokens_of(photo, *self.size)
         velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
         what = f"inverting {self.size[0]}x{self.size[1]} pixels"
-        return self.pipeline.ladder.attempt(what, lambda: invert(velocity, latent, self.sigmas), "offload")
+        return self.pipeline.fallback.run(what, lambda: invert(velocity, latent, self.sigmas), "offload")
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         prompts = [self.request.prompt, *self.edits]
@@ -102,7 +102,7 @@ class Editing:
             return euler(velocity(run), x, self.sigmas, self.pipeline.checked(on_step, velocity, run))
 
         what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"
-        return self.pipeline.ladder.attempt(what, work, "offload")
+        return self.pipeline.fallback.run(what, work, "offload")
 
     def picture(self, x: Tensor, row: int) -> Image.Image:
         """One row's tokens [L, 64] as a picture. Its metadata say what it is; `--from-image` cannot make it again."""

@@ -19,17 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import check_files, load_autoencoder, load_flux, weights_hashes, with_files
-from ..device.choice import (
-    compile_errors,
-    dtype_name,
-    give_memory_back,
-    is_out_of_memory,
-    pick_device,
-    pick_dtype,
-    wants_fp8,
-)
-from ..device.oom import CPU, Ladder
-from ..errors import UsageError
+from ..device.choice import compile_errors, dtype_name, empty_device_cache, pick_device, pick_dtype, wants_fp8
+from ..device.oom import CPU, OomFallback
+from ..errors import UsageError, is_out_of_memory
 from ..hooks import Custom, HookRun, Intervention
 from ..images.metadata import describe
 from ..images.pictures import crop_centre, open_source
@@ -52,7 +44,7 @@ from ..sampling import (
     start_from_image,
     unpack,
 )
-from ..sampling.guidance import one_batch, steered, two_passes
+from ..sampling.guidance import cfg_velocity, one_batch, two_passes
 from ..terminal import note
 from ..text import load_text_encoders
 from ..variants import Variant
@@ -90,7 +82,7 @@ class Pipeline:
         self.precision = "fp8" if is_quantized(model) else dtype_name(dtype)
         """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
         self.weights = weights or {}
-        self.ladder, self.compiled = Ladder(device, offload, vae_tiling), compile
+        self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         if compile:
             for block in (*model.double_blocks, *model.single_blocks):
                 block.compile(fullgraph=True)
@@ -162,7 +154,7 @@ class Pipeline:
         if (source is None) != (request.init_image is None):
             raise UsageError("an init image goes with a request that names one, and the other way round")
         what = f"drawing {request.width}x{request.height} pixels"
-        x = self.ladder.attempt(what, lambda: self._denoise([request], source, on_step, functions), "offload")
+        x = self.fallback.run(what, lambda: self._denoise([request], source, on_step, functions), "offload")
         return self.picture(x, request.recorded(functions))
 
     @torch.no_grad()
@@ -175,7 +167,7 @@ class Pipeline:
         if len({one.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for one in requests}) > 1:
             raise UsageError("rows of one batch differ in prompt and seed alone")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
-        rows = self.ladder.attempt(what, lambda: self._denoise(requests, None, None, ()), "offload")
+        rows = self.fallback.run(what, lambda: self._denoise(requests, None, None, ()), "offload")
         return [self.picture(x[None], one.recorded()) for x, one in zip(rows, requests, strict=True)]
 
     @compile_errors()
@@ -190,10 +182,10 @@ class Pipeline:
         try:
             return self._sample(requests, source, on_step, functions, self.one_batch)
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) and self.one_batch and requests[0].is_steered):
+            if not (is_out_of_memory(error) and self.one_batch and requests[0].uses_true_cfg):
                 raise
         note("positive and negative prompt do not fit as one batch: two passes (the last bits of the picture differ)")
-        give_memory_back(self.device)
+        empty_device_cache(self.device)
         return self._sample(requests, source, on_step, functions, False)
 
     def _sample(
@@ -205,7 +197,7 @@ class Pipeline:
         together: bool,
     ) -> Tensor:
         first = requests[0]
-        width, height = first.made_size
+        width, height = first.padded_size
         x = pack(torch.cat([get_noise(1, height, width, self.device, self.dtype, one.seed) for one in requests]))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
@@ -226,13 +218,13 @@ class Pipeline:
 
         def of(*prompts: str) -> Velocity:
             strengths = [first.guidance or 0.0] * len(prompts)
-            return self.velocity(prompts, strengths, first.made_size, run, sigmas[:-1])
+            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1])
 
-        if not first.is_steered:
+        if not first.uses_true_cfg:
             return of(*(one.prompt for one in requests))
         texts = [one.texts for one in requests]
         positive, negative = zip(*texts, strict=True)
-        return steered(
+        return cfg_velocity(
             one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
             sigmas,
             first.true_cfg_scale or 1.0,
@@ -252,13 +244,13 @@ class Pipeline:
     ) -> Velocity:
         """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
 
-        size: a request's `made_size`. sigmas: those that will be asked for, if known.
+        size: a request's `padded_size`. sigmas: those that will be asked for, if known.
         """
         txt, vec = (torch.cat(rows) for rows in zip(*map(self.encode, prompts), strict=True))
         ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
         txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
         strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
-        replay = not self.ladder.offload  # which takes the weights from under a graph
+        replay = not self.fallback.offload  # which takes the weights from under a graph
         flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run, sigmas=sigmas, replay=replay)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
@@ -269,9 +261,9 @@ class Pipeline:
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """With `offload`: encode at most KNOWN_PROMPTS prompts in one turn, before the text encoders leave."""
-        if self.ladder.offload:
+        if self.fallback.offload:
             with torch.no_grad():
-                self.ladder.attempt(f"encoding {len(prompts)} prompt(s)", lambda: list(map(self.encode, prompts)))
+                self.fallback.run(f"encoding {len(prompts)} prompt(s)", lambda: list(map(self.encode, prompts)))
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         self._turn(self.t5, self.clip)
@@ -283,14 +275,14 @@ class Pipeline:
 
     def _turn(self, *parts: Any) -> None:
         """With `offload`: the others go back to the CPU, then these parts come to the device."""
-        if not self.ladder.offload or self._present == parts:
+        if not self.fallback.offload or self._present == parts:
             return
         self._present = ()  # until all moves are made: one may run out of memory
         every: tuple[Any, ...] = (self.t5, self.clip, self.model, self.ae)
         for part in every:
             if part not in parts:
                 _move(part, CPU)
-        give_memory_back(self.device)
+        empty_device_cache(self.device)
         for part in parts:
             _move(part, self.device)
         self._present = parts
@@ -307,9 +299,9 @@ class Pipeline:
 
         def work() -> Tensor:
             self._turn(self.ae)
-            return in_strips() if self.ladder.vae_tiling else whole()
+            return in_strips() if self.fallback.vae_tiling else whole()
 
-        return self.ladder.attempt(what, work, "vae_tiling", "offload")
+        return self.fallback.run(what, work, "vae_tiling", "offload")
 
     def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
         """`on_step` behind a check of every step's latents. velocity: makes the one that is sampled, for any run."""
@@ -324,7 +316,7 @@ class Pipeline:
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
         """Decode tokens [1, L, 64] to the picture that was asked for, with its request attached."""
-        width, height = request.made_size
+        width, height = request.padded_size
         z, what = unpack(x, height, width), f"decoding {width}x{height} pixels"
         pixels = self._with_ae(what, lambda: self.ae.decode(z), lambda: tiles.decode(self.ae, z))[0].float()
         if not is_finite(pixels):
@@ -365,16 +357,16 @@ def load_pipeline(
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    give_memory_back(place)  # of a model that was here before
-    ladder = Ladder(place, offload)
+    empty_device_cache(place)  # of a model that was here before
+    fallback = OomFallback(place, offload)
 
     def load() -> tuple[Flux, AutoEncoder, Any, Any]:
-        home = CPU if ladder.offload else place
+        home = CPU if fallback.offload else place
         encoders = load_text_encoders(variant, home, kind)
         return load_flux(variant, home, kind, wants_fp8(dtype)), load_autoencoder(variant, home, kind), *encoders
 
-    model, ae, t5, clip = ladder.attempt(f"loading {variant.name}", load, "offload")
+    model, ae, t5, clip = fallback.run(f"loading {variant.name}", load, "offload")
     install(model, place)
     install_decode(ae, place)
     hashes = weights_hashes(variant)
-    return Pipeline(variant, model, ae, t5, clip, place, kind, hashes, ladder.offload, vae_tiling, compile)
+    return Pipeline(variant, model, ae, t5, clip, place, kind, hashes, fallback.offload, vae_tiling, compile)

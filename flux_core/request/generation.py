@@ -19,11 +19,11 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..hooks import Intervention, Plan, check_plan, parse_plan
 from ..variants import Variant, get_variant
 from ..version import __version__
-from .fields import DTYPES, FIELDS, MAX_SEED, nearest
+from .fields import DTYPES, FIELDS, MAX_SEED
 
 PATCH = 16
 """pixels that one image token covers along each side"""
@@ -53,12 +53,12 @@ def _of(name: str, factory: Any = None) -> Any:
         options |= {"ge": field.minimum, "le": field.maximum}
     if field.kind is float:
         options["allow_inf_nan"] = False
-    if factory or field.from_row:
-        return pydantic.Field(default_factory=factory or _row_default(name), **options)
+    if factory or field.from_variant:
+        return pydantic.Field(default_factory=factory or _variant_default(name), **options)
     return pydantic.Field(default=field.default, **options)
 
 
-def _row_default(name: str) -> Callable[[dict[str, Any]], Any]:
+def _variant_default(name: str) -> Callable[[dict[str, Any]], Any]:
     return lambda data: getattr(get_variant(data["name"]), name)
 
 
@@ -129,9 +129,9 @@ class GenerationRequest(BaseModel):
             request = handler(data)
         except pydantic.ValidationError as error:
             raise UsageError(_one_line(error)) from None
-        check_plan(request.plan, request.variant.params, request.steps_made, request.branches)
+        check_plan(request.plan, request.variant.params, request.num_forward_steps, request.branches)
         request._check_prompt()
-        request._check_steering()
+        request._check_true_cfg()
         request._check_size()
         request._check_seeds()
         return request
@@ -148,23 +148,25 @@ class GenerationRequest(BaseModel):
                     "Is the terminal's encoding another than UTF-8?"
                 ) from None
 
-    def _check_steering(self) -> None:
+    def _check_true_cfg(self) -> None:
         """What would have no effect is an error that says what to add."""
         needs = ("negative_prompt", "cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
         idle = [FIELDS[name].flag for name in needs if getattr(self, name) is not None]
-        if idle and not self.is_steered:
+        if idle and not self.uses_true_cfg:
             scale = "without --true-cfg-scale" if self.true_cfg_scale is None else "at --true-cfg-scale 1"
             raise UsageError(f"{idle[0]} does nothing {scale}. Next: add one above 1, as in --true-cfg-scale 2")
         if self.threshold_percentile is not None and self.mimic_scale is None:
             raise UsageError("--threshold-percentile does nothing without --mimic-scale. Next: add --mimic-scale 1")
-        if (self.cfg_zero or 0) >= self.steps_made > 0:
-            raise UsageError(f"--cfg-zero {self.cfg_zero} leaves none of {self.steps_made} step(s). Next: say fewer")
+        if (self.cfg_zero or 0) >= self.num_forward_steps > 0:
+            raise UsageError(
+                f"--cfg-zero {self.cfg_zero} leaves none of {self.num_forward_steps} step(s). Next: say fewer"
+            )
 
     def _check_size(self) -> None:
         row = self.variant
         for flag, side in (("--width", self.width), ("--height", self.height)):
             if not row.min_side <= side <= row.max_side and not self.force:
-                tokens = self.made_size[0] * self.made_size[1] // PATCH**2
+                tokens = self.padded_size[0] * self.padded_size[1] // PATCH**2
                 raise UsageError(
                     f"{flag} {side} is not among the {row.min_side} to {row.max_side} pixels {row.name} is "
                     f"made for: choose another, or add --force ({tokens:,} image tokens)"
@@ -179,27 +181,27 @@ class GenerationRequest(BaseModel):
         return get_variant(self.name)
 
     @property
-    def is_steered(self) -> bool:
+    def uses_true_cfg(self) -> bool:
         """Whether there is true CFG."""
         return (self.true_cfg_scale or 1) > 1
 
     @property
     def texts(self) -> tuple[str, ...]:
         """What is encoded for a picture: the prompt, and with true CFG what it steers away from."""
-        return (self.prompt, self.negative_prompt or "") if self.is_steered else (self.prompt,)
+        return (self.prompt, self.negative_prompt or "") if self.uses_true_cfg else (self.prompt,)
 
     @property
     def branches(self) -> tuple[str, ...]:
         """How a plan calls them."""
-        return ("positive", "negative") if self.is_steered else ("image",)
+        return ("positive", "negative") if self.uses_true_cfg else ("image",)
 
     @property
-    def made_size(self) -> tuple[int, int]:
+    def padded_size(self) -> tuple[int, int]:
         """Width and height at which the model draws: the next multiples of 16. The rest is cropped off."""
         return -(-self.width // PATCH) * PATCH, -(-self.height // PATCH) * PATCH
 
     @property
-    def steps_made(self) -> int:
+    def num_forward_steps(self) -> int:
         """Forwards that this request takes: image-to-image enters the schedule late."""
         strength = 1.0 if self.init_image is None or self.strength is None else self.strength
         return self.num_steps - int((1 - strength) * self.num_steps)
@@ -219,7 +221,7 @@ class GenerationRequest(BaseModel):
         """The effective values, for people."""
         parts = [f"{self.name}: {self.width}x{self.height}", f"{self.num_steps} steps"]
         parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
-        parts += [f"true CFG {self.true_cfg_scale:g}"] if self.is_steered else []
+        parts += [f"true CFG {self.true_cfg_scale:g}"] if self.uses_true_cfg else []
         parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
         parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
         if self.plan:
@@ -231,8 +233,8 @@ class GenerationRequest(BaseModel):
     def notes(self) -> list[str]:
         """What the user should know before it is drawn, one line each."""
         row, given, notes = self.variant, self.model_fields_set, []
-        if self.made_size != (self.width, self.height):
-            made = "{}x{}".format(*self.made_size)
+        if self.padded_size != (self.width, self.height):
+            made = "{}x{}".format(*self.padded_size)
             notes.append(f"{self.width}x{self.height} is drawn at {made}, multiples of {PATCH}, and cropped")
         if not row.shift and self.num_steps > 8:
             notes.append(f"{row.name} is made for {row.num_steps} steps; more than 8 rarely help")
@@ -240,7 +242,7 @@ class GenerationRequest(BaseModel):
             notes.append(f"{row.name} takes no guidance: --guidance is ignored")
         elif self.guidance is not None and self.guidance > 10:
             notes.append(f"guidance {self.guidance:g} is high: above 10 pictures look burnt")
-        if self.is_steered:
+        if self.uses_true_cfg:
             notes.append("true CFG takes two forwards a step, about twice the time")
             if not self.negative_prompt:
                 notes.append("true CFG steers away from the empty prompt: --negative-prompt names another")
@@ -272,4 +274,4 @@ def _one_line(error: pydantic.ValidationError) -> str:
     if first["type"] == "missing":
         return f'{field.flag} is missing, as in {field.flag} "a red apple"'
     given = ascii(first["input"])
-    return f"{field.flag} must be {field.nature}, not {given if len(given) <= 60 else given[:60] + '…'}"
+    return f"{field.flag} must be {field.expected}, not {given if len(given) <= 60 else given[:60] + '…'}"

@@ -8,9 +8,9 @@ Keys are the flags' names, with `_` or `-`. A list of such objects runs one afte
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..jsonfile import read_json
-from .fields import Field, nearest
+from .fields import Field
 
 
 def read_jobs(path: str | Path) -> list[dict[str, Any]]:
@@ -42,10 +42,10 @@ def _as_given(value: Any, field: Field, where: str) -> Any:
         if value is not True:
             raise UsageError(f"{where} must be true or false")
         return True
-    if value is True and field.bare:
-        return field.bare
+    if value is True and field.const:
+        return field.const
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, bool | list | dict) for one in values) or (len(values) != 1 and not field.many):
-        raise UsageError(f"{where} must be {field.nature}" + (", or a list of such" if field.many else ""))
+    if any(isinstance(one, bool | list | dict) for one in values) or (len(values) != 1 and not field.multiple):
+        raise UsageError(f"{where} must be {field.expected}" + (", or a list of such" if field.multiple else ""))
     texts = [str(one) for one in values]
-    return texts if field.many else texts[0]
+    return texts if field.multiple else texts[0]

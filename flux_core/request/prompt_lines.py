@@ -18,9 +18,9 @@ from typing import Any
 
 import pydantic_core
 
-from ..errors import FileError, UsageError
+from ..errors import FileError, UsageError, nearest
 from ..terminal import note
-from .fields import REQUEST, nearest
+from .fields import REQUEST
 from .generation import GenerationRequest
 
 MAX_BYTES = 1 << 20

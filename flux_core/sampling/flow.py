@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..model import Flux, Modulations, ModulationTable, Run
-from .graph import Replayed, is_worth_it
+from .graph import GraphedVelocity, is_worth_it
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -166,8 +166,8 @@ def flow_velocity(
     """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
 
     `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
-    at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where
-    nothing stands in them and it `is_worth_it` (sampling/graph.py), they come from a CUDA graph, which changes none either.
+    at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where no
+    run is given and it `is_worth_it` (sampling/graph.py), they come from a CUDA graph, which changes none either.
 
     img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
     Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -190,7 +190,7 @@ def flow_velocity(
     def along(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
         """The velocity at the sigmas that are known."""
         table = ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
-        return Replayed(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
+        return GraphedVelocity(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if run is not None:

@@ -6,7 +6,7 @@ second step of a schedule (at the first everything that is tried out, compiled o
 from then on. It is the same kernels on the same numbers, so no bit of the picture changes.
 
 What Python does between two kernels happens when the graph is recorded, and not again. So a plan keeps the plain loop,
-and so does a model in which `has_strangers` finds somebody's hooks or functions.
+and so does a model in which `has_user_code` finds somebody's hooks or functions.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ STEPS = 4
 
 def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
     """Whether so many steps of so many tokens should be replayed on that device, and can be."""
-    return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_strangers(model)
+    return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_user_code(model)
 
 
-def has_strangers(model: nn.Module) -> bool:
+def has_user_code(model: nn.Module) -> bool:
     """Whether Python of somebody else's waits inside a forward: hooks, functions, modules that are not ours."""
 
     def is_ours(thing: object) -> bool:
@@ -44,7 +44,7 @@ def has_strangers(model: nn.Module) -> bool:
     )
 
 
-class Replayed:
+class GraphedVelocity:
     """The velocity along a schedule: the first step as it comes, the others from a graph."""
 
     def __init__(self, forward: Callable[[Tensor, float, Modulations], Tensor], table: ModulationTable) -> None:

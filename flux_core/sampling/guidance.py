@@ -18,8 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..request.fields import PERCENTILE
-from . import Velocity
+from .flow import Velocity
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """the velocities of the positive and of the negative prompt at (x, sigma), each [B, L, C]"""
@@ -48,13 +47,13 @@ def two_passes(positive: Velocity, negative: Velocity) -> Pair:
     return lambda x, sigma: (positive(x, sigma), negative(x, sigma))
 
 
-def steered(
+def cfg_velocity(
     pair: Pair,
     sigmas: Sequence[float],
     scale: float,
     zero_steps: int | None = None,
     mimic_scale: float | None = None,
-    percentile: float = PERCENTILE,
+    percentile: float = 99.5,
     schedule: str = "constant",
 ) -> Velocity:
     """One velocity of two, along the schedule `sigmas`.

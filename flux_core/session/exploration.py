@@ -169,7 +169,7 @@ def _short(value: float | None) -> str:
 def numbers(row: Field, flag: str, given: Sequence[str] | None) -> list[Any]:
     """The values of a list as in "4,8,28", each once; none if it was not given. UsageError by the row's bounds."""
     parts = [part.strip() for text in given or () for part in text.split(",")]
-    values = [replace(row, name=flag, many=False).parse(part) for part in parts]
+    values = [replace(row, name=flag, multiple=False).parse(part) for part in parts]
     unique = list(dict.fromkeys(values))
     if len(unique) < len(values):
         note(f"--{flag}: what stands there twice is drawn once")

@@ -16,11 +16,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..errors import DiskError, FileError, UsageError
-from ..images.output import disk_errors, write_whole
+from ..files import disk_errors, write_whole
 from ..jsonfile import read_json
 from .exploration import Drawn, Exploration, Point
 from .record import NAME, append, mend, row_of
-from .sharing import held, waited_for
+from .sharing import lock_file, try_lock
 
 MANIFEST = "session.json"
 FORMAT = 1
@@ -92,7 +92,7 @@ class Session:
 
     def recording(self) -> AbstractContextManager[None]:
         """One process at a time writes what others read."""
-        return waited_for(self.folder / RECORD)
+        return lock_file(self.folder / RECORD)
 
     def settle(self, now: Drawn) -> None:
         """Write down what the pictures are drawn with, or find it to be what they were begun with. UsageError."""
@@ -112,7 +112,7 @@ class Session:
         folder = self.folder / CLAIMS
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
-        return held(folder / f"{self.numbers[point]}.lock")
+        return try_lock(folder / f"{self.numbers[point]}.lock")
 
     def keep(self, point: Point, picture: bytes, latents: bytes | None) -> None:
         """Write a picture to its places, and its row behind it. DiskError; then it is missing, or there."""

@@ -31,9 +31,9 @@ class Latents:
         self.tensors: dict[str, Tensor] = {}
 
     def __call__(self, step: "Step") -> None:
-        last = step.index + 1 == self.request.steps_made
+        last = step.index + 1 == self.request.num_forward_steps
         if last or self.every:
-            width, height = self.request.made_size
+            width, height = self.request.padded_size
             name = LAST if last else f"step_{step.index + 1}"
             self.tensors[name] = unpack(step.x, height, width).cpu().contiguous()
 
@@ -49,7 +49,7 @@ def read_latents(path: Path) -> tuple[Tensor, GenerationRequest]:
     if text is None or LAST not in source.shapes:
         raise FileError(f"{path} holds no latents of a session: give a file that explore --save-latents wrote")
     request = parse_request(text, str(path))
-    width, height = request.made_size
+    width, height = request.padded_size
     shape = (1, 16, 2 * height // PATCH, 2 * width // PATCH)
     if source.shapes[LAST] != shape:
         raise FileError(f"{path} holds latents of {source.shapes[LAST]}, its request says {shape}: it is damaged")

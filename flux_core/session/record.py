@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, UsageError
+from ..files import disk_errors, write_whole
 from ..images.metadata import KEY, printable, read_texts
-from ..images.output import disk_errors, write_whole
 from ..terminal import note
 
 NAME = "metadata.csv"

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..images.output import disk_errors, write_whole
+from ..files import disk_errors, write_whole
 
 LOCK, HOLDER = ".session.lock", ".session.holder"
 PATIENCE = timedelta(minutes=10)
@@ -41,7 +41,7 @@ def own_gpu(device: str) -> str:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Hold a lock while the block runs, if nobody else does: whether it is held."""
     lock = FileLock(path)
     with disk_errors(path), suppress(Timeout):
@@ -53,7 +53,7 @@ def held(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def waited_for(path: Path) -> Iterator[None]:
+def lock_file(path: Path) -> Iterator[None]:
     """Hold a lock while the block runs, as soon as nobody else does."""
     lock = FileLock(path)
     with disk_errors(path):
@@ -67,7 +67,7 @@ def waited_for(path: Path) -> Iterator[None]:
 @contextmanager
 def only_session(folder: Path) -> Iterator[None]:
     """The folder is ours while the block runs. UsageError names the process that it belongs to."""
-    with held(folder / LOCK) as mine:
+    with try_lock(folder / LOCK) as mine:
         if not mine:
             raise UsageError(f"{folder} is being worked on by {_holder(folder)}. Next: wait for it, or end it")
         write_whole(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
@@ -85,7 +85,7 @@ def _holder(folder: Path) -> str:
         return "another process"
 
 
-def meet(rank: int, world: int, word: str = "") -> tuple[str, Any]:
+def broadcast_name(rank: int, world: int, word: str = "") -> tuple[str, Any]:
     """What rank 0 says to all others. Keep the second thing while anybody may still listen. UsageError."""
     from torch.distributed import rendezvous
 

@@ -20,7 +20,7 @@ from ..checkpoint.files import encoder_config, text_files
 from ..checkpoint.identify import Part, identify
 from ..checkpoint.layouts import NOT_OURS, tokenizer_class
 from ..checkpoint.read import check_dtypes
-from ..checkpoint.scales import find_scales, widen
+from ..checkpoint.scales import find_scales, to_dense
 from ..checkpoint.source import find_source
 from ..checkpoint.tensors import opened, reserve
 from ..errors import FileError
@@ -118,7 +118,7 @@ def load_encoder(
     with opened(source, device, scales.among(order)) as get:
         for name in order:
             scale = scales.of.get(name)
-            places[name].data = widen(get(name), None if scale is None else get(scale), dtype)
+            places[name].data = to_dense(get(name), None if scale is None else get(scale), dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -91,7 +91,7 @@ def test_while_denoising_the_parts_take_turns_and_no_bit_changes(pipeline, pictu
         "out of memory on cpu:0 while drawing 64x48 pixels: once more from its start, and from now on text encoders, "
         "transformer and autoencoder take turns there (--offload asks for that)\n"
     )
-    assert (pipeline.ladder.offload, pipeline.ladder.vae_tiling) == (True, False)
+    assert (pipeline.fallback.offload, pipeline.fallback.vae_tiling) == (True, False)
     assert short.calls == call + 1 + (3 if part == "model" else 1)
     assert draw(pipeline).tobytes() == pictures["words"].tobytes() and capsys.readouterr().err == ""
 
@@ -110,7 +110,7 @@ def test_the_autoencoder_goes_in_strips(pipeline, pictures, capsys, monkeypatch,
     assert same(picture, pictures["init"])
     err = capsys.readouterr().err
     assert err.startswith(f"out of memory on cpu:0 while {way[:-1]}ing 64x48 pixels: ") and err.count("\n") == 1
-    assert "--vae-tiling" in err and not pipeline.ladder.offload
+    assert "--vae-tiling" in err and not pipeline.fallback.offload
     assert steps.calls == 2, "what was denoised is kept"
     assert draw(pipeline, init_image=INIT, strength=0.5).tobytes() == picture.tobytes()
     assert short.calls == 1 and capsys.readouterr().err == ""
@@ -123,7 +123,7 @@ def test_where_strips_are_not_enough_the_others_leave(pipeline, pictures, capsys
     assert same(draw(pipeline), pictures["words"])
     first, second = capsys.readouterr().err.splitlines()
     assert "--vae-tiling" in first and "--offload" in second
-    assert pipeline.ladder.offload and pipeline.ladder.vae_tiling
+    assert pipeline.fallback.offload and pipeline.fallback.vae_tiling
 
 
 @pytest.mark.parametrize(("owner", "name", "while_"), [("model", "forward", "drawing"), ("ae", "decode", "decoding")])
@@ -143,7 +143,7 @@ def test_under_the_last_rung_is_exit_code_5(pipeline, monkeypatch, capsys, tmp_p
 
 
 def test_on_the_cpu_there_is_nowhere_to_go(loaded, pipeline):
-    pipeline.device = pipeline.ladder.device = torch.device("cpu")
+    pipeline.device = pipeline.fallback.device = torch.device("cpu")
     short = Shortage(pipeline.model, "forward", 0, 1)
     with pytest.raises(MemoryShortage):
         draw(pipeline)
@@ -176,7 +176,7 @@ def test_editing_steps_down_too(pipeline, loaded):
     plain = Editing(loaded, request, ["a car"], ["layer.0"]).generated()
     job = Editing(pipeline, request, ["a car"], ["layer.0"])
     Shortage(pipeline.model, "forward", 1)
-    assert torch.equal(job.generated(), plain) and pipeline.ladder.offload
+    assert torch.equal(job.generated(), plain) and pipeline.fallback.offload
 
 
 def test_a_model_that_does_not_fit_whole_is_loaded_to_the_cpu(monkeypatch, capsys, pictures):
@@ -191,7 +191,7 @@ def test_a_model_that_does_not_fit_whole_is_loaded_to_the_cpu(monkeypatch, capsy
     monkeypatch.setattr("flux_core.pipeline.pipeline.load_flux", too_large)
     monkeypatch.setattr("flux_core.pipeline.pipeline.pick_device", lambda _: DEVICE)
     pipeline = load_pipeline("flux-mini", "cuda", "float32")
-    assert homes == [DEVICE, torch.device("cpu")] and pipeline.ladder.offload
+    assert homes == [DEVICE, torch.device("cpu")] and pipeline.fallback.offload
     assert "while loading flux-mini: " in capsys.readouterr().err
     assert draw(pipeline).tobytes() == pictures["words"].tobytes()
 
@@ -277,7 +277,7 @@ def test_a_gpu_that_really_runs_out_while_decoding(capsys):
         drawn.append(draw(pipeline, **big))
         peaks.append(torch.cuda.max_memory_reserved())
         del pipeline
-        device.give_memory_back(card)
+        device.empty_device_cache(card)
         assert torch.cuda.memory_reserved() < 2**28, "a model that is dropped gives its memory back"
     assert peaks[1] < 0.8 * peaks[0], peaks
     pipeline = load_pipeline("flux-mini", card, "bfloat16")
@@ -286,4 +286,4 @@ def test_a_gpu_that_really_runs_out_while_decoding(capsys):
         assert np.abs(np.array(draw(pipeline, **big), int) - np.array(drawn[0], int)).mean() < 1
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, card)
-    assert pipeline.ladder.vae_tiling and "while decoding 2048x2048" in capsys.readouterr().err
+    assert pipeline.fallback.vae_tiling and "while decoding 2048x2048" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from tiny import tiny_pipeline
 
 import flux_core.pipeline
 from flux_core.device import threads
-from flux_core.device.threads import quota, use_threads
+from flux_core.device.threads import quota, set_threads
 from flux_core.main import main
 
 
@@ -52,12 +52,12 @@ def test_by_itself_no_more_threads_than_the_quota_and_never_more_than_torch_chos
     torch.set_num_threads(4)
     for cores, expected in ((math.inf, 4), (16, 4), (2.5, 3), (0.5, 1)):
         monkeypatch.setattr(threads, "quota", lambda cores=cores: cores)
-        use_threads(None)
+        set_threads(None)
         assert torch.get_num_threads() == expected
-    use_threads(3)
+    set_threads(3)
     assert torch.get_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    use_threads(None)
+    set_threads(None)
     assert torch.get_num_threads() == 3
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from flux_core.errors import DiskError, UsageError
+from flux_core.files import prepare_folder
 from flux_core.images.metadata import describe
-from flux_core.images.output import prepare_folder, save_picture
+from flux_core.images.output import save_picture
 from flux_core.request.generation import GenerationRequest
 
 

@@ -5,7 +5,7 @@ import torch
 from golden_files import distance
 from tiny import tiny_pipeline
 
-from flux_core.kernels.attention import WAYS, attention_for, choice, fastest, milliseconds
+from flux_core.kernels.attention import BACKENDS, attention_for, choice, fastest, milliseconds
 from flux_core.model import ops
 
 
@@ -36,7 +36,7 @@ def test_every_way_attends_forward_and_backward():
     exact = ops.attend(q.float(), k.float(), v.float())
     (truth,) = torch.autograd.grad(exact.square().sum(), q)
     ran = []
-    for name, way in WAYS.items():
+    for name, way in BACKENDS.items():
         if milliseconds(way, q.detach(), k, v) is None:
             continue
         found = way(q, k, v)
@@ -45,4 +45,4 @@ def test_every_way_attends_forward_and_backward():
         assert distance(torch.autograd.grad(found.square().sum(), q)[0], truth) < 0.03
         ran.append(name)
     assert "own" in ran and len(ran) > 1
-    assert fastest(torch.device("cuda"), torch.bfloat16, 24, 128) in WAYS.values()
+    assert fastest(torch.device("cuda"), torch.bfloat16, 24, 128) in BACKENDS.values()

@@ -48,7 +48,7 @@ def conv3(inputs, outputs, dtype=torch.float32):
     return layer(nn.Conv2d(inputs, outputs, 3, padding=1), dtype)
 
 
-def held(name, *args):
+def try_lock(name, *args):
     """fp32: to its last places. bf16: no farther from fp32 than the plain function; the interpreter cuts off."""
     found, plain = getattr(decode, name)(*args), getattr(ae_ops, name)(*args)
     exact = getattr(ae_ops, name)(*(x.float() if isinstance(x, torch.Tensor) else as_fp32(x) for x in args))
@@ -70,14 +70,14 @@ def as_fp32(made):
 def test_group_norm(name, dtype, batch, side, channels):
     x = 2 * draw(batch, channels, side, dtype) + 1
     if side != (1, 1):
-        held(name, group_norm(channels, dtype), x)
-    held(name, group_norm(channels, dtype), x.to(memory_format=torch.channels_last))
+        try_lock(name, group_norm(channels, dtype), x)
+    try_lock(name, group_norm(channels, dtype), x.to(memory_format=torch.channels_last))
 
 
 @DTYPES
 @SIZES
 def test_the_norm_behind_a_convolution_takes_its_bias(dtype, batch, side, channels):
-    held("conv_norm_silu", conv3(32, channels, dtype), group_norm(channels, dtype), draw(batch, 32, side, dtype))
+    try_lock("conv_norm_silu", conv3(32, channels, dtype), group_norm(channels, dtype), draw(batch, 32, side, dtype))
 
 
 @DTYPES
@@ -85,22 +85,22 @@ def test_the_norm_behind_a_convolution_takes_its_bias(dtype, batch, side, channe
 def test_the_sum_takes_the_bias(dtype, batch, side, channels):
     x, residual = draw(batch, 32, side, dtype), draw(batch, channels, side, dtype)
     kept = residual.clone()
-    held("conv_add", conv3(32, channels, dtype), x, residual)
-    held("conv_add", layer(nn.Conv2d(32, channels, 1), dtype), x, residual.to(memory_format=torch.channels_last))
+    try_lock("conv_add", conv3(32, channels, dtype), x, residual)
+    try_lock("conv_add", layer(nn.Conv2d(32, channels, 1), dtype), x, residual.to(memory_format=torch.channels_last))
     assert torch.equal(residual, kept)
 
 
 @DTYPES
 @SIZES
 def test_upsampling(dtype, batch, side, channels):
-    held("upsample_conv", conv3(channels, 32, dtype), draw(batch, channels, side, dtype))
+    try_lock("upsample_conv", conv3(channels, 32, dtype), draw(batch, channels, side, dtype))
 
 
 @DTYPES
 @pytest.mark.parametrize(("batch", "side", "rows"), [(1, (8, 8), 4096), (2, (5, 7), 16), (1, (1, 1), 4)])
 def test_attention(monkeypatch, dtype, batch, side, rows):
     monkeypatch.setattr(decode, "QUERIES", rows)
-    held("attend", *(3 * draw(batch, 32, side, dtype) for _ in range(3)))
+    try_lock("attend", *(3 * draw(batch, 32, side, dtype) for _ in range(3)))
 
 
 def test_the_norm_keeps_its_precision_far_from_zero():
@@ -114,7 +114,7 @@ def test_the_norm_keeps_its_precision_far_from_zero():
 def test_many_chunks_of_odd_length(monkeypatch):
     monkeypatch.setattr(decode, "CHUNKS", 8)
     x = draw(2, 32, (23, 17)) * torch.linspace(0, 9, 23, device=DEVICE).reshape(-1, 1)
-    held("norm_silu", group_norm(32), x)
+    try_lock("norm_silu", group_norm(32), x)
 
 
 def test_a_layer_that_is_more_than_its_weights_is_called():

@@ -11,7 +11,7 @@ from golden_files import distance, flux_of, read
 from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 
 from flux_core import kernels
-from flux_core.kernels import fused, install, products, put, rows
+from flux_core.kernels import fused, install, products, put, quantized
 from flux_core.linears.fp8 import Fp8Linear, quantize, quantize_rows
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
@@ -32,7 +32,7 @@ def draw(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
-def held(ours, plain, *args):
+def try_lock(ours, plain, *args):
     """fp32: to its last places. bf16: to one rounding, and on a card no farther from fp32 than the plain twin is.
 
     The interpreter cuts to bf16 where a card rounds: up to 2^-8 of a value, on average 3.3e-3 of all.
@@ -62,7 +62,7 @@ def test_modulate(dtype, rows, dim):
     joined = 3 * draw(2, rows + 4, dim, dtype=dtype) + 1
     for x in (joined, joined[:, 4:]):
         args = x, mods[3], mods[1]
-        held(fused.modulate(*args), ops.modulate, *args)
+        try_lock(fused.modulate(*args), ops.modulate, *args)
 
 
 @DTYPES
@@ -71,7 +71,7 @@ def test_gated_sum(dtype, rows, dim):
     gate = draw(2, 1, 6 * dim, dtype=dtype).chunk(6, dim=-1)[2]
     joined, y = draw(2, rows + 4, dim, dtype=dtype), draw(2, rows, dim, dtype=dtype)
     for x in (joined[:, :rows], joined[:, 4:]):
-        held(fused.gated_sum(x, gate, y), ops.gated_sum, x, gate, y)
+        try_lock(fused.gated_sum(x, gate, y), ops.gated_sum, x, gate, y)
 
 
 def test_the_norm_keeps_its_precision_far_from_zero():
@@ -101,17 +101,17 @@ def test_norm_rope(dtype, heads, dim):
     pe = rotations(9, dim)[:, :, 4:]  # the image's part of the joined sequence
     args = q, k, *scales, pe
     out = fused.norm_rope(*args)
-    held(out, ops.norm_rope, *args[:4], pe)
+    try_lock(out, ops.norm_rope, *args[:4], pe)
     assert all(x.transpose(1, 2).is_contiguous() for x in out)  # attention's output then needs no permutation
 
 
 def test_norm_rope_of_tensors_that_are_not_one_product():
     q, k = draw(2, 3, 5, 64), draw(2, 5, 64, 3).permute(0, 3, 1, 2)  # what a hook may have put there
     args = q, k, draw(64), draw(64), rotations(5, 64, batch=1)
-    held(fused.norm_rope(*args), ops.norm_rope, *args)
+    try_lock(fused.norm_rope(*args), ops.norm_rope, *args)
     q, k = draw(2, 3, 64, 5).transpose(2, 3), draw(2, 3, 5, 64)[:1].expand(2, -1, -1, -1)
     args = q, k, *args[2:4], args[4].transpose(-1, -2)
-    held(fused.norm_rope(*args), ops.norm_rope, *args)
+    try_lock(fused.norm_rope(*args), ops.norm_rope, *args)
 
 
 @DTYPES
@@ -121,7 +121,7 @@ def test_norm_rope_join(dtype, txt, img):
     scales = [(draw(64, dtype=dtype), draw(64, dtype=dtype)) for _ in range(2)]
     args = txt_heads, img_heads, *scales, rotations(txt + img, 64)
     out = fused.norm_rope_join(*args)
-    held(out, ops.norm_rope_join, *args)
+    try_lock(out, ops.norm_rope_join, *args)
     assert torch.equal(out[2], torch.cat((txt_heads[2], img_heads[2]), dim=2))
 
 
@@ -192,7 +192,7 @@ def test_the_modulation_of_many_steps_is_that_of_each_to_the_bit(dtype, steps, b
 def test_quantize_is_that_of_the_plain_function(width):
     x = draw(2, 5, width, dtype=torch.bfloat16)
     for one in (x, x[:, 2:], torch.zeros_like(x)):
-        found, plain = rows.quantize(one), quantize_rows(one)
+        found, plain = quantized.quantize(one), quantize_rows(one)
         assert torch.equal(found.scale, plain.scale)
         if CUDA:
             assert torch.equal(found.codes.float(), plain.codes.float())
@@ -201,7 +201,7 @@ def test_quantize_is_that_of_the_plain_function(width):
 
 
 def close_rows(found, exact):
-    """Rows against what they stand for, in fp64: each within half a unit of e4m3. The interpreter rounds it worse."""
+    """Quantized tokens against exact ones, in fp64: within half a unit of e4m3. The interpreter rounds it worse."""
     back = found.codes.double() * found.scale.double()
     if CUDA:
         assert ((back - exact).abs() <= 2**-4 * exact.abs() + 2**-9 * found.scale).all()
@@ -212,7 +212,9 @@ def close_rows(found, exact):
 def test_modulate_rows(dim):
     x, mods = 3 * draw(2, 7, dim, dtype=torch.bfloat16) + 1, draw(2, 1, 6 * dim, dtype=torch.bfloat16).chunk(6, dim=-1)
     for one in (x, x[:, 3:]):
-        close_rows(rows.modulate(one, mods[3], mods[1]), ops.modulate(*(a.double() for a in (one, mods[3], mods[1]))))
+        close_rows(
+            quantized.modulate(one, mods[3], mods[1]), ops.modulate(*(a.double() for a in (one, mods[3], mods[1])))
+        )
 
 
 @pytest.mark.parametrize(("dim", "mlp_dim"), [(0, 256), (256, 1024), (3072, 12288), (72, 1104)])
@@ -220,7 +222,7 @@ def test_join_gelu_rows(dim, mlp_dim):
     attn, product = draw(2, 3, dim, dtype=torch.bfloat16), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=torch.bfloat16)
     hidden = product[..., 3 * dim :]
     exact = torch.cat((attn.double(), torch.nn.functional.gelu(hidden.double(), approximate="tanh")), dim=2)
-    found = rows.Rows(*torch.ops.flux_core.join_gelu_rows(attn, hidden))
+    found = quantized.QuantizedTokens(*torch.ops.flux_core.join_gelu_rows(attn, hidden))
     assert found.codes.shape == (2, 3, dim + mlp_dim) and found.scale.shape == (2, 3, 1)
     close_rows(found, exact)
 
@@ -229,7 +231,7 @@ def test_gelu_at_the_ends():
     hidden = (
         torch.tensor([-3e38, -1e4, -10.0, -0.0, 0.0, 10.0, 1e4, 3e38], device=DEVICE).reshape(1, -1, 1).expand(1, 8, 16)
     )
-    found = rows.Rows(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden))
+    found = quantized.QuantizedTokens(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden))
     back = found.codes.float() * found.scale
     torch.testing.assert_close(back, hidden.clamp(min=0), rtol=0.07, atol=1e-4)
 
@@ -247,7 +249,7 @@ def test_a_model_of_fp8_linears_takes_rows(monkeypatch):
     monkeypatch.setattr(kernels, "fused_ops", lambda device: FUSED)
     monkeypatch.setattr(Fp8Linear, "scales_on", lambda self, device: True)
     found = install(model, DEVICE)
-    assert found.modulate is rows.modulate and model.final_layer.ops.modulate is fused.modulate
+    assert found.modulate is quantized.modulate and model.final_layer.ops.modulate is fused.modulate
     assert distance(model(**inputs), truth) < 1.2 * distance(plainly, truth) + (0 if CUDA else 0.05)
 
 

@@ -27,12 +27,12 @@ from flux_core.linears.fp8 import (
     BF16,
     E4M3,
     Fp8Linear,
+    dequantize,
     has_fp8_units,
     is_quantized,
     quantize,
     quantize_rows,
     stays_bf16,
-    widened,
 )
 from flux_core.model import Flux
 from flux_core.request.generation import GenerationRequest
@@ -101,7 +101,7 @@ def test_weight_only_is_a_linear_with_the_dequantized_weight_to_the_bit():
     linear = nn.Linear(48, 32).bfloat16()
     one, x = Fp8Linear.of(linear), torch.randn(2, 5, 48).bfloat16()
     assert one.scaled is has_fp8_units(CPU) is False
-    assert torch.equal(one(x), F.linear(x, widened(one.weight, one.weight_scale, torch.bfloat16), linear.bias))
+    assert torch.equal(one(x), F.linear(x, dequantize(one.weight, one.weight_scale, torch.bfloat16), linear.bias))
     assert (one(x) - linear(x)).norm() < 0.04 * linear(x).norm()
 
 
@@ -115,7 +115,9 @@ def test_the_scaled_product_is_what_fp8_units_compute():
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this build has no _scaled_mm on the CPU: {error}")
     codes, scale = quantize_rows(x)
-    exact = (codes.double() * scale) @ widened(one.weight, one.weight_scale, torch.float64).t() + linear.bias.double()
+    exact = (codes.double() * scale) @ dequantize(
+        one.weight, one.weight_scale, torch.float64
+    ).t() + linear.bias.double()
     assert y.shape == (2, 5, 48) and y.dtype == torch.bfloat16
     assert (y - exact).norm() < 2**-8 * exact.norm()  # bf16's rounding of the result, and no more
     assert (y - one(x)).norm() < 0.04 * one(x).norm()
@@ -206,7 +208,7 @@ def test_on_the_fly_saved_and_loaded_are_the_same(small, tmp_path):
     in_bf16 = load_flux(again).state_dict()  # the same file, asked for in bf16
     for name, one in quantized.named_modules():
         if isinstance(one, Fp8Linear):
-            assert torch.equal(in_bf16[f"{name}.weight"], widened(one.weight, one.weight_scale, torch.bfloat16))
+            assert torch.equal(in_bf16[f"{name}.weight"], dequantize(one.weight, one.weight_scale, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

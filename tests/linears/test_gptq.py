@@ -10,7 +10,7 @@ from flux_core import load_pipeline
 from flux_core.checkpoint.header import read_header
 from flux_core.commands.save import save
 from flux_core.errors import FileError, MemoryShortage, NonFiniteError, UsageError
-from flux_core.linears.fp8 import E4M3, quantize_rows, widened
+from flux_core.linears.fp8 import E4M3, dequantize, quantize_rows
 from flux_core.linears.gptq import DAMPING, factor, gptq
 from flux_core.main import main
 from flux_core.methods import calibration
@@ -208,7 +208,7 @@ def test_a_calibrated_file(small, small_root, prompts, tmp_path, monkeypatch, ca
         moments = second_moments(pipeline, paths, modules, bar)
     for name, weight in linears.items():
         old, new = (
-            weight - widened(state[f"{name}.weight"], state[f"{name}.weight_scale"], torch.float32)
+            weight - dequantize(state[f"{name}.weight"], state[f"{name}.weight_scale"], torch.float32)
             for state in (plain, found)
         )
         assert ((new @ moments[name]) * new).sum() < ((old @ moments[name]) * old).sum(), name

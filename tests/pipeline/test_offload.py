@@ -43,7 +43,7 @@ class Stage:
 
         monkeypatch.setattr(nn.Module, "to", to)
         monkeypatch.setattr(
-            "flux_core.pipeline.pipeline.give_memory_back", lambda device: self.events.append(f"free {device}")
+            "flux_core.pipeline.pipeline.empty_device_cache", lambda device: self.events.append(f"free {device}")
         )
         for part, name in names.items():
             for module in (part.encoder, part.decoder) if name == "ae" else (part,):

@@ -85,7 +85,7 @@ def test_steering_that_would_do_nothing_says_what_to_add(fields, finding):
 @pytest.mark.parametrize("fields", [{"negative_prompt": ""}, {"negative_prompt": " "}, {"true_cfg_scale": 1}])
 def test_no_words_and_scale_1_are_no_steering(fields):
     made = request(**fields)
-    assert not made.is_steered and made.negative_prompt is None and made.texts == ("a red apple",)
+    assert not made.uses_true_cfg and made.negative_prompt is None and made.texts == ("a red apple",)
 
 
 def test_unknown_field_names_the_nearest():
@@ -105,7 +105,7 @@ def test_a_prompt_without_words_needs_permission():
 @pytest.mark.parametrize(("width", "made"), [(1, 16), (17, 32), (1000, 1008), (512, 512)])
 def test_forced_sizes_are_made_at_the_next_multiple_of_16(width, made):
     forced = request(width=width, force=True)
-    assert forced.width == width and forced.made_size == (made, 256)
+    assert forced.width == width and forced.padded_size == (made, 256)
 
 
 def test_force_has_an_end():

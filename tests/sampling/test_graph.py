@@ -12,7 +12,7 @@ from flux_core.hooks import Capture
 from flux_core.model.ops import PLAIN
 from flux_core.sampling import flow as sampling
 from flux_core.sampling import graph as replay
-from flux_core.sampling.graph import has_strangers, is_worth_it
+from flux_core.sampling.graph import has_user_code, is_worth_it
 
 SMALL = {"width": 64, "height": 48, "num_steps": 5, "force": True}
 
@@ -43,9 +43,9 @@ def other_module(model):
 @pytest.mark.parametrize("change", [hooked, hooked_before, patched, other_function, other_module])
 def test_what_somebody_put_into_a_model_is_found(change):
     model = tiny_pipeline().model
-    assert not has_strangers(model)
+    assert not has_user_code(model)
     change(model)
-    assert has_strangers(model)
+    assert has_user_code(model)
 
 
 def test_a_graph_is_for_some_steps_of_few_tokens_on_cuda():

@@ -16,7 +16,15 @@ from flux_core.methods.stable_flow import Editing
 from flux_core.request.fields import CFG_SCHEDULES
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, image_ids, pack
-from flux_core.sampling.guidance import SCHEDULES, guided, one_batch, optimized_scale, steered, threshold, two_passes
+from flux_core.sampling.guidance import (
+    SCHEDULES,
+    cfg_velocity,
+    guided,
+    one_batch,
+    optimized_scale,
+    threshold,
+    two_passes,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DRAW = torch.Generator().manual_seed(0)
@@ -51,10 +59,10 @@ def pixels(image) -> torch.Tensor:
 
 def test_scale_1_is_the_positive_velocity_to_the_bit():
     assert torch.equal(guided(POSITIVE, NEGATIVE, 1.0), POSITIVE)
-    assert torch.equal(steered(constant, SIGMAS, 1.0)(X, 0.9), POSITIVE)
+    assert torch.equal(cfg_velocity(constant, SIGMAS, 1.0)(X, 0.9), POSITIVE)
     x = euler(lambda x, sigma: POSITIVE * x, X, SIGMAS)
     pair = two_passes(lambda x, sigma: POSITIVE * x, lambda x, sigma: NEGATIVE * x)
-    assert torch.equal(euler(steered(pair, SIGMAS, 1.0), X, SIGMAS), x)
+    assert torch.equal(euler(cfg_velocity(pair, SIGMAS, 1.0), X, SIGMAS), x)
 
 
 @pytest.mark.parametrize("scale", [1.5, 4.0, 30.0])
@@ -85,7 +93,7 @@ def test_of_parallel_velocities_cfg_zero_leaves_the_positive_one(factor):
     """v+ = f v-: s* is f, and with s* v- = v+ every scale gives v+."""
     negative = POSITIVE / factor
     assert torch.allclose(optimized_scale(POSITIVE, negative), torch.full((2, 1, 1), factor))
-    velocity = steered(lambda x, sigma: (POSITIVE, negative), SIGMAS, 5.0, zero_steps=0)
+    velocity = cfg_velocity(lambda x, sigma: (POSITIVE, negative), SIGMAS, 5.0, zero_steps=0)
     assert distance(velocity(X, 0.9), POSITIVE) <= 1e-6
 
 
@@ -97,7 +105,7 @@ def test_cfg_zero_stands_still_first_and_asks_for_nothing():
         return POSITIVE, NEGATIVE
 
     seen = []
-    euler(steered(pair, SIGMAS, 3.0, zero_steps=2), X, SIGMAS, on_step=seen.append)
+    euler(cfg_velocity(pair, SIGMAS, 3.0, zero_steps=2), X, SIGMAS, on_step=seen.append)
     assert asked == SIGMAS[2:4]
     assert torch.equal(seen[1].x, X) and not torch.equal(seen[2].x, X)
     expected = guided(POSITIVE, optimized_scale(POSITIVE, NEGATIVE) * NEGATIVE, 3.0)
@@ -112,8 +120,8 @@ def predicted(v, sigma):
 
 @pytest.mark.parametrize("percentile", [50.0, 90.0, 100.0])
 def test_thresholding_at_the_same_scale_is_the_identity_to_the_bit(percentile):
-    plain = steered(constant, SIGMAS, 4.0)
-    same = steered(constant, SIGMAS, 4.0, mimic_scale=4.0, percentile=percentile)
+    plain = cfg_velocity(constant, SIGMAS, 4.0)
+    same = cfg_velocity(constant, SIGMAS, 4.0, mimic_scale=4.0, percentile=percentile)
     for sigma in SIGMAS[:-1]:
         assert torch.equal(same(X, sigma), plain(X, sigma))
 
@@ -146,7 +154,7 @@ def test_thresholding_keeps_a_prediction_of_one_colour():
     ("cosine", [1, math.sqrt(3) / 2, 1 / 2, 0]),
 ])  # fmt: skip
 def test_schedules_take_the_scale_down_to_1(name, shares):
-    velocity = steered(constant, SIGMAS, 5.0, schedule=name)
+    velocity = cfg_velocity(constant, SIGMAS, 5.0, schedule=name)
     for sigma, share in zip(SIGMAS[:-1], shares, strict=True):
         assert distance(velocity(X, sigma), guided(POSITIVE, NEGATIVE, 1 + 4 * share)) <= 1e-6
     between = (SIGMAS[1] + SIGMAS[2]) / 2  # as a sampler with two velocities a step asks

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
 
-from ..linears.fp8 import E4M3, LARGEST, Rows
+from ..linears.fp8 import E4M3, LARGEST, QuantizedTokens
 from .fused import dense_rows, normed, operator
 
 NARROW_WARPS, WIDE_WARPS = 2, 8
@@ -30,9 +30,9 @@ def warps(width: int) -> int:
     return WIDE_WARPS if width > WIDE else NARROW_WARPS
 
 
-def empty_rows(x: Tensor, width: int) -> Rows:
+def empty_tokens(x: Tensor, width: int) -> QuantizedTokens:
     B, L = x.shape[:2]
-    return Rows(
+    return QuantizedTokens(
         torch.empty((B, L, width), dtype=E4M3, device=x.device),
         torch.empty((B, L, 1), dtype=torch.float32, device=x.device),
     )
@@ -61,18 +61,18 @@ def quantize_kernel(x, codes, scales, x_batch, x_row, K: tl.constexpr, BLOCK: tl
 
 
 @operator("quantize_rows")
-def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens_op(x: Tensor) -> tuple[Tensor, Tensor]:
     (B, L, K), x = x.shape, dense_rows(x)
-    rows = empty_rows(x, K)
+    rows = empty_tokens(x, K)
     wrap_triton(quantize_kernel)[(L, B)](
         x, *rows, *x.stride()[:2], K=K, BLOCK=triton.next_power_of_2(K), LARGEST=LARGEST, num_warps=warps(K)
     )
     return rows.codes, rows.scale
 
 
-def quantize(x: Tensor) -> Rows:
+def quantize(x: Tensor) -> QuantizedTokens:
     """`linears.fp8.quantize_rows` of tokens [B, L, K], to the bit."""
-    return Rows(*quantize_op(x))
+    return QuantizedTokens(*quantize_tokens_op(x))
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def modulate_rows_kernel(
 def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     B, L, D = x.shape
     x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
-    rows = empty_rows(x, D)
+    rows = empty_tokens(x, D)
     wrap_triton(modulate_rows_kernel)[(L, B)](
         x, shift, scale, *rows, *x.stride()[:2], shift.stride(0), scale.stride(0),
         D=D, BLOCK=triton.next_power_of_2(D), LARGEST=LARGEST, num_warps=warps(D),
@@ -102,9 +102,9 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return rows.codes, rows.scale
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> QuantizedTokens:
     """`ops.modulate`, quantized. x: [B, L, D]; shift, scale: [B, 1, D]."""
-    return Rows(*modulate_op(x, shift, scale))
+    return QuantizedTokens(*modulate_op(x, shift, scale))
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def join_gelu_op(attn: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Quantized [attn | gelu(hidden)]; attn may have no features."""
     D, M = attn.shape[2], hidden.shape[2]
     attn, hidden = dense_rows(attn), dense_rows(hidden)
-    rows = empty_rows(hidden, D + M)
+    rows = empty_tokens(hidden, D + M)
     wrap_triton(join_gelu_rows_kernel)[(hidden.shape[1], hidden.shape[0])](
         attn, hidden, *rows, *attn.stride()[:2], *hidden.stride()[:2],
         D=D, M=M, BLOCK_D=triton.next_power_of_2(max(D, 1)), BLOCK_M=triton.next_power_of_2(M), LARGEST=LARGEST,
@@ -150,13 +150,13 @@ def join_gelu_op(attn: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return rows.codes, rows.scale
 
 
-def mlp(layers: nn.Sequential, x: Tensor | Rows) -> Tensor:
+def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens) -> Tensor:
     """`ops.mlp` of two Fp8Linears."""
     first, _, last = layers
     hidden = first(x)
-    return last(Rows(*join_gelu_op(hidden[..., :0], hidden)))
+    return last(QuantizedTokens(*join_gelu_op(hidden[..., :0], hidden)))
 
 
 def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor) -> Tensor:
     """`ops.linear2` of an Fp8Linear."""
-    return linear(Rows(*join_gelu_op(attn, hidden)))
+    return linear(QuantizedTokens(*join_gelu_op(attn, hidden)))

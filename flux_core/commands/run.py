@@ -1,0 +1,19 @@
+"""`run`: the commands in a job file, one after the other, once all of them have been checked."""
+
+from ..errors import UsageError, nearest
+from ..request.jobs import flags_of, read_jobs
+from .table import COMMANDS
+
+
+def run(file: str) -> None:
+    """Run the jobs of a file. UsageError names the job whose command or flag does not exist; then none is run."""
+    runnable = [word for word, command in COMMANDS.items() if command.fields and not command.positional]
+    checked = []
+    for number, job in enumerate(read_jobs(file), 1):
+        name, where = str(job.get("command", "generate")), f"{file}, job {number}"
+        if name not in runnable:
+            known = ", ".join(runnable)
+            raise UsageError(f"{where}: no command {name[:60]!r}; there are {known}.{nearest(name, runnable)}")
+        checked.append((COMMANDS[name], flags_of(job, COMMANDS[name].fields, where)))
+    for command, flags in checked:
+        command.run(**flags)

@@ -1,0 +1,205 @@
+"""The commands: for each its help, the function that runs it, and its flags.
+
+What several commands take is in `request/fields.py`; a command's own rows are here. This is plain data, so that help
+and wrong flags are answered before pydantic or torch are imported; the function is imported when its command runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+from ..request.fields import (
+    DEVICE,
+    FIELDS,
+    FILES,
+    MACHINE,
+    MAX_SEED,
+    MAX_SEEDS,
+    MEMORY,
+    NAME,
+    OUTPUT_DIR,
+    REQUEST,
+    STEPWISE_DIR,
+    THREADS,
+    Field,
+)  # fmt: skip
+
+
+def of_request(*names: str) -> tuple[Field, ...]:
+    """The request's fields of these names."""
+    return tuple(FIELDS[name] for name in names)
+
+
+RUN = (
+    Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE"),
+    Field("prompt_file", str, "draw every line of a text file (-: standard input), a CSV or JSONL", metavar="FILE"),
+    Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
+    OUTPUT_DIR,
+    STEPWISE_DIR,
+    DEVICE,
+    *MEMORY,
+    Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
+    THREADS,
+)
+PLAN = (
+    Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", metavar="FILE"),
+    Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", multiple=True, metavar="BLOCKS"),
+)
+_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength")
+EXPLORE = (
+    NAME,
+    *FILES,
+    Field("prompt", str, "what to draw", flags=("-p",)),
+    Field("prompts", str, "explore every line of a text file (-: standard input)", metavar="FILE"),
+    Field("seeds", str, "as in 1,2,3; auto:8 draws eight (default: auto:1)", multiple=True, metavar="LIST"),
+    Field(
+        "steps", str, "numbers of denoising steps, as in 4,8,28", flags=("--num-steps",), multiple=True, metavar="LIST"
+    ),
+    Field("guidance", str, "as in 1.5,2.5,3.5", multiple=True, metavar="LIST"),
+    Field("cross", bool, "draw all combinations, not one axis at a time around the first values", default=False),
+    *(field for field in REQUEST if field.name not in _AXES),
+    Field(
+        "save_latents",
+        str,
+        "keep each picture's latents in a file of its name: of the last step, or of every one",
+        choices=("last", "every"),
+        metavar="STEPS",
+        const="last",
+    ),
+    STEPWISE_DIR,
+    Field("no_metadata", bool, "no metadata.csv, and pictures that do not say how they were made", default=False),
+    Field("resume", str, "finish what is missing in a session's folder", metavar="FOLDER"),
+    OUTPUT_DIR,
+    *MACHINE,
+)
+REPEAT = (
+    Field("row", int, "row of the table; 1 is the first one below the head", minimum=1, maximum=1_000_000),
+    Field("from_latents", bool, "decode the latents that lie beside the picture: nothing is denoised", default=False),
+    *FILES,
+    *of_request("force", "allow_empty_prompt"),
+    OUTPUT_DIR,
+    *MACHINE,
+)
+SITES = (NAME,)
+EDIT = (
+    NAME,
+    *FILES,
+    Field("source", str, "what the source shows (with --image: what the photograph shows)"),
+    Field("edit", str, "what an edit shall show; several make several edits", multiple=True),
+    Field("image", str, "photograph to edit (PNG, JPEG, WebP); without it the source is drawn", metavar="FILE"),
+    Field("layers", str, "blocks to inject in: vital, non-vital, all, none, a JSON file, or blocks as in layer.3-5"),
+    Field(
+        "source_guidance",
+        float,
+        "guidance of the source (default: as --guidance; with --image 1)",
+        minimum=0,
+        maximum=100,
+    ),
+    Field(
+        "nudge",
+        float,
+        "what a photograph's latent is multiplied by before its inversion",
+        minimum=0,
+        maximum=10,
+        default=1.15,
+    ),
+    Field(
+        "replay",
+        str,
+        "where the photograph is held: exact, or as the released code",
+        choices=("exact", "released"),
+        default="exact",
+        metavar="NAME",
+    ),
+    *of_request("width", "height", "num_steps", "guidance", "dtype", "force"),
+    Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
+    OUTPUT_DIR,
+    *MACHINE,
+)
+IMPORTANCE = (
+    NAME,
+    *FILES,
+    Field("prompts", str, "what to draw: JSON, a list of prompt and seed (default: 64 that ship)", metavar="FILE"),
+    Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
+    Field("seeds", int, "seeds of each prompt: its own and those behind it", minimum=1, maximum=MAX_SEEDS, default=1),
+    Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
+    *of_request("width", "height", "guidance", "dtype", "force"),
+    Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
+    Field("scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME"),
+    Field("pooling", str, "the picture's feature: cls or mean", choices=("cls", "mean"), default="cls", metavar="NAME"),
+    Field("top", int, "call so many blocks vital (default: a sixth, as Stable Flow)", minimum=1, maximum=1000),
+    Field("threshold", float, "call the blocks above this importance vital", minimum=0, maximum=2),
+    replace(OUTPUT_DIR, help="the study's folder (default: output/importance-NAME)", default=None),
+    *MACHINE,
+)
+SAVE = (
+    NAME,
+    *FILES,
+    Field("format", str, "official (single files) or diffusers (a folder; default, but for fp8)", metavar="NAME"),
+    Field("dtype", str, "precision of the saved weights: bf16, fp16, fp32 or fp8", default="bf16", metavar="NAME"),
+    Field("calibrate", str, "with --dtype fp8: draw these prompts and round by what is seen (GPTQ)", metavar="FILE"),
+    Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", metavar="FOLDER"),
+)
+DOWNLOAD = (
+    Field(
+        "source",
+        str,
+        "where from: hub (huggingface.co) or modelscope (modelscope.cn)",
+        choices=("hub", "modelscope"),
+        default="hub",
+        metavar="NAME",
+    ),
+    Field(
+        "endpoint",
+        str,
+        "address of the source or of a mirror (default: for the hub the environment's, else the source's own)",
+        metavar="URL",
+    ),
+    replace(OUTPUT_DIR, help="with --source modelscope: the folder (default: beside the hub's cache)", default=None),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A first word of the command line."""
+
+    help: str
+    function: str
+    """`module:function`, the module in this package"""
+    fields: tuple[Field, ...] = ()
+    positional: str | None = None
+
+    def run(self, **flags: Any) -> None:
+        """Import the function and call it with the flags."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
+        function(**flags)
+
+
+COMMANDS = {
+    "generate": Command(
+        "draw pictures (this command's name may be left out)", "generate:generate", REQUEST + FILES + PLAN + RUN
+    ),
+    "explore": Command("draw over seeds, steps and guidance, with grids and a record", "explore:explore", EXPLORE),
+    "repeat": Command(
+        "draw a recorded picture again: a row of metadata.csv, a PNG, latents", "repeat:repeat", REPEAT, "file"
+    ),
+    "edit": Command("change what the words say and keep the rest (Stable Flow)", "edit:edit", EDIT),
+    "importance": Command("measure what each block is worth, by DINOv2", "importance:importance", IMPORTANCE),
+    "info": Command(
+        "print what a picture of flux_core, or a file of weights, says of itself", "info:print_info", positional="file"
+    ),
+    "verify": Command(
+        "look for damage and non-finite numbers in a file of weights", "verify:print_verdict", positional="file"
+    ),
+    "sites": Command("list the places where a plan can reach into a model", "sites:print_sites", SITES),
+    "run": Command("run the commands in a job file (JSON)", "run:run", positional="file"),
+    "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
+    "download": Command(
+        "fetch an official model's files from the hub or ModelScope", "download:download", DOWNLOAD, "name"
+    ),
+    "doctor": Command(
+        "print what this machine has, and what would fit: versions, devices, token, cache", "doctor:print_report"
+    ),
+}
