@@ -120,7 +120,7 @@ def draw(pipeline, edit: Edit, seed: int, layers: dict[str, list[str]]) -> list[
     sigmas = get_schedule(request.num_steps, noise.shape[1])
     run = HookRun(plan, pipeline.variant.params, sigmas, branches)
     prompts = [edit.source] + [edit.edit] * len(layers)
-    velocity = pipeline.velocity(prompts, [request.guidance] * len(prompts), request.padded_size, run)
+    velocity = pipeline.denoiser.velocity(prompts, [request.guidance] * len(prompts), request.padded_size, run)
     rows = euler(velocity, noise.expand(len(prompts), -1, -1), sigmas)
     return [pipeline.picture(row[None], request) for row in rows]
 
@@ -211,12 +211,12 @@ def photographs(study: q.Study, n: int) -> dict[str, float]:
         photo = to_images(render(batch[i : i + 1], study.atlas, 256))[0]
         wanted, request = as_tensor(photo), GenerationRequest(prompt=captions[i][0], seed=0)
         job = Editing(pipeline, request, ["-"], [])
-        velocity = pipeline.velocity([request.prompt], [1.0], job.size)
+        velocity = pipeline.denoiser.velocity([request.prompt], [1.0], job.size)
 
         def keep(name: str, tokens: Tensor, wanted=wanted, request=request) -> None:
             figures.setdefault(name, []).append(psnr(as_tensor(pipeline.picture(tokens, request)), wanted))
 
-        keep("round_trip", pipeline.tokens_of(photo, *job.size))
+        keep("round_trip", pipeline.codec.encode(photo, *job.size))
         for name, nudge in (("plain", 1.0), ("nudged", NUDGE)):
             path = job.inverted(photo, nudge)
             keep(f"held_{name}", path[0])

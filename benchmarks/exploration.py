@@ -37,7 +37,7 @@ def bare(pipeline: Pipeline, pictures: int, steps: int, side: int) -> None:
     for seed in range(pictures):
         x = pack(get_noise(1, side, side, pipeline.device, pipeline.dtype, seed))
         sigmas = get_schedule(steps, x.shape[1], shift=pipeline.variant.shift)
-        velocity = pipeline.velocity([PROMPT], [pipeline.variant.guidance], (side, side))
+        velocity = pipeline.denoiser.velocity([PROMPT], [pipeline.variant.guidance], (side, side))
         pipeline.ae.decode(unpack(euler(velocity, x, sigmas), side, side))
 
 

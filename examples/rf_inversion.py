@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sigmas = get_schedule(request.num_steps, start.shape[1])
     if args.image:
-        picture = pipeline.tokens_of(open_source(args.image)[0], request.width, request.height)
+        picture = pipeline.codec.encode(open_source(args.image)[0], request.width, request.height)
     else:
         picture = euler(velocity(args.source, request.guidance), start, sigmas)
 

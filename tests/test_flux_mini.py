@@ -57,9 +57,9 @@ def test_a_negative_prompt_takes_its_colour_away_in_one_batch_and_in_two_passes(
     fields = {"num_steps": 6, "width": 128, "height": 128}
     away = {"negative_prompt": "a blue fish", "true_cfg_scale": 4.0}
     plain, together = (pipeline.generate("a fish", seed=1, **fields, **more)[0] for more in ({}, away))
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     passes = pipeline.generate("a fish", seed=1, **fields, **away)[0]
-    pipeline.one_batch = True
+    pipeline.denoiser.one_batch = True
     apart = np.abs(np.asarray(together).astype(int) - np.asarray(passes))
     assert apart.max() <= 2 and apart.mean() < 0.05
 

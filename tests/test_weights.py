@@ -50,7 +50,7 @@ def test_the_files_are_what_they_say_and_every_number_is_finite(variant):
 def test_a_forward_is_diffusers_forward(pipeline):
     params, device, dtype = pipeline.variant.params, pipeline.device, pipeline.dtype
     side = 256 // 16
-    txt, vec = pipeline.encode(PROMPT)
+    txt, vec = pipeline.prompts(PROMPT)
     img = pack(get_noise(1, 256, 256, device, dtype, 0))
     ids, txt_ids = image_ids(1, side, side, device), torch.zeros(1, txt.shape[1], 3, device=device)
     t, g = torch.tensor([0.8], device=device, dtype=dtype), torch.tensor([3.5], device=device, dtype=dtype)

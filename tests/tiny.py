@@ -6,7 +6,7 @@ from zlib import crc32
 import torch
 
 from flux_core.model import AutoEncoder, Flux
-from flux_core.pipeline import Pipeline
+from flux_core.pipeline import Components, Pipeline
 from flux_core.variants import VARIANTS, Variant
 
 CONTEXT, VECTOR = 8, 6
@@ -62,4 +62,5 @@ def tiny_pipeline(
         model, ae = Flux(variant.params).to(kind), AutoEncoder(variant.ae_params).to(kind)
     t5, clip = Words(CONTEXT, False, kind), Words(VECTOR, True, kind)
     weights = {"flux-mini.safetensors": "abc"}
-    return Pipeline(variant, model, ae, t5, clip, torch.device("cpu"), kind, weights, offload, vae_tiling, compile)
+    components = Components(t5, clip, model, ae)
+    return Pipeline(variant, components, torch.device("cpu"), kind, weights, offload, vae_tiling, compile)

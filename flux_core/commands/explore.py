@@ -169,14 +169,14 @@ class Work:
 
     def _draw_free(self, pipeline: "Pipeline", todo: list[Point], bar: "tqdm[NoReturn]") -> int:
         """Draw those that no other process is at. Returns how many."""
-        from ..pipeline.pipeline import KNOWN_PROMPTS
+        from ..device.memory import CACHED_PROMPTS
 
         session, drawn = self.session, 0
         for number, point in enumerate(todo):
             self.stop.check()
-            if number % KNOWN_PROMPTS == 0:
-                ahead = dict.fromkeys(session.asked.prompts[one.prompt] for one in todo[number:][:KNOWN_PROMPTS])
-                pipeline.encode_ahead(list(ahead))
+            if number % CACHED_PROMPTS == 0:
+                ahead = dict.fromkeys(session.asked.prompts[one.prompt] for one in todo[number:][:CACHED_PROMPTS])
+                pipeline.prompts.encode_ahead(list(ahead))
             start = time.monotonic()
             with session.claim(point) as mine:
                 if not mine or session.first(point).is_file():

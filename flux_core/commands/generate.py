@@ -23,7 +23,7 @@ from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid, open_source
 from ..request.fields import FILES, THREADS, take
-from ..request.generation import GenerationRequest, InitImage
+from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.prompt_lines import Line, obey, read_lines, typed_lines
 from ..terminal import no_bars, note, tell
 from .stepwise import Stepwise
@@ -111,7 +111,7 @@ def _repeated(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any
         note(f"{origin.file!r} is another picture than the {old.init_image.file!r} of then")
     if old.functions:
         note(f"what also worked on that picture is not in the file: {'; '.join(old.functions)}")
-    return old.model_dump(exclude={"version", "weights", "compiled", "init_image", "functions"})
+    return old.model_dump(exclude={*DRAWN_BY, "init_image"})
 
 
 def ask(
@@ -172,14 +172,14 @@ def _draw_all(
     notes: Sequence[str] = (),
 ) -> list[Path]:
     """Draw and save the pictures, and a grid of them if there are several. notes: what else is told before."""
-    from ..pipeline.pipeline import KNOWN_PROMPTS
+    from ..device.memory import CACHED_PROMPTS
 
-    first, ahead = requests[0], KNOWN_PROMPTS // 2  # a request has at most two texts
+    first, ahead = requests[0], CACHED_PROMPTS // 2  # a request has at most two texts
     _introduce(pipeline, requests, notes)
     paths, images = [], []
     for number, request in enumerate(requests):
         if number % ahead == 0:
-            pipeline.encode_ahead([text for one in requests[number : number + ahead] for text in one.texts])
+            pipeline.prompts.encode_ahead([text for one in requests[number : number + ahead] for text in one.texts])
         images.append(_draw(pipeline, request, source, steps_folder))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))

@@ -15,11 +15,11 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FileError, UsageError
 from ..files import prepare_folder
-from ..images.metadata import differences, parse_request, read_request
+from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
-from ..images.pictures import as_rgb, open_picture
+from ..images.pictures import as_rgb, crop_centre, open_picture
 from ..request.fields import FILES, THREADS, take
-from ..request.generation import GenerationRequest
+from ..request.generation import DRAWN_BY, GenerationRequest
 from ..session.record import read_rows
 from ..terminal import note, tell
 from ..variants import Variant
@@ -63,13 +63,13 @@ def repeat(
         raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
     for line in request.functions:
         note(f"what also worked on that picture is not in the file: {line}")
-    fields = request.model_dump(exclude={"version", "weights", "compiled", "functions"})
+    fields = request.model_dump(exclude=set(DRAWN_BY))
     asked = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
     variant = with_files(request.name, **take(files, FILES))
     folder, number = prepare_folder(output_dir), THREADS.parse(threads)
     set_threads(number)
     if from_latents or recorded.request is None:
-        image = _decode(latents, variant, device)
+        image = _decode(latents, variant, device, vae_tiling)
     else:
         check_files(variant)
         image = _draw(asked, request, variant, device, offload, vae_tiling)
@@ -114,24 +114,17 @@ def _draw(
     return pipeline.draw(asked)
 
 
-def _decode(file: Path, variant: Variant, device: str) -> Image.Image:
+def _decode(file: Path, variant: Variant, device: str, vae_tiling: bool) -> Image.Image:
     """The picture of those latents, with the autoencoder alone."""
-    import torch
-
-    from ..checkpoint import load_autoencoder
     from ..device.choice import pick_device, pick_dtype
-    from ..kernels import install_decode
-    from ..pipeline import Pipeline
+    from ..pipeline.load import load_codec
     from ..session.latents import read_latents
 
     x, request = read_latents(file)
     place = pick_device(device)
-    dtype = pick_dtype(request.dtype, place)
-    ae, nothing = load_autoencoder(variant, place, dtype), torch.nn.Identity()
-    install_decode(ae, place)
-    pipeline = Pipeline(variant, nothing, ae, nothing, nothing, place, dtype, request.weights)  # type: ignore[arg-type]
-    pipeline.precision = request.dtype or pipeline.precision  # fp8 is the transformer's, which is not here
-    return pipeline.picture(x.to(place, dtype), request)
+    codec = load_codec(variant, place, pick_dtype(request.dtype, place), vae_tiling)
+    image = codec.decode(x.to(place, codec.dtype), *request.padded_size)
+    return describe(crop_centre(image, request.width, request.height), request)
 
 
 def _compare(path: Path, recorded: Recorded) -> None:

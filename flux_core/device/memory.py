@@ -27,6 +27,8 @@ class Share(NamedTuple):
 TEXT, TRANSFORMER, AUTOENCODER = 200_000_000, 650_000_000, 1_650_000_000
 """bytes at work in bf16: what tensors are alive at once, at most, for a picture of a megapixel with 512 text tokens, as
 the networks' own shapes say (tests/device/test_memory.py); 2048x2048 take four times that"""
+CACHED_PROMPTS = 64
+"""prompts whose text tokens and vectors a pipeline keeps, where it computes"""
 LIBRARIES = 1_000_000_000
 """bytes that no tensor holds: CUDA's context and kernels, workspaces of cuBLAS and cuDNN, gaps in the allocator's
 blocks; on the CPU Python and torch themselves. With half of it, which is little more than the context, it is a matter
@@ -43,6 +45,12 @@ def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Sha
         Share(wide * flux - saved, TRANSFORMER * wide // BF16, wide * modulation),
         Share(wide * ae, AUTOENCODER * wide // BF16),
     )
+
+
+def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
+    """Bytes of a full `PromptCache`: T5's tokens and CLIP's vector of each prompt."""
+    params, wide = variant.params, FP32 if dtype == "float32" else BF16
+    return CACHED_PROMPTS * wide * (variant.max_text * params.context_in_dim + params.vec_in_dim)
 
 
 @cache
@@ -76,8 +84,9 @@ def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | Non
     if not memory:
         return "does not say its memory"
     lack = ""
-    fits = (("fits", LIBRARIES), ("may just fit", LIBRARIES // 2))
-    for (word, margin), (dtype, flag), offload in product(fits, dtypes.items(), (False, True)):
+    for sure, (dtype, flag), offload in product((True, False), dtypes.items(), (False, True)):
+        # a cache of prompts is full only after 64 of them
+        margin = LIBRARIES + prompt_cache(variant, dtype) if sure else LIBRARIES // 2
         parts = shares(variant, dtype)
         weights = sum(part.weights for part in parts)
         whole = weights + max(part.at_work for part in parts)
@@ -89,5 +98,6 @@ def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | Non
             lack = f" (--offload keeps {kept:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
             continue
         flags = " and ".join(filter(None, (flag, "--offload" if offload else "")))
+        word = "fits" if sure else "may just fit"
         return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"
     return f"does not fit{lack}"

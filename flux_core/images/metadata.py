@@ -140,8 +140,10 @@ def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
     """Why the pixels of a repeated picture may differ, for people."""
     if old.name != new.name:
         return []
+    before, now = old.environment or {}, new.environment or {}
     return [
         *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
         *(["its weights were others"] if old.weights != new.weights else []),
         *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
+        *(f"{key} was {then}, now it is {now[key]}" for key, then in before.items() if now.get(key, then) != then),
     ]

@@ -113,3 +113,7 @@ def _of_rows() -> tuple[Ops, Callable[[Tensor], QuantizedTokens]]:
     return _fused()._replace(
         modulate=quantized.modulate, mlp=quantized.mlp, linear1=PLAIN.linear1, linear2=quantized.linear2
     ), quantized.quantize
+
+
+def describe(model: Flux) -> dict[str, str]:
+    return {"attention": "own", "kernels": "plain"}

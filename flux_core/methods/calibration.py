@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device.choice import memory_errors
+from ..device.memory import CACHED_PROMPTS
 from ..errors import NonFiniteError
 from ..linears.fp8 import stays_bf16
 from ..linears.gptq import gptq
 from ..pipeline import Pipeline
-from ..pipeline.pipeline import KNOWN_PROMPTS
 from ..request.generation import GenerationRequest
 from ..sampling import Step
 from ..terminal import no_bars
@@ -69,7 +69,7 @@ def _rounded(name: str, linear: nn.Linear, moment: Tensor) -> Tensor:
 def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Path]:
     """Draw the requests, and keep the latents before every third step: of the first one's steps 0, 3, 6, ..., of the
     next one's 1, 4, 7, ..."""
-    pipeline.encode_ahead([text for one in requests for text in one.texts][:KNOWN_PROMPTS])
+    pipeline.prompts.encode_ahead([text for one in requests for text in one.texts][:CACHED_PROMPTS])
     paths = []
     with _bar(sum(one.num_steps for one in requests), f"drawing {len(requests)} prompts", "step") as bar:
         for number, request in enumerate(requests):
@@ -114,7 +114,7 @@ def second_moments(
         for request, latents in paths:
             texts = request.texts
             strengths = [request.guidance or 0.0] * len(texts)
-            velocity = pipeline.velocity(texts, strengths, request.padded_size, sigmas=tuple(latents))
+            velocity = pipeline.denoiser.velocity(texts, strengths, request.padded_size, sigmas=tuple(latents))
             for sigma, x in latents.items():
                 velocity(x.expand(len(texts), -1, -1), sigma)
                 bar.update()

@@ -87,19 +87,19 @@ class Editing:
     @torch.no_grad()
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's path to noise, by the source prompt at guidance 1 (see `sampling.invert`)."""
-        latent = nudge * self.pipeline.tokens_of(photo, *self.size)
-        velocity = self.pipeline.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
+        latent = nudge * self.pipeline.codec.encode(photo, *self.size)
+        velocity = self.pipeline.denoiser.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
         what = f"inverting {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, lambda: invert(velocity, latent, self.sigmas), "offload")
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         prompts = [self.request.prompt, *self.edits]
-        velocity = partial(self.pipeline.velocity, prompts, self.guidance, self.size, sigmas=self.sigmas[:-1])
+        velocity = partial(self.pipeline.denoiser.velocity, prompts, self.guidance, self.size, sigmas=self.sigmas[:-1])
         x = start.expand(len(self.branches), *start.shape[1:])
 
         def work() -> Tensor:
             run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
-            return euler(velocity(run), x, self.sigmas, self.pipeline.checked(on_step, velocity, run))
+            return euler(velocity(run), x, self.sigmas, self.pipeline.denoiser.checked(on_step, velocity, run))
 
         what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, work, "offload")

@@ -4,9 +4,9 @@ It predicts the velocity of a rectified flow (arXiv 2209.03003): with `x = sigma
 output is `noise - data` for each packed image token. Parameters bear the names of the official safetensors file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from .layers import MLPEmbedder, ModulationOut, timestep_embedding
 from .rope import embed_nd
 
 TIME_DIM = 256
+Fetch = Callable[[Iterable[Any]], Iterator[Any]]
+"""gives blocks in their order, each with its weights where it computes until the next is asked for"""
 
 
 class Run(Protocol):
@@ -108,12 +110,14 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         run: Run | None = None,
         mods: Modulations | None = None,
+        fetch: Fetch = iter,
     ) -> Tensor:
         """Velocity of every image token.
 
         img: [B, L, in_channels]; img_ids: [B, L, 3]; txt: [B, T, context]; txt_ids: [B, T, 3]; timesteps: [B] in
         [0, 1]; y: [B, vec]; guidance: [B]. Returns [B, L, out_channels]. mods: those of this time, prompt and guidance
-        where they are known already; then there is no `vec`, and a run never sees one.
+        where they are known already; then there is no `vec`, and a run never sees one. fetch: iterates over blocks, and
+        may bring their weights.
         """
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"img and txt must be [B, L, D], got {tuple(img.shape)} and {tuple(txt.shape)}")
@@ -124,25 +128,25 @@ class Flux(nn.Module):
         if mods is None:
             vec = self.embed_vec(timesteps, y, guidance)
             mods = self.modulations(vec if run is None else run.value("vec", vec))
-        x = self._blocks(img, txt, mods, pe) if run is None else self._blocks_run(img, txt, mods, pe, run)
+        x = self._blocks(img, txt, mods, pe, fetch) if run is None else self._blocks_run(img, txt, mods, pe, fetch, run)
         velocity = self.final_layer(x, *mods.last)
         return velocity if run is None else run.value("velocity", velocity)
 
-    def _blocks(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor) -> Tensor:
-        for block, sets in zip(self.double_blocks, mods.double, strict=True):
+    def _blocks(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor, fetch: Fetch) -> Tensor:
+        for block, sets in zip(fetch(self.double_blocks), mods.double, strict=True):
             img, txt = block(img, txt, *sets, pe)
         x = torch.cat((txt, img), dim=1)
-        for block, sets in zip(self.single_blocks, mods.single, strict=True):
+        for block, sets in zip(fetch(self.single_blocks), mods.single, strict=True):
             x = block(x, *sets, pe)
         return x[:, txt.shape[1] :]
 
-    def _blocks_run(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor, run: Run) -> Tensor:
+    def _blocks_run(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor, fetch: Fetch, run: Run) -> Tensor:
         """The same loop with a run between it and the blocks."""
-        for i, (block, sets) in enumerate(zip(self.double_blocks, mods.double, strict=True)):
+        for i, (block, sets) in enumerate(zip(fetch(self.double_blocks), mods.double, strict=True)):
             name = f"double_blocks.{i}"
             img, txt = run.double_block(name, block, img, txt, run.value(f"{name}.mod", sets), pe)
         x = torch.cat((txt, img), dim=1)
-        for i, (block, sets) in enumerate(zip(self.single_blocks, mods.single, strict=True)):
+        for i, (block, sets) in enumerate(zip(fetch(self.single_blocks), mods.single, strict=True)):
             name = f"single_blocks.{i}"
             x = run.single_block(name, block, x, txt.shape[1], run.value(f"{name}.mod", sets), pe)
         return x[:, txt.shape[1] :]

@@ -1,5 +1,8 @@
-"""From a request to a picture: the loaded parts of a model, and how they work together."""
+"""A loaded model that draws: its parts, where they are, what conditions them, and the way from request to picture."""
 
-from .pipeline import Pipeline, load_pipeline
+from .components import Components
+from .conditions import Condition, FlowInputs
+from .load import load_pipeline
+from .pipeline import Pipeline
 
-__all__ = ["Pipeline", "load_pipeline"]
+__all__ = ["Components", "Condition", "FlowInputs", "Pipeline", "load_pipeline"]

@@ -68,6 +68,10 @@ def _no_folder(file: str) -> str:
     return file
 
 
+DRAWN_BY = frozenset({"version", "weights", "compiled", "functions", "environment"})
+"""fields that say who drew a picture, not what was asked for"""
+
+
 class InitImage(BaseModel):
     """The picture that image-to-image starts from: its file's name without a folder, and its SHA-256."""
 
@@ -113,6 +117,8 @@ class GenerationRequest(BaseModel):
     """what else worked on the picture: Python functions and tensors from files, which metadata can only name"""
     compiled: bool = False
     """whether the pipeline that draws has compiled its blocks, which changes last bits"""
+    environment: dict[str, str] | None = None
+    """what last bits depend on besides, filled by the pipeline that draws: torch, device, attention, kernels, replay"""
     version: str = __version__
     weights: dict[str, str] = pydantic.Field(default_factory=dict)
     """short hash of every weight file, filled by the pipeline that draws"""

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..model import Flux, Modulations, ModulationTable, Run
+from ..model.transformer import Fetch
 from .graph import GraphedVelocity, is_worth_it
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -162,12 +163,14 @@ def flow_velocity(
     run: SampledRun | None = None,
     sigmas: Sequence[float] = (),
     replay: bool = False,
+    fetch: Fetch = iter,
 ) -> Velocity:
     """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
 
     `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
     at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where no
     run is given and it `is_worth_it` (sampling/graph.py), they come from a CUDA graph, which changes none either.
+    fetch: as in `Flux.forward`.
 
     img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
     Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -183,7 +186,7 @@ def flow_velocity(
         rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
         img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
         img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
-        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods)
+        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods, fetch)
         return v[:, : x.shape[1]]
 
     @cache

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import UsageError
 from ..images.metadata import printable
 from ..request.fields import FIELDS, MAX_SEED, Field
-from ..request.generation import GenerationRequest
+from ..request.generation import DRAWN_BY, GenerationRequest
 from ..terminal import note
 from ..version import __version__
 
@@ -225,5 +225,5 @@ def plan_exploration(
         raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
-_OWN = {"prompt", "seed", "num_steps", "guidance", "num_images", "version", "weights", "functions"}
+_OWN = {"prompt", "seed", "num_steps", "guidance", "num_images", *DRAWN_BY} - {"compiled"}
 """fields of a request that the manifest holds in lists of its own, or not at all"""

@@ -31,6 +31,7 @@ import flux_core.pipeline
 from flux_core.images.metadata import png_bytes, read_request
 from flux_core.main import main
 from flux_core.pipeline import Pipeline
+from flux_core.pipeline.denoiser import Denoiser
 from flux_core.session.exploration import Exploration, Point, plan_exploration, seeds_of
 from flux_core.session.folder import new_folder
 from flux_core.session.latents import read_latents
@@ -357,7 +358,7 @@ def test_repeating_from_latents_denoises_nothing(small, monkeypatch, capsys):
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", LOAD)
     folder = explored("--save-latents", "every")
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", None)
-    monkeypatch.setattr(Pipeline, "velocity", None)
+    monkeypatch.setattr(Denoiser, "velocity", None)
     for words in (["metadata.csv", "--row", "3"], [PICTURES[2]], [PICTURES[2].replace("png", "safetensors")]):
         latents = [] if words[0].endswith("safetensors") else ["--from-latents"]
         assert main(["repeat", str(folder / words[0]), *words[1:], *latents, "--force"]) == 0
@@ -481,7 +482,7 @@ def test_the_kernels_own_refusal_is_a_disk_error(workshop, tmp_path, size, limit
 
 
 SLOWLY = """
-import time, flux_core.pipeline.pipeline as p
+import time, flux_core.pipeline.denoiser as p
 euler = p.euler
 def slowly(velocity, x, sigmas, on_step=None):
     def step(one):

@@ -60,8 +60,7 @@ def loaded():
 @pytest.fixture
 def pipeline(loaded):
     """On a device, with nothing known and nothing stepped down; what a test puts into its parts goes away again."""
-    parts = loaded.model, loaded.ae, loaded.t5, loaded.clip
-    yield Pipeline(loaded.variant, *parts, DEVICE, torch.float32)
+    yield Pipeline(loaded.variant, loaded.components, DEVICE, torch.float32)
     for module in (loaded.model, loaded.ae, loaded.ae.encoder, loaded.ae.decoder, loaded.t5.model, loaded.clip.model):
         for name in ("forward", "encode", "decode"):
             vars(module).pop(name, None)
@@ -143,7 +142,7 @@ def test_under_the_last_rung_is_exit_code_5(pipeline, monkeypatch, capsys, tmp_p
 
 
 def test_on_the_cpu_there_is_nowhere_to_go(loaded, pipeline):
-    pipeline.device = pipeline.fallback.device = torch.device("cpu")
+    pipeline.fallback.device = torch.device("cpu")
     short = Shortage(pipeline.model, "forward", 0, 1)
     with pytest.raises(MemoryShortage):
         draw(pipeline)
@@ -180,7 +179,7 @@ def test_editing_steps_down_too(pipeline, loaded):
 
 
 def test_a_model_that_does_not_fit_whole_is_loaded_to_the_cpu(monkeypatch, capsys, pictures):
-    homes, load = [], flux_core.pipeline.pipeline.load_flux
+    homes, load = [], flux_core.pipeline.components.load_flux
 
     def too_large(variant, home, *rest):
         homes.append(home)
@@ -188,8 +187,8 @@ def test_a_model_that_does_not_fit_whole_is_loaded_to_the_cpu(monkeypatch, capsy
             raise torch.OutOfMemoryError(CUDA)
         return load(variant, home, *rest)
 
-    monkeypatch.setattr("flux_core.pipeline.pipeline.load_flux", too_large)
-    monkeypatch.setattr("flux_core.pipeline.pipeline.pick_device", lambda _: DEVICE)
+    monkeypatch.setattr("flux_core.pipeline.components.load_flux", too_large)
+    monkeypatch.setattr("flux_core.pipeline.load.pick_device", lambda _: DEVICE)
     pipeline = load_pipeline("flux-mini", "cuda", "float32")
     assert homes == [DEVICE, torch.device("cpu")] and pipeline.fallback.offload
     assert "while loading flux-mini: " in capsys.readouterr().err

@@ -224,7 +224,7 @@ def test_a_picture_that_is_drawn_pays_for_one_look_at_each_step():
     """The operators are those of the sampling by hand, with `isfinite` behind every step."""
     pipeline = tiny_pipeline()
     request = GenerationRequest(prompt="a red apple", seed=3, **FAST)
-    pipeline.encode(request.prompt)
+    pipeline.prompts(request.prompt)
     forwards = Forwards(pipeline.model)
 
     def look(step):
@@ -233,7 +233,7 @@ def test_a_picture_that_is_drawn_pays_for_one_look_at_each_step():
     with torch.no_grad(), Operators() as by_hand:
         x = pack(torch.cat([get_noise(1, 32, 48, "cpu", torch.float32, 3)]))
         sigmas = get_schedule(2, x.shape[1])
-        velocity = pipeline.velocity([request.prompt], [request.guidance], (48, 32), sigmas=sigmas[:-1])
+        velocity = pipeline.denoiser.velocity([request.prompt], [request.guidance], (48, 32), sigmas=sigmas[:-1])
         x = euler(velocity, x, sigmas, look)
         pipeline.picture(x, request)
     with Operators() as drawn:

@@ -43,7 +43,7 @@ class Stage:
 
         monkeypatch.setattr(nn.Module, "to", to)
         monkeypatch.setattr(
-            "flux_core.pipeline.pipeline.empty_device_cache", lambda device: self.events.append(f"free {device}")
+            "flux_core.pipeline.placement.empty_device_cache", lambda device: self.events.append(f"free {device}")
         )
         for part, name in names.items():
             for module in (part.encoder, part.decoder) if name == "ae" else (part,):
@@ -72,7 +72,7 @@ class Stage:
 @pytest.fixture
 def stage(small, monkeypatch):
     pipeline = load_pipeline("flux-mini", "cpu", offload=True)
-    pipeline.device = DEVICE
+    pipeline.fallback.device = DEVICE
     return Stage(pipeline, monkeypatch)
 
 
@@ -137,7 +137,7 @@ def test_the_pixels_are_the_same(small, fields):
 def test_without_it_nothing_moves(monkeypatch):
     pipeline = tiny_pipeline()
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("moved"))
-    pipeline.encode_ahead(["x"])
+    pipeline.prompts.encode_ahead(["x"])
     assert pipeline.t5.calls == 0
     pipeline.generate("x", 1, **FAST)
 

@@ -202,7 +202,7 @@ def test_one_batch_and_two_passes_draw_the_same(change, image):
     pipeline = tiny_pipeline()
     fields = CFG | change | ({"init_image": image, "strength": 0.7} if image else {})
     together = draw(pipeline, **fields)
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     assert (pixels(draw(pipeline, **fields)) - pixels(together)).abs().max() <= 1
 
 
@@ -211,7 +211,7 @@ def test_it_is_two_velocities_by_hand(pipeline):
     sigmas, ids = get_schedule(3, x.shape[1]), image_ids(1, 2, 3)
 
     def flow(text):
-        txt, vec = pipeline.encode(text)
+        txt, vec = pipeline.prompts(text)
         return flow_velocity(pipeline.model, ids, txt, torch.zeros(1, 4, 3), vec, guidance=torch.tensor([3.5]))
 
     positive, negative = flow("a red apple"), flow("a blue car")
@@ -262,9 +262,9 @@ def short_of_memory(pipeline, error):
 )
 def test_a_batch_that_does_not_fit_becomes_two_passes_and_that_is_said(error, capsys):
     pipeline = tiny_pipeline()
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     expected = draw(pipeline, **CFG)
-    pipeline.one_batch = True
+    pipeline.denoiser.one_batch = True
     short_of_memory(pipeline, error)
     assert draw(pipeline, **CFG).tobytes() == expected.tobytes()
     assert capsys.readouterr().err.count("two passes") == 1
@@ -295,7 +295,7 @@ def test_a_plan_sees_rows_or_passes_by_name():
     pipeline = tiny_pipeline()
     assert seen_branches(pipeline) == [(i, 0, ("positive", "negative"), 2) for i in range(3)]
     assert [step for step, *_ in seen_branches(pipeline, cfg_zero=1)] == [1, 2]
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     passes = [(0, ("positive",), 1), (1, ("negative",), 1)]
     assert seen_branches(pipeline) == [(i, *one) for i in range(3) for one in passes]
 
@@ -303,7 +303,7 @@ def test_a_plan_sees_rows_or_passes_by_name():
 def test_a_capture_holds_rows_or_passes():
     pipeline, rows, passes = tiny_pipeline(), {}, {}
     draw(pipeline, plan=[Capture(sites="velocity", into=rows)], **CFG)
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     draw(pipeline, plan=[Capture(sites="velocity", into=passes)], **CFG)
     assert rows.keys() == {f"{i}.velocity" for i in range(3)}
     assert passes.keys() == rows.keys() | {f"{i}.1.velocity" for i in range(3)}
@@ -316,7 +316,7 @@ def test_a_plan_works_on_both_branches():
     pipeline = tiny_pipeline()
     skip = [Skip(blocks="double_blocks.0")]
     together = draw(pipeline, plan=skip, **CFG)
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     assert (pixels(draw(pipeline, plan=skip, **CFG)) - pixels(together)).abs().max() <= 1
     assert draw(pipeline, **CFG).tobytes() != together.tobytes()
 
@@ -324,7 +324,7 @@ def test_a_plan_works_on_both_branches():
 def test_rows_can_share_and_passes_cannot():
     pipeline, share = tiny_pipeline(), [ShareKV(blocks="layer.0", source="positive")]
     assert draw(pipeline, plan=share, **CFG).tobytes() != draw(pipeline, **CFG).tobytes()
-    pipeline.one_batch = False
+    pipeline.denoiser.one_batch = False
     with pytest.raises(UsageError, match="only one branch"):
         draw(pipeline, plan=share, **CFG)
 
@@ -332,7 +332,7 @@ def test_rows_can_share_and_passes_cannot():
 @pytest.mark.parametrize("together", [True, False])
 def test_what_is_lost_is_found_with_the_plan_at_work(together):
     pipeline = tiny_pipeline()
-    pipeline.one_batch = together
+    pipeline.denoiser.one_batch = together
     spoil = Custom(sites="single_blocks.0.img.out", fn=lambda x, at: x * float("nan"), steps=[1])
     with pytest.raises(NonFiniteError, match=r"after step 2 of 3 .*first in single_blocks\.0"):
         draw(pipeline, plan=[spoil], **CFG)

@@ -1,0 +1,38 @@
+"""The four networks of a model: T5, CLIP, transformer, autoencoder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoint import load_autoencoder, load_flux
+from ..kernels import install, install_decode
+from ..model import AutoEncoder, Flux
+from ..text import load_text_encoders
+from ..variants import Variant
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """The loaded networks. `t5` and `clip` map prompts to [B, T, D] and [B, V]."""
+
+    t5: Any
+    clip: Any
+    flux: Flux
+    ae: AutoEncoder
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.t5, self.clip, self.flux, self.ae))
+
+
+def load_components(variant: Variant, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Components:
+    """The networks of a model on that device; the transformer's Linears in e4m3 if `fp8`. Errors as in `load_flux`."""
+    t5, clip = load_text_encoders(variant, device, dtype)
+    return Components(t5, clip, load_flux(variant, device, dtype, fp8), load_autoencoder(variant, device, dtype))
+
+
+def install_kernels(components: Components, device: torch.device) -> None:
+    """Put the fastest functions that the device has into transformer and autoencoder."""
+    install(components.flux, device)
+    install_decode(components.ae, device)

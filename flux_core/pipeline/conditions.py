@@ -1,0 +1,105 @@
+"""What a velocity is conditioned on, and how more can be added: by tensors in the inputs, or by a run.
+
+Text-to-image has a prompt and a guidance for each row. Fill, Canny and Depth add channels to the image tokens, Kontext
+adds tokens behind them, Redux adds tokens to the text, a ControlNet adds residuals behind the blocks. Each is a
+`Condition`: a function of the inputs, and a run where it works inside the forward.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
+from ..sampling import SampledRun
+
+
+@dataclass(frozen=True, eq=False)
+class FlowInputs:
+    """All that `sampling.flow_velocity` holds fast: its arguments by their names, a row for each picture."""
+
+    img_ids: Tensor
+    """[B, L, 3]"""
+    txt: Tensor
+    """[B, T, D]"""
+    txt_ids: Tensor
+    """[B, T, 3]"""
+    vec: Tensor
+    """[B, V]"""
+    guidance: Tensor
+    """[B]"""
+    img_cond: Tensor | None = None
+    """[B, L, C], joined to the image tokens by channels"""
+    img_cond_seq: Tensor | None = None
+    """[B, K, C], joined behind them by sequence, at the positions"""
+    img_cond_seq_ids: Tensor | None = None
+    """[B, K, 3]"""
+
+
+class Condition(Protocol):
+    """One thing more that a picture is conditioned on. Both methods are called once for each sampling."""
+
+    def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
+        """The inputs with this condition in them. size: width and height in pixels, multiples of 16."""
+        ...
+
+    def run(self, inputs: FlowInputs) -> SampledRun | None:
+        """What works inside every forward, if anything does."""
+        ...
+
+
+def conditioned(
+    inputs: FlowInputs, conditions: Sequence[Condition], size: tuple[int, int], run: SampledRun | None
+) -> tuple[FlowInputs, SampledRun | None]:
+    """The inputs under all conditions, and the runs of conditions and plan as one."""
+    for condition in conditions:
+        inputs = condition.apply(inputs, size)
+    return inputs, compose([run, *(condition.run(inputs) for condition in conditions)])
+
+
+def compose(runs: Sequence[SampledRun | None]) -> SampledRun | None:
+    """One run of several; None if there is none."""
+    given = [run for run in runs if run is not None]
+    return ComposedRun(given) if len(given) > 1 else next(iter(given), None)
+
+
+class ComposedRun:
+    """Runs around each other: the first is next to the blocks, and alone may reach inside them by a tap."""
+
+    def __init__(self, runs: Sequence[SampledRun]) -> None:
+        self.runs = tuple(runs)
+
+    @property
+    def needs_vec(self) -> bool:
+        return any(run.needs_vec for run in self.runs)
+
+    def begin(self, sigma: float) -> None:
+        for run in self.runs:
+            run.begin(sigma)
+
+    def value(self, name: str, x: Any) -> Any:
+        for run in self.runs:
+            x = run.value(name, x)
+        return x
+
+    def double_block(
+        self, name: str, block: DoubleStreamBlock, img: Tensor, txt: Tensor, mods: Any, pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def around(run: SampledRun, inner: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda img, txt, *rest: run.double_block(name, inner, img, txt, rest[:-1], rest[-1])  # type: ignore[arg-type]
+
+        return self._nested(block, around)(img, txt, *mods, pe)
+
+    def single_block(
+        self, name: str, block: SingleStreamBlock, x: Tensor, txt_len: int, mods: Any, pe: Tensor
+    ) -> Tensor:
+        def around(run: SampledRun, inner: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda x, *rest: run.single_block(name, inner, x, txt_len, rest[:-1], rest[-1])  # type: ignore[arg-type]
+
+        return self._nested(block, around)(x, *mods, pe)
+
+    def _nested(self, block: Callable[..., Any], around: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+        for run in self.runs:
+            block = around(run, block)
+        return block

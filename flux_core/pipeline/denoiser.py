@@ -1,0 +1,165 @@
+"""From requests to the tokens of finished pictures: noise, schedule, guidance, plan, conditions, and Euler."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..device.choice import compile_errors, empty_device_cache
+from ..errors import is_out_of_memory
+from ..hooks import Custom, HookRun
+from ..request.fields import PERCENTILE
+from ..request.generation import PATCH, GenerationRequest
+from ..sampling import (
+    OnStep,
+    SampledRun,
+    Step,
+    Velocity,
+    euler,
+    flow_velocity,
+    get_noise,
+    get_schedule,
+    image_ids,
+    pack,
+    start_from_image,
+)
+from ..sampling.guidance import cfg_velocity, one_batch, two_passes
+from ..terminal import note
+from ..variants import Variant
+from .codec import Codec
+from .conditions import Condition, FlowInputs, conditioned
+from .nonfinite import is_finite, lost_at_step
+from .prompt_cache import PromptCache
+
+
+class Denoiser:
+    """Samples with a placement's transformer."""
+
+    def __init__(self, variant: Variant, prompts: PromptCache, codec: Codec, dtype: torch.dtype) -> None:
+        self.variant, self.prompts, self.codec, self.dtype = variant, prompts, codec, dtype
+        self.placement = prompts.placement
+        self.one_batch = True
+        """whether positive and negative prompt are rows of one batch where that fits, which is the faster way"""
+
+    def inputs(self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int]) -> FlowInputs:
+        """What `velocity` is conditioned on: a prompt and a guidance for each row. size: width and height, padded."""
+        device, rows = self.placement.device, len(prompts)
+        txt, vec = (torch.cat(parts) for parts in zip(*map(self.prompts, prompts), strict=True))
+        return FlowInputs(
+            img_ids=image_ids(rows, size[1] // PATCH, size[0] // PATCH, device),
+            txt=txt,
+            txt_ids=torch.zeros(rows, txt.shape[1], 3, device=device, dtype=torch.float32),
+            vec=vec,
+            guidance=torch.tensor(guidance, device=device, dtype=self.dtype),
+        )
+
+    def velocity(
+        self,
+        prompts: Sequence[str],
+        guidance: Sequence[float],
+        size: tuple[int, int],
+        run: SampledRun | None = None,
+        sigmas: Sequence[float] = (),
+        conditions: Sequence[Condition] = (),
+    ) -> Velocity:
+        """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
+
+        size: a request's `padded_size`. sigmas: those that will be asked for, if known.
+        """
+        model, placement = self.placement.components.flux, self.placement
+        inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
+        flow = flow_velocity(
+            model, **vars(inputs), run=run, sigmas=sigmas, replay=placement.is_fixed, fetch=placement.fetch
+        )
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            with placement.using(model):
+                return flow(x, sigma)
+
+        return velocity
+
+    @compile_errors()
+    def denoise(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | None = None,
+        on_step: OnStep | None = None,
+        functions: Sequence[Custom] = (),
+        conditions: Sequence[Condition] = (),
+    ) -> Tensor:
+        """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone."""
+        sample = partial(self._sample, requests, source, on_step, functions, conditions)
+        try:
+            return sample(self.one_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and self.one_batch and requests[0].uses_true_cfg):
+                raise
+        note("positive and negative prompt do not fit as one batch: two passes (the last bits of the picture differ)")
+        empty_device_cache(self.placement.device)
+        return sample(False)
+
+    def _sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | None,
+        on_step: OnStep | None,
+        functions: Sequence[Custom],
+        conditions: Sequence[Condition],
+        together: bool,
+    ) -> Tensor:
+        first = requests[0]
+        width, height = first.padded_size
+        noise = [get_noise(1, height, width, self.placement.device, self.dtype, one.seed) for one in requests]
+        x = pack(torch.cat(noise))
+        sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
+        if source is not None:
+            x, sigmas = start_from_image(self.codec.encode(source, width, height), x, sigmas, first.strength or 0.0)
+        plan = (*first.plan, *functions)
+        run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
+        velocity = partial(self._guided, requests, sigmas, conditions, together)
+        x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
+        run.finish()
+        return x
+
+    def _guided(
+        self,
+        requests: Sequence[GenerationRequest],
+        sigmas: Sequence[float],
+        conditions: Sequence[Condition],
+        together: bool,
+        run: HookRun | None,
+    ) -> Velocity:
+        """The velocity that requests are drawn by. together: positive and negative prompts as rows of one batch."""
+        first = requests[0]
+
+        def of(*prompts: str) -> Velocity:
+            strengths = [first.guidance or 0.0] * len(prompts)
+            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions)
+
+        if not first.uses_true_cfg:
+            return of(*(one.prompt for one in requests))
+        texts = [one.texts for one in requests]
+        positive, negative = zip(*texts, strict=True)
+        return cfg_velocity(
+            one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
+            sigmas,
+            first.true_cfg_scale or 1.0,
+            first.cfg_zero,
+            first.mimic_scale,
+            first.threshold_percentile or PERCENTILE,
+            first.cfg_schedule or "constant",
+        )
+
+    def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
+        """`on_step` behind a check of every step's latents. velocity: makes the sampled velocity with another run."""
+        parts = self.placement.components.flux, self.placement.components.ae
+
+        def check(step: Step) -> Tensor | None:
+            if not is_finite(step.x):
+                raise lost_at_step(step, velocity, run, self.dtype, *parts)
+            return None if on_step is None else on_step(step)
+
+        return check

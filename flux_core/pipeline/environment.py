@@ -1,0 +1,39 @@
+"""What the last bits of a picture depend on besides its request and weights: versions, device, kernels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..hooks import Custom
+from ..kernels import describe
+from ..request.generation import PATCH, GenerationRequest
+from ..sampling.graph import is_worth_it
+from .placement import Placement
+
+
+def environment(placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = ()) -> dict[str, str]:
+    """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request that is drawn there."""
+    return {
+        "torch": torch.__version__,
+        "device": device_name(placement.device),
+        **describe(placement.components.flux),
+        "replay": "graph" if not functions and is_replayed(placement, request) else "none",
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name; of a CPU the number of threads, which decides the order of sums."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+
+
+def is_replayed(placement: Placement, request: GenerationRequest) -> bool:
+    """Whether the steps of that request come from a CUDA graph (`sampling/graph.py`)."""
+    width, height = request.padded_size
+    tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
+    return (
+        placement.is_fixed
+        and not request.plan
+        and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps)
+    )

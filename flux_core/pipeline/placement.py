@@ -1,0 +1,79 @@
+"""Where the parts of a model are while they work: all on the device, or each for its turn.
+
+Whoever computes does it inside `using(*parts)`, and whoever loops over blocks takes them from `fetch(blocks)`. Another
+way of placing weights is a subclass with its own `using` and `fetch`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..device.choice import empty_device_cache
+from ..device.oom import CPU, OomFallback
+from ..model import MODULATION, Flux
+from .components import Components
+
+B = TypeVar("B")
+_MODULATION = re.compile(f"({'|'.join(map(re.escape, MODULATION))})(\\.|$)")
+
+
+class Placement:
+    """All parts on the device; with the fallback's `offload` only those that are in use, the others on the CPU."""
+
+    def __init__(self, components: Components, fallback: OomFallback) -> None:
+        self.components, self.fallback = components, fallback
+        self._present: tuple[Any, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.fallback.device
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether weights keep their addresses between two steps, as a CUDA graph needs."""
+        return not self.fallback.offload
+
+    @contextmanager
+    def using(self, *parts: Any) -> Iterator[None]:
+        """These parts are on the device while the block runs."""
+        if self.fallback.offload and self._present != parts:
+            self._exchange(parts)
+        yield
+
+    def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
+        """The blocks in their order, each with its weights on the device until the next is asked for."""
+        return iter(blocks)
+
+    def _exchange(self, parts: tuple[Any, ...]) -> None:
+        self._present = ()  # until all moves are made: one may run out of memory
+        for part in self.components:
+            if part not in parts:
+                move(part, CPU)
+        empty_device_cache(self.device)
+        for part in parts:
+            move(part, self.device)
+        self._present = parts
+
+
+def move(part: Any, device: torch.device) -> None:
+    """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` brings its layers one by one.
+
+    Modules that are wrapped around others (adapters) are moved with their own parameters.
+    """
+    if not isinstance(part, Flux):
+        part.to(device)
+        return
+    for name, module in part.named_modules():
+        target = CPU if _MODULATION.search(name) else device
+        if not any(module.children()):
+            module.to(target)
+        elif _has_own_tensors(module):
+            module._apply(lambda x, target=target: x.to(target), recurse=False)  # type: ignore[misc]
+
+
+def _has_own_tensors(module: nn.Module) -> bool:
+    return any(x is not None for x in (*module._parameters.values(), *module._buffers.values()))
