@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flux_core.errors import UsageError
 from flux_core.request.fields import FIELDS, MAX_SEED, REQUEST
-from flux_core.request.generation import GenerationRequest
+from flux_core.request.generation import DRAWN_BY, GenerationRequest
 from flux_core.variants import VARIANTS
 
 
@@ -28,7 +28,7 @@ def test_none_is_the_same_as_left_out():
 
 
 def test_the_table_and_the_request_have_the_same_fields():
-    computed = {"version", "weights", "compiled", "functions"}
+    computed = DRAWN_BY
     by_its_own_flags = {"plan"}
     assert {field.name for field in REQUEST} == set(GenerationRequest.model_fields) - computed - by_its_own_flags
 
