@@ -63,15 +63,19 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
-    """Whether calling a module on these inputs computes its class's forward of its own parameters, and nothing else.
+    """Whether fused code may do the work of a module on these inputs itself, without calling it.
 
-    The one question that fused code asks before it does the work of a module itself. No: for a subclass, a `forward` of
-    the instance's own, hooks of any kind, parameters of a class of their own, and where a gradient is wanted.
+    So it is where the call computes that class's forward of the module's own parameters, nothing else (`is_untouched`),
+    and no gradient is wanted.
     """
+    return is_untouched(module, kind) and not needs_grad(*inputs, *module._parameters.values())
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Not so: a subclass, a `forward` of the instance's own, hooks of any kind, parameters of a class of their own."""
     if type(module) is not kind or is_patched(module) or is_hooked(module):
         return False
-    tensors = [x for x in module._parameters.values() if x is not None]
-    return all(type(x) is nn.Parameter for x in tensors) and not needs_grad(*inputs, *tensors)
+    return all(x is None or type(x) is nn.Parameter for x in module._parameters.values())
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..linears.contract import is_bare
+from ..linears.contract import is_untouched
 from ..model import Modulations, ModulationTable
 from ..terminal import note
 
@@ -37,7 +37,7 @@ def has_user_code(model: nn.Module) -> bool:
         return getattr(what, "__module__", "").split(".")[0] in ("flux_core", "torch")
 
     return not all(
-        is_bare(part, type(part)) and all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
+        is_untouched(part, type(part)) and all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
         for part in model.modules()
     )
 

@@ -1,9 +1,4 @@
-"""Every Triton kernel against its plain twin: on CUDA where it is there, else run on the CPU by Triton's interpreter.
-
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_fused.py
-
-Triton reads that variable when it is imported, so `test_fused_ops.py` starts this file in a process of its own.
-"""
+"""Every Triton kernel against its plain function: on CUDA where it is there, else on the CPU by Triton's interpreter."""
 
 import pytest
 import torch

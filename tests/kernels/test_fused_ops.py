@@ -1,11 +1,9 @@
 """Which functions stand in the blocks, and that changing them keeps two graphs. Needs no Triton."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,17 +100,6 @@ def test_every_part_of_an_autoencoder_holds_them_and_its_weights_keep_their_layo
         assert getattr(part, "ops", other) is other
         if isinstance(part, torch.nn.Conv2d):
             assert part.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: the CPU build of torch comes without it")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the card itself")
-@pytest.mark.parametrize("name", ["test_fused.py", "test_decode.py"])
-def test_the_kernels_in_the_interpreter(name):
-    command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).with_name(name))]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
 
 
 @pytest.mark.gpu
