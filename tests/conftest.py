@@ -1,11 +1,18 @@
 """Fixtures for whoever needs a model on the disk. This file also puts `tests/` on the path of its folders."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if find_spec("triton"):  # which reads this when it is imported: without a card its kernels run in its interpreter
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,24 @@
-"""Fast twins of `model/ops` and `model/ae_ops` for devices that Triton compiles for, put in place at load time.
+"""Fast versions of `model/ops` and `model/ae_ops` for devices that Triton compiles for, installed at load time.
 
-A block's text calls `self.ops`, a static tuple of functions. Which tuple stands there is decided here, once, by what
-the device can do; the plain tuple stays the truth that `tests/kernels` holds the other to. Triton is imported only
-where it is used: nothing below asks for it on a CPU, on MPS, or on a card older than Ampere.
+A block calls `self.ops`, a static tuple of functions. Which tuple that is, is decided here, once, by what the device
+can do; `tests/kernels` compares every other with the plain one. Triton is imported only where it is used: nothing below
+imports it on a CPU, on MPS, or on a card older than Ampere.
 """
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
-from ..linears.fp8 import Fp8Linear, QuantizedTokens
+from ..errors import is_out_of_memory
+from ..linears.fp8 import Fp8Linear, Quantize
 from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..terminal import note
-from .attention import attention_for
+from .attention import BACKENDS, attention_for
 
-__all__ = ["can_fuse", "fused_ops", "install", "install_decode"]
+__all__ = ["can_fuse", "describe", "fused_ops", "install", "install_decode"]
 
 OLDEST = (8, 0)
 """compute capability from which bf16 is in hardware and the kernels are worth having"""
@@ -37,11 +36,17 @@ def can_fuse(device: torch.device | str) -> bool:
 
 @cache
 def compiles(device: torch.device | str) -> bool:
-    """Whether Triton does compile for it: tried on one small row, since it needs a C compiler and the driver, too."""
-    x, row = torch.randn(1, 2, 16, device=device), torch.zeros(1, 1, 16, device=device)
+    """Whether Triton does compile for it: tried on one small row, since it needs a C compiler and the driver, too.
+
+    A shortage of memory during the trial is raised and says nothing about Triton: the next call tries again.
+    """
+    row = torch.linspace(-1, 1, 16, dtype=torch.float32, device=device).expand(1, 1, 16)
     try:
-        return torch.allclose(_fused().modulate(x, row, row), PLAIN.modulate(x, row, row), atol=1e-5)
+        ours, plain = (ops.modulate(row, row, row, torch.nn.Identity()) for ops in (_triton(), PLAIN))
+        return torch.allclose(ours, plain, atol=1e-5)
     except Exception as error:  # Triton's own, its compiler's, the driver's
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0][:120]
         note(f"Triton does not compile here ({type(error).__name__}: {reason}): plain functions take its place, slower")
         return False
@@ -49,34 +54,54 @@ def compiles(device: torch.device | str) -> bool:
 
 def fused_ops(device: torch.device | str) -> Ops:
     """The fastest functions that the device has: the fused ones, or PLAIN."""
-    return _fused() if can_fuse(device) and compiles(device) else PLAIN
+    return _triton() if can_fuse(device) and compiles(device) else PLAIN
 
 
 def install(model: Flux, device: torch.device | str) -> Ops:
-    """Put the functions of that device into every part of a model that has any; returns those of its blocks.
+    """Put the functions of that device into every part of a model that has `ops`; returns them.
 
-    All blocks hold one and the same tuple, so compiled blocks of a kind go on sharing a graph (dynamo guards on its
-    functions, which are module-level ones). Blocks that were compiled before compile once more at their next call.
+    A shortage of memory while they are chosen is raised. All blocks get one and the same tuple, so compiled blocks of a
+    kind go on sharing a graph (dynamo guards on its functions, which are module-level ones). Blocks that were compiled
+    before compile once more at their next call.
     """
     device = torch.device(device)
-    ops = blocks_ops = fused_ops(device)
-    linears = [one for one in model.modules() if isinstance(one, Fp8Linear)]
-    if ops is not PLAIN and linears and all(one.scales_on(device) for one in linears):
-        blocks_ops, quantize = _of_rows()
-        for one in linears:
-            one.quantize = quantize
-    blocks_ops = blocks_ops._replace(attend=attention_for(model, device))
-    put(model, ops, blocks_ops)
-    return blocks_ops
+    ops = fused_ops(device)
+    scaled = [] if ops is PLAIN else [m for m in model.modules() if isinstance(m, Fp8Linear) and m.scales_on(device)]
+    if scaled:
+        ops, quantize = _triton_fp8()
+        for linear in scaled:
+            linear.quantize = quantize
+    ops = ops._replace(attend=attention_for(model, device))
+    put(model, ops)
+    return ops
 
 
-def put(model: Flux, ops: Ops, blocks_ops: Ops | None = None) -> None:
-    """These functions into every part of a model, attention included; blocks may have others."""
+def put(model: Flux, ops: Ops) -> None:
+    """These functions into every part of a model that has `ops`."""
     for part in model.modules():
         if hasattr(part, "ops"):
             part.ops = ops  # type: ignore[assignment]
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.ops = blocks_ops or ops
+
+
+KERNELS = {
+    PLAIN.modulate.__module__: "plain",
+    f"{__name__}.fused": "triton",
+    f"{__name__}.quantized": "triton fp8",
+}
+"""the name of a tuple of functions, by the module of its `modulate`"""
+
+
+def describe(model: Flux) -> dict[str, str]:
+    """The names of what computes in the blocks: `attention`, a key of `BACKENDS`, and `kernels`, a value of `KERNELS`.
+
+    "other" for functions that are not ours. The last bits of a picture depend on both.
+    """
+    ops = next(iter((*model.double_blocks, *model.single_blocks))).ops
+    attention = {backend: name for name, backend in BACKENDS.items()}
+    return {
+        "attention": attention.get(ops.attend, "other"),
+        "kernels": KERNELS.get(ops.modulate.__module__, "other"),
+    }
 
 
 def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
@@ -98,22 +123,25 @@ def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
 
 
 @cache
-def _fused() -> Ops:
+def _triton() -> Ops:
     from . import fused, products  # they define kernels, for which they need Triton
 
-    twins = vars(fused) | vars(products)
-    return PLAIN._replace(**{name: twins[name] for name in Ops._fields if name in twins})
+    return PLAIN._replace(
+        modulation=products.modulation,
+        modulate=fused.modulate,
+        gated_sum=fused.gated_sum,
+        norm_rope=fused.norm_rope,
+        norm_rope_join=fused.norm_rope_join,
+        mlp=products.mlp,
+        linear1=products.linear1,
+        linear2=products.linear2,
+    )
 
 
 @cache
-def _of_rows() -> tuple[Ops, Callable[[Tensor], QuantizedTokens]]:
-    """For blocks of Fp8Linears, and what quantizes the inputs that nothing else has quantized."""
+def _triton_fp8() -> tuple[Ops, Quantize]:
+    """The same for models with layers that take quantized tokens, and what quantizes where no other kernel has."""
     from . import quantized
 
-    return _fused()._replace(
-        modulate=quantized.modulate, mlp=quantized.mlp, linear1=PLAIN.linear1, linear2=quantized.linear2
-    ), quantized.quantize
-
-
-def describe(model: Flux) -> dict[str, str]:
-    return {"attention": "own", "kernels": "plain"}
+    ops = _triton()._replace(modulate=quantized.modulate, mlp=quantized.mlp, linear2=quantized.linear2)
+    return ops, quantized.quantize

@@ -1,6 +1,6 @@
 """The autoencoder's functions between its convolutions (`model/ae_ops`), on feature maps with channels side by side.
 
-cuDNN's convolutions want a pixel's channels side by side in memory (`channels_last`), and would turn every map round
+cuDNN's convolutions want a pixel's channels side by side in memory (`channels_last`), and would permute every map there
 and back; here they stay so, and what lies between two convolutions goes over a map as seldom as it can:
 
 group norm   one pass for the moments, one to normalize and activate. Of every channel, over a chunk of pixels: mean and
@@ -8,13 +8,13 @@ group norm   one pass for the moments, one to normalize and activate. Of every c
              from zero; merged for a group in a fixed order (Chan, Golub, LeVeque 1983), so the same bits every time
 bias         PyTorch adds a convolution's bias in a pass of its own. The norm behind a convolution takes it in, and so
              does the residual sum
-upsampling   a 3x3 convolution of a map whose pixels stand there four times sees 2x2 different ones: it is four 2x2
+upsampling   a 3x3 convolution of a map with every pixel repeated four times sees 2x2 different ones: it is four 2x2
              convolutions of the small map, one for each pixel of four, with weights added up. 4/9 of the work
 attention    one head of 512 features is more than the flash kernels hold: plain products, a few thousand rows at a
              time, with fp32 scores between
 
-Between a load and a store everything is fp32. There is no backward: where a gradient is wanted, or a layer is more than
-its weights, the plain twin computes, as for channels and groups that are no powers of two (FLUX's all are).
+Between a load and a store everything is fp32. There is no backward: where a gradient is wanted, or a layer has to be
+called (`is_bare`), the plain function computes, as for channels and groups that are no powers of two (FLUX's all are).
 """
 
 import torch
@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
 
+from ..linears.contract import is_bare, needs_grad
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .fused import needs_grad, operator
-from .products import bare
+from .fused import operator
 
 ELEMENTS, WARPS = 4096, 4
-"""of a map in a program's hands at once"""
+"""of a map that a program holds at once"""
 CHUNKS = 1024
 """of pixels at most, each with moments of its own"""
 MERGE_WARPS = 8
@@ -48,12 +48,12 @@ def empty_dense(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pixels_of(channels: int) -> int:
-    """Pixels in a program's hands at once."""
+    """Pixels that a program holds at once."""
     return max(1, ELEMENTS // channels)
 
 
 def product(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution without its bias; nobody else has the result."""
+    """A convolution without its bias; the result is new, so it may be written to."""
     return dense(conv._conv_forward(x, conv.weight, None))
 
 
@@ -164,7 +164,7 @@ def group_norm_op_(
 
 def fits(norm: nn.GroupNorm, x: Tensor) -> bool:
     powers = all(n & (n - 1) == 0 for n in (norm.num_channels, norm.num_groups))
-    return powers and norm.affine and bare(norm, nn.GroupNorm, x)
+    return powers and norm.affine and is_bare(norm, nn.GroupNorm, x)
 
 
 def norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def conv_norm_silu(conv: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    if not (bare(conv, nn.Conv2d, x) and fits(norm, x)):
+    if not (is_bare(conv, nn.Conv2d, x) and fits(norm, x)):
         return ae_ops.conv_norm_silu(conv, norm, x)
     y = product(conv, x)
     group_norm_op_(y, conv.bias, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
@@ -223,7 +223,7 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
 def takes_bias(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether its bias may be added by a kernel."""
     power = conv.out_channels & (conv.out_channels - 1) == 0
-    return power and conv.bias is not None and bare(conv, nn.Conv2d, x)
+    return power and conv.bias is not None and is_bare(conv, nn.Conv2d, x)
 
 
 # Upsampling and its convolution -------------------------------------------------------------------------

@@ -5,19 +5,19 @@ counts is how often it is read and written. So each kernel reads what the Linear
 writes what the next one reads:
 
 modulate        (1 + scale) * (x - mean) / sqrt(var + eps) + shift; one program holds a row, so x is read once
-gated_sum       x + gate * y, three passes where the plain twin takes five
-norm_rope       R (x / rms(x) * scale) for q and k, read out of the qkv product as `split_heads` sees it; a program has
+gated_sum       x + gate * y, three passes where the plain function takes five
+norm_rope       R (x / rms(x) * scale) for q and k, read from the qkv product as `split_heads` sees it; a program has
                 some heads of one token. Written with the tokens outside, [B, L, H, D] in memory, seen as [B, H, L, D]:
                 attention gives its output the layout of q, so its heads then lie side by side and nothing is permuted
 norm_rope_join  the same for the two streams of a double block, straight into the joined sequence, v along with them
 
-Rounding: everything between a load and a store is fp32, so a result rounds once. The plain twins round after each
+Rounding: everything between a load and a store is fp32, so a result rounds once. The plain functions round after each
 operation in bf16 (and `rms_norm` before its scale); compiled, they round about as seldom as these. In bf16 the two
 differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
 
-For a compiler the kernels are `triton_op`s: it takes them whole, and inductor launches what is inside, with no dispatch
-in between. There is no backward; where a gradient is wanted, the plain twin computes. No autotuning: it would cost
-every first image seconds; the sizes below were the fastest of a few on an H200, for [4608, 3072].
+For a compiler the kernels are `triton_op`s: it does not trace into them, and inductor launches what is inside, with no
+dispatch in between. There is no backward; where a gradient is wanted, the plain function computes. No autotuning: it
+would cost every first image seconds; the sizes below were the fastest of a few on an H200, for [4608, 3072].
 """
 
 from collections.abc import Callable
@@ -26,10 +26,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op, wrap_triton
 
+from ..linears.contract import needs_grad
 from ..model import ops
 from ..model.ops import Heads, Scales
 
@@ -46,7 +47,7 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
     changes: arguments that it writes into.
     """
 
-    def made(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
         triton_op(f"flux_core::{name}", launch, mutates_args=changes)
         traced = getattr(torch.ops.flux_core, name)
 
@@ -58,15 +59,11 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
 
         return call
 
-    return made
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return decorate
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """The same values with features side by side. What a Linear or a slice of one gives has them so already."""
+    """The same values with contiguous features; the output of a Linear, or a slice of it, is returned as it is."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -108,10 +105,10 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor:
     """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
     if needs_grad(x, shift, scale):
-        return ops.modulate(x, shift, scale)
+        return ops.modulate(x, shift, scale, consumer)
     return modulate_op(x, shift, scale)
 
 

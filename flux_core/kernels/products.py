@@ -4,10 +4,11 @@ mlp, linear1    GELU in the epilogue of the product; for it `linear1` is two pro
 linear2         a product of attention and one of the MLP's part, added up: they need not be joined
 modulation      the projections of all steps of a schedule read their weights once
 
-Where a layer is more than its weights, or a gradient is wanted, the plain twin computes.
+Each needs a dense weight. A layer that has none to give, or that has to be called (`linears/contract.py`), is called,
+and the plain function computes around it.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +17,17 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
 
+from ..linears.contract import QuantizedTokens, dense, is_bare, multiply_columns
 from ..model import ops
-from .fused import needs_grad, operator
+from .fused import operator
 
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
 
-def bare(layer: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
-    """Whether a layer is its weights and nothing else: no other class (of a weight, too), no hook, no gradient."""
-    if type(layer) is not kind:
-        return False
-    weights: list[Any] = [x for x in (layer.weight, layer.bias) if x is not None]
-    if any(type(x) is not nn.Parameter for x in weights) or needs_grad(*inputs, *weights):
-        return False
-    return torch.compiler.is_compiling() or not (layer._forward_hooks or layer._forward_pre_hooks)
+class Activated(NamedTuple):
+    """Hidden features behind their GELU: how `linear1` tells `linear2` that it has applied it."""
 
-
-def bare_linear(linear: nn.Module, *inputs: Tensor) -> bool:
-    """Of a Linear, and whether it has a bias."""
-    return bare(linear, nn.Linear, *inputs) and linear.bias is not None
+    hidden: Tensor
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -43,43 +36,35 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.unflatten(0, x.shape[:2])
 
 
-def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+def is_mlp(layers: nn.Module) -> bool:
+    """Whether it is a layer, a GELU and a layer, and nothing but the two layers has to be called."""
+    if not is_bare(layers, nn.Sequential) or len(layers) != 3:  # type: ignore[arg-type]
+        return False
+    gelu = layers[1]  # type: ignore[index]
+    return is_bare(gelu, nn.GELU) and gelu.approximate == "tanh"
+
+
+def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens) -> Tensor:
     """`ops.mlp` without a pass for the GELU."""
-    if not bare_linear(layers[0], x):
-        return ops.mlp(layers, x)
-    weight, bias = layers[0].parameters()
-    return layers[2](linear_gelu(x, weight, bias))
+    if isinstance(x, QuantizedTokens) or not is_mlp(layers) or (found := dense(layers[0], x)) is None:
+        return layers(x)
+    return layers[2](linear_gelu(x, *found))
 
 
-def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
-    """`ops.linear1`, with the MLP's part activated already, where it can in the epilogue of a product of its own."""
-    if not bare_linear(linear, x):
-        qkv, hidden = ops.linear1(linear, x, split)
-        return qkv, F.gelu(hidden, approximate="tanh")
-    weights, biases = linear.weight.split(split), linear.bias.split(split)
-    return F.linear(x, weights[0], biases[0]), linear_gelu(x, weights[1], biases[1])
+def linear1(linear: nn.Module, x: Tensor | QuantizedTokens, split: list[int]) -> tuple[Tensor, Tensor | Activated]:
+    """`ops.linear1`, with the hidden features activated already where a product of their own can do that."""
+    if isinstance(x, QuantizedTokens) or (found := dense(linear, x)) is None:
+        qkv, hidden = linear(x).split(split, dim=-1)
+        return qkv, hidden
+    of_qkv, of_hidden = zip(*(parts.split(split) for parts in found), strict=True)
+    return F.linear(x, *of_qkv), Activated(linear_gelu(x, *of_hidden))
 
 
-def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
-    """`ops.linear2` of what `linear1` gives, as two products into one sum: nothing is joined before."""
-    if not bare_linear(linear, attn, hidden):
-        return linear(torch.cat((attn, hidden), dim=2))
-    add_up = torch.ops.flux_core.sum_of_products if torch.compiler.is_compiling() else sum_of_products
-    return add_up(attn, hidden, linear.weight, linear.bias)
-
-
-def sum_of_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[x | y] @ weight.T + bias, for x [B, L, K], y [B, L, M] and weight [N, K + M].
-
-    An operator of its own, since inductor would copy the first sum before it adds the second to it.
-    """
-    of_x, of_y = weight.t().split([x.shape[2], y.shape[2]])
-    return torch.addmm(bias, y.flatten(0, 1), of_y).addmm_(x.flatten(0, 1), of_x).unflatten(0, x.shape[:2])
-
-
-@torch.library.custom_op("flux_core::sum_of_products", sum_of_products, mutates_args=()).register_fake
-def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], weight.shape[0])
+def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tensor:
+    """`ops.linear2` of what `linear1` returns, as two products into one sum: nothing is joined before."""
+    if isinstance(hidden, Activated):
+        return multiply_columns(linear, attn, hidden.hidden)
+    return multiply_columns(linear, attn, F.gelu(hidden, approximate="tanh"))
 
 
 # The modulation of many steps at once ------------------------------------------------------------------------
@@ -115,8 +100,9 @@ def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
-    """`ops.modulation`, of all steps in one pass over the weights. A row's sum does not know the rows beside it."""
-    if not bare_linear(linear, vec):
+    """`ops.modulation`, of all steps in one pass over the weights. The sum of a row is independent of the others."""
+    found = dense(linear, vec)
+    if found is None:
         return ops.modulation(linear, vec)
-    rows, weights = F.silu(vec).flatten(0, -2), ops.brought(linear, vec.device)
-    return project_op(rows, weights["weight"], weights["bias"]).unflatten(0, vec.shape[:-1])
+    weight, bias = (x.to(vec.device) for x in found)
+    return project_op(F.silu(vec).flatten(0, -2), weight, bias).unflatten(0, vec.shape[:-1])

@@ -1,15 +1,17 @@
-"""The same for blocks whose Linears are fp8: what leads to a Linear leaves as e4m3 rows and their scales.
+"""The same for layers that take quantized tokens: what leads to one leaves as e4m3 tokens and their scales.
 
 Quantizing a token needs the largest of its features first, so it takes a pass of its own over what a kernel before it
-has just had in its registers. Here that kernel does both: a program holds a whole token, finds its largest number in
-fp32, and writes half the bytes that bf16 would take.
+has just had in registers. Here that kernel does both: a program holds a whole token, finds its largest number in fp32,
+and writes half the bytes that bf16 would take.
 
-quantize   rows as they come (attention's, and whatever a hook put there): one read where the plain function takes two
+quantize   tokens as they come (attention's, and whatever a hook returned): one read where the plain function takes two
 modulate   LayerNorm and modulation -> the input of qkv, of an MLP, of `linear1`
 mlp        GELU between the two Linears of an MLP
 linear2    [attn | gelu(hidden)] -> the input of `linear2`
 
-All but `quantize` skip a rounding to bf16 on the way, and so are closer to fp32 than the plain functions.
+Each asks whether its consumer takes such tokens now (`linears/contract.py`), so a model may mix formats, and wrapped
+layers get tensors. Where the answer is no, or a gradient is wanted, the functions of `fused` and `products` compute.
+All but `quantize` skip a rounding to bf16, and so are closer to fp32 than the plain functions.
 """
 
 import torch
@@ -18,8 +20,11 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
 
-from ..linears.fp8 import E4M3, LARGEST, QuantizedTokens
+from ..linears.contract import QuantizedTokens, needs_grad, takes_tokens
+from ..linears.fp8 import E4M3, LARGEST
+from . import fused, products
 from .fused import dense_rows, normed, operator
+from .products import Activated, is_mlp
 
 NARROW_WARPS, WIDE_WARPS = 2, 8
 WIDE = 8192
@@ -71,7 +76,7 @@ def quantize_tokens_op(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor) -> QuantizedTokens:
-    """`linears.fp8.quantize_rows` of tokens [B, L, K], to the bit."""
+    """`linears.fp8.quantize_rows` of tokens [B, L, K], to the bit, without a gradient."""
     return QuantizedTokens(*quantize_tokens_op(x))
 
 
@@ -102,8 +107,10 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return rows.codes, rows.scale
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> QuantizedTokens:
-    """`ops.modulate`, quantized. x: [B, L, D]; shift, scale: [B, 1, D]."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor | QuantizedTokens:
+    """`ops.modulate`, quantized where the consumer takes that. x: [B, L, D]; shift, scale: [B, 1, D]."""
+    if needs_grad(x, shift, scale) or not takes_tokens(consumer):
+        return fused.modulate(x, shift, scale, consumer)
     return QuantizedTokens(*modulate_op(x, shift, scale))
 
 
@@ -150,13 +157,22 @@ def join_gelu_op(attn: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return rows.codes, rows.scale
 
 
+def join_gelu(attn: Tensor, hidden: Tensor) -> QuantizedTokens:
+    """[attn | gelu(hidden)], quantized. [B, L, D], [B, L, M] -> [B, L, D + M]"""
+    return QuantizedTokens(*join_gelu_op(attn, hidden))
+
+
 def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens) -> Tensor:
-    """`ops.mlp` of two Fp8Linears."""
-    first, _, last = layers
+    """`ops.mlp`, its hidden features activated and quantized in one pass where its second Linear takes tokens."""
+    if not (is_mlp(layers) and takes_tokens(layers[2])):
+        return products.mlp(layers, x)
+    first, gelu, last = layers
     hidden = first(x)
-    return last(QuantizedTokens(*join_gelu_op(hidden[..., :0], hidden)))
+    return last(gelu(hidden) if needs_grad(hidden) else join_gelu(hidden[..., :0], hidden))
 
 
-def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor) -> Tensor:
-    """`ops.linear2` of an Fp8Linear."""
-    return linear(QuantizedTokens(*join_gelu_op(attn, hidden)))
+def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tensor:
+    """`ops.linear2`, its input joined, activated and quantized in one pass where it takes tokens."""
+    if isinstance(hidden, Activated) or needs_grad(attn, hidden) or not takes_tokens(linear):
+        return products.linear2(linear, attn, hidden)
+    return linear(join_gelu(attn, hidden))

@@ -7,7 +7,7 @@ about twice as fast as bf16. e4m3 has a sign, four bits of exponent and three of
     s_n = max_k |w_nk| / 448        c_nk = e4m3(w_nk / s_n)        w_nk ~ c_nk s_n        (rows n of the weight, once)
     t_m = max_k |x_mk| / 448        d_mk = e4m3(x_mk / t_m)        x_mk ~ d_mk t_m        (tokens m, in every call)
 
-and y_mn = t_m s_n sum_k(d_mk c_nk) + b_n. The scales stand outside of the sum, so the product runs in fp8, with scales
+and y_mn = t_m s_n sum_k(d_mk c_nk) + b_n. The scales are outside of the sum, so the product runs in fp8, with scales
 and bias in its last step: `torch._scaled_mm`, out in bf16.
 
 The error. Three bits of mantissa round a number by at most 2^-4 of itself, and one below 2^-6 s_n (a 28,672nd of its
@@ -17,27 +17,34 @@ accumulation, which sums with fewer bits than fp32, is far below that.
 
 The trade-off. A scale for each row and token costs no time over one for the whole tensor, and an outlier spoils its own
 row only; a scale for each block of 128 would be finer, and slower. Scales of tokens are found in every call, one pass
-over x where no kernel did it before (`product` takes what one has quantized). Static scales from a calibration would
-save the pass and clip what was not calibrated for, so those in ComfyUI's files are not used.
+over x where no kernel did it before (`QuantizedTokens` are what one has quantized). Static scales from a calibration
+would save the pass and clip what was not calibrated for, so those in ComfyUI's files are not used.
 
-Where a device has no fp8 units the weights are widened in the forward, w = c s, and the product runs in the dtype of x:
-as small in memory, no faster. Then only the weights are rounded.
+Where a device has no fp8 units the weights are dequantized in the forward, w = c s, and the product runs in the dtype
+of x: as small in memory, no faster. Then only the weights are rounded.
 
-Not here: fp8 attention, training, e5m2 (which has the range of gradients), other blocks than rows.
+Gradients pass through to x, by dequantized weights, so that what lies below can be trained; the weights are frozen.
+
+Not here: fp8 attention, training of the weights, e5m2 (which has the range of gradients), other blocks than rows.
 """
 
 from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import is_out_of_memory
+from .contract import Leaf, QuantizedTokens, needs_grad
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 """448"""
+Quantize = Callable[[Tensor], QuantizedTokens]
+"""[..., K] -> e4m3 [..., K] with a scale for each token"""
 
 BF16 = {
     "img_in": "64 features of each token: under 0.1 % of the arithmetic, and every pixel comes through it",
@@ -57,15 +64,6 @@ def stays_bf16(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in BF16)
 
 
-class QuantizedTokens(NamedTuple):
-    """Quantized tokens, x ~ codes * scale: what an Fp8Linear takes in the place of x, where a kernel made them."""
-
-    codes: Tensor
-    """e4m3 [..., K]"""
-    scale: Tensor
-    """fp32 [..., 1]"""
-
-
 def quantize_rows(x: Tensor) -> QuantizedTokens:
     """x [..., K], row by row."""
     # By the reciprocal, written out: CUDA divides by a Python number so, the CPU does not, and a file that one of them
@@ -75,22 +73,27 @@ def quantize_rows(x: Tensor) -> QuantizedTokens:
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that codes [N, K] and the scales of their rows [N] stand for, rounded once."""
+    """The weight codes * scale of e4m3 [N, K] and the scales of its rows [N], rounded once."""
     return (codes.float() * scale[:, None]).to(dtype)
 
 
 @cache
 def has_fp8_units(device: torch.device) -> bool:
-    """Whether the device multiplies e4m3 rows by their scales in hardware: tried, and held against fp64."""
+    """Whether the device multiplies e4m3 rows by their scales in hardware: tried, and compared with fp64.
+
+    A shortage of memory during the trial is raised and says nothing about the device: the next call tries again.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False  # the CPU knows the function, and computes it as slowly as it can
-    draw = torch.Generator().manual_seed(0)  # its own: nobody's seed shall depend on this
+    draw = torch.Generator().manual_seed(0)  # its own, so that nobody's seed changes
     x, weight, bias = (
         torch.randn(size, generator=draw, device="cpu").to(device) for size in ((32, 64), (48, 64), (48,))
     )
     try:
         found = scaled_product(*quantize_rows(x), *quantize_rows(weight), bias.bfloat16())
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     exact = x.double() @ weight.double().t() + bias.double()
     return bool((found.double() - exact).norm() < 0.1 * exact.norm())
@@ -102,12 +105,55 @@ def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     return torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-class Fp8Linear(nn.Module):
-    """Takes the place of an nn.Linear, whose `weight` and `bias` it has by the same names."""
+def product(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize: Quantize | None = None
+) -> Tensor:
+    """The product of x [..., K] with e4m3 [N, K] and its scales [N] -> [..., N].
+
+    In fp8, of tokens that `quantize` makes of x, to bf16; without it with dequantized weights, in the dtype of x.
+    """
+    if quantize is None:
+        return F.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
+    return product_of_tokens(quantize(x), weight, weight_scale, bias)
+
+
+def product_of_tokens(x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Of tokens [..., K] with e4m3 [N, K] and its scales [N], in fp8 -> bf16 [..., N]."""
+    rows = x.codes.reshape(-1, weight.shape[1]), x.scale.reshape(-1, 1)
+    y = scaled_product(*rows, weight, weight_scale[:, None], bias)
+    return y.reshape(*x.codes.shape[:-1], len(weight))
+
+
+class DifferentiableProduct(torch.autograd.Function):
+    """`product`, whose backward dequantizes the weight once more: no dense weight is kept from forward to backward.
+
+    The rounding of tokens counts as the identity. Codes and scales take no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize: Any
+    ) -> Tensor:
+        ctx.save_for_backward(weight, weight_scale)
+        ctx.dtype = x.dtype
+        return product(x, weight, weight_scale, bias, quantize)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight, weight_scale) = grads, ctx.saved_tensors
+        of_x, of_weight, _, of_bias, _ = ctx.needs_input_grad
+        if of_weight:
+            raise RuntimeError("e4m3 weights cannot be trained. Next: freeze them, and train a branch beside them")
+        x_grad = (grad @ dequantize(weight, weight_scale, grad.dtype)).to(ctx.dtype) if of_x else None
+        return x_grad, None, None, grad.flatten(0, -2).sum(0) if of_bias else None, None
+
+
+class Fp8Linear(Leaf):
+    """Takes the place of an nn.Linear, whose `weight` and `bias` it has by the same names; its weight is frozen."""
 
     weight_scale: Tensor
-    quantize: Callable[[Tensor], QuantizedTokens] = staticmethod(quantize_rows)
-    """a kernel may take its place"""
+    quantize: Quantize = staticmethod(quantize_rows)
+    """makes tokens of what is not quantized yet; a kernel may take its place"""
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """weight: e4m3 [N, K]; weight_scale: fp32 [N]; bias: [N] in the dtype that the model computes in."""
@@ -120,7 +166,7 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
-        """The same Linear, quantized; on `meta` one that waits for its numbers."""
+        """The same Linear, quantized; on `meta` without its numbers yet."""
         weight = linear.weight.detach()
         if weight.is_meta:  # where arithmetic takes longer than reading the numbers will
             codes, scale = torch.empty_like(weight, dtype=E4M3), weight.new_empty(len(weight), dtype=torch.float32)
@@ -131,23 +177,25 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor | QuantizedTokens) -> Tensor:
         """[..., K] -> [..., N]"""
         if isinstance(x, QuantizedTokens):
-            return self.product(x)
-        if self.scaled:
-            return self.product(self.quantize(x))
-        return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
+            return product_of_tokens(x, self.weight, self.weight_scale, self.bias)
+        tensors = self.weight, self.weight_scale, self.bias
+        multiply = DifferentiableProduct.apply if needs_grad(x, *tensors) else product
+        return multiply(x, *tensors, self.quantize if self.scaled else None)
 
-    def product(self, x: QuantizedTokens) -> Tensor:
-        """The forward of quantized rows -> bf16 [..., N]."""
-        rows = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
-        y = scaled_product(*rows, self.weight, self.weight_scale[:, None], self.bias)
-        return y.reshape(*x.codes.shape[:-1], self.out_features)
+    def takes_tokens(self) -> bool:
+        """Where its product runs in fp8."""
+        return self.scaled
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """Dequantized for the call, where the product runs in that dtype."""
+        return None if self.scaled else (dequantize(self.weight, self.weight_scale, dtype), self.bias)
 
     def scales_on(self, device: torch.device) -> bool:
         """Whether its product can run in fp8 there. The units take sides that are multiples of 16."""
         return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
 
     def choose_matmul(self) -> None:
-        """Decide how to multiply where the weights are now: for whoever puts others in their place."""
+        """Decide how to multiply on the device of the weights; to be called when others have taken their place."""
         self.scaled = self.scales_on(self.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -170,10 +218,10 @@ class Fp8Linear(nn.Module):
 
 
 def quantize(model: nn.Module) -> frozenset[str]:
-    """Put an Fp8Linear in the place of every Linear that is not among `BF16`, one by one. Returns their names."""
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and not stays_bf16(name)}
+    """Replace every Linear that is not among `BF16` by an Fp8Linear, one after the other. Returns their names."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not stays_bf16(name)}
     names = frozenset(linears)
-    while linears:  # each is let go before the next
+    while linears:  # each is freed before the next
         name, linear = linears.popitem()
         model.set_submodule(name, Fp8Linear.of(linear))
     return names
@@ -181,4 +229,4 @@ def quantize(model: nn.Module) -> frozenset[str]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any Linear of it is an Fp8Linear."""
-    return any(isinstance(one, Fp8Linear) for one in model.modules())
+    return any(isinstance(module, Fp8Linear) for module in model.modules())

@@ -5,7 +5,7 @@ A single block works on the joined sequence, with attention and MLP side by side
 
 A block receives tensors only: its modulation is computed before the blocks run, and what it calls around its Linears is
 `self.ops`. So a block compiles once for all of its kind. `tap` sees the values that have a name (`hooks/sites.py` lists
-them); the one that stands there by default leaves them alone.
+them); the default one returns them unchanged.
 """
 
 from einops import rearrange
@@ -65,15 +65,15 @@ class DoubleStreamBlock(nn.Module):
         txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
         img = self.ops.gated_sum(img, img_mod1.gate, self.img_attn.proj(img_attn))
-        img_mlp = self.ops.mlp(self.img_mlp, self.ops.modulate(img, img_mod2.shift, img_mod2.scale))
+        img_mlp = self.ops.mlp(self.img_mlp, self.ops.modulate(img, img_mod2.shift, img_mod2.scale, self.img_mlp))
         img = self.ops.gated_sum(img, img_mod2.gate, tap("img.mlp", img_mlp))
         txt = self.ops.gated_sum(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
-        txt_mlp = self.ops.mlp(self.txt_mlp, self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt_mlp = self.ops.mlp(self.txt_mlp, self.ops.modulate(txt, txt_mod2.shift, txt_mod2.scale, self.txt_mlp))
         txt = self.ops.gated_sum(txt, txt_mod2.gate, tap("txt.mlp", txt_mlp))
         return img, txt
 
     def _heads(self, stream: str, attn: SelfAttention, x: Tensor, mod: ModulationOut, tap: Tap) -> Heads:
-        q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale)), self.num_heads)
+        q, k, v = split_heads(attn.qkv(self.ops.modulate(x, mod.shift, mod.scale, attn.qkv)), self.num_heads)
         return tap(f"{stream}.q", q), tap(f"{stream}.k", k), tap(f"{stream}.v", v)
 
 
@@ -94,7 +94,8 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, double=False)
 
     def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap = UNTOUCHED) -> Tensor:
-        qkv, hidden = self.ops.linear1(self.linear1, self.ops.modulate(x, mod.shift, mod.scale), self.split)
+        modulated = self.ops.modulate(x, mod.shift, mod.scale, self.linear1)
+        qkv, hidden = self.ops.linear1(self.linear1, modulated, self.split)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
         q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
@@ -118,4 +119,4 @@ class LastLayer(nn.Module):
         return shift, scale
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return self.linear(self.ops.modulate(x, shift, scale))
+        return self.linear(self.ops.modulate(x, shift, scale, self.linear))

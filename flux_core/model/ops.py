@@ -1,17 +1,17 @@
 """The few functions that a block calls around its Linears, plain and readable.
 
 Everything in a FLUX block is a Linear or one of these. A block holds them as `block.ops`, a static tuple
-of functions, so that a fused twin for one kind of device can take the place of any of them when weights are loaded,
-while the block's own text stays as it is. Those that work on the input or the output of a Linear are given the Linear,
-so that a twin can do both at once; what one of them hands to the next is their own affair: `modulate` gives what a
-Linear takes, and the MLP's part of `linear1` is read by `linear2` alone.
+of functions, so that fused ones for one kind of device can replace any of them when weights are loaded, and the code of
+the block stays as it is. Functions that make the input of a Linear, or read its output, get the Linear, so that a fused
+one can do both at once. `modulate` returns what its `consumer` takes: a tensor, or tokens that are quantized already
+(`linears/contract.py`). What `linear1` returns for the MLP is read by `linear2` alone, in whatever form they agree on.
 
-Where each rounds is part of the contract: all work in the dtype of their input, but for the norm of q and k, which
-takes its statistics in fp32 and rounds before its scale, and RoPE, which turns in fp32 and rounds once at its end;
-attention is left to PyTorch's fused kernel.
+Rounding: all compute in the dtype of their input, except the norm of q and k, which takes its statistics in fp32 and
+rounds before its scale, and RoPE, which rotates in fp32 and rounds once; attention is PyTorch's.
 """
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,27 +24,24 @@ from .rope import apply_rope
 
 
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
-    """SiLU and Linear of what conditions a block: vec [B, D], or [S, B, D] at S steps -> as many rows of [N].
+    """SiLU and Linear of the vector that conditions a block: [B, D] -> [B, N], or of S steps [S, B, D] -> [S, B, N].
 
-    Of several steps each is computed as it would be alone, to the bit. A Linear that is not where vec is comes there
-    for the length of the call: a table needs it once.
+    Each of several steps is computed as it would be alone, to the bit. The parameters of a Linear on another device are
+    copied to that of vec for the call: a table needs them once.
     """
     if vec.ndim == 3:
-        return torch.stack([modulation(linear, one) for one in vec])
+        return torch.stack([modulation(linear, step) for step in vec])
     if any(x.device != vec.device for x in linear.parameters()):
-        return functional_call(linear, brought(linear, vec.device), (F.silu(vec),))
+        tensors = chain(linear.named_parameters(), linear.named_buffers())
+        return functional_call(linear, {name: x.to(vec.device) for name, x in tensors}, (F.silu(vec),))
     return linear(F.silu(vec))
 
 
-def brought(linear: nn.Linear, device: torch.device) -> dict[str, Tensor]:
-    """Its tensors on that device."""
-    return {name: x.to(device) for name, x in linear.state_dict().items()}
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor:
     """LayerNorm without its own weights, then the modulation: `(1 + scale) * norm(x) + shift`.
 
-    x: [B, L, D]; shift, scale: [B, 1, D].
+    x: [B, L, D]; shift, scale: [B, 1, D]. consumer: the layer that takes the result, for which a fused function may
+    quantize it.
     """
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
@@ -62,7 +59,7 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalize q and k per head and turn them by their positions. q, k: [B, H, L, D]; pe: [B, 1, L, D/2, 2, 2]."""
+    """Normalize q and k per head and rotate them by their positions. q, k: [B, H, L, D]; pe: [B, 1, L, D/2, 2, 2]."""
     return apply_rope(rms_norm(q, q_scale).to(q), pe), apply_rope(rms_norm(k, k_scale).to(k), pe)
 
 
@@ -92,28 +89,28 @@ def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
-    """A single block's first Linear: [B, L, D] -> qkv [B, L, 3*D] and the MLP's part [B, L, M], for `linear2`."""
+    """A single block's first Linear: [B, L, D] -> qkv [B, L, 3*D] and the MLP's hidden features [B, L, M]."""
     qkv, hidden = torch.split(linear(x), split, dim=-1)
     return qkv, hidden
 
 
 def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
-    """Its second: of attention [B, L, D] beside the MLP's part, activated. -> [B, L, D]"""
+    """Its second, of attention [B, L, D] and the activated hidden features side by side -> [B, L, D]."""
     return linear(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=2))
 
 
 class Ops(NamedTuple):
-    """What a block computes beside its Linears."""
+    """The functions that a block calls around its Linears."""
 
     modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
-    modulate: Callable[[Tensor, Tensor, Tensor], Any] = modulate
+    modulate: Callable[[Tensor, Tensor, Tensor, nn.Module], Any] = modulate
     gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_sum
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
     norm_rope_join: Callable[..., Heads] = norm_rope_join
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
     mlp: Callable[[nn.Sequential, Tensor], Tensor] = mlp
-    linear1: Callable[[nn.Linear, Tensor, list[int]], tuple[Tensor, Tensor]] = linear1
-    linear2: Callable[[nn.Linear, Tensor, Tensor], Tensor] = linear2
+    linear1: Callable[[nn.Linear, Tensor, list[int]], tuple[Tensor, Any]] = linear1
+    linear2: Callable[[nn.Linear, Tensor, Any], Tensor] = linear2
 
 
 PLAIN = Ops()

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..linears.contract import is_untouched
 from ..model import Modulations, ModulationTable
 from ..terminal import note
 
@@ -25,21 +26,18 @@ STEPS = 4
 
 
 def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
-    """Whether so many steps of so many tokens should be replayed on that device, and can be."""
+    """Whether this many steps of this many tokens are faster from a graph on that device, and may be recorded."""
     return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_user_code(model)
 
 
 def has_user_code(model: nn.Module) -> bool:
-    """Whether Python of somebody else's waits inside a forward: hooks, functions, modules that are not ours."""
+    """Whether a forward runs somebody else's Python: hooks, patched forwards, functions, classes that are not ours."""
 
-    def is_ours(thing: object) -> bool:
-        return getattr(thing, "__module__", "").split(".")[0] in ("flux_core", "torch")
+    def is_ours(what: object) -> bool:
+        return getattr(what, "__module__", "").split(".")[0] in ("flux_core", "torch")
 
-    return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or "forward" in vars(part)
-        or not all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
+    return not all(
+        is_untouched(part, type(part)) and all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
         for part in model.modules()
     )
 

@@ -1,9 +1,4 @@
-"""The autoencoder's Triton twins against the plain functions: on CUDA, else on the CPU by Triton's interpreter.
-
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_decode.py
-
-`test_fused_ops.py` starts this file in a process of its own, as it does `test_fused.py`.
-"""
+"""The autoencoder's Triton kernels against the plain functions: on CUDA, else on the CPU by Triton's interpreter."""
 
 from copy import deepcopy
 from dataclasses import replace

@@ -111,7 +111,7 @@ def test_the_scaled_product_is_what_fp8_units_compute():
     linear, x = nn.Linear(64, 48).bfloat16(), torch.randn(2, 5, 64, generator=draw).bfloat16()
     one = Fp8Linear.of(linear)
     try:
-        y = one.product(quantize_rows(x))
+        y = one(quantize_rows(x))
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this build has no _scaled_mm on the CPU: {error}")
     codes, scale = quantize_rows(x)

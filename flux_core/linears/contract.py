@@ -1,0 +1,135 @@
+"""What a layer in the place of an nn.Linear promises, and when fused code may reach inside one instead of calling it.
+
+A block calls its Linears, or hands them to its `ops`. The plain ops (`model/ops.py`) only call them, so every module
+with `in_features`, `out_features` and a forward will do. The fused ones (`kernels/`) are faster where they may read a
+weight, or pass tokens that are quantized already. They ask the functions below, and else call the layer, too.
+
+|                                      | nn.Linear            | `fp8.Fp8Linear`           | any other module         |
+| ------------------------------------ | -------------------- | ------------------------- | ------------------------ |
+| `in_features`, `out_features`        | yes                  | yes                       | yes                      |
+| forward of x [..., K] -> [..., N]    | yes                  | yes                       | yes                      |
+| gradient of x; of its parameters     | yes; yes             | yes; of the bias          | as its forward has it    |
+| `takes_tokens`: of `QuantizedTokens` | no                   | where fp8 units are       | no                       |
+| `dense`: weight and bias to use      | its own              | dequantized, else no      | no                       |
+| `multiply_columns`: [x \\| y] apart   | a product for each   | by `dense`, else joined   | joined                   |
+| a slice of its rows                  | of `dense`           | of `dense`, or its output | of its output            |
+
+A new format is one file with one class, a direct subclass of `Leaf`, that overrides what it has:
+
+- a LoRA around any layer: a forward that adds its branch, and `multiply_columns` of the layer and of its branch;
+- GGUF, NF4: a forward that dequantizes, and `dense`, which does so for one call. No parameter needs to be dense.
+
+A class that derives from such a format is called and never looked into: it may have changed the forward.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class QuantizedTokens(NamedTuple):
+    """Tokens x ~ codes * scale, which some leaves take in the place of x."""
+
+    codes: Tensor
+    """e4m3 [..., K]"""
+    scale: Tensor
+    """fp32 [..., 1]"""
+
+
+class Leaf(nn.Module):
+    """A layer in the place of an nn.Linear, with the answers of one that can only be called."""
+
+    in_features: int
+    out_features: int
+
+    def takes_tokens(self) -> bool:
+        """Whether its forward takes `QuantizedTokens` on the device where it is now."""
+        return False
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """Weight [N, K] and bias [N] for a product in that dtype, or None: it has none, or a faster way of its own."""
+        return None
+
+    def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
+        """Its forward of [x | y], features side by side."""
+        return self(torch.cat((x, y), dim=-1))
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward follows."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
+    """Whether fused code may do the work of a module on these inputs itself, without calling it.
+
+    So it is where the call computes that class's forward of the module's own parameters, nothing else (`is_untouched`),
+    and no gradient is wanted.
+    """
+    return is_untouched(module, kind) and not needs_grad(*inputs, *module._parameters.values())
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Not so: a subclass, a `forward` of the instance's own, hooks of any kind, parameters of a class of their own."""
+    if type(module) is not kind or is_patched(module) or is_hooked(module):
+        return False
+    return all(x is None or type(x) is nn.Parameter for x in module._parameters.values())
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own."""
+    # dynamo guards on the answer to the second question only: a compiled block sees a patch by it
+    return "forward" in vars(module) or getattr(module.forward, "__func__", None) is not type(module).forward
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """What nn.Module.__call__ asks. In a compiled block, as ever, hooks that were registered later do not count."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
+
+
+def is_leaf(linear: nn.Module, *inputs: Tensor) -> bool:
+    """Whether the methods of `Leaf` speak for this layer."""
+    return Leaf in type(linear).__bases__ and is_bare(linear, type(linear), *inputs)
+
+
+def takes_tokens(consumer: nn.Module) -> bool:
+    """Whether `QuantizedTokens` may be passed to a layer, or to the first layer of a Sequential, here and now."""
+    if is_bare(consumer, nn.Sequential) and len(consumer):  # type: ignore[arg-type]
+        consumer = consumer[0]  # type: ignore[index]
+    return is_leaf(consumer) and cast(Leaf, consumer).takes_tokens()
+
+
+def dense(linear: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight [N, K] and bias [N] that give `linear(x)` for inputs of that dtype, or None where it has to be called."""
+    if is_bare(linear, nn.Linear, *inputs):
+        found: Any = linear._parameters.get("weight"), linear.bias
+    else:
+        found = cast(Leaf, linear).dense(inputs[0].dtype) if is_leaf(linear, *inputs) else None
+    return None if found is None or any(x is None for x in found) else found
+
+
+def multiply_columns(linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`linear` of [x | y], by a product for each with its columns where it can. [B, L, K], [B, L, M] -> [B, L, N]"""
+    if found := dense(linear, x, y):
+        add_up = torch.ops.flux_core.sum_of_products if torch.compiler.is_compiling() else sum_of_products
+        return add_up(x, y, *found)
+    if is_leaf(linear):
+        return cast(Leaf, linear).multiply_columns(x, y)
+    return linear(torch.cat((x, y), dim=-1))
+
+
+def sum_of_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[x | y] @ weight.T + bias, for x [B, L, K], y [B, L, M] and weight [N, K + M].
+
+    An operator of its own, since inductor would copy the first sum before it adds the second to it.
+    """
+    of_x, of_y = weight.t().split([x.shape[2], y.shape[2]])
+    return torch.addmm(bias, y.flatten(0, 1), of_y).addmm_(x.flatten(0, 1), of_x).unflatten(0, x.shape[:2])
+
+
+@torch.library.custom_op("flux_core::sum_of_products", sum_of_products, mutates_args=()).register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
