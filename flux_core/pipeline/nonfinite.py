@@ -43,7 +43,7 @@ def lost_at_step(
     if is_finite(step.before):
         site, parts = first_site(step, velocity, run), [model]
     else:  # they come from an init image or a callback
-        site, parts = "the latents it started from", [model, ae]
+        site, parts = "the start latents", [model, ae]
     first = f", first in {site}" if site else ""
     where = f"after step {step.index + 1} of {len(run.sigmas) - 1} (sigma {step.sigma:.3f}){first}"
     return lost(where, dtype, *parts)
@@ -53,11 +53,11 @@ def lost(where: str, dtype: torch.dtype, *parts: Any) -> NonFiniteError:
     """The error for a non-finite value found `where`; names the non-finite tensors of `parts`, if any."""
     found = f"NaN or infinity {where}, in {dtype_name(dtype)}; no picture is written"
     if bad := bad_tensors(*parts):
-        return NonFiniteError(f"{found}. {listing(bad)}: python cli.py verify FILE says more")
+        return NonFiniteError(f"{found}. {listing(bad)}. Next: python cli.py verify FILE")
     if dtype != torch.float32:
-        return NonFiniteError(f"{found}: try --dtype float32")
-    hint = "without the plan, if there is one, or fetch the files again"
-    return NonFiniteError(f"{found}. Every weight is finite: try it {hint}")
+        return NonFiniteError(f"{found}. Next: try --dtype float32")
+    hint = "leave the plan out, if there is one, or fetch the files again"
+    return NonFiniteError(f"{found}. Every weight is finite. Next: {hint}")
 
 
 def first_site(step: Step, velocity: Callable[[HookRun], Velocity], run: HookRun) -> str:
