@@ -1,31 +1,31 @@
-"""What the first-block cache saves and what it costs, by its threshold and at fixed schedules.
+"""Time saved and quality lost by the first-block cache, by threshold and at fixed schedules.
 
     python benchmarks/caching.py [--prompts 8] [--seeds 1] [--chart FILE.png] [--sheet FILE.jpg]
     python benchmarks/caching.py --full-size [--rounds 4] [--compile blocks|none]
 
 The first draws flux-mini's prompts with and without a cache, 28 steps, and prints for each setting:
 
-saved      share of the steps at which all blocks but the first were left out, counted at the second block
+saved      share of the steps at which all blocks but the first were skipped, counted at the second block
 change     1 - cosine of dinov2-mini's class tokens to the uncached picture of the same prompt and seed, mean of all
            pictures with the 95 % interval over the prompts
-psnr_db    of the mean squared error over all pictures, in dB; null where no pixel differs
+psnr_db    of the mean squared error over all pictures, in dB; null if no pixel differs
 
-For scale, *another seed* is the uncached picture of the prompt's next seed. With --chart a chart of it, with --sheet
-the first eight prompts' pictures.
+For scale, *another seed* is the uncached picture of the prompt's next seed. --chart writes a chart of these, --sheet
+the pictures of the first eight prompts.
 
---full-size is about time: FLUX.1-dev's sizes, random weights in bf16, 1024x1024, 512 text tokens, batch 1, blocks
-compiled. With random weights a threshold decides nothing, so what shall happen is forced. Forwards of one step, in
-turns (`timing.py`):
+--full-size measures time: FLUX.1-dev's sizes, random weights in bf16, 1024x1024, 512 text tokens, batch 1, blocks
+compiled. With random weights a threshold is meaningless, so the decisions are forced. Forwards of one step, in turns
+(`timing.py`):
 
 plain      without a plan
-kept       all blocks run, and what they add is kept; a schedule, so nothing is decided
-decided    the same behind the decision (threshold 0); `over_plain_ms` and `over_kept_ms` are medians over the rounds,
-           `waits` the times that the host waits for the device in a forward (None where CUDA does not count them)
-reused     what was kept is added again
+kept       all blocks run, and their residual is stored; by a schedule, so without a decision
+decided    the same after the decision (threshold 0); `over_plain_ms` and `over_kept_ms` are medians over the rounds,
+           `waits` counts the host's synchronizations in a forward (None where CUDA does not count them)
+reused     the stored residual is added again
 
 and all 28 steps of an image, noise to latents, the faster of two: `scheduled` reuses every second step, `decided` the
-same steps by its threshold. Lines of JSON on stdout, a table on stderr at the end. `--tiny` runs either part small on
-anything.
+same steps by its threshold. Prints lines of JSON on stdout and at the end a table on stderr. `--tiny` runs either part
+small on any machine.
 """
 
 import argparse
@@ -68,7 +68,7 @@ CACHES = {
     "schedule": ("3-27/4", "1-27/2", "1-27/3,2-27/3", "1-27/4,2-27/4,3-27/4"),
     "later schedule": ("7-27/2", "7-27/3,8-27/3", "7-27/4,8-27/4,9-27/4"),
 }
-"""settings of each kind, from few steps saved to many; a schedule names the steps that are reused"""
+"""settings of each kind, from few saved steps to many; a schedule lists the cached steps"""
 COLOURS = {"threshold": "#3b6fb6", "schedule": "#d9822b", "later schedule": "#5a9a4f"}
 OTHER_SEED = "another seed"
 
@@ -78,7 +78,7 @@ OTHER_SEED = "another seed"
 
 @dataclass(frozen=True)
 class Result:
-    """One setting's figures."""
+    """Measurements of a setting."""
 
     kind: str
     setting: str
@@ -88,13 +88,14 @@ class Result:
     psnr_db: float | None
 
 
-def squared_error(one: Image.Image, other: Image.Image) -> float:
-    a, b = (np.asarray(x, dtype=np.float64) for x in (one, other))
-    return float(((a - b) ** 2).mean())
+def squared_error(a: Image.Image, b: Image.Image) -> float:
+    """The mean squared error of the pixels, in levels of 255."""
+    x, y = (np.asarray(image, dtype=np.float64) for image in (a, b))
+    return float(((x - y) ** 2).mean())
 
 
 def compare(kind: str, setting: str, saved: float, pairs: Sequence[tuple[Any, Any]], scorer: Scorer) -> Result:
-    """pairs: for each prompt its pictures and those that they are held against."""
+    """The result of a setting. pairs: for each prompt the pictures and their references."""
     changes, errors = [], []
     for found, exact in pairs:
         similar = (scorer.features(found) * scorer.features(exact)).sum(1)
@@ -107,37 +108,37 @@ def compare(kind: str, setting: str, saved: float, pairs: Sequence[tuple[Any, An
 
 
 def quality(prompts: Sequence[Prompt], seeds: int, size: int, steps: int, most: int, device: str) -> Any:
-    """The results, and the rows of the sheet. most: settings of each kind."""
+    """The results, and the rows of the sheet. most: the most settings of each kind."""
     pipeline, scorer = load_pipeline("flux-mini", device), load_scorer("dinov2-mini", torch.device(device))
     how = {"width": size, "height": size, "num_steps": steps, "force": True}
     ran: list[None] = []
     pipeline.model.double_blocks[1].register_forward_pre_hook(lambda *_: ran.append(None))
 
     def draw(plan: Sequence[FirstBlockCache], seeds: int) -> tuple[list[list[Image.Image]], float]:
-        """Each prompt's pictures, and the share of steps that were saved."""
+        """The pictures of each prompt, and the share of saved steps."""
         ran.clear()
-        pictures = [pipeline.generate(one.prompt, seed=one.seed, num_images=seeds, plan=plan, **how) for one in prompts]
+        pictures = [pipeline.generate(p.prompt, seed=p.seed, num_images=seeds, plan=plan, **how) for p in prompts]
         return pictures, 1 - len(ran) / (len(prompts) * seeds * steps)
 
     exact, _ = draw([], seeds + 1)
     pairs = [(pictures[1:], pictures[:-1]) for pictures in exact]
     results, sheet = [compare("seed", OTHER_SEED, 0.0, pairs, scorer)], [("uncached", exact)]
     say(results[0])
-    whole = [pictures[:seeds] for pictures in exact]
-    for kind, setting in [(kind, one) for kind, settings in CACHES.items() for one in settings[:most]]:
+    references = [pictures[:seeds] for pictures in exact]
+    for kind, setting in [(kind, setting) for kind, settings in CACHES.items() for setting in settings[:most]]:
         found, saved = draw([cache_of(kind, setting, steps)], seeds)
-        results.append(compare(kind, setting, saved, list(zip(found, whole, strict=True)), scorer))
+        results.append(compare(kind, setting, saved, list(zip(found, references, strict=True)), scorer))
         sheet.append((f"{setting}\n{saved:.0%} saved".replace(",", ",\n"), found))
         say(results[-1])
     return results, [(label, [pictures[0] for pictures in drawn[:8]]) for label, drawn in sheet]
 
 
 def cache_of(kind: str, setting: str, steps: int) -> FirstBlockCache:
-    """That setting in a run of so many steps."""
+    """The cache of a setting, for a run of `steps` steps."""
     if kind == "threshold":
         return FirstBlockCache(threshold=float(setting))
-    every = FirstBlockCache(schedule=setting).schedule or ()
-    return FirstBlockCache(schedule=[step for step in every if step < steps] or [steps - 1])
+    schedule = FirstBlockCache(schedule=setting).schedule or ()
+    return FirstBlockCache(schedule=[step for step in schedule if step < steps] or [steps - 1])
 
 
 def say(result: Result) -> None:
@@ -147,30 +148,30 @@ def say(result: Result) -> None:
 
 def table(results: Sequence[Result]) -> str:
     lines = ["| cache | steps saved | change, ±95 % | PSNR |", "| --- | --- | --- | --- |"]
-    for one in results:
-        name = one.setting if one.kind == "seed" else f"{one.kind} {one.setting}"
-        wide = "" if one.ci95 is None else f" ± {one.ci95:.4f}"
-        psnr = "" if one.psnr_db is None else f"{one.psnr_db:.1f} dB"
-        lines.append(f"| {name} | {one.saved:.0%} | {one.change:.4f}{wide} | {psnr} |")
+    for result in results:
+        name = result.setting if result.kind == "seed" else f"{result.kind} {result.setting}"
+        interval = "" if result.ci95 is None else f" ± {result.ci95:.4f}"
+        psnr = "" if result.psnr_db is None else f"{result.psnr_db:.1f} dB"
+        lines.append(f"| {name} | {result.saved:.0%} | {result.change:.4f}{interval} | {psnr} |")
     return "\n".join(lines)
 
 
 def chart(results: Sequence[Result], title: str) -> bytes:
-    """A PNG: what the pictures lose over the share of steps saved, by DINOv2 and in pixels."""
+    """A PNG: quality lost over the share of saved steps, by DINOv2 and in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    scale = next(one for one in results if one.setting == OTHER_SEED)
+    scale = next(result for result in results if result.setting == OTHER_SEED)
     figures = ("change", "1 - similarity (DINOv2)"), ("psnr_db", "PSNR, dB")
     for axes, (figure_of, label) in zip(figure.subplots(1, 2), figures, strict=True):
         for kind, colour in COLOURS.items():
-            mine = [one for one in results if one.kind == kind and getattr(one, figure_of) is not None]
-            x, y = [100 * one.saved for one in mine], [getattr(one, figure_of) for one in mine]
+            mine = [result for result in results if result.kind == kind and getattr(result, figure_of) is not None]
+            x, y = [100 * result.saved for result in mine], [getattr(result, figure_of) for result in mine]
             axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1, label=kind)
-            for one, *place in zip(mine, x, y, strict=True) if (kind, figure_of) == ("threshold", "psnr_db") else ():
-                axes.annotate(one.setting, place, (3, 4), textcoords="offset points", fontsize=7, color=colour)
+            for result, *place in zip(mine, x, y, strict=True) if (kind, figure_of) == ("threshold", "psnr_db") else ():
+                axes.annotate(result.setting, place, (3, 4), textcoords="offset points", fontsize=7, color=colour)
         axes.axhline(getattr(scale, figure_of), color="#777777", linewidth=1, linestyle=":", label=OTHER_SEED)
         axes.set_xlabel("steps saved, %")
         axes.set_ylabel(label)
@@ -187,22 +188,22 @@ def chart(results: Sequence[Result], title: str) -> bytes:
 
 
 def waits_of(call: Call, device: str) -> int | None:
-    """How often the host waits for the device in a call, as CUDA's own count has it."""
+    """How often the host synchronizes with the device in a call, by torch's debug mode; None without CUDA."""
     if not device.startswith("cuda"):
         return None
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         call()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(one.message) for one in told)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def steps_in_turns(model: Flux, inputs: dict[str, Any], rounds: int, seconds: float, device: str) -> dict[str, Any]:
-    """Milliseconds of a forward at step 5, after a full one at step 0."""
+    """Milliseconds of a forward at step 5, after a full forward at step 0."""
     sigmas = get_schedule(STEPS, inputs["img"].shape[1])
 
-    def standing(cache: FirstBlockCache) -> Call:
+    def after_full_forward(cache: FirstBlockCache) -> Call:
         run = HookRun([cache], model.params, sigmas)
         run.begin(sigmas[0])
         model(**inputs, run=run)
@@ -211,9 +212,9 @@ def steps_in_turns(model: Flux, inputs: dict[str, Any], rounds: int, seconds: fl
 
     calls = {
         "plain": partial(model, **inputs),
-        "kept": standing(FirstBlockCache(schedule=[STEPS - 1])),
-        "decided": standing(FirstBlockCache(threshold=0)),
-        "reused": standing(FirstBlockCache(schedule=[5])),
+        "kept": after_full_forward(FirstBlockCache(schedule=[STEPS - 1])),
+        "decided": after_full_forward(FirstBlockCache(threshold=0)),
+        "reused": after_full_forward(FirstBlockCache(schedule=[5])),
     }
     times = turns(calls, rounds, seconds, device)
     over = {
@@ -229,7 +230,7 @@ def steps_in_turns(model: Flux, inputs: dict[str, Any], rounds: int, seconds: fl
 
 
 def images(model: Flux, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Seconds of all steps of an image, and how many of them computed all blocks."""
+    """Seconds of all steps of an image, and the number of steps that ran all blocks."""
     given = [inputs[name] for name in ("img_ids", "txt", "txt_ids", "y", "guidance")]
     sigmas = get_schedule(steps, inputs["img"].shape[1])
     caches: dict[str, dict[str, Any]] = {
@@ -290,14 +291,14 @@ def full_size(args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full-size", action="store_true", help="time at full size instead of quality")
-    parser.add_argument("--prompts", type=int, default=8, help="of flux-mini's, from the first on")
+    parser.add_argument("--prompts", type=int, default=8, help="number of flux-mini's prompts to draw")
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--chart", type=Path, help="a PNG to write, with matplotlib")
     parser.add_argument("--sheet", type=Path, help="a JPEG to write")
     parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
-    parser.add_argument("--rounds", type=int, default=4, help="turns that count, with --full-size")
+    parser.add_argument("--rounds", type=int, default=4, help="measured rounds, with --full-size")
     parser.add_argument("--tiny", action="store_true", help="a few blocks, or few steps of small pictures")
-    parser.add_argument("--device", help="by itself cuda with --full-size where there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda with --full-size if available, else cpu")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if args.full_size and torch.cuda.is_available() else "cpu")
     if args.full_size:
@@ -313,7 +314,7 @@ def main() -> int:
     if args.sheet:
         from flux_core.methods.charts import contact_sheet
 
-        contact_sheet(rows, [one.prompt for one in prompts[:8]], 96).save(args.sheet, quality=80)
+        contact_sheet(rows, [prompt.prompt for prompt in prompts[:8]], 96).save(args.sheet, quality=80)
     print(about, table(results), sep="\n", file=sys.stderr)
     return 0
 

@@ -1,22 +1,22 @@
-"""Does Stable Flow edit flux-mini's pictures, and what does it keep? By the blocks that share keys and values.
+"""How well Stable Flow edits flux-mini's pictures and preserves the rest, by the blocks that share keys and values.
 
     python benchmarks/editing.py ROOT [--layers vital.json] [--each 15] [--photos 12] [--sheet FOLDER]
 
-ROOT holds the recipe's raw data (`weights/README.md` says how to get it). Edits of four kinds, `--each` of every kind:
-*recolour* (a thing gets a colour), *replace* (the right one of two things becomes another), *add* (a thing gets a
-neighbour), *background* (the ground gets a colour). Source and edits start from one noise; an edit is drawn with keys
-and values shared in all blocks, in the vital ones (`--layers`), in all others, in none. Printed as a table and one line
-of JSON, means with 95 % confidence intervals (Wilson's for shares, normal for the others):
+ROOT is the folder of the recipe's raw data (see `weights/README.md`). There are four kinds of edits, `--each` of every
+kind: *recolour* (an object gets a colour), *replace* (the right of two objects becomes another), *add* (an object gets
+a neighbour), *background* (the background gets a colour). Source and edits start from the same noise; an edit is drawn
+with keys and values shared in all blocks, in the vital blocks (`--layers`), in all others, in none. Prints a table and
+a line of JSON, means with 95 % confidence intervals (Wilson's for shares, normal for the others):
 
-- *happened*: the edit is there: as `benchmarks/quality.py` judges colours, names and pairs; for the background, the
-  ground is nearest to the asked colour of the palette's.
+- *happened*: the edit is visible, by the criteria of `benchmarks/quality.py` for colours, names and pairs; for the
+  background: of the palette's colours, the wanted colour is the nearest to it.
 - *likeness*: similarity of edit and source by the scorer.
-- *untouched*: mean difference to the source, in levels of 255, where the edit says nothing: the left half (replace) or
-  the thing itself (background).
-- *shape*: of what recolouring should leave: intersection over union of the thing's outlines.
+- *untouched*: mean difference to the source, in levels of 255, where nothing should change: the left half (replace) or
+  the object itself (background).
+- *shape*: intersection over union of the object's mask before and after recolouring.
 
-Then photographs (rendered scenes with their captions): the PSNR to the photograph of the autoencoder's own round trip,
-of inversion followed by sampling, and of the row that editing holds on the path, with and without the nudge.
+Then for photographs (rendered scenes with their captions): the PSNR to the photograph of the autoencoder's round trip,
+of inversion followed by sampling, and of the row that editing sets to the path, with and without the nudge.
 """
 
 import argparse
@@ -59,18 +59,18 @@ KEPT = ("likeness", "untouched", "shape")
 
 @dataclass
 class Edit:
-    """What is asked, and the things it is judged by: sprites' places in the list of base pictures, a colour."""
+    """Prompts of an edit, and its criteria: indices of sprites in the list of base pictures, a colour."""
 
     kind: str
     source: str
     edit: str
-    things: tuple[int, ...]
+    objects: tuple[int, ...]
     colour: int = -1
 
 
 @dataclass
 class Found:
-    """The measurements of one choice of blocks."""
+    """Measurements of a choice of blocks."""
 
     happened: dict[str, list[bool]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     likeness: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Found:
 
 
 def make_edits(study: q.Study, each: int, rng: random.Random) -> list[Edit]:
-    """`each` of every kind, of things with a plain name that has not come yet."""
+    """`each` edits of every kind, of objects with a plain name, each used once."""
     plain = set(plain_names(study.sprites))
     places = [i for i, sprite in enumerate(study.base) if sprite in plain]
     rng.shuffle(places)
@@ -88,8 +88,8 @@ def make_edits(study: q.Study, each: int, rng: random.Random) -> list[Edit]:
         return study.name(study.base[i])
 
     def coloured(i: int, colour: int) -> str:
-        word, thing = COLOURS[colour].names[0], study.sprites.names[study.base[i]]
-        return f"{q.with_article(word, word).split()[0]} {word} {thing}"
+        word, noun = COLOURS[colour].names[0], study.sprites.names[study.base[i]]
+        return f"{q.with_article(word, word).split()[0]} {word} {noun}"
 
     edits = []
     for _ in range(each):
@@ -108,11 +108,11 @@ def make_edits(study: q.Study, each: int, rng: random.Random) -> list[Edit]:
 
 @torch.no_grad()
 def draw(pipeline, edit: Edit, seed: int, layers: dict[str, list[str]]) -> list[Image.Image]:
-    """The source, and the edit with each choice of blocks, as rows of one batch."""
+    """Pictures of the source and of the edit with each choice of blocks, drawn in one batch."""
     request = GenerationRequest(prompt=edit.source, seed=seed)
     branches = ("source", *layers)
     plan = [
-        ShareKV(blocks=tuple(blocks), targets=(name,), follow=i > 0)  # they write the same value, each its own row
+        ShareKV(blocks=tuple(blocks), targets=(name,), follow=i > 0)  # they write the same value, each another row
         for i, (name, blocks) in enumerate(layers.items())
         if blocks
     ]
@@ -132,44 +132,44 @@ def as_tensor(image: Image.Image) -> Tensor:
 def happened(study: q.Study, edit: Edit, rgb: Tensor) -> bool:
     ground = q.ground_of(rgb)
     if edit.kind == "background":
-        palette = torch.tensor([one.rgb for one in COLOURS])
+        palette = torch.tensor([colour.rgb for colour in COLOURS])
         return int((palette - ground).norm(dim=1).argmin()) == edit.colour
     if edit.kind == "recolour":
-        mask, sprite = q.object_mask(rgb, ground), study.base[edit.things[0]]
+        mask, sprite = q.object_mask(rgb, ground), study.base[edit.objects[0]]
         references = torch.stack([q.mean_colour(study.atlas, sprite, c) for c in range(len(COLOURS))])
         mean = rgb[:, mask].mean(1) if mask.any() else torch.zeros(3)
         return int((references - mean).norm(dim=1).argmin()) == edit.colour
     tiles = q.sprite_tiles(study.atlas, study.base, ground)
     halves = q.halves_of(rgb, ground, across=True)
-    return all(q.shows(half, ground, thing, tiles) for half, thing in zip(halves, edit.things, strict=True))
+    return all(q.shows(half, ground, sprite, tiles) for half, sprite in zip(halves, edit.objects, strict=True))
 
 
 def judge(study: q.Study, edit: Edit, pictures: Sequence[Image.Image], found: dict[str, Found], scorer) -> list[bool]:
-    """Measure one edit, by every choice of blocks. Returns whether it happened."""
+    """Measure an edit with every choice of blocks. Returns for each choice whether the edit is visible."""
     source, *edits = (as_tensor(picture) for picture in pictures)
     features = scorer.features(pictures)
     mask = q.object_mask(source, q.ground_of(source))
-    for i, (one, rgb) in enumerate(zip(found.values(), edits, strict=True), 1):
-        one.happened[edit.kind].append(happened(study, edit, rgb))
-        one.likeness.append(float(features[0] @ features[i]))
+    for i, (result, rgb) in enumerate(zip(found.values(), edits, strict=True), 1):
+        result.happened[edit.kind].append(happened(study, edit, rgb))
+        result.likeness.append(float(features[0] @ features[i]))
         difference = 255 * (rgb - source).abs().mean(0)
         if edit.kind == "replace":
-            one.untouched.append(difference[:, : difference.shape[1] // 2].mean().item())
+            result.untouched.append(difference[:, : difference.shape[1] // 2].mean().item())
         if edit.kind == "background" and mask.any():
-            one.untouched.append(difference[mask].mean().item())
+            result.untouched.append(difference[mask].mean().item())
         if edit.kind == "recolour":
             now = q.object_mask(rgb, q.ground_of(rgb))
-            one.shape.append(((now & mask).sum() / (now | mask).sum().clamp(min=1)).item())
-    return [one.happened[edit.kind][-1] for one in found.values()]
+            result.shape.append(((now & mask).sum() / (now | mask).sum().clamp(min=1)).item())
+    return [result.happened[edit.kind][-1] for result in found.values()]
 
 
 def mean_of(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval."""
+    """The mean, and half the width of its 95 % confidence interval."""
     return statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def share_of(values: Sequence[bool]) -> tuple[float, float, float]:
-    """A share, and Wilson's 95 % interval of it."""
+    """The share of true values, and the bounds of Wilson's 95 % interval."""
     n, p, z = len(values), sum(values) / len(values), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -177,34 +177,34 @@ def share_of(values: Sequence[bool]) -> tuple[float, float, float]:
 
 def table(found: dict[str, Found], layers: dict[str, list[str]]) -> str:
     lines = ["| shared in | happened | likeness | untouched | shape |", "| --- | --- | --- | --- | --- |"]
-    for name, one in found.items():
-        p, low, high = share_of([x for values in one.happened.values() for x in values])
-        cells = [f"{m:.3g} ± {h:.2g}" for m, h in map(mean_of, (one.likeness, one.untouched, one.shape))]
-        each = ", ".join(f"{kind} {sum(values)}/{len(values)}" for kind, values in one.happened.items())
+    for name, result in found.items():
+        p, low, high = share_of([x for values in result.happened.values() for x in values])
+        cells = [f"{m:.3g} ± {h:.2g}" for m, h in map(mean_of, (result.likeness, result.untouched, result.shape))]
+        each = ", ".join(f"{kind} {sum(values)}/{len(values)}" for kind, values in result.happened.items())
         label = f"{name} ({len(layers[name])} blocks)"
         lines.append(f"| {label} | {p:.0%} ({low:.0%} to {high:.0%}): {each} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def differences(found: dict[str, Found]) -> dict[str, list[float]]:
-    """What the paper's table says: vital keeps more than none, and edits more than all. Paired, with half widths."""
+    """Paired differences with half widths, for the paper's claims: vital keeps more than none, edits more than all."""
     vital, none, every = (found[name] for name in ("vital", "none", "all"))
 
-    def difference(ones: Sequence[float], others: Sequence[float]) -> list[float]:
-        return [round(x, 4) for x in mean_of([float(a) - float(b) for a, b in zip(ones, others, strict=True)])]
+    def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
+        return [round(x, 4) for x in mean_of([float(a) - float(b) for a, b in zip(first, second, strict=True)])]
 
     kept = {f"{what}_vital_minus_none": difference(getattr(vital, what), getattr(none, what)) for what in KEPT}
-    edited, asked = ([x for kind in KINDS for x in one.happened[kind]] for one in (vital, every))
-    return {**kept, "happened_vital_minus_all": difference(edited, asked)}
+    by_vital, by_all = ([x for kind in KINDS for x in result.happened[kind]] for result in (vital, every))
+    return {**kept, "happened_vital_minus_all": difference(by_vital, by_all)}
 
 
-def psnr(one: Tensor, other: Tensor) -> float:
-    return -10 * math.log10(((one - other) ** 2).mean().item())
+def psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * math.log10(((a - b) ** 2).mean().item())
 
 
 @torch.no_grad()
 def photographs(study: q.Study, n: int) -> dict[str, float]:
-    """Mean PSNR to photographs, in dB."""
+    """Mean PSNR to `n` photographs, in dB."""
     batch, captions = sample_scenes(n, 98, study.sprites, k=1)
     pipeline, figures = study.pipeline, {}
     for i in tqdm(range(n), "photographs"):
@@ -228,11 +228,11 @@ def photographs(study: q.Study, n: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
-    parser.add_argument("--layers", default="vital", help="the vital blocks, as --layers of the editor takes them")
+    parser.add_argument("--layers", default="vital", help="the vital blocks, as in the editor's --layers")
     parser.add_argument("--each", type=int, default=15, help="edits of each kind")
     parser.add_argument("--photos", type=int, default=12)
     parser.add_argument("--scorer", default=SCORER)
-    parser.add_argument("--sheet", type=Path, help="folder for a sheet of the edits, to look at")
+    parser.add_argument("--sheet", type=Path, help="folder for a sheet of the edits")
     args = parser.parse_args()
 
     sprites = load_sprites(args.root)

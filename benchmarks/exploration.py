@@ -1,11 +1,11 @@
-"""What an exploration costs beside the drawing: a session of pictures against as many bare runs of the model.
+"""Overhead of an exploration: time of a session of pictures, relative to as many runs of the bare model.
 
     python benchmarks/exploration.py [--pictures 24] [--steps 4] [--rounds 3]
 
-flux-mini, 256x256. A bare run is noise, denoising and decoding, to pixels that nobody keeps. A session writes PNGs,
-rows, locks and a grid, all on the disk when it is done. Both take turns in one process with one loaded model, whose
-loading is outside of both. Printed as one line of JSON: medians of the seconds, and `ratio`, the median of a round's
-session to its bare runs (goal: at most 1.15).
+flux-mini, 256x256. A bare run is noise, denoising and decoding; its pixels are discarded. A session writes PNGs, table
+rows, locks and a grid, all on the disk when it ends. Both take turns in one process with one loaded model; loading is
+not measured. Prints a line of JSON: medians of the seconds, and `ratio`, the median over the rounds of session to bare
+runs (goal: at most 1.15).
 """
 
 import argparse
@@ -50,7 +50,7 @@ def seconds(call: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=4, help="few steps are the hard case: the rest costs the same")
+    parser.add_argument("--steps", type=int, default=4, help="few steps are the hard case: the overhead stays the same")
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

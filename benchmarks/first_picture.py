@@ -1,11 +1,11 @@
-"""How long until a stranger sees his first picture: the whole command, as a process, on a warm disk.
+"""Time to a new user's first picture: the whole command, as a process, with warm disk caches.
 
     python benchmarks/first_picture.py [--repeat 3]
 
-Prints one JSON line, medians of the repeats: the command from start to file; importing torch and transformers alone, in
-the same minutes, as the part that is not ours, and the ratio of the two; inside one process, the 28 steps and the
-decoding; `--help` and a wrong flag; and, for half as many threads as cores, as many, and twice as many, the 28 steps
-and the decoding, and a sum of the pixels.
+Prints a line of JSON with medians of the repeats: the command from start to file; the import of torch and
+transformers alone, in the same minutes, which is not ours, and the ratio of the two; in a process, the 28 steps with
+decoding; `--help` and a wrong flag; and for half as many threads as cores, as many, and twice as many, the 28 steps
+with decoding, and a hash of the pixels.
 """
 
 import argparse
@@ -37,7 +37,7 @@ print(json.dumps({**figures, "threads": torch.get_num_threads()}))
 
 
 def seconds(*command: str, code: int = 0) -> float:
-    """Wall time of one process; it must end with that exit code."""
+    """Wall time of a process, which must end with that exit code."""
     begin = time.monotonic()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True)
     elapsed = time.monotonic() - begin
@@ -47,7 +47,7 @@ def seconds(*command: str, code: int = 0) -> float:
 
 
 def drawn(**environment: str) -> dict[str, Any]:
-    """Three pictures in a process of their own: seconds of the first and of the faster later one, threads, a sum."""
+    """Draw three pictures in a new process: seconds of the first and of the faster later one, threads, a hash."""
     env = os.environ | environment
     done = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, capture_output=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,7 +64,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         draw = ("cli.py", "--prompt", "a red apple", "--seed", "0", "--output-dir", folder)
-        seconds(*draw)  # warms the disk
+        seconds(*draw)  # fills the disk caches
         figures = {"first_picture_s": median(repeat, *draw), "imports_s": median(repeat, "-c", IMPORTS)}
     figures["ratio_to_imports"] = round(figures["first_picture_s"] / figures["imports_s"], 2)
     steps = drawn()

@@ -1,18 +1,18 @@
-"""The floor of a FLUX.1 step on the card at hand: what its matrix products and its attention take, and nothing else.
+"""The floor of a FLUX.1 step on this device: the time of its matrix products and its attention alone.
 
     python benchmarks/floor.py [--size 1024] [--rounds 5]
 
-Every product of the 57 blocks that tokens go through (4096 of the image, 512 of text), each with random normal weights
-of its own, and every attention, by that backend of PyTorch's that proves fastest here. No bias, no elementwise work, no
-modulation (its products see one vector, and can be had before the loop), and one CUDA graph for all launches. In bf16;
-and where the device has it with e4m3 products, a scale for each row, beside bf16 attention.
+It runs every product of the 57 blocks with tokens (4096 of the image, 512 of text), each with its own random normal
+weights, and every attention, with the PyTorch backend that is fastest here. No bias, no elementwise work, no modulation
+(its products are with a vector, and can be computed before the loop), and one CUDA graph for all launches. In bf16; and
+where the device supports it with e4m3 products, a scale for each row, and bf16 attention.
 
-It is replayed for a second a round, after a round that only heats; the figure is the median of the rounds, with
-nvidia-smi's clock and power meanwhile. The card's clock follows its heat, so a floor counts only beside what was
-measured in the same minutes: other benchmarks let a `FloorStep` take turns with what they time (`timing.py`), and
-`floor` is the whole in one call.
+It is replayed for a second in each round, after a warm-up round; the figure is the median of the rounds, with
+nvidia-smi's clock and power during them. The card's clock depends on its temperature, so a floor is comparable only to
+measurements of the same minutes: other benchmarks time a `FloorStep` in turns with their own calls (`timing.py`), and
+`floor` is the whole measurement in one call.
 
-A table on stderr, one line of JSON on stdout. `--tiny` runs small on anything.
+Prints a table on stderr and a line of JSON on stdout. `--tiny` runs small on any machine.
 """
 
 import argparse
@@ -46,11 +46,11 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "bf16": (lambda x: x, F.linear),
     "fp8": (quantize_rows, lambda x, weight: scaled_product(*x, *weight, None)),
 }
-"""for each dtype: what both sides of a product become, and the product"""
+"""for each dtype: the conversion of both operands, and the product"""
 
 
 def fastest_attention(q: Tensor, k: Tensor, v: Tensor, device: str) -> tuple[SDPBackend, dict[str, float]]:
-    """The backend that is fastest here, and the milliseconds of each that works."""
+    """The fastest attention backend on this device, and the milliseconds of each that works."""
     times = {}
     for backend in BACKENDS:
         with suppress(RuntimeError), sdpa_kernel(backend):
@@ -61,7 +61,7 @@ def fastest_attention(q: Tensor, k: Tensor, v: Tensor, device: str) -> tuple[SDP
 
 
 class FloorStep:
-    """The products and the attention of one step, as a call; on CUDA the replay of one graph."""
+    """Callable that runs the products and the attention of a step; on CUDA by replaying one graph."""
 
     def __init__(self, dtype: str, device: str, params: FluxParams, img: int, txt: int) -> None:
         prepare, product = PRODUCTS[dtype]
@@ -89,7 +89,7 @@ class FloorStep:
         self.graph = self._captured() if device.startswith("cuda") else None
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        self._step()  # libraries load and choose before the capture
+        self._step()  # libraries load and select kernels before the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -108,7 +108,7 @@ class FloorStep:
 def floor(
     dtype: str, device: str, params: FluxParams, img: int = 4096, txt: int = 512, rounds: int = 5, seconds: float = 1.0
 ) -> dict[str, Any]:
-    """The settled milliseconds of a step's floor, and what they were measured at."""
+    """The settled milliseconds of a step's floor, with rates, clock and power."""
     step = FloorStep(dtype, device, params, img, txt)
     with watched(device) as card:
         times = turns({dtype: step}, rounds, seconds, device)[dtype]
@@ -122,7 +122,7 @@ def floor(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels")
-    parser.add_argument("--rounds", type=int, default=5, help="seconds that count")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of a second")
     parser.add_argument("--tiny", action="store_true", help="a few blocks of 64 features, 16 + 8 tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -132,9 +132,9 @@ def main() -> int:
         params, img, txt, seconds = tiny(params), 16, 8, 0.05
     figures: dict[str, Any] = {}
     for dtype in ("bf16", "fp8") if has_fp8_units(torch.device(args.device)) else ("bf16",):
-        one = figures[dtype] = floor(dtype, args.device, params, img, txt, args.rounds, seconds)
-        seen = f"{one['tflop_per_s']:.0f} TFLOP/s, {one['attention']}, {one['sm_mhz']} MHz, {one['watts']} W"
-        print(f"{dtype:<5}{one['ms']:>8.2f} ms   {seen}", file=sys.stderr)
+        found = figures[dtype] = floor(dtype, args.device, params, img, txt, args.rounds, seconds)
+        rates = f"{found['tflop_per_s']:.0f} TFLOP/s, {found['attention']}, {found['sm_mhz']} MHz, {found['watts']} W"
+        print(f"{dtype:<5}{found['ms']:>8.2f} ms   {rates}", file=sys.stderr)
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     about = {"tokens": {"image": img, "text": txt}, "device": name, "torch": torch.__version__}
     print(json.dumps({"benchmark": "floor", **figures, **about}))

@@ -1,20 +1,20 @@
-"""How far fp8 takes flux-mini's pictures from those of bf16, beside how far another seed takes them.
+"""Distance of flux-mini's pictures in fp8 from those in bf16, relative to that of another seed.
 
     python benchmarks/fp8_quality.py [--prompts 16] [--steps 28] [--model FILE]
 
-Every prompt is drawn with two seeds in bf16, in fp8 and in fp32. fp8 is rounded while the weights are read, or what
-`save --dtype fp8` wrote (`--model`). Printed as one line of JSON, each distance as the mean over all pairs, and as its
-ratio to the distance of the two seeds in bf16:
+Every prompt is drawn with two seeds in bf16, in fp8 and in fp32. fp8 weights are rounded while they are read, or come
+from a file written by `save --dtype fp8` (`--model`). Prints a line of JSON: each distance as the mean over all pairs,
+and as its ratio to the distance of the two seeds in bf16:
 
 change   1 - cosine of dinov2-mini's class tokens (goal: fp8 at most 0.1 of another seed)
 levels   root of the mean squared error of the pixels, in levels of 255
 
-`interval90` is what that ratio could as well have been with other prompts: 90 % of a bootstrap over prompts. A few
-pictures that take another turn make most of a mean, so it is wide.
+`interval90` is the 90 % interval of that ratio by a bootstrap over prompts. It is wide, since a few pictures that
+develop differently make up most of the mean.
 
-`float32` stands there for scale: bf16 is as far from it as rounding alone takes a picture. `units` is the share of the
-fp8 Linears that multiply in e4m3; 0: this device has no fp8 units, and weights alone are rounded. On a CPU without bf16
-units a picture takes minutes; `--tiny` draws one prompt with one step at 64x64.
+`float32` is given for scale: its distance to bf16 is that of rounding alone. `units` is the share of the fp8 Linears
+that multiply in e4m3; 0: this device has no fp8 units, and only weights are rounded. On a CPU without bf16 units a
+picture takes minutes; `--tiny` draws one prompt with one step at 64x64.
 """
 
 import argparse
@@ -43,30 +43,30 @@ DRAWS = 4000
 
 
 Distances = dict[str, np.ndarray]
-"""one for each prompt, over its pictures: 1 - cosine, and the squared error of the pixels"""
+"""by kind, the mean over each prompt's pictures: 1 - cosine, and the squared error of the pixels"""
 
 
-def distances(some: Sequence[Image.Image], others: Sequence[Image.Image], scorer: Scorer, prompts: int) -> Distances:
-    """Of pictures to those at the same places, which go prompt by prompt."""
-    similar = (scorer.features(some) * scorer.features(others)).sum(1)
-    found = {"change": 1 - similar.double().numpy(), "levels": np.array(list(map(squared_error, some, others)))}
-    return {kind: one.reshape(prompts, -1).mean(1) for kind, one in found.items()}
+def distances(a: Sequence[Image.Image], b: Sequence[Image.Image], scorer: Scorer, prompts: int) -> Distances:
+    """Distances of the pictures of `a` to those of `b`, pair by pair; both are sorted by prompt."""
+    similar = (scorer.features(a) * scorer.features(b)).sum(1)
+    found = {"change": 1 - similar.double().numpy(), "levels": np.array(list(map(squared_error, a, b)))}
+    return {kind: values.reshape(prompts, -1).mean(1) for kind, values in found.items()}
 
 
 def mean(kind: str, values: np.ndarray) -> np.ndarray:
-    """Over the last axis, prompts. Errors of pixels are summed up as squares, and told as their root."""
+    """The mean over the last axis, prompts; for errors of pixels, its root."""
     return values.mean(-1) ** (0.5 if kind == "levels" else 1)
 
 
 def interval(kind: str, found: np.ndarray, seeds: np.ndarray) -> list[float]:
-    """The 90 % of ratios that drawing as many prompts out of these, with repetition, gives: a percentile bootstrap."""
+    """The 90 % interval of the ratio, by a percentile bootstrap over prompts."""
     drawn = np.random.default_rng(0).integers(0, len(found), (DRAWS, len(found)))
     return [float(x) for x in np.quantile(mean(kind, found[drawn]) / mean(kind, seeds[drawn]), (0.05, 0.95))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="of flux-mini's, from the first on")
+    parser.add_argument("--prompts", type=int, default=16, help="number of flux-mini's prompts to draw")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument(
         "--model", help="flux-mini in fp8: a file or folder of `save --dtype fp8` (default: plain rounding)"
@@ -82,8 +82,8 @@ def main() -> int:
     units: list[bool] = []
     for dtype in DTYPES:
         pipeline = load_pipeline("flux-mini", args.device, dtype, model=args.model if dtype == "fp8" else None)
-        units += [one.scaled for one in pipeline.model.modules() if isinstance(one, Fp8Linear)]
-        drawn[dtype] = [image for one in prompts for image in pipeline.generate(one.prompt, seed=one.seed, **how)]
+        units += [m.scaled for m in pipeline.model.modules() if isinstance(m, Fp8Linear)]
+        drawn[dtype] = [image for p in prompts for image in pipeline.generate(p.prompt, seed=p.seed, **how)]
 
     scorer, exact = load_scorer("dinov2-mini", torch.device(args.device)), drawn["bfloat16"]
     seeds = distances(exact[::2], exact[1::2], scorer, len(prompts))

@@ -1,13 +1,13 @@
-"""What hooks cost a step, at full size: blocks without taps beside blocks with them, and beside plans at work.
+"""Cost of hooks in a full-size step: blocks without taps, blocks with taps, and with plans.
 
     python benchmarks/hook_cost.py [--compile] [--rounds 20]
 
 12 billion random weights in bf16, a picture of 1024x1024 (4096 image and 512 text tokens), two rows for `share_kv`.
-*bare* is the same model with every tap taken out of the text of its blocks. All variants take turns in every round,
-so that clocks and heat are the same for all; the ratio is the median over the rounds of a variant's time to its
-partner's in that round. Printed as one line of JSON: seconds, `ratio` of `plain` and `empty` to bare (goal within 0.5
-%), of `share_kv` on every layer to the same two rows without (goal under 3 %), and graphs compiled. `--tiny` runs
-small on anything.
+*bare* is the same model with every tap removed from the source of its blocks. All variants take turns in every round,
+so that clocks and heat are the same for all; the ratio is the median over the rounds of a variant's time to that of
+its reference in the round. Prints a line of JSON: seconds, `ratio` of `plain` and `empty` to bare (goal within 0.5 %),
+of `share_kv` on every layer to the same two rows without (goal under 3 %), and the number of compiled graphs. `--tiny`
+runs small on any machine.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BRANCHES = ("source", "edit")
 
 
 class WithoutTaps(ast.NodeTransformer):
-    """A text with every call of a tap replaced by what it is given."""
+    """Replaces every call of a tap in a syntax tree by its argument."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -51,20 +51,20 @@ class WithoutTaps(ast.NodeTransformer):
 
 @functools.cache
 def bare_blocks() -> types.ModuleType:
-    """`flux_core.model.blocks` as if it had never had taps."""
+    """The module `flux_core.model.blocks` without taps."""
     tree = ast.fix_missing_locations(WithoutTaps().visit(ast.parse(inspect.getsource(blocks))))
     text = ast.unparse(tree)
     if "tap(" in text or "tap." in text:
         raise RuntimeError("a tap is left in the blocks")
     bare = types.ModuleType("flux_core.model.bare_blocks")
-    sys.modules[bare.__name__] = bare  # where dynamo looks it up
+    sys.modules[bare.__name__] = bare  # dynamo looks it up there
     bare.__package__ = "flux_core.model"
     exec(compile(tree, "bare_blocks", "exec"), vars(bare))
     return bare
 
 
 def without_taps(model: Flux) -> Flux:
-    """Another model on the same weights, of bare blocks."""
+    """A model of bare blocks on the same weights."""
     bare = bare_blocks()
     with torch.device("meta"):
         other = Flux(model.params)
@@ -75,11 +75,11 @@ def without_taps(model: Flux) -> Flux:
 
 
 def variants(model: Flux, one: dict[str, Any], two: dict[str, Any]) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """Name -> (the variant it is held against, a forward)."""
+    """Name -> (the reference variant, a forward)."""
     params, bare = model.params, without_taps(model)
 
     def planned(inputs: dict[str, Any], *plan: Any) -> Callable[[], Any]:
-        run = HookRun(plan, params, branches=BRANCHES)  # once for a picture, as the pipeline does it
+        run = HookRun(plan, params, branches=BRANCHES)  # once for a picture, as in the pipeline
         return lambda: model(**inputs, run=run)
 
     return {
@@ -93,7 +93,7 @@ def variants(model: Flux, one: dict[str, Any], two: dict[str, Any]) -> dict[str,
     }
 
 
-def _turned(names: list[str], i: int) -> list[str]:
+def _rotated(names: list[str], i: int) -> list[str]:
     i %= len(names)
     return names[i:] + names[:i]
 
@@ -102,11 +102,11 @@ def measure(model: Flux, one: dict[str, Any], two: dict[str, Any], rounds: int, 
     calls = variants(model, one, two)
     device = model.img_in.weight.device
     torch._dynamo.utils.counters.clear()
-    for _, call in calls.values():  # warm, and compiled
+    for _, call in calls.values():  # warm-up, with compilation
         call(), call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
-        for name in _turned(list(calls), i):  # or the first would always follow the hottest
+        for name in _rotated(list(calls), i):  # else the first would always follow the hottest
             call = calls[name][1]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

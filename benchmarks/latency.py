@@ -1,26 +1,26 @@
-"""How long FLUX.1 takes on the card at hand, part by part, beside the floor of a step and beside diffusers.
+"""Time of FLUX.1 on this device, part by part, relative to the floor of a step and to diffusers.
 
     python benchmarks/latency.py [--name flux-dev] [--dtype bf16] [--compile blocks|none] [--size 1024] [--rounds 5]
 
-Random weights of the full sizes, made on the device; batch 1. What is printed, for each dtype:
+Random weights of the full sizes, made on the device; batch 1. It prints for each dtype:
 
-first call   seconds of the first compiled forward and the first compiled decoding, after eager ones, in a process of
-             its own with an empty cache (cold), and in another that finds what the first has cached (warm). One block
-             of each kind stands for all, which share their graphs
-modulation   all that `vec` tells, computed as before a schedule of 28 steps, and of one step alone
+first call   seconds of the first compiled forward and the first compiled decoding, after eager calls, in a new process
+             with an empty cache (cold), and in another with the first one's cache (warm). One block of each kind is
+             enough, since all of a kind share their graphs
+modulation   all values computed from `vec`, for a schedule of 28 steps in advance, and for a single step
 step         one forward with its modulation from that table, eager, replayed from a CUDA graph where the pipeline does
-             that (small pictures), and with its blocks compiled. The floor takes turns with them (`timing.py`), and so
-             does diffusers' model where it is installed, on the same weights and compiled the same way
-text         T5 and CLIP, eager, where transformers is installed
-decode       the autoencoder from latents to pixels, eager as the pipeline has it, and with plain functions, eager and
+             so (small pictures), and with compiled blocks. The floor takes turns with them (`timing.py`), and so does
+             diffusers' model if it is installed, on the same weights and compiled the same way
+text         T5 and CLIP, eager, if transformers is installed
+decode       the autoencoder from latents to pixels, eager as in the pipeline, and with plain functions, eager and
              compiled
-image        text to pixels on the CPU, by runs of the sampler with blocks that were compiled, the faster of two: 28 and
-             50 steps, 4 of schnell, or those of `--steps` (no number: none). Its ratio is to that many floors
-memory       GiB at the peak of a forward with the model alone on the device, and without the projections that the table
-             is made of, and of an image with all parts there
+image        text to pixels on the CPU, by runs of the sampler with blocks compiled before, the faster of two: 28 and
+             50 steps, 4 for schnell, or those of `--steps` (no number: none). Its ratio is to that many floors
+memory       peak GiB of a forward with only the model on the device, of a forward without the projections from which
+             the table is computed, and of an image with all parts on the device
 
 `ratio` is to the floor of the same run. Lines of JSON on stdout as figures come, a table on stderr at the end. A new
-dtype joins by its row in `MODELS`. `--tiny` runs small on anything.
+dtype is an entry of `MODELS`. `--tiny` runs small on any machine.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def random_fp8(params: FluxParams, device: str) -> Flux:
 
 
 MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux, "fp8": random_fp8}
-"""for each dtype, named as in `floor.py`: a model of random weights from its sizes and device"""
+"""for each dtype, named as in `floor.py`: makes a model of random weights from sizes and device"""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 SIGMAS = get_schedule(28, 4096)[:-1]
 Encode = Callable[[], tuple[Tensor, Tensor]]
@@ -73,7 +73,7 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass
 class Bench:
-    """What is measured, and the lines that say it."""
+    """Settings of a measurement, and its printed lines."""
 
     variant: Variant
     dtype: str
@@ -86,7 +86,7 @@ class Bench:
     table: list[str] = field(default_factory=list)
 
     def say(self, part: str, what: str, **figures: Any) -> None:
-        """A line of JSON now, and one of the table for later."""
+        """Print a line of JSON, and add a line to the table."""
         figures = {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()}
         about = {"benchmark": "latency", "name": self.variant.name, "dtype": self.dtype, "size": self.size}
         print(json.dumps({**about, "part": part, "what": what, **figures}), flush=True)
@@ -94,7 +94,7 @@ class Bench:
         self.table.append(f"{self.dtype:<6}{part:<12}{what:<22}{'  '.join(shown)}")
 
     def time(self, part: str, calls: dict[str, Call], seconds: float, floor: str | None = None) -> dict[str, float]:
-        """Calls that take turns of so many seconds. Returns their settled milliseconds."""
+        """The settled milliseconds of calls that take turns of `seconds`; prints them."""
         with watched(self.device) as card:
             times = turns(calls, self.rounds, seconds, self.device)
         ms = {name: statistics.median(found) for name, found in times.items()}
@@ -104,7 +104,7 @@ class Bench:
         return ms
 
     def peak(self, what: str, call: Call) -> None:
-        """The most memory during a call: held by tensors, and taken from the device."""
+        """Print the peak memory of a call: allocated by tensors, and reserved from the device."""
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -121,7 +121,7 @@ class Bench:
         return time.perf_counter() - began
 
     def model(self, params: FluxParams) -> Flux:
-        """Random weights, with the functions between them that the pipeline takes on this device."""
+        """A model of random weights, with the kernels that the pipeline installs on this device."""
         model = MODELS[self.dtype](params, self.device)
         install(model, self.device)
         return model
@@ -141,7 +141,7 @@ def compile_blocks(model: Flux) -> None:
 
 
 def eager(call: Call) -> Call:
-    """The same call as if nothing were compiled."""
+    """The same call without compilation."""
     return torch.compiler.set_stance("force_eager")(lambda: call())
 
 
@@ -153,7 +153,7 @@ def first_calls(bench: Bench, cache: str) -> None:
 
 
 def first_call(bench: Bench) -> dict[str, Any]:
-    """In that process: seconds until what is compiled has run once, and the graphs of the blocks."""
+    """In the new process: seconds of the first compiled calls, and the number of the blocks' graphs."""
     model = bench.model(replace(bench.variant.params, depth=1, depth_single_blocks=1))
     ae = random_autoencoder(bench.variant, bench.device)
     forward, decode = partial(model, **bench.inputs(model)), partial(torch.compile(ae.decode), bench.noise())
@@ -165,7 +165,7 @@ def first_call(bench: Bench) -> dict[str, Any]:
 
 
 def steps(bench: Bench, model: Flux) -> float:
-    """Returns the milliseconds of the floor."""
+    """Measure steps. Returns the milliseconds of the floor."""
     inputs, variant = bench.inputs(model), bench.variant
     table = modulation(bench, model, inputs)
     mods = table().at(SIGMAS[0])
@@ -181,7 +181,7 @@ def steps(bench: Bench, model: Flux) -> float:
     for name, call in calls.items():
         call()
         bench.peak(f"step, {name}", call)
-    if find_spec("diffusers") and bench.dtype == "bf16":  # it has no fp8 of its own
+    if find_spec("diffusers") and bench.dtype == "bf16":  # it has no fp8
         other = build_theirs(model)
         theirs = partial(call_theirs, other, inputs)
         calls["diffusers, eager"] = eager(theirs)
@@ -189,7 +189,7 @@ def steps(bench: Bench, model: Flux) -> float:
             other.compile_repeated_blocks(fullgraph=True)
             calls["diffusers, compiled"] = theirs
     else:
-        bench.table.append(f"no diffusers in {bench.dtype} here to stand beside")
+        bench.table.append(f"diffusers in {bench.dtype}: not available")
     for name, layer in model.named_modules():
         if name.endswith(MODULATION):
             layer.to("cpu")
@@ -200,7 +200,7 @@ def steps(bench: Bench, model: Flux) -> float:
 
 
 def modulation(bench: Bench, model: Flux, inputs: dict[str, Any]) -> Callable[[], ModulationTable]:
-    """Returns what makes the table of a schedule, as the sampler does before its first step."""
+    """Measure modulation. Returns the function that makes a schedule's table, as the sampler does first."""
     strengths = inputs["guidance"] if inputs["guidance"] is not None else torch.ones_like(inputs["timesteps"])
     table = partial(ModulationTable, model, SIGMAS, inputs["y"], strengths)
     given = [inputs[name] for name in ("timesteps", "y", "guidance")]
@@ -210,9 +210,9 @@ def modulation(bench: Bench, model: Flux, inputs: dict[str, Any]) -> Callable[[]
 
 
 def text(bench: Bench) -> Encode:
-    """Returns what encodes a prompt, or stands for that."""
+    """Measure text encoders. Returns the function that encodes a prompt, or gives random embeddings."""
     if not find_spec("transformers"):
-        bench.table.append("no transformers here: images begin after the text")
+        bench.table.append("transformers: not available; images are measured without text encoding")
         given = random_inputs(bench.variant.params, 1, bench.variant.max_text, bench.device)
         return lambda: (given["txt"], given["y"])
     t5, clip = random_encoders(bench.variant, bench.device)
@@ -221,7 +221,7 @@ def text(bench: Bench) -> Encode:
 
 
 def decoding(bench: Bench) -> Decode:
-    """Returns what decodes an image."""
+    """Measure decoding. Returns the function that decodes an image."""
     ae, plain = (random_autoencoder(bench.variant, bench.device) for _ in range(2))
     install_decode(ae, bench.device)
     decodes = {"eager": ae.decode, "plain": plain.decode}
@@ -232,7 +232,7 @@ def decoding(bench: Bench) -> Decode:
 
 
 def image(bench: Bench, model: Flux, encode: Encode, decode: Decode, number: int) -> Tensor:
-    """Pixels on the CPU, after a number of steps; what random weights draw."""
+    """Pixels on the CPU of an image by random weights. number: of steps."""
     variant, given = bench.variant, bench.inputs(model)
     txt, vec = encode()
     x = pack(bench.noise())
@@ -257,18 +257,18 @@ def measure(bench: Bench, numbers: list[int]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", choices=[v.name for v in VARIANTS.values() if not v.embedded], default="flux-dev")
-    parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(MODELS)}, with commas between")
+    parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(MODELS)}, separated by commas")
     parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
     parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels, a multiple of 16")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of a second that count")
-    parser.add_argument("--steps", type=int, nargs="*", help="whole images of so many steps")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of a second")
+    parser.add_argument("--steps", type=int, nargs="*", help="numbers of steps of whole images")
     parser.add_argument("--tiny", action="store_true", help="a few blocks of 64 features, 64x64 pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--first-call", metavar="DTYPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtypes = args.first_call.split() if args.first_call else args.dtype.split(",")
     if unknown := set(dtypes) - set(MODELS):
-        parser.error(f"--dtype: there is no {', '.join(sorted(unknown))} to measure, only {', '.join(MODELS)}")
+        parser.error(f"--dtype: unknown {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
 
     variant, size, seconds, compiling = VARIANTS[args.name], args.size, 1.0, args.compile == "blocks"
     if args.tiny:
@@ -279,7 +279,7 @@ def main() -> int:
         return 0
     usual = [28, 50] if variant.params.guidance_embed else [4]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        for bench in benches if compiling else ():  # before this process caches anything
+        for bench in benches if compiling else ():  # before this process fills a cache
             first_calls(bench, f"{cache}/{bench.dtype}")
         for bench in benches:
             os.environ[CACHE] = f"{cache}/{bench.dtype}"

@@ -1,12 +1,12 @@
-"""How much memory does loading take, over the weights themselves? FLUX.1-dev's transformer, onto the CPU.
+"""Peak memory of loading beyond the weights themselves, for FLUX.1-dev's transformer on the CPU.
 
     python benchmarks/load_memory.py
 
-The files are sparse (zeros that take no room on the disk) and have the official names and shapes. Three ways: *mapped*
-(bf16 as bf16, the whole 23.8 GB), *cast* (fp16 to bf16) and *read* (bf16 where nothing can be mapped), the last two
-with a fifth of the blocks, as they need real memory. Peak anonymous memory is sampled from /proc while a process of its
-own loads; `over` is what it has beyond the process before loading and the weights that are anonymous themselves, as a
-part of the weights. One line of JSON; the goal is 0.1.
+The files are sparse (zeros that take no space on the disk) and have the official names and shapes. Three modes:
+*mapped* (bf16 as bf16, the whole 23.8 GB), *cast* (fp16 to bf16) and *read* (bf16 where nothing can be mapped), the
+last two with a fifth of the blocks, as they need real memory. A new process loads, and its peak anonymous memory is
+sampled from /proc; `over` is that peak without the process before loading and without anonymous weights, as a fraction
+of the weights. Prints a line of JSON; the goal is 0.1.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from flux_core.variants import VARIANTS
 
 DEV = VARIANTS["flux-dev"]
 FIFTH = replace(DEV.params, depth=4, depth_single_blocks=8)
-BACKENDS = {"mapped": (DEV.params, "BF16"), "cast": (FIFTH, "F16"), "read": (FIFTH, "BF16")}
+MODES = {"mapped": (DEV.params, "BF16"), "cast": (FIFTH, "F16"), "read": (FIFTH, "BF16")}
 
 
-def write_sparse(path: Path, way: str) -> int:
-    """A file of that way's tensors. Returns the bytes of the weights."""
+def write_sparse(path: Path, mode: str) -> int:
+    """Write a file of that mode's tensors. Returns the bytes of the weights."""
     import torch
 
     from flux_core.model import Flux
 
-    params, dtype = BACKENDS[way]
+    params, dtype = MODES[mode]
     header, end = {}, 0
     with torch.device("meta"):
         for name, x in Flux(params).state_dict().items():
@@ -50,20 +50,20 @@ def write_sparse(path: Path, way: str) -> int:
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
+    """Bytes of this process's anonymous memory, which no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux")
 
 
-def load(way: str) -> None:
-    """In a process of its own: load, and print the peak over what was there before, and the seconds."""
+def load(mode: str) -> None:
+    """In the new process: load, and print the peak above the memory before, and the seconds."""
     import torch
 
     from flux_core.checkpoint import load_flux, tensors
 
-    if way == "read":
+    if mode == "read":
 
         def forbidden(*_: object, **__: object) -> None:
             raise OSError(19, "No such device")
@@ -80,7 +80,7 @@ def load(way: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = load_flux(replace(DEV, params=BACKENDS[way][0]), "cpu", torch.bfloat16)
+    model = load_flux(replace(DEV, params=MODES[mode][0]), "cpu", torch.bfloat16)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -90,24 +90,24 @@ def load(way: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         return load(args.load)
     figures = {}
-    for way in BACKENDS:
+    for mode in MODES:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / DEV.flow_file
-            weights = write_sparse(path, way)
+            weights = write_sparse(path, mode)
             environment = os.environ | {"FLUX_MODEL": str(path)}
-            command = [sys.executable, __file__, "--load", way]
+            command = [sys.executable, __file__, "--load", mode]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout)
-        own = 0 if way == "mapped" else weights
-        figures[way] = {
+        anonymous_weights = 0 if mode == "mapped" else weights
+        figures[mode] = {
             "weights_gb": round(weights / 1e9, 2),
             "peak_gb": round(found["peak"] / 1e9, 3),
-            "over": round((found["peak"] - own) / weights, 4),
+            "over": round((found["peak"] - anonymous_weights) / weights, 4),
             "seconds": found["seconds"],
         }
     print(json.dumps({"benchmark": "load_memory", **figures}))

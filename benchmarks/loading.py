@@ -1,22 +1,22 @@
-"""How fast do weights come from files onto the device, beside the fastest plain way to move the same bytes?
+"""Speed of loading weights from files to the device, relative to the fastest plain copy of the same bytes.
 
     python benchmarks/loading.py [--gb 4] [--cold 2] [--rounds 5] [--folder DIR] [--limit 80]
 
 The file has FLUX.1-dev's names and full-size blocks, as many as fill `--gb` (23.9: all), in random bf16 numbers; or it
-is yours (`--file`). These take turns:
+is your own (`--file`). These methods (`way` in the JSON) take turns:
 
-plain        the measure: threads read chunks into pinned buffers of their own, each then copied to the device, into
-             memory that is there already (CPU: threads read into it)
-bf16         `load_flux`, all of it: header, network, buffers, memory on the device
-fp8          the same, quantized on the way; its GB/s are the file's, too
-safetensors  `safetensors.torch.load_file` onto the device, in the first round only
+plain        the reference: each thread reads chunks into its own pinned buffers and copies them to the device, into
+             memory allocated before (CPU: threads read into that memory)
+bf16         the whole of `load_flux`: header, network, buffers, memory on the device
+fp8          the same, quantized while loading; its GB/s are of the file, too
+safetensors  `safetensors.torch.load_file` to the device, in the first round only
 
-`warm`: the file is in the page cache. `cold`: another, of `--cold` GB, always in the temporary folder, is dropped from
-it before each turn; `cached` says which part of it was still there. Before each turn torch's caches are emptied: a load
-pays for its memory as in a new process. `ratio` is plain's seconds to a way's in the same round. `host_gib`:
-anonymous memory over that before, sampled, and pinned memory, which may count twice. A line of JSON for each turn;
-medians and a table at the end. After `--limit` seconds no turn begins, and one that fails does not end the others.
-`--tiny` runs on the CPU in seconds.
+`warm`: the file is in the page cache. `cold`: another file, of `--cold` GB, always in the temporary folder, is dropped
+from the page cache before each turn; `cached` is the fraction that was still there. Torch's caches are emptied before
+each turn: a load includes memory allocation, as in a new process. `ratio` is plain's seconds to a method's in the same
+round. `host_gib`: anonymous memory above that before, sampled, plus pinned memory, which may be counted twice. Prints
+a line of JSON for each turn; medians and a table at the end. After `--limit` seconds no turn starts, and a turn that
+fails does not end the others. `--tiny` runs on the CPU in seconds.
 """
 
 import argparse
@@ -57,7 +57,7 @@ GIB = 2**30
 
 
 def write_random(path: Path, variant: Variant) -> int:
-    """A file of these sizes, the same 64 MiB of numbers over and over. Returns its bytes."""
+    """Write a file of these sizes that repeats 64 MiB of random numbers. Returns its size in bytes."""
     header, end = {}, 0
     with torch.device("meta"):
         shapes = {name: x.shape for name, x in Flux(variant.params).state_dict().items()}
@@ -74,7 +74,7 @@ def write_random(path: Path, variant: Variant) -> int:
 
 
 def of_size(variant: Variant, gb: float) -> Variant:
-    """With as many blocks as fill so many GB, at least one of each kind; two single blocks to a double one."""
+    """The variant with as many blocks as fill `gb` GB, at least one of each kind; two single for each double block."""
 
     def bytes_of(depth: int) -> int:
         with torch.device("meta"):
@@ -87,12 +87,12 @@ def of_size(variant: Variant, gb: float) -> Variant:
 
 
 def plain(path: Path, device: str) -> Call:
-    """The measure, as a call; all memory that it needs is there before."""
+    """The reference, as a call; all its memory is allocated before."""
     size, chunk, file = path.stat().st_size, stream.CHUNK, os.open(path, os.O_RDONLY)
     target = torch.empty(size, dtype=torch.uint8, device=device)
     cuda = device.startswith("cuda")
     pinned = [torch.empty(2, chunk, dtype=torch.uint8, pin_memory=True) for _ in range(stream.THREADS) if cuda]
-    starts = itertools.count(0, chunk)  # next() of it is atomic
+    starts = itertools.count(0, chunk)  # its next() is atomic
 
     def read(memory: torch.Tensor, start: int) -> None:
         view = memory.numpy().data
@@ -131,8 +131,8 @@ def by_safetensors(path: Path, device: str) -> Call:
     return lambda: load_file(path, device)
 
 
-def ways(variant: Variant, path: Path, device: str) -> dict[str, Callable[[], Call]]:
-    """By name, what prepares a turn: its call is what is timed."""
+def methods(variant: Variant, path: Path, device: str) -> dict[str, Callable[[], Call]]:
+    """By method, a function that prepares a turn and returns the call to time."""
     own = replace(variant, files={"model": str(path)})
     return {
         "plain": lambda: plain(path, device),
@@ -143,7 +143,7 @@ def ways(variant: Variant, path: Path, device: str) -> dict[str, Callable[[], Ca
 
 
 def forget(device: str) -> None:
-    """Memory that torch keeps goes back, the pinned, too."""
+    """Return cached device and pinned memory to the system, and reset the peaks."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def forget(device: str) -> None:
 
 @contextmanager
 def memory(device: str) -> Iterator[dict[str, float]]:
-    """Filled in at the end of the block: the peaks in it, in GiB."""
+    """Peaks of memory during the block, in GiB; filled in at its end."""
     figures: dict[str, float] = {}
     before = peak = anonymous()
     over = threading.Event()
@@ -184,14 +184,14 @@ def memory(device: str) -> Iterator[dict[str, float]]:
 
 
 def drop(path: Path) -> None:
-    """Out of the page cache, as far as the system does it."""
+    """Drop a file from the page cache, as far as the system does it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def cached(path: Path) -> float | None:
-    """Which part of a file is in the page cache, of a hundred places; None where the file system does not tell."""
+    """The fraction of a file in the page cache, by a hundred samples; None if the file system does not report it."""
     size, there = path.stat().st_size, 0
     with path.open("rb", buffering=0) as file:
         for i in range(100):
@@ -208,11 +208,11 @@ def cached(path: Path) -> float | None:
 class Bench:
     device: str
     limit: float
-    """seconds after which no turn begins"""
+    """seconds after which no turn starts"""
     began: float = field(default_factory=time.perf_counter)
     failed: bool = False
     turns: dict[tuple[str, str], dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
-    """by state and way, then by round"""
+    """by state and method, then by round"""
 
     def say(self, **figures: Any) -> None:
         figures = {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()}
@@ -222,7 +222,7 @@ class Bench:
         return time.perf_counter() - self.began + expected > self.limit
 
     def turn(self, state: str, way: str, i: int, prepare: Callable[[], Call], path: Path) -> None:
-        """One measurement, of round i. Whatever fails in it is told, and the next one goes on."""
+        """Measure a method in round i. An error is printed and does not end the benchmark."""
         before = [one["s"] for one in self.turns[state, way].values()]
         if self.late(max(before, default=0)):
             return self.say(state=state, way=way, round=i, left_out=f"after {self.limit} s")
@@ -234,11 +234,11 @@ class Bench:
             part = cached(path)
             with memory(self.device) as peaks:
                 start = time.perf_counter()
-                held = call()
+                result = call()
                 if self.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-            del held, call
+            del result, call
         except Exception as error:
             self.failed = True
             return self.say(state=state, way=way, round=i, error=f"{type(error).__name__}: {error}")
@@ -248,11 +248,11 @@ class Bench:
         self.say(state=state, way=way, round=i, gb=gb, **figures)
 
     def medians(self, state: str, way: str) -> dict[str, Any]:
-        """Of the turns, and of the ratio to plain's in the same round."""
-        mine, measure = self.turns[state, way], self.turns[state, "plain"]
+        """Medians of the turns, and of the ratio to plain's in the same round."""
+        mine, reference = self.turns[state, way], self.turns[state, "plain"]
         keys = [key for key, value in next(iter(mine.values())).items() if value is not None]
         figures = {key: statistics.median(one[key] for one in mine.values()) for key in keys}
-        ratios = [measure[i]["s"] / one["s"] for i, one in mine.items() if i in measure]
+        ratios = [reference[i]["s"] / one["s"] for i, one in mine.items() if i in reference]
         return figures | ({"ratio": statistics.median(ratios)} if ratios else {})
 
     def close(self) -> None:
@@ -276,7 +276,7 @@ def measure(bench: Bench, args: argparse.Namespace, variant: Variant, folder: Pa
         size = write_random(path, variant)
         bench.say(written_gb=size / 1e9, s=time.perf_counter() - start)
     read_header(path)
-    warm = ways(variant, path, args.device)
+    warm = methods(variant, path, args.device)
     if args.file:
         warm["plain"]()()  # into the page cache
     for i in range(args.rounds):
@@ -288,22 +288,24 @@ def measure(bench: Bench, args: argparse.Namespace, variant: Variant, folder: Pa
             path.unlink()
             variant, path = variant if args.tiny else of_size(variant, args.cold), temporary / "cold.safetensors"
             write_random(path, variant)
-        cold = ways(variant, path, args.device)
+        cold = methods(variant, path, args.device)
         for i, name in itertools.product(range(2), ("plain", "bf16", "fp8")):
             bench.turn("cold", name, i, cold[name], path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=4, help="of the file that is made")
-    parser.add_argument("--cold", type=float, default=2, help="GB of the file that is read from the disk; 0: none")
+    parser.add_argument("--gb", type=float, default=4, help="size of the generated file")
+    parser.add_argument("--cold", type=float, default=2, help="size in GB of the file read from the disk; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the warm file is made, and removed again, if not there")
-    parser.add_argument("--file", help="a transformer's file of your own, instead of one that is made")
-    parser.add_argument("--limit", type=float, default=80, help="seconds after which no turn begins")
-    parser.add_argument("--threads", type=int, default=stream.THREADS, help="readers, of plain and of ours")
-    parser.add_argument("--buffers", type=int, default=stream.BUFFERS, help="of ours")
-    parser.add_argument("--chunk", type=int, default=stream.CHUNK >> 20, help="MiB, of plain's and of our reads")
+    parser.add_argument("--folder", type=Path, help="folder for the generated warm file, which is removed at the end")
+    parser.add_argument("--file", help="your own transformer file instead of a generated one")
+    parser.add_argument("--limit", type=float, default=80, help="seconds after which no turn starts")
+    parser.add_argument("--threads", type=int, default=stream.THREADS, help="reader threads, of plain and of load_flux")
+    parser.add_argument("--buffers", type=int, default=stream.BUFFERS, help="buffers of load_flux")
+    parser.add_argument(
+        "--chunk", type=int, default=stream.CHUNK >> 20, help="MiB of a read, of plain and of load_flux"
+    )
     parser.add_argument("--tiny", action="store_true", help="a few blocks of 64 features")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -311,10 +313,10 @@ def main() -> int:
     variant = tiny_variant(VARIANTS["flux-dev"]) if args.tiny else VARIANTS["flux-dev"]
     free = shutil.disk_usage(args.folder or tempfile.gettempdir()).free
     if not (args.tiny or args.file) and free < 1.05e9 * args.gb:
-        parser.error(f"--gb {args.gb}: only {free / 1e9:.1f} GB are free there; take fewer, or another --folder")
+        parser.error(f"--gb {args.gb}: only {free / 1e9:.1f} GB are free; use a smaller --gb, or another --folder")
     bench = Bench(args.device, args.limit)
     if args.device.startswith("cuda"):
-        torch.ones(1, device=args.device).float().sum().item()  # CUDA starts
+        torch.ones(1, device=args.device).float().sum().item()  # starts CUDA
     made = partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
     with made(dir=args.folder) as folder, made() as temporary:
         try:

@@ -1,16 +1,16 @@
-"""Our transformer beside diffusers', at full size, with the same weights.
+"""Error and speed of our transformer relative to diffusers', at full size, with the same weights.
 
     python benchmarks/parity_diffusers.py
 
 12 billion random weights are drawn on the device, in bf16, and both networks are built on them: all of
-diffusers' tensors but two are views of ours (`checkpoint/keymaps.py`), so that one model's memory holds
-both. They forward the same 1024x1024 picture's tokens (4096, and 512 of text), in bf16, then with the same
-weights in fp32.
+diffusers' tensors but two are views of ours (`checkpoint/keymaps.py`), so that both fit in the memory of one
+model. Both run a forward of the same 1024x1024 picture's tokens (4096, and 512 of text), in bf16, then with
+the same weights in fp32.
 
-Printed as one line of JSON: `fp32_relative_l2` between the two (goal 1e-5), `bf16_relative_l2` between the
-two, how far each is in bf16 from its own fp32, seconds of a forward, and `ratio`, our bf16 time over
-theirs. Without TF32. Exits with 1 if the goal is missed. Needs a GPU of 80 GB and diffusers; `--tiny` runs
-small on anything.
+Prints a line of JSON: `fp32_relative_l2` between the two (goal 1e-5), `bf16_relative_l2` between the two,
+each one's distance in bf16 from its own fp32, seconds of a forward, and `ratio`, our bf16 time over theirs.
+Without TF32. Exits with 1 if the goal is missed. Needs a GPU of 80 GB and diffusers; `--tiny` runs small on
+any machine.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Inputs = dict[str, Tensor]
 
 
 def random_flux(params: FluxParams, device: str, seed: int = 0) -> Flux:
-    """Weights normal(0, 0.02) in bf16, scales of norms normal(1, 0.02), made where they stay."""
+    """A model in bf16 with weights normal(0, 0.02) and scales of norms normal(1, 0.02), drawn on the device."""
     with torch.device("meta"):
         model = Flux(params).to(torch.bfloat16)
     model.to_empty(device=device).eval().requires_grad_(False)
@@ -51,7 +51,7 @@ def random_flux(params: FluxParams, device: str, seed: int = 0) -> Flux:
 
 
 def random_inputs(params: FluxParams, side: int, text: int, device: str, seed: int = 1) -> Inputs:
-    """What a forward takes, for one picture of side x side tokens; values that bf16 holds exactly."""
+    """Inputs of a forward for one picture of side x side tokens, with values that are exact in bf16."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {
         "img": (side * side, params.in_channels),
@@ -88,7 +88,7 @@ def call_theirs(model: torch.nn.Module, inputs: Inputs) -> Tensor:
 
 
 def timed(call: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
-    """The result of a first call, kept out of the way on the CPU, and the median seconds of the next ones."""
+    """The result of a first call, moved to the CPU to free memory, and the median seconds of `repeats` more calls."""
     result = call().cpu()
     seconds = []
     for _ in range(repeats):
@@ -104,13 +104,13 @@ def run_ours(ours: Flux, inputs: Inputs, repeats: int) -> tuple[Tensor, float]:
 
 
 def run_theirs(ours: Flux, inputs: Inputs, repeats: int) -> tuple[Tensor, float]:
-    """diffusers' model lives only here: its views would hold on to our weights when those are cast."""
+    """diffusers' model exists only here: its views would keep our weights in memory when those are cast."""
     theirs, given = build_theirs(ours), in_dtype_of(ours, inputs)
     return timed(lambda: call_theirs(theirs, given), repeats)
 
 
 def in_dtype_of(model: Flux, inputs: Inputs) -> Inputs:
-    """Everything but the position ids, which stay fp32 in both."""
+    """The inputs in the model's dtype, but position ids in fp32, as in both models."""
     dtype = model.img_in.weight.dtype
     return {name: x if name.endswith("ids") else x.to(dtype) for name, x in inputs.items()}
 
@@ -170,7 +170,7 @@ def main() -> int:
 
 
 def tiny(params: FluxParams) -> FluxParams:
-    """The same network, small enough for any machine."""
+    """Sizes of the same network, small enough for any machine."""
     heads = {"hidden_size": 64, "num_heads": 4, "axes_dim": (4, 6, 6)}
     return replace(params, **heads, depth=2, depth_single_blocks=3, context_in_dim=48, vec_in_dim=32)
 

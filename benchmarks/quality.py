@@ -1,23 +1,24 @@
-"""How good is flux-mini? Fixed prompts and seeds, drawn by the shipped weights and scored against the sprites.
+"""Quality of flux-mini: fixed prompts and seeds, drawn by the shipped weights and scored against the sprites.
 
     python benchmarks/quality.py ROOT [--each 100] [--sheet FOLDER]
 
-ROOT holds the recipe's raw data (`weights/README.md` says how to get it). One JSON line is printed, and --sheet writes
-what was drawn, for the eye. How each figure is made:
+ROOT is the folder of the recipe's raw data (see `weights/README.md`). Prints a line of JSON; --sheet writes the
+pictures. The figures:
 
-- A picture's *ground* is the median of its border; its *object* is what differs from the ground by more than a shadow
-  does. The object's bounding box is brought to 32x32 pixels. Every sprite is laid on the same ground and goes the same
-  way; the distance of two objects is the root mean square over the pixels, which ignores place and size.
-- *names*: "a NAME" for sprites drawn at random from the 1,607 base pictures; right if the nearest of them all is the
-  named one or a near-twin of it. Near-twins are sprites that the same distance puts closer than TWIN to each other.
+- A picture's *ground* is the median of its border; its *object* are the pixels that differ from the ground by more than
+  a shadow. The object's bounding box is resized to 32x32 pixels. Every sprite is composed onto the same ground and
+  processed in the same way; the distance of two objects is the root mean square over the pixels, which ignores place
+  and size.
+- *names*: "a NAME" for sprites drawn at random from the 1,607 base pictures; right if the nearest sprite is the named
+  sprite or a near-twin of it. Near-twins are sprites with a distance below TWIN to each other.
 - *colour*, *colour_object*: held-out colour and object. The colour is right if, of the named sprite in all twelve
-  colours, the one in the named colour has the nearest mean RGB; the object, if the nearest of all sprites *in that
-  colour* is the named one or its near-twin in that colour.
-- *pairs*: held-out ordered pairs, half of them side by side, half one above the other. Each half of the picture is
-  matched to all sprites; a pair is right if both halves are, `pairs_each` counts single halves.
-- *counts*: held-out counts; right if the named number of separate objects stands there. Things whose own picture falls
-  into parts are not asked for.
-- *autoencoder*: mean PSNR of scenes that no stage has seen, encoded and decoded.
+  colours, the named colour has the nearest mean RGB; the object, if the nearest of all sprites *in that colour* is the
+  named sprite or its near-twin in that colour.
+- *pairs*: held-out ordered pairs, half of them side by side, half above each other. Each half of the picture is matched
+  to all sprites; a pair is right if both halves are, `pairs_each` counts single halves.
+- *counts*: held-out counts; right if the number of separate objects is the named number. Objects whose own picture has
+  several parts are left out.
+- *autoencoder*: mean PSNR of scenes that no training stage used, encoded and decoded.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from flux_core import load_pipeline  # noqa: E402
 
 SIZE = 32
 EDGE = 0.16
-"""difference from the ground, of 1, that a shadow does not reach"""
+"""difference from the ground (of 1) above that of a shadow"""
 TWIN = 0.09
 
 
@@ -60,12 +61,12 @@ def ground_of(rgb: Tensor) -> Tensor:
 
 
 def object_mask(rgb: Tensor, ground: Tensor) -> Tensor:
-    """Where pictures [..., 3, H, W] in [0, 1] differ from their ground [3]."""
+    """Mask [..., H, W] of the pixels of pictures [..., 3, H, W] in [0, 1] that differ from their ground [3]."""
     return ((rgb - ground[:, None, None]).abs() > EDGE).any(-3)
 
 
 def tiles_of(rgb: Tensor, ground: Tensor) -> Tensor:
-    """The objects of pictures [n, 3, H, W], each brought from its bounding box to [n, 3, SIZE, SIZE]."""
+    """The objects of pictures [n, 3, H, W], each resized from its bounding box, [n, 3, SIZE, SIZE]."""
     mask = object_mask(rgb, ground)
     rgb = torch.where(mask[:, None], rgb, ground[:, None, None])
     (x0, x1), (y0, y1) = (span(mask.any(axis)) for axis in (1, 2))
@@ -73,13 +74,13 @@ def tiles_of(rgb: Tensor, ground: Tensor) -> Tensor:
     theta = torch.zeros(len(rgb), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = side / rgb.shape[-1]
     theta[:, 0, 2], theta[:, 1, 2] = (x0 + x1) / rgb.shape[-1] - 1, (y0 + y1) / rgb.shape[-1] - 1
-    shift = ground[:, None, None]  # so that what lies outside the picture is ground, too
+    shift = ground[:, None, None]  # so that pixels outside the picture become ground
     grid = F.affine_grid(theta, [len(rgb), 3, 4 * SIZE, 4 * SIZE], align_corners=False)
     return F.avg_pool2d(F.grid_sample(rgb - shift, grid, align_corners=False), 4) + shift
 
 
 def span(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last true place of rows [n, L], as borders; the whole row where there is none."""
+    """Bounds of the true values in rows [n, L]: the first, and the last plus 1; the whole row if there are none."""
     length = filled.shape[1]
     first = filled.int().argmax(1)
     last = length - filled.flip(1).int().argmax(1)
@@ -87,19 +88,19 @@ def span(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sprite_tiles(atlas: Atlas, indices: list[int], ground: Tensor, colour: int = -1) -> Tensor:
-    """Tiles [n, 3, SIZE, SIZE] of sprites laid on that ground, as they are or in a palette colour."""
+    """Tiles [n, 3, SIZE, SIZE] of sprites composed onto that ground, unchanged or in a palette colour."""
     rgba = atlas.levels[64][indices].float() / 255
     if colour >= 0:
         rgba = recolour(rgba, torch.full((len(indices),), colour), atlas.mean_luma[indices])
     return tiles_of(rgba[:, :3] + ground[:, None, None] * (1 - rgba[:, 3:]), ground)
 
 
-def distances(one: Tensor, many: Tensor) -> Tensor:
-    return ((many - one) ** 2).mean((1, 2, 3)).sqrt()
+def distances(tile: Tensor, tiles: Tensor) -> Tensor:
+    return ((tiles - tile) ** 2).mean((1, 2, 3)).sqrt()
 
 
 def shows(rgb: Tensor, ground: Tensor, wanted: int, tiles: Tensor) -> bool:
-    """Whether the sprite nearest to what a picture [3, H, W] shows is the wanted one or its near-twin."""
+    """Whether the sprite nearest to the object of a picture [3, H, W] is the wanted sprite or its near-twin."""
     if not object_mask(rgb, ground).any():
         return False
     nearest = int(distances(tiles_of(rgb[None], ground)[0], tiles).argmin())
@@ -107,7 +108,7 @@ def shows(rgb: Tensor, ground: Tensor, wanted: int, tiles: Tensor) -> bool:
 
 
 def pieces(mask: Tensor) -> int:
-    """Connected parts of a mask [H, W], small gaps closed and specks left out."""
+    """Number of connected parts of a mask [H, W], after closing small gaps and without specks."""
     grid = F.max_pool2d(mask[None, None].float(), 4)[0, 0].bool().numpy()
     labels, count = np.zeros(grid.shape, int), 0
     for start in zip(*np.nonzero(grid), strict=True):
@@ -132,7 +133,7 @@ def pieces(mask: Tensor) -> int:
 
 @dataclass
 class Study:
-    """The drawing pipeline, the sprites, and what was drawn so far."""
+    """The pipeline, the sprites, and the pictures drawn so far."""
 
     sprites: Sprites
     atlas: Atlas
@@ -235,7 +236,7 @@ def counts(study: Study, wanted: list[tuple[int, int]]) -> dict[str, float]:
 
 
 def hangs_together(study: Study, sprite: int) -> bool:
-    """Whether a picture of the thing alone is one piece."""
+    """Whether the object in a picture of the sprite alone is connected."""
     scene = Scene("single", [Thing(sprite, -1, "", [])], [(0.5, 0.5, 0.4)], "alone", background=(0.5, 0.6, 0.55))
     picture = (render(pack([scene]), study.atlas, 256)[0] + 1) / 2
     return pieces(object_mask(picture, ground_of(picture))) == 1
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--kinds", default="autoencoder,names,colours,pairs,counts")
-    parser.add_argument("--sheet", type=Path, help="folder for a sheet of each kind, to look at")
+    parser.add_argument("--sheet", type=Path, help="folder for a sheet of each kind")
     args = parser.parse_args()
 
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""The parts around FLUX.1's transformer with random weights, made on the device: speed needs no others."""
+"""Text encoders and autoencoder with random weights, made on the device, for measurements of speed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ Encoder = Callable[[], Tensor]
 
 
 def random_encoders(variant: Variant, device: str) -> tuple[Encoder, Encoder]:
-    """T5 and CLIP in bf16, each as a call: a prompt of full length, encoded as `flux_core.text` does it."""
+    """T5 and CLIP in bf16, each as a call that encodes a prompt of full length as `flux_core.text` does."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     def encoder(kind: Any, config: Any, length: int, output: str) -> Encoder:
@@ -32,13 +32,13 @@ def random_encoders(variant: Variant, device: str) -> tuple[Encoder, Encoder]:
 
 
 def random_autoencoder(variant: Variant, device: str) -> AutoEncoder:
-    """In bf16, as the pipeline has it on CUDA."""
+    """The autoencoder in bf16, as in the pipeline on CUDA."""
     with torch.device(device):
         return AutoEncoder(variant.ae_params).to(torch.bfloat16).eval().requires_grad_(False)
 
 
 def tiny_variant(variant: Variant) -> Variant:
-    """The same with all its networks small enough for any machine."""
+    """The variant with all networks small enough for any machine."""
     t5 = {"d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 100}
     clip = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     ae = replace(variant.ae_params, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)

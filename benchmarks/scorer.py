@@ -1,21 +1,21 @@
-"""Does dinov2-mini see the thing rather than its paint? Triples of pictures, and which two of them are nearer.
+"""Whether dinov2-mini's similarity depends on the object rather than its colour, by triples of pictures.
 
     python benchmarks/scorer.py ROOT [--scorer weights/dinov2-mini] [--triples 2000] [--sheet FILE]
 
-ROOT holds the recipe's raw data (`weights/README.md` says how to get it). A table is printed and then one JSON line,
-and --sheet writes some of the triples, for the eye. How a triple is made and judged:
+ROOT is the folder of the recipe's raw data (see `weights/README.md`). Prints a table and then a line of JSON; --sheet
+writes some of the triples. How a triple is made and scored:
 
-- The *anchor* shows a thing; the *positive* shows it again, in another colour, at another place, in another size and on
-  another ground. One of the two may have its own colours. The *negative* shows another thing.
+- The *anchor* shows an object; the *positive* shows it again, in another colour, at another place, in another size and
+  on another ground. One of the two may have the object's own colours. The *negative* shows another object.
 - A triple is right if the cosine of anchor and positive is above that of anchor and negative.
-- In every second triple the negative stands in for the anchor: same colour, place, size and ground, so that all but the
-  thing speaks for it (`alike`); what does not see the thing is right in none of these. In the others the negative is
-  drawn as freely as a positive (`free`), and what does not see the thing is right in half of them.
-- Half of the triples are of things that training showed (`seen`), half of the one in sixteen that it never did
-  (`unseen`); the negative is of the same half. Both halves are drawn from one list, things that can be recoloured.
-- Pictures have 224x224 pixels of 8 bits and go through the folder's own image processor, as a user's would.
-- Two baselines answer the same triples: a network of the same configuration with random weights, and the picture
-  itself, brought to 16x16 pixels.
+- In every second triple the negative has the anchor's colour, place, size and ground, so that it differs only in the
+  object (`alike`); a score that ignores the object is right in none of these. In the others the negative's look is
+  drawn like a positive's (`free`), and a score that ignores the object is right in half of them.
+- Half of the triples are of objects used in training (`seen`), half of the one in sixteen that was not (`unseen`); the
+  negative is of the same half. Both halves are drawn from one list, of objects that can be recoloured.
+- Pictures have 224x224 pixels of 8 bits and are prepared by the folder's own image processor, as a user's would be.
+- Two baselines are scored on the same triples: a network of the same configuration with random weights, and the
+  picture's own pixels, resized to 16x16.
 
 The goal is met if nine in ten of all triples are right by the class token (`cls`); `mean` is the mean of the patches.
 """
@@ -50,24 +50,25 @@ SIZE = 224
 GOAL = 0.9
 KINDS = ("alike", "free")
 OTHER = 0.25
-"""how far another ground, or a thing's paint from its ground, is away in some channel at least"""
+"""least difference, in some channel, of another ground, and of an object's colour from its ground"""
 
 
 @dataclass(frozen=True)
 class Look:
-    """All of a picture but the thing."""
+    """All parameters of a picture but its object."""
 
-    colour: int  # index into COLOURS, -1: the thing's own colours
+    colour: int  # index into COLOURS, -1: the object's own colours
     place: tuple[float, float, float]  # x, y, size
     ground: tuple[float, ...]
 
 
-def distance(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+def distance(first: tuple[float, ...], second: tuple[float, ...]) -> float:
+    """The largest difference in a channel."""
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def some_look(rng: random.Random) -> Look:
-    """A third in own colours, the others in any; whole, anywhere; a quarter on white, the others on any ground."""
+def random_look(rng: random.Random) -> Look:
+    """A random look: a third in own colours, the others in any; not cropped; a quarter on white, else on any ground."""
     colour = -1 if rng.random() < 1 / 3 else rng.randrange(len(COLOURS))
     size = rng.uniform(0.4, 0.95)
     x, y = (rng.uniform(size / 2, 1 - size / 2) for _ in range(2))
@@ -78,9 +79,9 @@ def some_look(rng: random.Random) -> Look:
 
 
 def another_look(rng: random.Random, look: Look) -> Look:
-    """One that differs in everything: colour, place, size by a fifth at least, ground."""
+    """A random look that differs in colour, place, size (by at least a fifth) and ground."""
     while True:
-        other = some_look(rng)
+        other = random_look(rng)
         (x, y, size), (u, v, scale) = look.place, other.place
         if (
             other.colour != look.colour
@@ -91,16 +92,16 @@ def another_look(rng: random.Random, look: Look) -> Look:
             return other
 
 
-def triples(things: list[int], n: int, rng: random.Random) -> list[list[tuple[int, Look]]]:
-    """`n` times (thing, look) of anchor, positive and negative; the negatives of even ones have the anchor's look."""
+def triples(indices: list[int], n: int, rng: random.Random) -> list[list[tuple[int, Look]]]:
+    """`n` triples of (object, look): anchor, positive, negative. In even triples the negative has the anchor's look."""
     made = []
     for i in range(n):
-        thing, other = rng.sample(things, 2)
-        look = some_look(rng)
+        index, other = rng.sample(indices, 2)
+        look = random_look(rng)
         made.append(
             [
-                (thing, look),
-                (thing, another_look(rng, look)),
+                (index, look),
+                (index, another_look(rng, look)),
                 (other, look if i % 2 == 0 else another_look(rng, look)),
             ]
         )
@@ -108,14 +109,14 @@ def triples(things: list[int], n: int, rng: random.Random) -> list[list[tuple[in
 
 
 def draw(shown: list[tuple[int, Look]], rgba: Tensor) -> list[Image.Image]:
-    """Pictures of things, each alone with its look; `rgba` uint8 [N, 256, 256, 4] are all sprites."""
-    used = sorted({thing for thing, _ in shown})  # an atlas of these alone: quick on a CPU
+    """A picture of each object with its look. rgba: all sprites, uint8 [N, 256, 256, 4]."""
+    used = sorted({index for index, _ in shown})  # an atlas of only these is faster on a CPU
     atlas = make_atlas(rgba[used])
     images: list[Image.Image] = []
     for i in tqdm(range(0, len(shown), 64), "pictures"):
         scenes = [
-            Scene("single", [Thing(used.index(thing), look.colour, "", [])], [look.place], "alone", look.ground)
-            for thing, look in shown[i : i + 64]
+            Scene("single", [Thing(used.index(index), look.colour, "", [])], [look.place], "alone", look.ground)
+            for index, look in shown[i : i + 64]
         ]
         images += to_images(render(pack(scenes), atlas, SIZE))
     return images
@@ -123,7 +124,7 @@ def draw(shown: list[tuple[int, Look]], rgba: Tensor) -> list[Image.Image]:
 
 @torch.inference_mode()
 def describe(model: torch.nn.Module, pixels: Tensor, device: str, batch: int = 64) -> dict[str, Tensor]:
-    """Pixels [N, 3, H, W] to a description [N, D] for each pooling."""
+    """Features [N, D] of pixels [N, 3, H, W], for each pooling."""
     model = model.to(device).eval()
     parts = []
     for i in tqdm(range(0, len(pixels), batch), "descriptions"):
@@ -134,13 +135,13 @@ def describe(model: torch.nn.Module, pixels: Tensor, device: str, batch: int = 6
 
 
 def cosines(descriptions: Tensor) -> Tensor:
-    """Descriptions [3 T, D] of triples to cosines [T, 2]: anchor with positive, anchor with negative."""
+    """Cosines [T, 2] of anchor with positive and of anchor with negative, from the triples' features [3 T, D]."""
     anchor, positive, negative = F.normalize(descriptions.float(), dim=-1).unflatten(0, (-1, 3)).unbind(1)
     return torch.stack([(anchor * positive).sum(-1), (anchor * negative).sum(-1)], 1)
 
 
 def rates(right: Tensor) -> dict[str, float]:
-    """Right answers [T], the seen half first and every second one `alike`, as parts of one."""
+    """Fractions of right triples. right: [T], the seen half first, `alike` and `free` in turn."""
     seen, never = right.float().chunk(2)
     parts = {"all": right.float(), "seen": seen, "unseen": never}
     parts |= {f"{name} {kind}": parts[name][i::2] for name in ("seen", "unseen") for i, kind in enumerate(KINDS)}
@@ -155,7 +156,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def write_sheet(path: Path, images: list[Image.Image], names: list[str], near: Tensor, each: int = 20) -> None:
-    """Some triples of either half and then some wrong ones, three pictures each, with their cosines [T, 2]."""
+    """Write some triples of each half and some wrong triples, three pictures each. near: their cosines [T, 2]."""
     wrong = (near[:, 0] <= near[:, 1]).tolist()
     half = len(wrong) // 2
     rows = [*range(min(each, half)), *range(half, half + min(each, half))]
@@ -174,9 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
     parser.add_argument("--scorer", type=Path, default=ROOT / "weights" / "dinov2-mini")
-    parser.add_argument("--triples", type=int, default=2000, help="half of them of things that training never showed")
+    parser.add_argument("--triples", type=int, default=2000, help="number of triples, half of them of unseen objects")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sheet", type=Path, help="a file for some of the triples, to look at")
+    parser.add_argument("--sheet", type=Path, help="a file for some of the triples")
     args = parser.parse_args()
 
     sprites = load_sprites(args.root)
@@ -184,26 +185,28 @@ def main() -> None:
     shown = [i for i in sorted(plain_names(sprites)) if sprites.group[i] != "people-body" and i not in never]
     rng = random.Random(0)
     half = args.triples // 2
-    flat = [one for things in (shown, never) for triple in triples(things, half, rng) for one in triple]
+    flat = [
+        shown_object for indices in (shown, never) for triple in triples(indices, half, rng) for shown_object in triple
+    ]
     images = draw(flat, all_rgba(sprites))
 
     processor = AutoImageProcessor.from_pretrained(args.scorer)
     scorer = Dinov2Model.from_pretrained(args.scorer, dtype=torch.float32)
     torch.manual_seed(0)
-    untaught = Dinov2Model(scorer.config).float()
+    untrained = Dinov2Model(scorer.config).float()
     pixels = torch.cat(
         [processor(images[i : i + 64], return_tensors="pt")["pixel_values"] for i in range(0, len(images), 64)]
     )
     tiny = [np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32) for image in images]
     answers = {f"dinov2-mini, {k}": v for k, v in describe(scorer, pixels, args.device).items()}
-    answers |= {f"random weights, {k}": v for k, v in describe(untaught, pixels, args.device).items()}
+    answers |= {f"random weights, {k}": v for k, v in describe(untrained, pixels, args.device).items()}
     answers["pixels"] = torch.from_numpy(np.stack(tiny) / 127.5 - 1).flatten(1)
 
     near = {name: cosines(x) for name, x in answers.items()}
     figures = {name: rates(x[:, 0] > x[:, 1]) for name, x in near.items()}
     print(table(figures))
     if args.sheet:
-        write_sheet(args.sheet, images, [sprites.names[thing] for thing, _ in flat], near["dinov2-mini, cls"])
+        write_sheet(args.sheet, images, [sprites.names[index] for index, _ in flat], near["dinov2-mini, cls"])
     met = figures["dinov2-mini, cls"]["all"] >= GOAL
     print(json.dumps({"benchmark": "scorer", "triples": 2 * half, "goal_met": met, **figures}))
 

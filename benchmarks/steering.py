@@ -1,20 +1,20 @@
-"""What true guidance, CFG-Zero* and dynamic thresholding do on flux-mini; what a second prompt costs at full size.
+"""Effect of true CFG, CFG-Zero* and dynamic thresholding on flux-mini, and time of true CFG at full size.
 
     python benchmarks/steering.py [--each 24] [--guidance 3.5] [--sheet steering.png]
     python benchmarks/steering.py --gpu-timing [--compile] [--size 512 1024] [--tiny]
 
-A dozen things are drawn plainly, "a fish", and then by every variant from the same seed against the colour that they
-came out in, "a blue fish", at 128x128:
+Twelve objects are drawn without a negative prompt, "a fish", and then with every setting from the same seed and the
+colour of that picture in the negative prompt, "a blue fish", at 128x128:
 
-gone      share of pictures that show an object, and not in that colour, with Wilson's 95 % interval. An object
-          is what differs from the ground; its colour is of the eight chromatic ones of the recipe's palette the
-          one with the nearest hue, by the mean of its pixels weighted with their chroma
-turned    mean degrees between its hue and that colour's, less those of the plain picture
-likeness  mean cosine of dinov2-mini's features, which look past paint, to those of the plain picture
-clipped   percent of the objects' values that lie at 0 or 255
+gone      share of pictures that show an object, but not in that colour, with Wilson's 95 % interval. An object's
+          pixels differ from the ground; its colour is, of the eight chromatic colours of the recipe's palette, the
+          colour with the nearest hue to the mean of its pixels weighted by their chroma
+turned    mean angle between its hue and that colour's, less that of the plain picture, in degrees
+likeness  mean cosine of dinov2-mini's features, which ignore colour, to those of the plain picture
+clipped   percentage of the objects' values at 0 or 255
 
-With --gpu-timing: milliseconds of one steered velocity of FLUX.1-dev with random weights in bf16, by two rows of one
-batch and by two passes, which take turns (`timing.py`); `ratio` is to two passes, peaks in GiB. Lines of JSON.
+With --gpu-timing: milliseconds of a true-CFG velocity of FLUX.1-dev with random weights in bf16, by two rows of one
+batch and by two passes, which take turns (`timing.py`); `ratio` is to two passes, peaks in GiB. Prints lines of JSON.
 """
 
 import argparse
@@ -51,12 +51,12 @@ from flux_core.sampling import flow_velocity, get_schedule
 from flux_core.sampling.guidance import cfg_velocity, one_batch, two_passes
 from flux_core.variants import VARIANTS
 
-THINGS = (
+OBJECTS = (
     "fish", "heart", "star", "car", "balloon", "bird", "key", "guitar", "cactus", "rocket", "mushroom", "butterfly",
 )  # fmt: skip
 PAINTS = COLOURS[:8]
-"""the chromatic ones"""
-STEERINGS: dict[str, dict[str, Any]] = {
+"""the chromatic colours"""
+SETTINGS: dict[str, dict[str, Any]] = {
     "2": {"true_cfg_scale": 2.0},
     "4": {"true_cfg_scale": 4.0},
     "4, CFG-Zero*": {"true_cfg_scale": 4.0, "cfg_zero": 1},
@@ -75,7 +75,7 @@ def object_of(image: Image.Image) -> Tensor:
 
 
 def angles(image: Image.Image) -> Tensor | None:
-    """Degrees between the hue of a picture's object and that of each paint; None where there is no object."""
+    """Angles [8] in degrees between the hue of a picture's object and those of PAINTS; None without an object."""
     pixels = object_of(image)
     if not pixels.numel():
         return None
@@ -86,17 +86,17 @@ def angles(image: Image.Image) -> Tensor | None:
 
 
 def draw(pipeline: Any, each: int, **shared: Any) -> tuple[dict[str, list[Image.Image]], list[int]]:
-    """The pictures of every variant, in one order, and the colours that they are steered away from."""
-    pictures: dict[str, list[Image.Image]] = {name: [] for name in ("plain", *STEERINGS)}
+    """The pictures of every setting, in the same order, and the colours in their negative prompts."""
+    pictures: dict[str, list[Image.Image]] = {name: [] for name in ("plain", *SETTINGS)}
     colours = []
     for seed in tqdm(range(each)):
-        thing = THINGS[seed % len(THINGS)]
-        pictures["plain"] += pipeline.generate(f"a {thing}", seed, **shared)
+        noun = OBJECTS[seed % len(OBJECTS)]
+        pictures["plain"] += pipeline.generate(f"a {noun}", seed, **shared)
         found = angles(pictures["plain"][-1])
         colours.append(0 if found is None else int(found.argmin()))
-        away = f"a {PAINTS[colours[-1]].names[0]} {thing}".replace("a o", "an o")
-        for name, steering in STEERINGS.items():
-            pictures[name] += pipeline.generate(f"a {thing}", seed, negative_prompt=away, **shared, **steering)
+        negative = f"a {PAINTS[colours[-1]].names[0]} {noun}".replace("a o", "an o")
+        for name, setting in SETTINGS.items():
+            pictures[name] += pipeline.generate(f"a {noun}", seed, negative_prompt=negative, **shared, **setting)
     return pictures, colours
 
 
@@ -167,7 +167,7 @@ def time_at_full_size(sizes: Sequence[int], device: str, compiling: bool, rounds
 
 
 def peak_of(call: Any, device: str) -> float | None:
-    """GiB that tensors take at most during a call; None where torch does not count them."""
+    """Peak GiB of tensors during a call; None where torch does not count them."""
     gc.collect()
     if not device.startswith("cuda"):
         return None
@@ -180,14 +180,14 @@ def peak_of(call: Any, device: str) -> float | None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=24, help="pictures of each variant")
+    parser.add_argument("--each", type=int, default=24, help="pictures of each setting")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--guidance", type=float, default=3.5, help="the learned one")
-    parser.add_argument("--sheet", type=Path, help="where to write all pictures, a row for each prompt")
-    parser.add_argument("--gpu-timing", action="store_true", help="one batch against two passes, at full size")
+    parser.add_argument("--guidance", type=float, default=3.5, help="distilled guidance")
+    parser.add_argument("--sheet", type=Path, help="a file for all pictures, a row for each prompt")
+    parser.add_argument("--gpu-timing", action="store_true", help="time of one batch and of two passes, at full size")
     parser.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="with --gpu-timing: sides in pixels")
     parser.add_argument("--compile", action="store_true", help="with --gpu-timing: compiled blocks")
-    parser.add_argument("--rounds", type=int, default=5, help="with --gpu-timing: turns of a second that count")
+    parser.add_argument("--rounds", type=int, default=5, help="with --gpu-timing: measured rounds of a second")
     parser.add_argument("--tiny", action="store_true", help="with --gpu-timing: a few blocks of 64 features, 64x64")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

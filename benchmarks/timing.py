@@ -1,8 +1,8 @@
-"""Times of calls that share a card, at the clocks that it can hold.
+"""Measure the time of calls that are compared on one card, at its sustained clocks.
 
-A card at its power limit lowers its clock within seconds, by how much depends on what runs. So all that is compared
-takes turns of about a second: heat is the same for all, while in a turn the clock settles to what runs; a turn counts
-by the median of its later half.
+A card at its power limit lowers its clock within seconds, by an amount that depends on the load. So the compared calls
+take turns of about a second: all have the same temperature, and within a turn the clock settles to the load. The time
+of a turn is the median of its later half.
 """
 
 import statistics
@@ -37,9 +37,9 @@ def burst(call: Call, count: int, device: str) -> list[float]:
 
 
 def turns(calls: Mapping[str, Call], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """Settled milliseconds of each call, one figure a round; a first round only heats, and does not count.
+    """Settled milliseconds of each call, a figure for each round; a first round is for warm-up and not counted.
 
-    Every call is made before, so that whatever happens only once (compiling, choosing kernels) stays out.
+    Every call is made once before, so that one-time work (compiling, selecting kernels) is not measured.
     """
     counts = {}
     for name, call in calls.items():
@@ -48,7 +48,7 @@ def turns(calls: Mapping[str, Call], rounds: int, seconds: float, device: str) -
     names = list(calls)
     figures: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds + 1):
-        k = i % len(names)  # or the first would always follow the hottest
+        k = i % len(names)  # else the first would always follow the hottest
         for name in names[k:] + names[:k]:
             times = burst(calls[name], counts[name], device)
             figures[name].append(statistics.median(times[len(times) // 2 :]))
@@ -57,7 +57,7 @@ def turns(calls: Mapping[str, Call], rounds: int, seconds: float, device: str) -
 
 @contextmanager
 def watched(device: str) -> Iterator[dict[str, float | None]]:
-    """The card's SM clock and power while the block runs, filled in at its end: nvidia-smi's, of the later half."""
+    """SM clock and power of the card by nvidia-smi, medians of the block's later half; filled in at its end."""
     figures: dict[str, float | None] = {"sm_mhz": None, "watts": None}
     seen: list[list[float]] = []
     over = threading.Event()
@@ -81,5 +81,5 @@ def watched(device: str) -> Iterator[dict[str, float | None]]:
 
 
 def ratio(times: Mapping[str, list[float]], name: str, to: str) -> float:
-    """Of what `turns` returns: the median over the rounds of one call's time to another's."""
+    """The median over the rounds of call `name`'s time to call `to`'s. times: from `turns`."""
     return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))

@@ -1,7 +1,7 @@
 """ConceptAttention (Helbling et al., arXiv 2502.04320): heat maps of words, from the outputs of attention.
 
-One T5 token for each word stands in front of the prompt's. These concept tokens attend to each other and to the image;
-prompt and image never attend to them, so the picture is what it would be without. With o the outputs of attention,
+A T5 token of each word is put in front of the prompt's tokens. These concept tokens attend to each other and to the
+image; prompt and image never attend to them, so the picture does not change. With o the outputs of attention,
 
     map[image token, concept] = softmax over concepts of (o_image . o_concept)
 
@@ -23,7 +23,7 @@ from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pr
 
 
 def beside(count: int):
-    """Attention in which the first `count` tokens see themselves and the image, and no other token sees them."""
+    """Attention in which the first `count` tokens attend to themselves and the image, and no other token to them."""
 
     def attend_beside(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
         others = attend(q[:, :, count:], k[:, :, count:], v[:, :, count:])
@@ -34,13 +34,13 @@ def beside(count: int):
 
 
 def concept_maps(outputs: dict[str, Tensor], count: int) -> Tensor:
-    """[B, L, count], from the values at `img.attn` and `txt.attn` of the same blocks and steps."""
+    """Maps [B, L, count] from the values at `img.attn` and `txt.attn` of the same blocks and steps."""
     pairs = [(x, outputs[name.replace(".img.", ".txt.")]) for name, x in outputs.items() if ".img." in name]
     return torch.stack([(img @ txt[:, :count].mT).softmax(dim=-1) for img, txt in pairs]).mean(0)
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """The picture under a heat map [h, w] of values from 0 (black) over red and yellow to 1 (white)."""
+    """The picture blended with a heat map [h, w] of values from 0 (black) over red and yellow to 1 (white)."""
     colours = (3 * heat[..., None] - torch.arange(3)).clamp(0, 1) * 255
     hot = Image.fromarray(colours.byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.blend(picture, hot, 0.7)

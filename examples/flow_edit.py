@@ -1,6 +1,6 @@
-"""FlowEdit (arXiv 2412.08629): from one prompt's picture to another's without inversion.
+"""FlowEdit (arXiv 2412.08629): edit a picture from a source to a target prompt, without inversion.
 
-The edit starts at the source and follows the difference of two velocities, both taken where fresh noise puts them:
+The edit starts at the source and integrates the difference of two velocities, at points with the same fresh noise:
 
     z_src = (1 - sigma) * x_src + sigma * noise,    z_tar = z_edit + z_src - x_src
     d z_edit / d sigma = v(z_tar, target) - v(z_src, source)
@@ -22,7 +22,7 @@ from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_sc
 def flow_edit(
     source: Tensor, v_source: Velocity, v_target: Velocity, sigmas: list[float], noise: Callable[[], Tensor]
 ) -> Tensor:
-    """The edited tokens. source: clean ones [B, L, C]; sigmas: the part of the schedule in use; noise: fresh noise."""
+    """The edited tokens. source: clean tokens [B, L, C]; sigmas: the used part of the schedule; noise: draws noise."""
     edit = source
     for sigma, sigma_next in pairwise(sigmas):
         z_source = (1 - sigma) * source + sigma * noise()

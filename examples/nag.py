@@ -1,10 +1,10 @@
-"""Normalized Attention Guidance (Chen et al., arXiv 2505.21179): a negative prompt for models without true guidance.
+"""Normalized Attention Guidance (Chen et al., arXiv 2505.21179): a negative prompt for models without true CFG.
 
-In every block the image attends once to the positive and once to the negative text, z+ and z-; it goes on with
+In every block the image attends to the positive and to the negative text, with outputs z+ and z-; both are replaced by
 
     z~ = scale * z+ - (scale - 1) * z-,    r = |z~|_1 / |z+|_1,    z = alpha * z~ * min(r, tau) / r + (1 - alpha) * z+
 
-The texts are two rows of one batch, and their image tokens are the same ones: both rows are given z.
+The texts are two rows of one batch, with equal image tokens: both rows get z.
 
     python examples/nag.py --prompt "a heart" --negative "a red heart" --scale 10 --alpha 0.5 --steps 0-7
 """
@@ -21,14 +21,14 @@ from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_sc
 
 
 def normalized_guidance(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
-    """The formula, for outputs of attention [B, L, D]; the norms are those of every token."""
+    """z, from outputs of attention [B, L, D]; the norms are taken for each token."""
     guided = scale * positive - (scale - 1) * negative
     ratio = guided.norm(p=1, dim=-1, keepdim=True) / positive.norm(p=1, dim=-1, keepdim=True)
     return torch.lerp(positive, guided * (ratio.clamp(max=tau) / ratio), alpha)
 
 
 def at_attention(scale: float, tau: float, alpha: float):
-    """The function that stands at `img.attn`, over rows of positive and negative in turn."""
+    """The function for `img.attn`, with rows of positive and negative in turn."""
 
     def guide(x: Tensor, at) -> Tensor:
         return normalized_guidance(x[0::2], x[1::2], scale, tau, alpha).repeat_interleave(2, dim=0)
@@ -37,7 +37,7 @@ def at_attention(scale: float, tau: float, alpha: float):
 
 
 def of_positive(velocity: Velocity) -> Velocity:
-    """The velocity of two equal rows as one of a single row."""
+    """The velocity of a single row, from the velocity of two rows with equal image tokens."""
     return lambda x, sigma: velocity(x.repeat_interleave(2, dim=0), sigma)[0::2]
 
 
@@ -59,14 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
     noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, request.seed)
     inputs = prepare(pipeline.t5, pipeline.clip, noise, [args.prompt, args.negative])
-    inputs["vec"] = inputs["vec"][:1].expand(2, -1)  # modulation is the positive prompt's, so that the image stays one
+    inputs["vec"] = inputs["vec"][:1].expand(2, -1)  # the same modulation keeps the image tokens equal
     x = inputs.pop("img")[:1]
     sigmas = get_schedule(request.num_steps, x.shape[1])
     fn = at_attention(args.scale, args.tau, args.alpha)
     guide = Custom(sites="layer.*.img.attn", fn=fn, steps=args.steps)
     run = HookRun([guide], pipeline.variant.params, sigmas, branches=("positive", "negative"))
-    one = {name: value[:1] for name, value in inputs.items()}
-    plain = flow_velocity(pipeline.model, **one, guidance=request.guidance)
+    positive = {name: value[:1] for name, value in inputs.items()}
+    plain = flow_velocity(pipeline.model, **positive, guidance=request.guidance)
     guided = of_positive(flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=run))
     grid([pipeline.picture(euler(velocity, x, sigmas), request) for velocity in (plain, guided)]).save(args.output)
 

@@ -1,8 +1,8 @@
-"""Perturbed-attention guidance (arXiv 2403.17377): away from a forward whose attention is blind.
+"""Perturbed-attention guidance (arXiv 2403.17377): guidance away from a forward with perturbed self-attention.
 
     v = v + scale * (v - v_blind)
 
-In chosen blocks of the second forward every image token attends to itself alone, so attention gives it its own value.
+In chosen blocks of the second forward every image token attends only to itself, so its output is its own value.
 
     python examples/perturbed_attention.py --prompt "a castle" --scale 2
 """
@@ -19,13 +19,13 @@ from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_sc
 
 
 def blind(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
-    """Attention in which image tokens see only themselves, and text tokens everything."""
+    """Attention in which an image token attends only to itself, and a text token to all."""
     out, own = attend(q, k, v), rearrange(v, "B H L D -> B L (H D)")
     return torch.cat((out[:, : at.txt_len], own[:, at.txt_len :]), dim=1)
 
 
 def away_from(velocity: Velocity, worse: Velocity, scale: float) -> Velocity:
-    """Guidance by a worse prediction."""
+    """The velocity guided away from a worse velocity."""
 
     def guided(x: Tensor, sigma: float) -> Tensor:
         v = velocity(x, sigma)

@@ -1,8 +1,8 @@
-"""Regional prompting: each part of the picture reads its own prompt, by a mask in attention.
+"""Regional prompting: each part of the picture attends to its own prompt, by an attention mask.
 
-The texts of several regions stand one behind the other in the text stream. An image token sees all image tokens and
-the text of its own region; a text token sees its own text and its region's image tokens. The mask is all that
-changes, so `attend` is replaced, in chosen steps (after github.com/instantX-research/Regional-Prompting-FLUX).
+The texts of all regions are concatenated in the text stream. An image token attends to all image tokens and to the
+text of its own region; a text token attends to its own text and its region's image tokens. Only the mask changes, so
+`attend` is replaced, in chosen steps (after github.com/instantX-research/Regional-Prompting-FLUX).
 
     python examples/regional_prompting.py --left "a red apple" --right "a dog face"
 """
@@ -20,14 +20,14 @@ from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pr
 
 
 def region_mask(regions: Tensor, text_len: int, count: int) -> Tensor:
-    """Who may see whom, [T + L, T + L] bool. regions [L]: the region of every image token; texts of text_len each."""
+    """Attention mask [T + L, T + L], bool. regions [L]: the region of every image token; text_len: of each text."""
     of = torch.cat((torch.arange(count).repeat_interleave(text_len), regions))
     is_image = torch.arange(len(of)) >= count * text_len
     return (of[:, None] == of[None, :]) | (is_image[:, None] & is_image[None, :])
 
 
 def masked(mask: Tensor):
-    """The attention that keeps to a mask."""
+    """Attention with this mask."""
 
     def attend_masked(attend, q: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--left", default="a red apple")
     parser.add_argument("--right", default="a dog face")
-    parser.add_argument("--steps", default="0-9", help="steps at which regions are apart")
+    parser.add_argument("--steps", default="0-9", help="steps at which the regions are separate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_steps", type=int, default=28)
     parser.add_argument("--output", default="regional_prompting.png")

@@ -1,7 +1,7 @@
-"""RF-Inversion (Rout et al., arXiv 2410.10792): a picture to noise and back with another prompt, by controlled ODEs.
+"""RF-Inversion (Rout et al., arXiv 2410.10792): invert a picture to noise and sample with another prompt.
 
-Either way the velocity is mixed with the straight line to where the path shall end: a given noise at sigma 1 (strength
-gamma, on the way there without a prompt), the picture at sigma 0 (strength eta, at chosen steps of the way back):
+Both ODEs are controlled: the velocity is mixed with that of the straight line to a goal. When inverting, without a
+prompt, it is a given noise at sigma 1 (strength gamma); when sampling, the picture at sigma 0 (eta, at chosen steps):
 
     dx / d sigma = v(x) + gamma * ((noise - x) / (1 - sigma) - v(x)),    v(x) + eta * ((x - picture) / sigma - v(x))
 
@@ -21,7 +21,7 @@ from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_sc
 
 
 def controlled(velocity: Velocity, goal: Tensor, end: float, strengths: Mapping[float, float]) -> Velocity:
-    """Drawn to `goal`, which a straight line reaches at sigma `end`. strengths: by sigma; 0 where none is given."""
+    """The velocity mixed with the straight line to `goal` at sigma `end`. strengths: of the mix, by sigma; else 0."""
 
     def velocity_to_goal(x: Tensor, sigma: float) -> Tensor:
         v = velocity(x, sigma)
@@ -33,7 +33,7 @@ def controlled(velocity: Velocity, goal: Tensor, end: float, strengths: Mapping[
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", help="the picture to edit; without one, the source prompt is drawn")
+    parser.add_argument("--image", help="the picture to edit; by default the source prompt is drawn")
     parser.add_argument("--source", default="a pig face")
     parser.add_argument("--target", default="a green pig face")
     parser.add_argument("--gamma", type=float, default=0.5)

@@ -1,7 +1,7 @@
-"""TeaCache (Liu et al., arXiv 2411.19108): where the input changes little, add again what all blocks added before.
+"""TeaCache (Liu et al., arXiv 2411.19108): reuse the residual of all blocks while their input changes little.
 
 The change of the first block's modulated input m is rescaled by a polynomial, fitted to FLUX.1-dev, and summed. While
-the sum stays below the threshold, no block runs; then it starts anew. The first and the last step are always computed.
+the sum is below the threshold, no block runs; then it is reset. The first and the last step are always computed.
 
     distance += polynomial(mean |m - m_before| / mean |m_before|)
 
@@ -25,14 +25,14 @@ COEFFICIENTS = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  
 
 
 class TeaCache:
-    """What one sampling remembers, and where its functions stand. blocks: the model's, in order."""
+    """State and plan of one sampling. blocks: the model's, in order."""
 
     def __init__(self, threshold: float, blocks: list[str], num_steps: int) -> None:
         self.threshold, self.first, self.last, self.num_steps = threshold, blocks[0], blocks[-1], num_steps
         self.modulation, self.before, self.distance, self.skipped = {}, torch.ones(()), 0.0, 0
         sites = [f"{self.first}.img_mod1.{name}" for name in ("shift", "scale")]
-        keep = Custom(sites=sites, fn=lambda at, x: self.modulation.update({at.name.split(".")[-1]: x}), reads=True)
-        self.plan = [keep, Custom(sites=blocks, fn=self.around)]
+        store = Custom(sites=sites, fn=lambda at, x: self.modulation.update({at.name.split(".")[-1]: x}), reads=True)
+        self.plan = [store, Custom(sites=blocks, fn=self.around)]
 
     def decide(self, m: Tensor, step: int) -> None:
         change = (m - self.before).abs().mean() / self.before.abs().mean()
@@ -41,7 +41,7 @@ class TeaCache:
         self.before, self.distance, self.skipped = m, distance * self.skipping, self.skipped + self.skipping
 
     def around(self, call, x, at: At):
-        if at.name == self.first:  # where x is (img, txt); in the last block it is the joined sequence
+        if at.name == self.first:  # here x is (img, txt); in the last block, the joined sequence
             self.entered = torch.cat(x[::-1], dim=1)
             self.decide(modulate(x[0], **self.modulation), at.step)
         if self.skipping:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     sigmas = get_schedule(request.num_steps, x.shape[1])
     cache = TeaCache(args.threshold, block_names(pipeline.variant.params), request.num_steps)
     run = HookRun(cache.plan, pipeline.variant.params, sigmas)
-    plain, cached = (flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=one) for one in (None, run))
+    plain, cached = (flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=r) for r in (None, run))
     grid([pipeline.picture(euler(velocity, x, sigmas), request) for velocity in (plain, cached)]).save(args.output)
     print(f"{cache.skipped} of {request.num_steps} steps skipped")
 

@@ -1,14 +1,14 @@
-"""Every failure that a user can cause, with the exit code the command line answers with.
+"""The errors that a user can cause, each with the command line's exit code.
 
-The text of an error names the file or value, what was found, and the next step. Nothing else reaches the user:
-a traceback is shown only with `--debug`.
+An error's text names the file or value, what was found, and the next step. The user sees only this text; a traceback
+is shown only with `--debug`.
 """
 
 from collections.abc import Iterable
 
 
 class FluxError(Exception):
-    """Base of the errors that are part of the interface."""
+    """Base class of the errors that are part of the interface."""
 
     exit_code = 1
 
@@ -26,7 +26,7 @@ class AccessError(FluxError):
 
 
 class FileError(FluxError):
-    """A missing, damaged or foreign file."""
+    """A missing or damaged file, or a file of another kind."""
 
     exit_code = 4
 
@@ -38,7 +38,7 @@ class MemoryShortage(FluxError):
 
 
 class DiskError(FluxError):
-    """A full, read-only or unwritable place."""
+    """A full disk, or a folder or file that cannot be written."""
 
     exit_code = 6
 
@@ -50,7 +50,7 @@ class NonFiniteError(FluxError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause " Did you mean …?" with the likeliest of the known words, or nothing."""
+    """ " Did you mean …?" with the known word nearest to `word`; empty if none is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, list(known), n=1)
@@ -58,11 +58,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""in errors without a class of their own: of MPS and of CUDA outside of torch's allocator, of the CPU on Linux and on
-Windows, of cuBLAS and cuDNN"""
+"""texts of errors without their own class: from MPS and from CUDA outside torch's allocator, from the CPU on Linux and
+on Windows, from cuBLAS and cuDNN"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether any device or the machine ran out of memory, whatever class the error has."""
+    """Whether an error of any class means that a device or the machine ran out of memory."""
     named = "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}  # torch's, without importing it
     return named or isinstance(error, MemoryError) or any(text in str(error) for text in SHORTAGES)

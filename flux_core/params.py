@@ -1,4 +1,4 @@
-"""Sizes of the networks, as plain data that can be read without torch. Field names are the official ones."""
+"""Sizes of the networks, as plain data that needs no torch, with the official field names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FluxParams:
-    """Sizes of one transformer (official `flux.model.FluxParams`)."""
+    """Sizes of a transformer (official `flux.model.FluxParams`)."""
 
     in_channels: int
-    """features of an image token: 16 latent channels x 2 x 2"""
+    """features of an image token: 16 latent channels x 2 x 2 pixels"""
     out_channels: int
-    """features of a predicted token"""
+    """features of an output token"""
     vec_in_dim: int
     """width of the pooled CLIP vector"""
     context_in_dim: int
@@ -27,7 +27,7 @@ class FluxParams:
     theta: int
     qkv_bias: bool
     guidance_embed: bool
-    """whether distilled guidance enters the modulation vector (dev) or not (schnell)"""
+    """whether the distilled guidance strength is an input of the modulation vector (dev) or not (schnell)"""
 
     @property
     def head_dim(self) -> int:
@@ -40,7 +40,7 @@ class FluxParams:
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
-    """Sizes of one autoencoder (official `flux.modules.autoencoder.AutoEncoderParams`)."""
+    """Sizes of an autoencoder (official `flux.modules.autoencoder.AutoEncoderParams`)."""
 
     resolution: int
     in_channels: int

@@ -1,8 +1,8 @@
-"""One row for each FLUX.1 model: sizes, files, licence and defaults. Everything else reads them from here.
+"""The FLUX.1 models by name: sizes, files, licence and defaults of each variant, in one place.
 
-Rows hold data only, so that the command line can check a request before torch is imported. Sizes and files of the
+Variants are plain data, so that the command line can check a request before torch is imported. Sizes and files of the
 official models: black-forest-labs/flux `src/flux/util.py`; text lengths: its `cli.py`. Default steps for dev are 28,
-as most users run it, instead of the official command's 50; the effective values are printed with every run.
+as most users run it, instead of the official command's 50; every run prints its effective values.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ class Variant:
     flow_file: str
     ae_file: str
     t5: str
-    """hub id, or a folder beside the weights for an embedded model"""
+    """hub id, or for an embedded model the name of a folder next to the weights"""
     clip: str
     max_text: int
-    """T5 tokens that a prompt is padded to"""
+    """number of T5 tokens to which a prompt is padded"""
     shift: bool
     """whether the schedule is shifted towards noise as the image grows"""
     num_steps: int
@@ -34,19 +34,19 @@ class Variant:
     width: int
     height: int
     min_side: int
-    """shortest side that gives a sensible picture, in pixels"""
+    """shortest side that gives a useful picture, in pixels"""
     max_side: int
-    """longest such side; both limits yield to --force"""
+    """longest such side; --force lifts both limits"""
     licence: str
     repo: str | None = None
     """hub repository of the official files; None: the weights ship with the package"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
-    """environment variables that may name the transformer's file, the first that is set counts"""
+    """environment variables for the transformer's file; the first that is set is used"""
     t5_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """sizes of T5 and CLIP as transformers names them, for files that come without a config.json"""
+    """sizes of T5 and CLIP, as named in transformers, for files without a config.json"""
     clip_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """the user's own files instead, by the flag that named them: model, ae, clip_l, t5xxl"""
+    """the user's own files, by the flag that named them: model, ae, clip_l, t5xxl"""
 
     @property
     def embedded(self) -> bool:
@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def licence_line(self) -> str:
-        """What is told when the model is first used."""
+        """The note shown when the model is first used."""
         return f"licence of {self.name}: {self.licence}"
 
 
@@ -130,8 +130,8 @@ _DEV = Variant(
 )
 
 VARIANTS: dict[str, Variant] = {
-    row.name: row
-    for row in (
+    variant.name: variant
+    for variant in (
         Variant(
             name="flux-mini",
             params=FluxParams(
@@ -209,11 +209,11 @@ VARIANTS: dict[str, Variant] = {
 }
 DEFAULT = "flux-mini"
 AE_VARIABLES = ("FLUX_AE", "AE")
-"""environment variables that may name the autoencoder's file; `AE` is the older official one, as `FLUX_DEV` is"""
+"""environment variables for the autoencoder's file; `AE`, like `FLUX_DEV`, is an older official name"""
 
 
 def get_variant(name: str) -> Variant:
-    """The row of that name; UsageError names the known ones and the nearest."""
+    """The variant of that name. UsageError names the known variants and the nearest."""
     if name in VARIANTS:
         return VARIANTS[name]
     from difflib import get_close_matches

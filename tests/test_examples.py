@@ -1,4 +1,4 @@
-"""The examples: each method's identity, what it changes, and that the script draws."""
+"""The examples: each method's identity, its effect, and a run of each script."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ TEXT = INPUTS["txt"].shape[1]
 SIGMAS = [1.0, 0.8, 0.5, 0.0]
 NAMES = {"img_ids": "img_ids", "txt": "txt", "txt_ids": "txt_ids", "y": "vec", "guidance": "guidance"}
 PICTURES = {"concept_attention": 4, "extended_kv": 3, "nag": 2, "rf_inversion": 2, "teacache": 2}
-"""side by side in what a script saves; one if it is not here"""
+"""pictures side by side in a script's output; by default 1"""
 
 
 def load(name):
@@ -175,7 +175,7 @@ def test_extended_attention_is_attention_over_both():
     module, kept = load("extended_kv"), {}
     q, k, v, other_k, other_v = noise_like(torch.empty(5, 1, 2, TEXT + 9, 8))
     at = At("single_blocks.0.attend", 0, 1.0, 0, TEXT, ("image",))
-    assert torch.equal(module.keeping(kept)(attend, q, other_k, other_v, at), attend(q, other_k, other_v))
+    assert torch.equal(module.storing(kept)(attend, q, other_k, other_v, at), attend(q, other_k, other_v))
     k_both, v_both = torch.cat((k, other_k[:, :, TEXT:]), 2), torch.cat((v, other_v[:, :, TEXT:]), 2)
     by_hand = (q @ k_both.mT / 8**0.5).softmax(-1) @ v_both
     assert distance(module.extended(kept)(attend, q, k, v, at), by_hand.transpose(1, 2).flatten(2)) <= 1e-6
@@ -189,7 +189,7 @@ def test_a_reference_is_read_where_it_is_told_to_be_and_nowhere_else():
         velocities = (velocity(HookRun(plan, MODEL.params, SIGMAS), **own) for plan in plans)
         return euler(module.side_by_side(*velocities), x, SIGMAS)
 
-    keep, read = (Custom(sites="single_blocks.0.attend", fn=fn) for fn in (module.keeping(kept), module.extended(kept)))
+    keep, read = (Custom(sites="single_blocks.0.attend", fn=fn) for fn in (module.storing(kept), module.extended(kept)))
     reference, alone = drawn(starts[:1], []), drawn(starts[1:], [])
     assert torch.equal(drawn(starts, [keep], []), torch.cat((reference, alone)))
     both = drawn(starts, [keep], [read])

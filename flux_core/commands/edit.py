@@ -1,4 +1,4 @@
-"""`edit`: a source and its edits by Stable Flow, as a strip and as single pictures."""
+"""`edit`: draw a source and its edits by Stable Flow, as a strip and as single pictures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _FIELDS = {field.name: field for field in EDIT}
 PHOTO_GUIDANCE = (1.0, 3.0)
-"""of the source and of the edits, where a photograph is edited (the released code)"""
+"""guidance of the source and of the edits of a photograph, as in the released code"""
 
 
 def edit(
@@ -41,12 +41,12 @@ def edit(
     threads: str | None = None,
     **fields: Any,
 ) -> list[Path]:
-    """Draw a source and its edits. Returns the strip's file, then those of source and edits.
+    """Draw a source and its edits. Returns the paths of the strip, the source and the edits.
 
-    UsageError for what cannot be asked, FileError for a photograph or layers that cannot be read, DiskError.
+    UsageError for wrong arguments, FileError for a photograph or layers that cannot be read, DiskError.
     """
     if not source or not edit:
-        raise UsageError('say what there is and what there shall be: --source "a pig face" --edit "a green pig face"')
+        raise UsageError('an edit needs a source and an edit. Next: --source "a pig face" --edit "a green pig face"')
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
@@ -73,7 +73,7 @@ def edit(
 
 
 def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
-    """The blocks that --layers means; without it the vital ones where they are known, else all."""
+    """The blocks selected by --layers; without it the vital blocks if they are known, else all."""
     from ..hooks.layers import VITAL, layers_of
 
     if layers is None and request.name not in VITAL:
@@ -96,7 +96,8 @@ def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) 
 def _save(job: "Editing", pictures: list[Image.Image], folder: Path) -> list[Path]:
     stem = f"{job.request.name}_seed{job.request.seed}"
     strip = save_picture(grid(pictures, len(pictures)), folder, f"{stem}_strip")
-    paths = [save_picture(one, folder, f"{stem}_{branch}") for one, branch in zip(pictures, job.branches, strict=True)]
+    named = zip(pictures, job.branches, strict=True)
+    paths = [save_picture(picture, folder, f"{stem}_{branch}") for picture, branch in named]
     for path in (strip, *paths):
         tell(str(path))
     return [strip, *paths]

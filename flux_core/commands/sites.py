@@ -1,4 +1,4 @@
-"""`sites`: the catalogue of names that a plan can use, for one model."""
+"""`sites`: list the names that a plan can use, for a model."""
 
 from ..hooks.sites import GLOBAL, KINDS, OF_BLOCK, SITES, site_names
 from ..terminal import tell
@@ -6,23 +6,28 @@ from ..variants import DEFAULT, get_variant
 
 
 def sites(name: str = DEFAULT) -> str:
-    """A table of names, shapes and meanings, with that model's sizes. UsageError for an unknown model."""
+    """A table of site names, shapes and meanings, with the model's sizes. UsageError for an unknown model."""
     variant = get_variant(name)
     params = variant.params
     numbers = {"double_blocks": params.depth, "single_blocks": params.depth_single_blocks}
     ranges = {kind: f"{kind}.0-{count - 1}" for kind, count in numbers.items()}
-    rows = {site.name: site for site in SITES if not site.kinds}
-    parts = [_table("once for each forward", [(name, rows[name].shape, rows[name].meaning) for name in GLOBAL])]
+    of_forward = {site.name: site for site in SITES if not site.kinds}
+    parts = [_table("once in a forward", [(name, of_forward[name].shape, of_forward[name].meaning) for name in GLOBAL])]
     for kind in KINDS:
         of_kind = [site for site in SITES if kind in site.kinds]
         assert len(of_kind) == len(OF_BLOCK[kind])
-        parts.append(_table(f"behind {ranges[kind]}.", [(site.name, site.shape, site.meaning) for site in of_kind]))
+        parts.append(
+            _table(
+                f"in each of {ranges[kind]} ({kind}.0.NAME)",
+                [(site.name, site.shape, site.meaning) for site in of_kind],
+            )
+        )
     flat = numbers["double_blocks"] + numbers["single_blocks"]
     sizes = f"D {params.hidden_size}, H {params.num_heads}, P {params.head_dim}, C {params.out_channels}"
     parts.append(
         f"{len(site_names(params)):,} sites of {variant.name}: {sizes}; "
-        f"B rows, L image tokens, T text tokens ({variant.max_text}).\n"
-        f"layer.0-{flat - 1} counts double and single blocks through; globs work (double_blocks.*.img.k)."
+        f"B batch rows, L image tokens, T text tokens ({variant.max_text}).\n"
+        f"layer.0-{flat - 1} numbers double, then single blocks; globs work (double_blocks.*.img.k)."
     )
     return "\n\n".join(parts)
 
@@ -34,5 +39,5 @@ def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
 
 
 def print_sites(**flags: str) -> None:
-    """`sites` on standard output."""
+    """Print `sites`."""
     tell(sites(**flags))

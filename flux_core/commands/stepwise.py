@@ -1,7 +1,4 @@
-"""The picture after every step, as files: how an image comes out of noise.
-
-These are the latents as they stand, decoded: noise at first, and after the last step the finished picture.
-"""
+"""Save the decoded latents after every step, and a sheet of them: noise at first, at last the finished picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Stepwise:
-    """A step callback for the one image of `request`; file names are those of mflux."""
+    """A step callback for the single image of `request`; file names are those of mflux."""
 
     def __init__(self, pipeline: "Pipeline", request: GenerationRequest, folder: Path) -> None:
         self.pipeline, self.request, self.folder = pipeline, request, folder
@@ -26,13 +23,13 @@ class Stepwise:
 
     def __call__(self, step: "Step") -> None:
         if step.index < len(self.pictures):
-            return  # memory ran out, and the same picture is drawn once more
+            return  # the picture is drawn again after memory ran out
         picture = self.pipeline.picture(step.x, self.request)
         self.pictures.append(picture)
         self._save(picture, f"step{step.index + 1}of{self.request.num_forward_steps}")
 
     def save_sheet(self) -> None:
-        """All pictures so far on one sheet; nothing if there is none."""
+        """Save all pictures so far on one sheet, if there are any."""
         if self.pictures:
             self._save(grid(self.pictures), "composite")
 

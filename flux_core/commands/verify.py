@@ -1,4 +1,4 @@
-"""`verify FILE`: whether a file of weights is whole, and every number in it finite."""
+"""`verify FILE`: check that a file of weights is complete and all its numbers are finite."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ..terminal import no_bars, tell
 
 
 def verify(file: str) -> str:
-    """A line for a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
+    """A line on a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
     source = find_source(Path(file))
 
     from ..checkpoint.tensors import opened  # and with it torch
@@ -32,5 +32,5 @@ def verify(file: str) -> str:
 
 
 def print_verdict(file: str) -> None:
-    """`verify` on standard output."""
+    """Print `verify`."""
     tell(verify(file))

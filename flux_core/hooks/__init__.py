@@ -1,4 +1,4 @@
-"""Reach into a forward: skip, read, change, share and cache anything that has a name, from outside the model.
+"""Skip, read, change, share and cache named values and blocks of a forward, from outside the model.
 
     from flux_core.hooks import Capture, Custom, Skip
     seen = {}
@@ -6,8 +6,8 @@
     pipeline.generate("a red apple", plan=plan)
     pipeline.generate("a red apple", plan=[Custom(sites="vec", fn=lambda x, at: 1.1 * x)])
 
-`sites.py` is the catalogue of names, `seam.py` says what can stand where; each kind of intervention has a file of its
-own. This module costs no torch.
+`sites.py` lists the names, `seam.py` defines the functions that can be placed there, and each kind of intervention has
+its own file. Importing this module does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

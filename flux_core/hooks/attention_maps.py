@@ -1,8 +1,8 @@
-"""Where attention looks: probabilities computed from captured q and k, for the tokens asked for, in chunks.
+"""Attention maps: probabilities computed from captured q and k, for chosen queries and keys, in chunks.
 
-All probabilities of one layer of FLUX.1-dev at 1024x1024 are 1 GB for one picture in bf16, and the fused attention
-never makes them. So they are made beside it, after the block, over all keys (so that they sum to 1), and cut to the
-keys asked for.
+All probabilities of one layer of FLUX.1-dev at 1024x1024 take 1 GB for one picture in bf16, and the fused attention
+never computes them. So they are computed separately, after the block, over all keys (so that they sum to 1), and cut
+to the chosen keys.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator
 
 from ..params import FluxParams
-from .capture import Gathering
-from .intervention import Patterns, _steps
+from .capture import Collector
+from .intervention import Patterns, _parse_steps
 from .seam import At, Placed
 from .sites import match_blocks
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 256
-"""queries at a time"""
+"""queries computed at once"""
 
 
 def _tokens(value: object) -> object:
-    return value if value in ("img", "txt", "all") else _steps(value)
+    return value if value in ("img", "txt", "all") else _parse_steps(value)
 
 
 Tokens = Annotated[Literal["img", "txt", "all"] | tuple[int, ...], BeforeValidator(_tokens)]
 
 
-class AttentionMaps(Gathering):
+class AttentionMaps(Collector):
     """`{"kind": "attention_maps", "blocks": ["layer.15-18"], "queries": "img", "keys": [3], "to": "maps.safetensors"}`
 
     Stored as `step.block.attention_map`: [B, queries, keys], or [B, H, queries, keys] with `heads: "each"`.
@@ -38,27 +38,27 @@ class AttentionMaps(Gathering):
     kind: Literal["attention_maps"] = "attention_maps"
     blocks: Patterns
     queries: Tokens = "img"
-    """image or text tokens, all, or numbers in the joined sequence (text first)"""
+    """image or text tokens, all, or indices into the joined sequence (text first)"""
     keys: Tokens = "txt"
     heads: Literal["mean", "each"] = "mean"
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
-        def look(at: At, q: "Tensor", k: "Tensor") -> "tuple[str, Tensor]":
-            queries, keys = (chosen(tokens, at.txt_len, q.shape[2]) for tokens in (self.queries, self.keys))
+        def compute(at: At, q: "Tensor", k: "Tensor") -> "tuple[str, Tensor]":
+            queries, keys = (token_indices(tokens, at.txt_len, q.shape[2]) for tokens in (self.queries, self.keys))
             block = at.name.rpartition(".")[0]
             return f"{block}.attention_map", attention_map(q, k, queries, keys, self.heads == "mean")
 
-        return self.gather([(f"{name}.q", f"{name}.k") for name in match_blocks(self.blocks, params)], look)
+        return self.collect([(f"{name}.q", f"{name}.k") for name in match_blocks(self.blocks, params)], compute)
 
 
-def chosen(tokens: str | tuple[int, ...], txt_len: int, length: int) -> list[int]:
-    """Numbers of the tokens meant, in the joined sequence."""
+def token_indices(tokens: str | tuple[int, ...], txt_len: int, length: int) -> list[int]:
+    """Indices of the chosen tokens in the joined sequence."""
     ranges = {"txt": range(txt_len), "img": range(txt_len, length), "all": range(length)}
     return list(ranges[tokens] if isinstance(tokens, str) else tokens)
 
 
 def attention_map(q: "Tensor", k: "Tensor", queries: list[int], keys: list[int], mean: bool) -> "Tensor":
-    """softmax(q k / sqrt(P)) in fp32, rows `queries` and columns `keys`. q, k: [B, H, L, P], normed and turned."""
+    """softmax(q k / sqrt(P)) in fp32, rows `queries` and columns `keys`. q, k: [B, H, L, P], after norm and RoPE."""
     import torch
 
     parts = []

@@ -1,7 +1,7 @@
-"""Keep values: any sites, at chosen steps, in a dict or in a safetensors file.
+"""Store the values at any sites and chosen steps, in a dict or in a safetensors file.
 
-A full capture of FLUX.1-dev at 1024x1024 is large (one `img.out` in bf16 is 25 MB), so name what you need. Values are
-detached and moved to the CPU. The keys are `step.site`, and `step.call.site` for a second forward of the same step.
+A full capture of FLUX.1-dev at 1024x1024 is large (one `img.out` in bf16 is 25 MB), so choose few sites. Values
+are detached and copied to the CPU. The keys are `step.site`, or `step.call.site` for a second forward of the same step.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Gathering(Intervention):
-    """An intervention that gathers tensors: in the dict `into`, which Python gives, or for the file `to`."""
+class Collector(Intervention):
+    """An intervention that stores tensors: in the dict `into`, from Python, or in the file `to`."""
 
     to: Path | None = None
-    """a new safetensors file"""
+    """the safetensors file to create"""
     into: Any = Field(default=None, exclude=True)
-    """Python only: the dict that takes the tensors"""
+    """Python only: the dict to store the tensors in"""
 
     @model_validator(mode="after")
-    def _somewhere(self) -> Self:
+    def _one_destination(self) -> Self:
         if (self.to is None) == (self.into is None):
-            raise ValueError('say where to: a file ("to"), or from Python a dict ("into")')
+            raise ValueError('give one destination: a file ("to") or, from Python, a dict ("into")')
         return self
 
     @property
@@ -42,11 +42,11 @@ class Gathering(Intervention):
     def changes_pixels(self) -> bool:
         return False
 
-    def gather(self, sites: list[tuple[str, ...]], fn: "Callable[..., tuple[str, Tensor]]") -> list[Placed]:
-        """Store what `fn(at, *values)` gives, (name, tensor), for each group of sites; write the file at the end."""
+    def collect(self, sites: list[tuple[str, ...]], fn: "Callable[..., tuple[str, Tensor]]") -> list[Placed]:
+        """Reads that store `fn(at, *values)`, (name, tensor), for each group of sites; an End that writes the file."""
         store = {} if self.into is None else self.into
 
-        def keep(at: At, *values: "Tensor") -> None:
+        def save(at: At, *values: "Tensor") -> None:
             name, x = fn(at, *values)
             prefix = f"{at.step}." if at.call == 0 else f"{at.step}.{at.call}."
             store[prefix + name] = x.detach().to("cpu", copy=True)
@@ -55,14 +55,14 @@ class Gathering(Intervention):
             if self.to is not None and store:
                 write_tensors(self.to, store)
 
-        return [*(Read(group, keep) for group in sites), End(write)]
+        return [*(Read(group, save) for group in sites), End(write)]
 
 
-class Capture(Gathering):
+class Capture(Collector):
     """`{"kind": "capture", "sites": ["double_blocks.*.img.out"], "steps": [0], "to": "out.safetensors"}`"""
 
     kind: Literal["capture"] = "capture"
     sites: Patterns
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
-        return self.gather([(name,) for name in match_sites(self.sites, params)], lambda at, x: (at.name, x))
+        return self.collect([(name,) for name in match_sites(self.sites, params)], lambda at, x: (at.name, x))

@@ -1,8 +1,8 @@
-"""Change a value at a site: multiply it, add to it, or put another in its place.
+"""Change the value at a site: multiply it, add to it, or replace it.
 
-A number, or a tensor that broadcasts against the site's shape: from Python as it is, from a plan as `{"file":
-"direction.safetensors", "tensor": "smile"}`. Since the number travels as a tensor, other strengths, blocks and steps
-use the same compiled graph.
+The operand is a number or a tensor that broadcasts to the site's shape: a tensor from Python, or in a plan `{"file":
+"direction.safetensors", "tensor": "smile"}`. Numbers are passed as tensors too, so that other strengths, blocks and
+steps use the same compiled graph.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ class Stored(BaseModel):
 class _Change(Intervention):
     sites: Patterns
     value: Any
-    """a number, a Stored tensor, or from Python a tensor"""
+    """a number, a Stored tensor, or (from Python) a tensor"""
 
     @field_validator("value", mode="before")
     @classmethod

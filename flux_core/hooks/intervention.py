@@ -1,7 +1,7 @@
-"""What all interventions share: a frozen object with a JSON form, and steps.
+"""The base class of interventions: a frozen object with a JSON form and the steps at which it is active.
 
-An intervention says what shall happen in the words of a plan; `place` turns it, for one model, into functions at seams.
-State (what a cache holds, what a capture saw) is made there and belongs to one run.
+An intervention is an entry of a plan; `place` turns it, for one model, into functions at blocks and sites
+(`seam.py`). State (cached residuals, captured values) is created there and belongs to one run.
 """
 
 import re
@@ -15,13 +15,13 @@ from ..params import FluxParams
 from .seam import Placed
 
 
-def _several(value: Any) -> Any:
-    """One name, or a comma's list of them, where several may stand."""
+def _split_commas(value: Any) -> Any:
+    """The names in a comma-separated string, as a tuple; any other value as it is."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-def _steps(value: Any) -> Any:
-    """`3`, `"0-14"`, `"0-14/2"` (every second of them), `"0-4,9"`, or a list of such."""
+def _parse_steps(value: Any) -> Any:
+    """Sorted steps from `3`, `"0-14"`, `"0-14/2"` (every second step), `"0-4,9"`, or a list of these."""
     if value is None or isinstance(value, range):
         return value and tuple(value)
     if isinstance(value, str):
@@ -31,15 +31,15 @@ def _steps(value: Any) -> Any:
     for part in parts:
         found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5})(?:/([1-9]\d{0,4}))?)?", str(part).strip())
         if not found or isinstance(part, bool):
-            raise ValueError(f"{part!r} is no step: say 3, or 0-14, or 0-14/2 for every second of them")
+            raise ValueError(f"{part!r} is no step: write 3, 0-14, or 0-14/2 for every second step")
         steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1)))
     if not steps:
-        raise ValueError("no step is meant; leave steps out for all of them")
+        raise ValueError("no steps are selected; leave steps out to select all")
     return tuple(sorted(steps))
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
-Steps = Annotated[tuple[int, ...] | None, BeforeValidator(_steps)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Steps = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_steps)]
 
 
 class Intervention(BaseModel):
@@ -49,13 +49,13 @@ class Intervention(BaseModel):
 
     kind: str
     steps: Steps = None
-    """steps at which it works, counted from 0; None: all"""
+    """steps at which it is active, counted from 0; None: all"""
     follow: bool = False
-    """whether it may write what an intervention before it in the plan writes, too"""
+    """whether it may write the same value as an intervention before it in the plan"""
 
     @property
     def portable(self) -> bool:
-        """Whether a picture's metadata can hold it: it reads no file and writes none."""
+        """Whether a picture's metadata can hold it: it is no function, and reads and writes no file."""
         return True
 
     @property
@@ -64,11 +64,11 @@ class Intervention(BaseModel):
 
     @property
     def label(self) -> str:
-        """How metadata calls it where they cannot hold it."""
+        """Its description in metadata, if it is not portable."""
         return self.kind
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
-        """The functions that do it, with fresh state. UsageError where a name means nothing."""
+        """Its functions, with fresh state. UsageError for a name that the model does not have."""
         raise NotImplementedError
 
     def at_step(self, step: int) -> bool:

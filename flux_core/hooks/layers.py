@@ -1,4 +1,4 @@
-"""Which blocks to work on, by a word, a list or a file: what the importance study writes and the editor reads."""
+"""Selections of blocks, by keyword, patterns or a JSON file: written by the importance study, read by the editor."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ VITAL = {
     "flux-dev": ("layer.0-1", "layer.17-18", "layer.25", "layer.28", "layer.53-54", "layer.56"),
     "flux-mini": ("layer.0", "layer.3"),
 }
-"""flux-dev: published with Stable Flow (arXiv 2411.14430): the blocks that its code injects in; flux-mini: as our own
-study chose them (`python cli.py importance --limit 24 --seeds 2`, README)"""
+"""flux-dev: the blocks in which Stable Flow's released code injects (arXiv 2411.14430); flux-mini: the result of our
+own study (`python cli.py importance --limit 24 --seeds 2`, README)"""
 
 
 def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
-    """Blocks to inject in. choice: all, none, vital, non-vital, patterns, or a JSON file with `{"model", "layers"}`.
+    """The chosen blocks. choice: all, none, vital, non-vital, patterns, or a JSON file with `{"model", "layers"}`.
 
     UsageError for blocks that the model does not have and for a file made for another model.
     """

@@ -1,9 +1,9 @@
-"""Plans: lists of interventions, from JSON, from the command line, from Python, and what may stand together.
+"""Plans: lists of interventions, parsed from JSON, the command line or Python, and checked against a model.
 
     [{"kind": "skip", "blocks": ["single_blocks.9"]},
      {"kind": "scale", "sites": ["double_blocks.*.img_mod1.gate"], "value": 0.9, "steps": ["0-14"]}]
 
-What is wrong with one is found by `parse_plan` (words) and `check_plan` (names, steps, writers of one value).
+`parse_plan` checks the entries' keys and values; `check_plan` checks names, steps and conflicting writers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
 def parse_plan(entries: Any) -> Plan:
-    """A plan from parsed JSON or from interventions. UsageError names entry, finding and the nearest right word."""
+    """A plan from parsed JSON or from interventions. UsageError names entry, finding and nearest known word."""
     if isinstance(entries, dict):
         entries = [entries]
     try:
@@ -47,7 +47,7 @@ def parse_plan(entries: Any) -> Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a JSON file. FileError when it can't be read, UsageError when it is no plan."""
+    """The plan in a JSON file. FileError if it can't be read, UsageError if it is no plan."""
     entries = read_json(path, "the plan")
     if not isinstance(entries, list | dict):
         raise UsageError(f"{path}: a plan is a list of interventions")
@@ -79,16 +79,16 @@ def _finding(error: ValidationError | TypeError, entries: Any) -> str:
 
 
 def short_form(kind: str, text: str) -> dict[str, Any]:
-    """`single_blocks.9,layer.3@0-14` as a plan's entry: what is meant, and behind @ the steps."""
-    meant, _, steps = text.partition("@")
-    entry: dict[str, Any] = {"kind": kind, "blocks": meant}
+    """The plan's entry for `single_blocks.9,layer.3@0-14`: blocks, and after @ the steps."""
+    blocks, _, steps = text.partition("@")
+    entry: dict[str, Any] = {"kind": kind, "blocks": blocks}
     return {**entry, "steps": steps} if steps else entry
 
 
 def check_plan(
     plan: Iterable[Intervention], params: FluxParams, num_steps: int, branches: tuple[str, ...] = ("image",)
 ) -> None:
-    """Everything that can be wrong with a plan for a model: UsageError. Nothing is drawn for it."""
+    """Check a plan for a model, without running it. UsageError for anything that does not fit."""
     for intervention in plan:
         intervention.check_steps(num_steps)
     place_all(plan, params, branches)
@@ -97,27 +97,27 @@ def check_plan(
 def place_all(
     plan: Iterable[Intervention], params: FluxParams, branches: tuple[str, ...]
 ) -> list[tuple[Intervention, Placed]]:
-    """All functions of a plan, in its order, with fresh state. UsageError for two writers of one value."""
-    placed = [(one, thing) for one in plan for thing in one.place(params, branches)]
+    """All functions of a plan, in its order, with fresh state. UsageError for two writers of the same value."""
+    functions = [(intervention, placed) for intervention in plan for placed in intervention.place(params, branches)]
     writers: dict[str, list[Intervention]] = {}
-    for one, thing in placed:
-        if isinstance(thing, Around | Write):
-            place = thing.block if isinstance(thing, Around) else thing.site
-            for other in writers.setdefault(place, []):
-                if not one.follow and _meet(one, other):
+    for second, placed in functions:
+        if isinstance(placed, Around | Write):
+            place = placed.block if isinstance(placed, Around) else placed.site
+            for first in writers.setdefault(place, []):
+                if not second.follow and _overlap(first, second):
                     raise UsageError(
-                        f"{other.kind} and {one.kind} both write {place}; if the second shall work on what the first "
-                        'leaves, give it "follow": true'
+                        f"{first.kind} and {second.kind} both write {place} at the same step. Next: give the second "
+                        '"follow": true to apply it to the result of the first'
                     )
-            writers[place].append(one)
-    return placed
+            writers[place].append(second)
+    return functions
 
 
-def _meet(one: Intervention, other: Intervention) -> bool:
-    """Whether two interventions have a step in common. One by itself never conflicts."""
-    if one is other:
+def _overlap(a: Intervention, b: Intervention) -> bool:
+    """Whether two interventions have a step in common. An intervention never conflicts with itself."""
+    if a is b:
         return False
-    return one.steps is None or other.steps is None or bool(set(one.steps) & set(other.steps))
+    return a.steps is None or b.steps is None or bool(set(a.steps) & set(b.steps))
 
 
 __all__ = ["KINDS", "Custom", "Plan", "check_plan", "parse_plan", "place_all", "read_plan", "short_form"]

@@ -1,16 +1,16 @@
-"""What an intervention becomes when its names and steps are resolved: functions that stand at a seam.
+"""What an intervention becomes once its names and steps are resolved: functions called at points of a forward.
 
-Four things can stand somewhere in a forward, and these are all of them:
+There are four kinds, and no others:
 
-- `Around` stands around a block: it calls it, or does not.
-- `Write` stands at a site, or in the place of a block's attention, and returns what goes on from there.
-- `Read` sees the values of one or several sites of a block when the block is done, and changes nothing.
-- `End` is called when the run is over.
+- `Around` wraps a block: its function calls the block, or does not.
+- `Write` replaces the value at a site, or a block's attention, by what its function returns.
+- `Read` gets the values of one or several sites of a block when the block is done, and changes nothing.
+- `End` is called after the last step.
 
 A Write inside a block whose function is `traceable` becomes part of the block's compiled graph. It is called with its
 `args`, tensors that may differ from block to block and from step to step without another graph. Any other function is
-called with an `At`, which says where and when; a block with such a function inside runs eagerly. Reads never do: they
-are called after the block, on what it let out.
+called with an `At`, its place and time; a block with such a function inside runs eagerly. Reads never cause that: they
+are called after the block, with values that the block returned.
 """
 
 from collections.abc import Callable
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class At:
-    """Where and when a function is called."""
+    """Place and time of a call."""
 
     name: str
     """the block or the site"""
     step: int
     sigma: float
     call: int
-    """forwards of this step before this one: 1 for the second pass of two-pass guidance"""
+    """forwards of this step before the current: 1 in the second pass of two-pass guidance"""
     txt_len: int
-    """text tokens: a joined sequence holds them first"""
+    """number of text tokens, which come first in a joined sequence"""
     branches: tuple[str, ...]
     """names of the batch's rows: row = image * len(branches) + branch"""
 
 
 @dataclass(frozen=True)
 class Around:
-    """`fn(call, x, at)`; x and the result are (img, txt) in a double block, the joined sequence in a single one."""
+    """`fn(call, x, at)`; x and the result are (img, txt) in a double block, the joined sequence in a single block."""
 
     block: str
     fn: Callable[[Callable[[Any], Any], Any, At], Any]
@@ -57,7 +57,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Read:
-    """`fn(at, *values)`; the sites are of one block, or of the whole forward and then one."""
+    """`fn(at, *values)`; the sites are all of one block, or a single site of the whole forward."""
 
     sites: tuple[str, ...]
     fn: Callable[..., None]

@@ -1,7 +1,7 @@
-"""Let rows of a batch read another row's keys and values: the attention injection of Stable Flow (arXiv 2411.14430).
+"""Replace keys and values of batch rows by another row's: the attention injection of Stable Flow (arXiv 2411.14430).
 
-Injection is data: `k = k[source]`, with an index over the batch's rows, before norm and RoPE. A row whose index is
-its own keeps what it has. So any layers, steps and branches share one compiled graph for each kind of block.
+It is an index over the batch's rows, `k = k[source]`, before norm and RoPE. A row whose index is its own keeps its
+keys and values. So any layers, steps and branches share one compiled graph for each kind of block.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +52,6 @@ class ShareKV(Intervention):
 
 @traceable
 def read_from(x: "Tensor", branch: "Tensor") -> "Tensor":
-    """x [B, H, S, P] with rows image x branch; branch [number of branches]: whose value each one reads."""
+    """x [B, H, S, P], rows image x branch, with branch i's value taken from `branch[i]`. branch: [branches]."""
     rows = x.unflatten(0, (-1, branch.shape[0]))
     return rows.index_select(1, branch).flatten(0, 1)

@@ -1,10 +1,10 @@
 """The catalogue of sites: every value of a forward that has a name, with its shape and meaning.
 
-A site's full name is its block's name and its own: `double_blocks.17.img.k`. Names of blocks are the checkpoint's.
-Patterns choose many: globs (`double_blocks.*.img.k`), ranges (`single_blocks.9-12.mod.gate`), and the flat numbers
+A site's full name is the block's name and its own: `double_blocks.17.img.k`. Blocks have their names of the checkpoint.
+Patterns select several: globs (`double_blocks.*.img.k`), ranges (`single_blocks.9-12.mod.gate`), and the flat numbers
 over both kinds that papers use (`layer.28`: the tenth single block of FLUX.1-dev).
 
-Shapes: B rows, L image tokens, T text tokens, D hidden size, H heads, P features of a head.
+Shapes: B batch rows, L image tokens, T text tokens, D hidden size, H heads, P features of a head.
 """
 
 import re
@@ -21,15 +21,15 @@ KINDS = ("double_blocks", "single_blocks")
 class Site:
     name: str
     kinds: tuple[str, ...]
-    """which blocks have it; none: it exists once for the whole forward"""
+    """kinds of blocks that have it; none: it exists once in a forward"""
     shape: str
     meaning: str
     inside: bool = False
-    """whether it lies inside a block, so that standing there takes another compiled graph"""
+    """whether it is inside a block, so that a function there needs another compiled graph"""
 
 
 def _stream(name: str, shape: str, meaning: str, kinds: tuple[str, ...] = KINDS, inside: bool = True) -> list[Site]:
-    """The same site of both streams."""
+    """The site `name` of both streams; S in its shape becomes L or T."""
     return [
         Site(f"{stream}.{name}", kinds, shape.replace("S", tokens), meaning.format(word), inside)
         for stream, tokens, word in (("img", "L", "image"), ("txt", "T", "text"))
@@ -40,16 +40,16 @@ def _modulation(name: str, kind: str, what: str) -> list[Site]:
     return [
         Site(f"{name}.shift", (kind,), "[B, 1, D]", f"added to the normed input of {what}"),
         Site(f"{name}.scale", (kind,), "[B, 1, D]", f"1 + scale multiplies the normed input of {what}"),
-        Site(f"{name}.gate", (kind,), "[B, 1, D]", f"multiplies what {what} adds to the stream"),
+        Site(f"{name}.gate", (kind,), "[B, 1, D]", f"multiplies the output of {what} before it is added to the stream"),
     ]
 
 
 SITES = (
     Site("img_in", (), "[B, L, D]", "image tokens as they enter the first block"),
     Site("txt_in", (), "[B, T, D]", "text tokens as they enter the first block"),
-    Site("vec", (), "[B, D]", "time, guidance and pooled prompt: what every modulation is computed from"),
+    Site("vec", (), "[B, D]", "embedding of time, guidance and pooled prompt: the input of every modulation"),
     Site("pe", (), "[B, 1, T+L, P/2, 2, 2]", "rotations of RoPE, text first"),
-    Site("velocity", (), "[B, L, C]", "what the forward returns"),
+    Site("velocity", (), "[B, L, C]", "the output of the forward"),
     *_stream("in", "[B, S, D]", "{} tokens as they enter the block", inside=False),
     *_modulation("img_mod1", "double_blocks", "the image's attention"),
     *_modulation("img_mod2", "double_blocks", "the image's MLP"),
@@ -59,11 +59,11 @@ SITES = (
     *_stream("q", "[B, H, S, P]", "queries of {} tokens, before their norm and RoPE"),
     *_stream("k", "[B, H, S, P]", "keys of {} tokens, before their norm and RoPE"),
     *_stream("v", "[B, H, S, P]", "values of {} tokens"),
-    Site("q", KINDS, "[B, H, T+L, P]", "queries of all tokens, normed and turned", True),
-    Site("k", KINDS, "[B, H, T+L, P]", "keys of all tokens, normed and turned", True),
-    *_stream("attn", "[B, S, D]", "what attention gives {} tokens, before the projection"),
-    *_stream("mlp", "[B, S, D]", "what the MLP gives {} tokens, before its gate", ("double_blocks",)),
-    *_stream("linear2", "[B, S, D]", "what attention and MLP give {} tokens, before the gate", ("single_blocks",)),
+    Site("q", KINDS, "[B, H, T+L, P]", "queries of all tokens, after their norm and RoPE", True),
+    Site("k", KINDS, "[B, H, T+L, P]", "keys of all tokens, after their norm and RoPE", True),
+    *_stream("attn", "[B, S, D]", "attention's output for {} tokens, before the projection"),
+    *_stream("mlp", "[B, S, D]", "the MLP's output for {} tokens, before its gate", ("double_blocks",)),
+    *_stream("linear2", "[B, S, D]", "output of attention and MLP for {} tokens, before the gate", ("single_blocks",)),
     *_stream("out", "[B, S, D]", "{} tokens as they leave the block", inside=False),
 )
 GLOBAL = tuple(site.name for site in SITES if not site.kinds)
@@ -72,7 +72,7 @@ INSIDE = frozenset(site.name for site in SITES if site.inside)
 
 
 def split(name: str) -> tuple[str, str]:
-    """`double_blocks.3.img.k` -> ("double_blocks.3", "img.k"); a site of the whole forward has no block: ("", name)."""
+    """(block, site): `double_blocks.3.img.k` -> ("double_blocks.3", "img.k"); of the whole forward: ("", name)."""
     kind, _, rest = name.partition(".")
     if kind not in KINDS:
         return "", name
@@ -81,33 +81,33 @@ def split(name: str) -> tuple[str, str]:
 
 
 def block_names(params: FluxParams) -> list[str]:
-    """All blocks in the order in which they run."""
+    """All blocks, in the order in which they run."""
     doubles = [f"double_blocks.{i}" for i in range(params.depth)]
     return doubles + [f"single_blocks.{i}" for i in range(params.depth_single_blocks)]
 
 
 def site_names(params: FluxParams) -> list[str]:
-    """Every site of that model."""
+    """Full names of all sites of a model."""
     inner = [f"{block}.{site}" for block in block_names(params) for site in OF_BLOCK[block.partition(".")[0]]]
     return [*GLOBAL, *inner]
 
 
 def match_blocks(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
-    """The blocks that any of the patterns means. UsageError for one that means none."""
+    """The blocks that any of the patterns matches. UsageError for a pattern without a match."""
     return _match(
         patterns, block_names(params), params, "block", "blocks are double_blocks.0, single_blocks.3-7, layer.12"
     )
 
 
 def match_sites(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
-    """The sites that any of the patterns means. UsageError for one that means none."""
+    """The sites that any of the patterns matches. UsageError for a pattern without a match."""
     return _match(patterns, site_names(params), params, "site", "`python cli.py sites` lists them")
 
 
 def _match(patterns: tuple[str, ...], names: list[str], params: FluxParams, what: str, hint: str) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
-        globs = list(_spelled_out(pattern, params))
+        globs = list(_expand(pattern, params))
         matching = {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
         if not matching:
             raise UsageError(f"no {what} is called {pattern!r}: {hint}.{nearest(pattern, names)}")
@@ -115,7 +115,7 @@ def _match(patterns: tuple[str, ...], names: list[str], params: FluxParams, what
     return [name for name in names if name in found]
 
 
-def _spelled_out(pattern: str, params: FluxParams) -> list[str]:
+def _expand(pattern: str, params: FluxParams) -> list[str]:
     """Globs for a pattern with a range or a flat number: `layer.18-19.q` -> double_blocks.18.q, single_blocks.0.q."""
     if pattern.startswith("layer.*"):
         return [name + pattern.removeprefix("layer.*") for name in block_names(params)]

@@ -1,4 +1,4 @@
-"""Leave blocks out: what enters a block leaves it unchanged. Skipping compiles nothing and costs nothing."""
+"""Skip blocks: a skipped block returns its input unchanged. Skipping compiles nothing and costs nothing."""
 
 from typing import Literal
 

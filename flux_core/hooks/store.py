@@ -1,4 +1,4 @@
-"""Tensors to and from safetensors files, for interventions."""
+"""Write and read tensors in safetensors files, for interventions."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> Path:
-    """Write a new file, whole or not at all; where the name is taken, a number is added. DiskError."""
+    """Write a new file, whole or not at all, and return its path; a number is added if the name is taken. DiskError."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f".{path.name}.partial")
@@ -33,7 +33,7 @@ def _numbered(path: Path):
 
 
 def read_tensor(path: Path, name: str) -> "Tensor":
-    """One tensor of a safetensors file. FileError names the file and the nearest tensor."""
+    """A tensor of a safetensors file by name. FileError names the file and the nearest tensor."""
     from safetensors import SafetensorError, safe_open
 
     from ..errors import nearest

@@ -1,4 +1,4 @@
-"""Pictures of results: the bars of an importance study, and contact sheets with words."""
+"""Charts and contact sheets of results: an importance study's bars, and labelled grids of pictures."""
 
 import io
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from .importance import Row
 COLOURS = {"double_blocks": "#3b6fb6", "single_blocks": "#d9822b"}
 MARGIN = 4
 COLUMNS, CELL = 8, 256
-"""of a labelled grid: pictures side by side, and pixels that the longer side of one gets at most"""
+"""of a labelled grid: pictures in a row, and the most pixels of a picture's longer side"""
 GAP = 0.8
-"""between the bars of the two kinds"""
+"""space between the bars of the two kinds"""
 
 
 def importance_chart(rows: Sequence[Row], vital: Sequence[str], cut: float, title: str, other: float | None) -> bytes:
-    """A PNG: one bar for each block with its confidence interval, double and single blocks told apart, the cut drawn.
+    """A PNG: a bar with confidence interval for each block, coloured by kind, and a line at the cut.
 
-    Blocks that are not vital are pale. other: the importance that another seed would have, drawn for scale.
+    Blocks that are not vital are pale. other: the importance of changing the seed, drawn as a line for scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,21 +27,21 @@ def importance_chart(rows: Sequence[Row], vital: Sequence[str], cut: float, titl
     figure = Figure(figsize=(max(7, 0.24 * len(rows) + 2), 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    places = [row.layer + GAP * row.block.startswith("single") for row in rows]
+    positions = [row.layer + GAP * row.block.startswith("single") for row in rows]
     for kind, colour in COLOURS.items():
-        mine = [row for row in rows if row.block.startswith(kind)]
+        of_kind = [row for row in rows if row.block.startswith(kind)]
         axes.bar(
-            [places[row.layer] for row in mine],
-            [row.importance for row in mine],
-            yerr=[row.ci95 for row in mine],
-            color=[colour if row.block in vital else f"{colour}66" for row in mine],
+            [positions[row.layer] for row in of_kind],
+            [row.importance for row in of_kind],
+            yerr=[row.ci95 for row in of_kind],
+            color=[colour if row.block in vital else f"{colour}66" for row in of_kind],
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
         )
         axes.bar(0, 0, color=colour, label=kind.replace("_", " "))
     axes.axhline(cut, color="#b02a37", linewidth=1, linestyle="--", label=f"cut {cut:.3f}")
     if other is not None:
         axes.axhline(other, color="#777777", linewidth=1, linestyle=":", label=f"another seed {other:.3f}")
-    axes.set_xticks(places, [row.block.rpartition(".")[2] for row in rows])
+    axes.set_xticks(positions, [row.block.rpartition(".")[2] for row in rows])
     axes.tick_params(axis="x", labelsize=8 if len(rows) < 30 else 6)
     axes.set_ylabel("1 - mean similarity")
     axes.set_title(title, fontsize=10)
@@ -77,9 +77,9 @@ def contact_sheet(
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], heads: Sequence[str], title: str
 ) -> Image.Image:
-    """Pictures of one size under the names of their columns and beside those of their rows; long rows in bands.
+    """A sheet of pictures of one size with labelled rows and columns; long rows are split into bands of COLUMNS.
 
-    title: a line above them all. The mark of its pictures stays on the sheet.
+    title: a line above the bands. The sheet keeps the pictures' XMP mark.
     """
     side = min(max(rows[0][0].size), CELL)
     names = ["\n".join(wrap(label, 24, max_lines=4, placeholder=" …")) for label in labels]
@@ -92,15 +92,15 @@ def labelled_grid(
     sheet = Image.new("RGB", (width, top + sum(band.height for band in bands)), "white")
     draw, lines = ImageDraw.Draw(sheet), _wrap(title, font, width - 2 * MARGIN).split("\n")
     draw.text((MARGIN, MARGIN), lines[0] + (" …" if lines[1:] else ""), fill="black", font=font)
-    for one in bands:
-        sheet.paste(one, (0, top))
-        top += one.height
+    for sheet_of_band in bands:
+        sheet.paste(sheet_of_band, (0, top))
+        top += sheet_of_band.height
     sheet.info["xmp"] = rows[0][0].info["xmp"]
     return sheet
 
 
 def _wrap(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:
-    """At most two lines of that width; what does not fit is cut."""
+    """The text in at most two lines of that width in pixels; the rest is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

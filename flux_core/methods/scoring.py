@@ -1,8 +1,8 @@
-"""How alike two pictures are, by DINOv2 (arXiv 2304.07193): the cosine of their features.
+"""Similarity of two pictures: the cosine of their DINOv2 features (arXiv 2304.07193).
 
-DINOv2 sees what is there and how it is built, and forgives what pixels do not: a shift, a shade. Any `Dinov2Model` of
-transformers will do, from a folder or the hub; `dinov2-mini`, a small one for flux-mini's world, ships with the
-package.
+DINOv2 features describe objects and structure and change little with a shift or a shade, unlike pixels. Any
+`Dinov2Model` of transformers works, from a folder or the hub; `dinov2-mini`, a small model for flux-mini's pictures,
+ships with the package.
 """
 
 import json
@@ -23,14 +23,14 @@ Pooling = Literal["cls", "mean"]
 
 
 class Scorer:
-    """Pictures to features. pooling: the class token's, or the mean of all patches'."""
+    """Computes features of pictures. pooling: the class token, or the mean of all patch tokens."""
 
     def __init__(self, name: str, model: Any, processor: Any, pooling: Pooling = "cls") -> None:
         self.name, self.model, self.processor, self.pooling = name, model, processor, pooling
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors, float32 [N, D] on the CPU. Their products are the similarities."""
+        """Unit vectors, float32 [N, D] on the CPU; the dot product of two is their similarity."""
         device = next(self.model.parameters()).device
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(device)
         tokens = self.model(pixel_values=pixels).last_hidden_state
@@ -38,7 +38,7 @@ class Scorer:
 
 
 def load_scorer(name: str, device: torch.device, pooling: Pooling = "cls") -> Scorer:
-    """A scorer in float32 by the name of one that ships, a folder, or a hub id. FileError when it is none."""
+    """A float32 scorer. name: a shipped scorer, a folder, or a hub id. FileError if it is not a DINOv2."""
     folder = scorer_folder(name)
     _check(name, folder)
     with quiet():
@@ -53,7 +53,7 @@ def load_scorer(name: str, device: torch.device, pooling: Pooling = "cls") -> Sc
 
 
 def _check(name: str, folder: Path) -> None:
-    """FileError for a folder that holds another model than DINOv2."""
+    """FileError if a folder does not hold a DINOv2."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,13 +1,13 @@
-"""Stable Flow: edit a picture by its prompt, and keep what the prompt does not touch (arXiv 2411.14430).
+"""Stable Flow: edit a picture by changing its prompt, and keep the rest (arXiv 2411.14430).
 
-The source and its edits are rows of one batch and start from the same noise. In a few *vital* blocks the edits read the
-source's keys and values of image tokens instead of their own, so that their content stays where it is; everything else
-is theirs. All of it is one `share_kv` intervention over named branches.
+The source and its edits are rows of one batch and start from the same noise. In a few *vital* blocks the edits use the
+source's keys and values of image tokens instead of their own, which keeps their layout and content; all else is
+computed from their own prompts. This is a single `share_kv` intervention over named branches.
 
-A photograph has no noise of its own: it is encoded, nudged, and followed backwards along the flow; then the source
-row is held on that path while the edits are drawn. The nudge (times 1.15, never undone) keeps the inverted noise from
-collapsing to the picture. The released code takes the path two steps late, and its nearly clean end after the first
-step: `replay="released"` does as it does, `"exact"` holds the row where it was at that sigma.
+A photograph is inverted first: it is encoded, nudged, and integrated backwards along the flow; then the source row is
+set to that path at every step while the edits are drawn. The nudge (times 1.15, never undone) keeps the inverted noise
+from collapsing to the picture. The released code uses the path two steps late, and its nearly clean end after the first
+step: `replay="released"` reproduces that, `"exact"` sets the row to the path's latents at the same sigma.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ Replay = Literal["exact", "released"]
 
 
 class Editing:
-    """A source and its edits on one pipeline."""
+    """Draws a source and its edits with one pipeline."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class Editing:
         source_guidance: float | None = None,
         origin: InitImage | None = None,
     ) -> None:
-        """request: the source's, with the guidance of the edits. source_guidance: the source's own; None: the same.
+        """request: of the source, but with the edits' guidance. source_guidance: the source's; None: the same.
 
-        origin: what the pictures' metadata say of the photograph.
+        origin: the photograph as recorded in the pictures' metadata. UsageError.
         """
         if not edits:
-            raise UsageError("nothing to edit: say what shall be drawn with --edit")
+            raise UsageError("nothing to edit. Next: describe at least one edit with --edit")
         if request.uses_true_cfg:
-            raise UsageError("an edit takes no negative prompt and no true CFG: leave --true-cfg-scale out")
+            raise UsageError("an edit takes no negative prompt and no true CFG. Next: leave --true-cfg-scale out")
         if not (pipeline.variant.params.guidance_embed or source_guidance is None):
             raise UsageError(f"{pipeline.variant.name} takes no guidance")
         self.pipeline, self.request, self.edits = pipeline, pipeline.complete(request), tuple(edits)
@@ -63,7 +63,7 @@ class Editing:
 
     @torch.no_grad()
     def generated(self, on_step: OnStep | None = None) -> Tensor:
-        """Tokens of source and edits [1 + E, L, 64], drawn from the request's seed."""
+        """Final tokens of source and edits [1 + E, L, 64], from the request's seed."""
         noise = get_noise(1, self.size[1], self.size[0], self.pipeline.device, self.pipeline.dtype, self.request.seed)
         return self._sample(pack(noise), on_step)
 
@@ -71,22 +71,22 @@ class Editing:
     def of_photo(
         self, photo: Image.Image, nudge: float = NUDGE, replay: Replay = "exact", on_step: OnStep | None = None
     ) -> Tensor:
-        """Tokens of a photograph and its edits [1 + E, L, 64]; the request's prompt describes the photograph."""
+        """Final tokens of a photograph and its edits [1 + E, L, 64]; the request's prompt describes the photograph."""
         path = self.inverted(photo, nudge)
         steps = len(path) - 1
 
-        def hold(step: Step) -> Tensor:
+        def set_source(step: Step) -> Tensor:
             exact, released = steps - 1 - step.index, (steps - step.index) % steps + 1
             x = torch.cat((path[exact if replay == "exact" else released], step.x[1:]))
             if on_step is not None:
                 on_step(step)
             return x
 
-        return self._sample(path[-1], hold)
+        return self._sample(path[-1], set_source)
 
     @torch.no_grad()
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
-        """The photograph's path to noise, by the source prompt at guidance 1 (see `sampling.invert`)."""
+        """The photograph's tokens at every sigma, up to noise; source prompt, guidance 1 (see `sampling.invert`)."""
         latent = nudge * self.pipeline.codec.encode(photo, *self.size)
         velocity = self.pipeline.denoiser.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
         what = f"inverting {self.size[0]}x{self.size[1]} pixels"
@@ -105,7 +105,7 @@ class Editing:
         return self.pipeline.fallback.run(what, work, "offload")
 
     def picture(self, x: Tensor, row: int) -> Image.Image:
-        """One row's tokens [L, 64] as a picture. Its metadata say what it is; `--from-image` cannot make it again."""
+        """The picture of a row's tokens [L, 64]. Its metadata describe it; `--from-image` cannot repeat it."""
         prompt = (self.request.prompt, *self.edits)[row]
         what = f"Stable Flow, {self.branches[row]} of {self.request.prompt!r}, {len(self.layers)} blocks shared"
         changes = {"prompt": prompt, "functions": (what,), "init_image": self.origin}

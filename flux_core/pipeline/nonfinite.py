@@ -1,8 +1,8 @@
-"""Where NaN or infinity came from: asked only when a picture is lost already.
+"""Find where NaN or infinity came from, after a step's latents were found not to be finite.
 
-A sampling that goes well pays for one `isfinite` after each step, and for nothing of this file. When that one fails,
-the forward of its step is made again from the latents before it, with the same plan and a reader behind every block,
-and the weights are searched. So a damaged file is told from numbers that grew too large on their way.
+A sampling without such an error costs one `isfinite` after each step, and nothing of this file. After it fails, the
+step's forward is repeated from the latents before it, with the same plan and a reader after every block, and the
+weights are checked. This distinguishes a damaged file from overflow in the computation.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from ..hooks.sites import GLOBAL, split
 from ..sampling import Step, Velocity
 
 WATCHED = (*GLOBAL, "*.out")
-"""what embedders, blocks and final layer give on; all of it lies outside the blocks, so nothing is compiled for it"""
+"""outputs of embedders, blocks and final layer; all are outside the blocks, so nothing is compiled for them"""
 LISTED = 3
-"""tensors that are named; the others are counted"""
+"""number of tensors named in an error; the others are counted"""
 CHUNK = 2**24
-"""numbers of a tensor that are looked at in one go: the device may be full"""
+"""numbers of a tensor checked at once: the device may be full"""
 
 
 def is_finite(x: Tensor) -> bool:
@@ -39,48 +39,48 @@ def lost_at_step(
     model: nn.Module,
     ae: nn.Module,
 ) -> NonFiniteError:
-    """The error of a step whose latents are not finite. velocity: makes the model's velocity with another run."""
+    """The error for a step whose latents are not finite. velocity: the model's velocity as a function of the run."""
     if is_finite(step.before):
         site, parts = first_site(step, velocity, run), [model]
-    else:  # an init image or a callback brought them
-        site, parts = "the latents it started from", [model, ae]
+    else:  # they come from an init image or a callback
+        site, parts = "the start latents", [model, ae]
     first = f", first in {site}" if site else ""
     where = f"after step {step.index + 1} of {len(run.sigmas) - 1} (sigma {step.sigma:.3f}){first}"
     return lost(where, dtype, *parts)
 
 
 def lost(where: str, dtype: torch.dtype, *parts: Any) -> NonFiniteError:
-    """The error for what was found `where`, with the tensors of these parts of a pipeline that are to blame, if any."""
+    """The error for a non-finite value found `where`; names the non-finite tensors of `parts`, if any."""
     found = f"NaN or infinity {where}, in {dtype_name(dtype)}; no picture is written"
     if bad := bad_tensors(*parts):
-        return NonFiniteError(f"{found}. {listing(bad)}: python cli.py verify FILE says more")
+        return NonFiniteError(f"{found}. {listing(bad)}. Next: python cli.py verify FILE")
     if dtype != torch.float32:
-        return NonFiniteError(f"{found}: try --dtype float32")
-    hint = "without the plan, if there is one, or fetch the files again"
-    return NonFiniteError(f"{found}. Every weight is finite: try it {hint}")
+        return NonFiniteError(f"{found}. Next: try --dtype float32")
+    hint = "leave the plan out, if there is one, or fetch the files again"
+    return NonFiniteError(f"{found}. Every weight is finite. Next: {hint}")
 
 
 def first_site(step: Step, velocity: Callable[[HookRun], Velocity], run: HookRun) -> str:
-    """The block, or the value of the whole forward, that was the first to be not finite; "" if none is, this time.
+    """The first block, or value of the whole forward, that is not finite; "" if all are finite in the repeated forward.
 
-    A function of the plan may not bear to be called once more. What it raises must not take the place of what is told
-    here, so it ends the search and no more.
+    A function of the plan may fail when it is called again. Its exception must not replace the error reported here, so
+    it only ends the search.
     """
-    seen: list[str] = []
+    found: list[str] = []
 
-    def look(at: At, x: Tensor) -> None:
-        if not seen and not is_finite(x):
-            seen.append(split(at.name)[0] or at.name)
+    def check(at: At, x: Tensor) -> None:
+        if not found and not is_finite(x):
+            found.append(split(at.name)[0] or at.name)
 
     with suppress(Exception):
-        velocity(run.again(Custom(sites=WATCHED, fn=look, reads=True)))(step.before, step.sigma)
-    return seen[0] if seen else ""
+        velocity(run.again(Custom(sites=WATCHED, fn=check, reads=True)))(step.before, step.sigma)
+    return found[0] if found else ""
 
 
 def bad_tensors(*parts: Any) -> dict[str, int]:
-    """Tensors by their official names, and how many numbers of each are not finite, where any is."""
-    modules = [getattr(part, "model", part) for part in parts]  # a text encoder's is transformers', with its names
-    tensors = [chain(one.named_parameters(), one.named_buffers()) for one in modules if isinstance(one, nn.Module)]
+    """The number of non-finite values in each tensor that has any, by official name."""
+    modules = [getattr(part, "model", part) for part in parts]  # of a text encoder: transformers', with its names
+    tensors = [chain(m.named_parameters(), m.named_buffers()) for m in modules if isinstance(m, nn.Module)]
     counted = ((name, count_bad(x)) for name, x in chain(*tensors) if x.is_floating_point())
     return {name: bad for name, bad in counted if bad}
 
@@ -90,7 +90,7 @@ def count_bad(x: Tensor) -> int:
 
 
 def listing(bad: dict[str, int]) -> str:
-    """`single_blocks.7.linear2.weight holds 5 non-finite numbers`, for one tensor or for many."""
+    """`single_blocks.7.linear2.weight holds 5 non-finite numbers`, in the singular or plural."""
     names, numbers = list(bad), sum(bad.values())
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     verb, plural = "holds" if len(names) == 1 else "hold", "" if numbers == 1 else "s"

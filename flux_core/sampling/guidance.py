@@ -1,13 +1,13 @@
-"""Steering by a second prompt: true classifier-free guidance, CFG-Zero*, dynamic thresholding. Functions on velocities.
+"""True classifier-free guidance (CFG), CFG-Zero* and dynamic thresholding, as functions on velocities.
 
-FLUX.1-dev has learned guidance: one forward, and its strength goes in as a number. So a negative prompt has no place in
-it. True guidance asks the model twice, for the prompt and for what to steer away from, and goes on beyond the first (Ho
-and Salimans, arXiv 2207.12598; beside the learned guidance, which is the same for both, as in diffusers' FluxPipeline):
+FLUX.1-dev has distilled guidance: one forward, with the strength as an input. It has no input for a negative prompt.
+True CFG runs the model twice, for the prompt and for the negative prompt, and extrapolates (Ho and Salimans, arXiv
+2207.12598; the distilled guidance is kept, and the same for both, as in diffusers' FluxPipeline):
 
     v = v- + scale * (v+ - v-)
 
-Both velocities come from two rows of one batch (`one_batch`) or from two forwards (`two_passes`); `steered` makes one
-velocity of them, which any sampler may follow.
+Both velocities come from two rows of one batch (`one_batch`) or from two forwards (`two_passes`); `cfg_velocity`
+combines them to a velocity that any sampler can integrate.
 """
 
 import math
@@ -21,19 +21,19 @@ from torch import Tensor
 from .flow import Velocity
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
-"""the velocities of the positive and of the negative prompt at (x, sigma), each [B, L, C]"""
+"""gives the velocities of positive and negative prompt at (x, sigma), each [B, L, C]"""
 PATCH_AREA = 4
-"""latent pixels in a token: its C features are channels x pixels"""
+"""latent pixels of a token: its C features are channels x pixels"""
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: 1 - t,
     "cosine": lambda t: math.cos(math.pi / 2 * t),
 }
-"""the share of a scale's excess over 1 that is left, where t goes from 0 at the first step to 1 at the last"""
+"""factor on (scale - 1), where t goes from 0 at the first step to 1 at the last"""
 
 
 def one_batch(velocity: Velocity) -> Pair:
-    """Of a model that holds the prompts of 2B rows: positive and negative of each image in turn."""
+    """Both velocities from one forward. velocity: for 2B rows, whose prompts are positive and negative in turn."""
 
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         v = velocity(x.repeat_interleave(2, dim=0), sigma)
@@ -43,7 +43,7 @@ def one_batch(velocity: Velocity) -> Pair:
 
 
 def two_passes(positive: Velocity, negative: Velocity) -> Pair:
-    """One forward after the other: the same but for the last bits, with half the memory between the blocks."""
+    """Both velocities from two forwards: equal to `one_batch` up to rounding, with half the memory for activations."""
     return lambda x, sigma: (positive(x, sigma), negative(x, sigma))
 
 
@@ -56,54 +56,54 @@ def cfg_velocity(
     percentile: float = 99.5,
     schedule: str = "constant",
 ) -> Velocity:
-    """One velocity of two, along the schedule `sigmas`.
+    """The guided velocity of a pair, along the schedule `sigmas`.
 
-    zero_steps: CFG-Zero* (arXiv 2503.18886): the negative velocity at its best scale (`optimized_scale`), and for so
-    many steps (section 4.2 there) velocity zero, without asking the model. None: neither.
+    zero_steps: CFG-Zero* (arXiv 2503.18886): the negative velocity is scaled by `optimized_scale`, and in the first
+    `zero_steps` steps (section 4.2 there) the velocity is zero, without a forward. None: neither.
     mimic_scale, percentile: see `threshold`; None: no thresholding. schedule: of SCHEDULES, for both scales.
     """
     steps = len(sigmas) - 1
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        step = bisect_right(sigmas, -sigma, key=lambda s: -s) - 1  # between two sigmas: the step that passes there
+        step = bisect_right(sigmas, -sigma, key=lambda s: -s) - 1  # between two sigmas: the step across it
         if step < (zero_steps or 0):
             return torch.zeros_like(x)
         positive, negative = pair(x, sigma)
         if zero_steps is not None:
             negative = (optimized_scale(positive, negative) * negative).to(negative.dtype)
-        left = SCHEDULES[schedule](step / max(steps - 1, 1))
-        result = guided(positive, negative, 1 + left * (scale - 1))
+        factor = SCHEDULES[schedule](step / max(steps - 1, 1))
+        result = guided(positive, negative, 1 + factor * (scale - 1))
         if mimic_scale is None:
             return result
-        mimicked = guided(positive, negative, 1 + left * (mimic_scale - 1))
+        mimicked = guided(positive, negative, 1 + factor * (mimic_scale - 1))
         return threshold(result, mimicked, x, sigma, percentile)
 
     return velocity
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """v- + scale * (v+ - v-). At scale 1 it is v+ to the bit."""
+    """v- + scale * (v+ - v-). At scale 1 exactly v+."""
     return torch.lerp(negative, positive, scale)
 
 
 def optimized_scale(positive: Tensor, negative: Tensor) -> Tensor:
-    """s* = <v+, v-> / |v-|^2 of each row, [B, 1, 1], fp32: with it s* v- is nearest to v+ (arXiv 2503.18886, 4.1)."""
-    one, other = positive.float().flatten(1), negative.float().flatten(1)
-    return ((one * other).sum(1) / (other * other).sum(1).clamp_min(1e-8))[:, None, None]
+    """s* = <v+, v-> / |v-|^2 of each row, [B, 1, 1], fp32: s* v- is the nearest to v+ (arXiv 2503.18886, 4.1)."""
+    positive, negative = positive.float().flatten(1), negative.float().flatten(1)
+    return ((positive * negative).sum(1) / (negative * negative).sum(1).clamp_min(1e-8))[:, None, None]
 
 
 def threshold(result: Tensor, mimicked: Tensor, x: Tensor, sigma: float, percentile: float) -> Tensor:
-    """The velocity `result`, with tint and contrast of what it predicts held to those of another, `mimicked`.
+    """The velocity `result`, changed so that its predicted picture has the mean and at most the range of `mimicked`'s.
 
     Imagen (arXiv 2205.11487, section 2.3) clips the predicted picture d to [-s, s] and divides by s, where s is a
-    percentile of |d|, but at least 1, the bound of pixels. Latents have no bound, so 1 is replaced by what the picture
-    m has that is predicted at a lower ("mimic") scale (after github.com/mcmonkeyprojects/sd-dynamic-thresholding). For
-    each image and latent channel, with M the largest of |m - mean m|,
+    percentile of |d|, but at least 1, the bound of pixels. Latents have no bound, so 1 is replaced by the range
+    of m, the picture predicted at a lower ("mimic") scale (after github.com/mcmonkeyprojects/sd-dynamic-thresholding).
+    For each image and latent channel, with M the largest of |m - mean m|,
 
         d = x - sigma * v,    s = max(percentile of |d - mean d|, M),    d' = mean m + clip(d - mean d, -s, s) * M / s
 
-    The extension named there keeps mean d: on flux-mini the ground then takes the colour of what stands on it. Where
-    both velocities are equal nothing changes, to the bit.
+    That extension keeps mean d instead: on flux-mini the background then takes on the object's colour. Where both
+    velocities are equal the result is exactly that velocity.
     """
 
     def predicted(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,8 @@ def threshold(result: Tensor, mimicked: Tensor, x: Tensor, sigma: float, percent
         mean = data.mean(-1, keepdim=True)
         return data - mean, mean
 
-    (high, tint), (low, tint_of_low) = predicted(result), predicted(mimicked)
+    (high, mean_of_high), (low, mean_of_low) = predicted(result), predicted(mimicked)
     bound = low.abs().amax(-1, keepdim=True)
     s = torch.quantile(high.abs(), percentile / 100, dim=-1, keepdim=True).maximum(bound).clamp_min(1e-12)
-    taken = high - high.clamp(-s, s) * (bound / s) + tint - tint_of_low
-    return (result.float() + rearrange(taken, "b c (l p) -> b l (c p)", p=PATCH_AREA) / sigma).to(result.dtype)
+    change = high - high.clamp(-s, s) * (bound / s) + mean_of_high - mean_of_low
+    return (result.float() + rearrange(change, "b c (l p) -> b l (c p)", p=PATCH_AREA) / sigma).to(result.dtype)

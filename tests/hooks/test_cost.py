@@ -1,4 +1,4 @@
-"""What hooks cost: nothing without a plan, no graph for a skip, else one for each kind of block, no graph breaks."""
+"""The cost of hooks: nothing without a plan, no graph for a skip, else one for each kind of block, no graph breaks."""
 
 import sys
 from pathlib import Path

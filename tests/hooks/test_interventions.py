@@ -1,4 +1,4 @@
-"""What each intervention does, against a closed form or the plain way, and its identity."""
+"""Each intervention against a closed form or a plain computation, and its identity."""
 
 import pytest
 import torch

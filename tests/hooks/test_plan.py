@@ -1,4 +1,4 @@
-"""A plan is data: it goes through JSON unchanged, and what is wrong with one is said in words."""
+"""A plan is data: it goes through JSON unchanged, and errors name the entry and what is wrong with it."""
 
 import json
 
@@ -54,12 +54,12 @@ def test_a_plan_goes_through_json_unchanged():
         ([{"kind": "skip", "blocks": []}], "blocks"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": "x"}], "steps: 'x' is no step"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": [True]}], "steps: True is no step"),
-        ([{"kind": "skip", "blocks": "layer.0", "steps": "9-3"}], "no step is meant"),
+        ([{"kind": "skip", "blocks": "layer.0", "steps": "9-3"}], "no steps are selected"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": "0-9/0"}], "'0-9/0' is no step"),
         ([{"kind": "skip", "blocks": "layer.0", "steps": "0-99999999"}], "'0-99999999' is no step"),
         ([{"kind": "scale", "sites": "vec", "value": "much"}], "value: 'much' is neither a number"),
         ([{"kind": "scale", "sites": "vec", "value": float("inf")}], "neither a number"),
-        ([{"kind": "capture", "sites": "vec"}], "say where to"),
+        ([{"kind": "capture", "sites": "vec"}], "give one destination"),
         ([{"kind": "first_block_cache", "threshold": -1}], "threshold"),
         (7, "a plan is a list"),
         ([7], "entry 1"),

@@ -1,4 +1,4 @@
-"""Every site fires, is the tensor it claims to be, and changes nothing when it is replaced by itself."""
+"""Every site is called, has the value it documents, and changes nothing when it is replaced by itself."""
 
 import pytest
 import torch

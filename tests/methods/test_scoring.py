@@ -1,4 +1,4 @@
-"""The scorer is transformers' DINOv2, asked as its documentation asks it; what is none is told."""
+"""The scorer equals transformers' DINOv2, called as its documentation does; other models are refused."""
 
 import json
 

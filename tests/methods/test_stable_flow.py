@@ -1,4 +1,4 @@
-"""Stable Flow's parts: the layers, the batch, the way back to noise and the replay."""
+"""The parts of Stable Flow: layers, batch, inversion and replay."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""NaN and infinity: the step, the first block and the tensor are named, no picture is left, and who draws well pays
-nothing (users.md 4c, row 15).
+"""NaN and infinity: errors name the step, the first block and the tensor, no picture is left, and a sampling without
+them costs nothing more (users.md 4c, row 15).
 """
 
 from shutil import copytree
@@ -25,8 +25,8 @@ from flux_core.sampling import euler, get_noise, get_schedule, pack
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"width": 48, "height": 32, "num_steps": 2, "force": True}
 NAN, INF = float("nan"), float("inf")
-SEE_FILE = "non-finite numbers: python cli.py verify FILE says more"
-FINITE = "Every weight is finite: try it without the plan, if there is one, or fetch the files again"
+SEE_FILE = "non-finite numbers. Next: python cli.py verify FILE"
+FINITE = "Every weight is finite. Next: leave the plan out, if there is one, or fetch the files again"
 INIT = Image.radial_gradient("L")
 
 
@@ -120,7 +120,7 @@ def test_text_is_told_before_the_model_works(spoil):
     spoil("t5/model.safetensors", "encoder.final_layer_norm.weight")
     pipeline = load_pipeline("flux-mini", "cpu", offload=True)
     forwards = Forwards(pipeline.model)
-    assert "encoder.final_layer_norm.weight holds 1 non-finite number:" in fails(pipeline)
+    assert "encoder.final_layer_norm.weight holds 1 non-finite number." in fails(pipeline)
     assert forwards.count == 0
 
 
@@ -141,7 +141,7 @@ def test_the_first_place_is_named(tensor, site, value):
     put(pipeline.model, tensor, value)
     found = fails(pipeline)
     assert f"step 1 of 2 (sigma 1.000), first in {site}, in float32" in found
-    assert found.endswith(f"{tensor} holds 1 non-finite number: python cli.py verify FILE says more")
+    assert found.endswith(f"{tensor} holds 1 non-finite number. Next: python cli.py verify FILE")
 
 
 def far_too_large(site: str, **fields):
@@ -149,7 +149,7 @@ def far_too_large(site: str, **fields):
     return [Scale(sites=site, value=1e38, **fields), Scale(sites=site, value=1e38, follow=True, **fields)]
 
 
-@pytest.mark.parametrize(("dtype", "end"), [("float32", f". {FINITE}"), ("bfloat16", ": try --dtype float32")])
+@pytest.mark.parametrize(("dtype", "end"), [("float32", f". {FINITE}"), ("bfloat16", ". Next: try --dtype float32")])
 def test_what_only_grew_too_large_is_no_weights_fault(dtype, end):
     pipeline = tiny_pipeline(dtype=dtype)
     found = fails(pipeline, plan=far_too_large("single_blocks.0.mod.gate", steps=[1]), num_steps=3)
@@ -181,7 +181,7 @@ def test_readers_are_not_asked_again_and_a_function_that_cannot_be_costs_the_pla
 def test_latents_that_came_so_are_no_blocks_fault():
     pipeline = tiny_pipeline()
     found = fails(pipeline, on_step=lambda step: step.x * NAN)
-    assert "after step 2 of 2" in found and "first in the latents it started from" in found
+    assert "after step 2 of 2" in found and "first in the start latents" in found
     put(pipeline.ae, "encoder.conv_in.bias")
     found = fails(pipeline, init_image=INIT, strength=0.5)
     assert "after step 1 of 1" in found and "encoder.conv_in.bias holds 1 " in found

@@ -1,4 +1,4 @@
-"""Steering by a second prompt: closed forms on velocities, and what a pipeline makes of them."""
+"""True CFG, CFG-Zero* and dynamic thresholding: closed forms on velocities, and pictures of a pipeline."""
 
 import math
 import warnings
