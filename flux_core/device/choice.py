@@ -70,7 +70,7 @@ def wants_fp8(name: str | torch.dtype | None) -> bool:
 def _check_fp8(device: torch.device) -> None:
     """UsageError where not even the numbers are known (MPS); a line where they are but no products of them."""
     try:
-        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+        torch.ones(1, dtype=torch.float32, device=device).to(torch.float8_e4m3fn).float()
     except (RuntimeError, TypeError):
         raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
     if not has_fp8_units(device):

@@ -38,7 +38,8 @@ def can_fuse(device: torch.device | str) -> bool:
 @cache
 def compiles(device: torch.device | str) -> bool:
     """Whether Triton does compile for it: tried on one small row, since it needs a C compiler and the driver, too."""
-    x, row = torch.randn(1, 2, 16, device=device), torch.zeros(1, 1, 16, device=device)
+    x = torch.randn(1, 2, 16, dtype=torch.float32, device=device)
+    row = torch.zeros(1, 1, 16, dtype=torch.float32, device=device)
     try:
         return torch.allclose(_fused().modulate(x, row, row), PLAIN.modulate(x, row, row), atol=1e-5)
     except Exception as error:  # Triton's own, its compiler's, the driver's

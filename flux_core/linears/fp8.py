@@ -84,9 +84,10 @@ def has_fp8_units(device: torch.device) -> bool:
     """Whether the device multiplies e4m3 rows by their scales in hardware: tried, and held against fp64."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False  # the CPU knows the function, and computes it as slowly as it can
-    draw = torch.Generator().manual_seed(0)  # its own: nobody's seed shall depend on this
+    draw = torch.Generator("cpu").manual_seed(0)  # its own: nobody's seed shall depend on this
     x, weight, bias = (
-        torch.randn(size, generator=draw, device="cpu").to(device) for size in ((32, 64), (48, 64), (48,))
+        torch.randn(size, generator=draw, dtype=torch.float32, device="cpu").to(device)
+        for size in ((32, 64), (48, 64), (48,))
     )
     try:
         found = scaled_product(*quantize_rows(x), *quantize_rows(weight), bias.bfloat16())

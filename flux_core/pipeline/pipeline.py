@@ -248,7 +248,7 @@ class Pipeline:
         """
         txt, vec = (torch.cat(rows) for rows in zip(*map(self.encode, prompts), strict=True))
         ids = image_ids(len(prompts), size[1] // PATCH, size[0] // PATCH, self.device)
-        txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, device=self.device)
+        txt_ids = torch.zeros(len(prompts), txt.shape[1], 3, dtype=torch.float32, device=self.device)
         strengths = torch.tensor(guidance, device=self.device, dtype=self.dtype)
         replay = not self.fallback.offload  # which takes the weights from under a graph
         flow = flow_velocity(self.model, ids, txt, txt_ids, vec, strengths, run=run, sigmas=sigmas, replay=replay)
