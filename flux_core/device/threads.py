@@ -25,7 +25,7 @@ def set_threads(number: int | None) -> None:
 def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Cores' worth of time that the control groups (Linux, either version) give this process; infinity: all."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return math.inf
     least = math.inf
@@ -43,7 +43,7 @@ def _limit(folder: Path) -> float:
     """What one group gives: quota and period, in microseconds."""
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            text, period = " ".join((folder / file).read_text() for file in files).split()
+            text, period = " ".join((folder / file).read_text(encoding="utf-8") for file in files).split()
             if text not in ("max", "-1"):
                 return int(text) / int(period)
         except (OSError, ValueError):  # another version, or no such group
