@@ -1,6 +1,8 @@
 """Fixtures for whoever needs a model on the disk. This file also puts `tests/` on the path of its folders."""
 
+import io
 import os
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Of every read of a file that `Path.open` opened while the test runs: bytes asked for, and bytes that came."""
+    found, plain = [], Path.open
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            found.append((len(buffer), count))
+            return count
+
+    def opened(path, mode="r", *args, **kwargs):
+        return io.BufferedReader(Counted(path)) if mode == "rb" else plain(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    return found
