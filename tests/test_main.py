@@ -150,6 +150,40 @@ def test_help_and_wrong_flags_are_answered_with_the_standard_library_alone(words
     assert not any(name.startswith(("asyncio", "email", "http", "multiprocessing", "unittest")) for name in imported)
 
 
+def as_module(*words):
+    command = [sys.executable, "-m", "flux_core", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+
+
+def test_the_package_itself_is_the_command():
+    shown, info = as_module("--help"), as_module("info", "--help")
+    assert shown.returncode == info.returncode == 0 and shown.stderr == ""
+    assert shown.stdout.startswith("usage: python -m flux_core [-h]")
+    assert info.stdout.startswith("usage: python -m flux_core info ") and "cli.py" not in shown.stdout + info.stdout
+    wrong = as_module("--promt", "x")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "Did you mean --prompt?" in wrong.stderr and "See `python -m flux_core --help`" in wrong.stderr
+    assert as_module("info", "missing.png").returncode == 4
+    assert as_module("--version").stdout == cli("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "program"),
+    [
+        ("cli.py", "python cli.py"),
+        ("/usr/local/bin/flux1", "flux1"),
+        ("flux1", "flux1"),
+        ("Scripts/flux1.exe", "flux1"),
+        ("/somewhere/flux_core/__main__.py", "python -m flux_core"),
+        ("/somewhere/pytest/__main__.py", "python cli.py"),
+        ("", "python cli.py"),
+    ],
+)
+def test_help_names_the_command_that_was_typed(monkeypatch, path, program):
+    monkeypatch.setattr(sys, "argv", [path])
+    assert build_parser("generate").prog == program and build_parser("info").prog == f"{program} info"
+
+
 def test_requests_are_checked_without_torch():
     code = (
         "import sys; from flux_core.main import main; main(['--prompt', 'x', '--width', '0'])\n"
