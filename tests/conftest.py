@@ -2,12 +2,30 @@
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def cards_left_as_they_were(request):
+    """A test on a card begins with nothing there but what fixtures of its module hold, and leaves no more."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    from card import MOST, allocated, release
+
+    release()
+    before = allocated()
+    yield
+    failed = hasattr(sys, "last_value")  # its frames hold whatever it had
+    release()
+    left = allocated() - before
+    assert failed or left < MOST, f"{left / 2**20:.0f} MiB of tensors are left on the card"
 
 
 @pytest.fixture(scope="session")
