@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import quality as q
 from palette import COLOURS
 from render import all_rgba, make_atlas, render, sheet, to_images
-from scenes import plain_names, sample_scenes
-from sprites import load_sprites
+from scenes import sample_scenes
+from sprites import load_sprites, plain_names
 
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.hooks import HookRun, ShareKV

@@ -42,8 +42,8 @@ sys.path.insert(0, str(ROOT / "weights" / "recipe"))
 from captions import Scene, Thing  # noqa: E402
 from palette import COLOURS  # noqa: E402
 from render import all_rgba, make_atlas, render, sheet, to_images  # noqa: E402
-from scenes import pack, plain_names  # noqa: E402
-from sprites import load_sprites  # noqa: E402
+from scenes import pack  # noqa: E402
+from sprites import load_sprites, plain_names  # noqa: E402
 from train_scorer import unseen  # noqa: E402
 
 SIZE = 224

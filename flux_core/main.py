@@ -8,6 +8,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .commands.table import COMMANDS, Command
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(name: str) -> Parser:
     """The parser of one command."""
     command = COMMANDS[name]
-    program = "flux1" if sys.argv[0].endswith("flux1") else "python cli.py"
+    program = _program(sys.argv[0])
     prog = program if name == "generate" else f"{program} {name}"
     parser = Parser(prog=prog, description=command.help, allow_abbrev=False, argument_default=None)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110)
@@ -46,6 +47,14 @@ def build_parser(name: str) -> Parser:
         _add(parser, field)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _program(path: str) -> str:
+    """The command that was typed, from `sys.argv[0]`: flux1 (on Windows flux1.exe), python -m flux_core or cli.py."""
+    started = Path(path)
+    if started.stem == "flux1":
+        return "flux1"
+    return "python -m flux_core" if started.parts[-2:] == ("flux_core", "__main__.py") else "python cli.py"
 
 
 def _add(parser: Parser, field: Field) -> None:

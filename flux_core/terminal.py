@@ -1,23 +1,23 @@
-"""What reaches the terminal, be it one without our letters, a closed pipe, or no stream at all."""
+"""Output to the terminal: without Unicode, into a closed pipe, or without any stream."""
 
 import os
 import sys
 
 
 def tolerate_any_encoding() -> None:
-    """Characters that stdout or stderr cannot encode (cp1252, C locale) are escaped instead of raising."""
+    """Escape characters that stdout or stderr cannot encode (cp1252, C locale), instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def tell(text: str) -> None:
-    """A result, to stdout."""
+    """Print a result to stdout."""
     print(text, flush=True)
 
 
 def note(text: str) -> None:
-    """Something the user should know, to stderr; lost if there is none."""
+    """Print what the user should know to stderr; nothing where there is no stderr."""
     if sys.stderr is not None:
         print(text, file=sys.stderr, flush=True)
 
@@ -28,5 +28,5 @@ def no_bars() -> bool | None:
 
 
 def abandon_stdout() -> None:
-    """Nobody reads any more (`| head`): keep the interpreter from complaining when it flushes stdout."""
+    """Send stdout to nowhere once its reader has gone (`| head`), so that Python's last flush raises nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

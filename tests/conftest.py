@@ -1,7 +1,10 @@
 """Fixtures for whoever needs a model on the disk. This file also puts `tests/` on the path of its folders."""
 
+import io
 import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,23 @@ if find_spec("triton"):  # which reads this when it is imported: without a card 
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def cards_left_as_they_were(request):
+    """A test on a card begins with nothing there but what fixtures of its module hold, and leaves no more."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    from card import MOST, allocated, release
+
+    release()
+    before = allocated()
+    yield
+    failed = hasattr(sys, "last_value")  # its frames hold whatever it had
+    release()
+    left = allocated() - before
+    assert failed or left < MOST, f"{left / 2**20:.0f} MiB of tensors are left on the card"
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +70,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Of every read of a file that `Path.open` opened while the test runs: bytes asked for, and bytes that came."""
+    found, plain = [], Path.open
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            found.append((len(buffer), count))
+            return count
+
+    def opened(path, mode="r", *args, **kwargs):
+        return io.BufferedReader(Counted(path)) if mode == "rb" else plain(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    return found

@@ -1,5 +1,6 @@
 """Imports go down only, as docs/design.md draws them, and what is heavy or optional is imported where it is used."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,15 @@ def test_the_ground_imports_nothing_from_above():
 def test_the_design_shows_the_drawing_of_the_code():
     text = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
     assert f"```\n{drawing()}\n```" in text, "put what `python docs/house.py` prints into docs/design.md"
+
+
+def test_the_recipe_has_no_circle_either():
+    folder = REPOSITORY / "weights" / "recipe"
+    names = {path.stem for path in folder.glob("*.py")}
+    trees = {name: ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in names}
+    graph = {name: {x.module for x in nodes if isinstance(x, ast.ImportFrom)} & names for name, nodes in trees.items()}
+    order = floors(graph)
+    assert order["palette"] < order["sprites"] < order["heldout"] < order["scenes"] < order["train_transformer"]
 
 
 def test_at_most_twelve_modules_lie_in_the_package_itself():

@@ -230,4 +230,4 @@ def tokenizer_class(folder: Path, default: str) -> str:
 
 def _json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")

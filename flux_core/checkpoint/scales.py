@@ -89,5 +89,5 @@ def as_fp8(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, rows)):
         codes, found = quantize_rows(to_dense(weight, scale, torch.bfloat16))
         return codes, found.flatten()
-    one = torch.ones(1, device=weight.device) if scale is None else scale.float()
+    one = torch.ones(1, dtype=torch.float32, device=weight.device) if scale is None else scale.float()
     return weight, one.flatten().expand(rows).contiguous()

@@ -37,7 +37,8 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
     turns: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]
     todo = deque(zip(pieces, turns, strict=True))
     free: SimpleQueue[Buffer | None] = SimpleQueue()
-    device = torch.empty(1, device=device).device  # CUDA has its context now, before threads need one
+    # CUDA has its context now, before threads need one.
+    device = torch.empty(1, dtype=torch.uint8, device=device).device
 
     def read_on() -> None:
         """A reader's work. It takes a buffer before a chunk, so the next in turn is never the one without."""
@@ -75,7 +76,7 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
         stack.callback(stop)
         for _ in range(min(THREADS, len(pieces))):
             readers.submit(read_on)
-        buffers, memory, start, end = arriving(), torch.empty(0), 0, 0
+        buffers, memory, start, end = arriving(), torch.empty(0, dtype=torch.uint8, device="cpu"), 0, 0
 
         def fill(tensor: Tensor) -> Tensor:
             nonlocal memory, start, end
@@ -114,14 +115,14 @@ class Buffer:
         self.files = {path: stack.enter_context(open_file(path)) for path in paths}
         self.device = device
         self.copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.end = 0
         """of the chunk in it"""
 
     def read(self, chunk: list[Span]) -> None:
         """Put a chunk's bytes into it, for a thread to do once those before them have been copied. FileError."""
         if not len(self.memory):  # to pin it takes milliseconds, in which other threads read
-            self.memory = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.copied is not None)
+            self.memory = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=self.copied is not None)
             self.view = self.memory.numpy().data
         elif self.copied:
             self.copied.synchronize()

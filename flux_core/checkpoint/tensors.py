@@ -104,7 +104,7 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
 
 def _read_tensor(file: io.BufferedReader, header: Header, entry: Entry) -> Tensor:
     """One tensor's bytes, straight into memory of its own."""
-    tensor = torch.empty(entry.shape, dtype=READABLE[entry.dtype])
+    tensor = torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="cpu")
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, file, header.path, entry.start)
     return tensor

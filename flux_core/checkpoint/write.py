@@ -24,7 +24,7 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
             tensors = {name: x.detach().contiguous() for name, x in state.items()}
             save_file(tensors, part, {"format": "pt", **(metadata or {})})
             _sort_metadata(part)
-            with part.open("rb") as file:
+            with part.open("r+b") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             os.chmod(part, 0o666 & ~_umask())
             os.replace(part, path)

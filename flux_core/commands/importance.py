@@ -1,6 +1,7 @@
 """`importance`: which blocks matter, as a table, a chart, sheets to look at, and the layers that the editor reads.
 
-Started by torchrun, the processes share the pictures; the first one waits for the others and writes the results.
+Started by torchrun, every process draws the next pictures that no other process has claimed. Rank 0 also draws what a
+process that died had claimed, and writes the results.
 """
 
 import json
@@ -8,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,8 @@ HUB_SCORER = "facebook/dinov2-base"
 TOKENS = 4096
 """image tokens in a batch, by itself: one picture of 1024x1024"""
 PROMPTS_ON_A_SHEET = 8
+WAIT = 5.0
+"""seconds between two looks at what other processes are drawing"""
 BYTES_PER_PIXEL = 1.5
 """of a PNG, about"""
 
@@ -88,7 +92,7 @@ def importance(
     check_files(variant)
     prepare_folder(study.folder)
     study.settle(request)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     rows = _FIELDS["batch"].parse(batch)
     if rank == 0:
         _announce(study)
@@ -105,9 +109,9 @@ def importance(
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
     groups = study.groups(rows or _rows_that_fill(place.type, request))
     study.settle(pipeline.complete(request))
-    _draw(study, pipeline, groups[rank::world], quiet=rank > 0)
+    Work(study, pipeline, rank).draw(groups)
     if rank == 0:
-        _wait(study)
+        study.end()
         _report(study, judge, how_many, cut)
     return study.folder
 
@@ -133,25 +137,43 @@ def _announce(study: Study) -> None:
         raise DiskError(f"{study.folder}: the pictures take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
-def _draw(study: Study, pipeline: Any, groups: list[list[Task]], quiet: bool) -> None:
-    """Draw what is missing of these groups. The first one's time tells how long the rest will take."""
-    todo = [missing for group in groups if (missing := study.missing(group))]
-    rest, start = sum(map(len, todo)), time.monotonic()
-    with tqdm(total=rest, desc="pictures", unit="picture", disable=quiet or no_bars()) as bar:
-        for i, tasks in enumerate(todo):
-            study.draw(pipeline, tasks)
-            bar.update(len(tasks))
-            if i == 0 and not quiet:
-                seconds = (time.monotonic() - start) / len(tasks)
-                tell(f"{seconds:.2f} s a picture: about {max(1, round(seconds * (rest - len(tasks)) / 60))} min to go")
+@dataclass
+class Work:
+    """One process's part in drawing a study. Rank 0 shows the progress, and stays until all pictures exist."""
+
+    study: Study
+    pipeline: Any
+    rank: int
+
+    def draw(self, groups: list[list[Task]]) -> None:
+        """Draw what no process has drawn. Rank 0 waits for the others, and draws what those that died had claimed."""
+        drawn, start = 0, time.monotonic()
+        with tqdm(desc="pictures", unit="picture", disable=self.rank > 0 or no_bars()) as bar:
+            while todo := [missing for group in groups if (missing := self.study.missing(group))]:
+                before, left = drawn, sum(map(len, todo))
+                bar.total = bar.n + left
+                for tasks in todo:
+                    mine = self._draw_free(tasks)
+                    bar.update(len(tasks) - len(self.study.missing(tasks)))  # whoever has drawn them
+                    if mine and not drawn and self.rank == 0:
+                        _tell_time((time.monotonic() - start) / mine, left - mine)
+                    drawn += mine
+                if drawn == before:
+                    if self.rank > 0:
+                        return
+                    note(f"waiting for {left} pictures of the other processes")
+                    time.sleep(WAIT)
+
+    def _draw_free(self, tasks: list[Task]) -> int:
+        """Draw those of a group that no other process is drawing. Returns how many."""
+        with self.study.claimed(tasks) as mine:
+            if mine:
+                self.study.draw(self.pipeline, mine)
+        return len(mine)
 
 
-def _wait(study: Study) -> None:
-    """Until the other processes have drawn their share."""
-    every = [task for group in study.groups(batch=1) for task in group]
-    while missing := len(study.missing(every)):
-        note(f"waiting for {missing} pictures of the other processes")
-        time.sleep(5)
+def _tell_time(seconds: float, left: int) -> None:
+    tell(f"{seconds:.2f} s a picture: about {max(1, round(seconds * left / 60))} min to go")
 
 
 def _report(study: Study, scorer: "Scorer", top: int | None, threshold: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Where to compute and in which precision: the choice, and errors that name the alternatives."""
+"""The device and the precision to compute in, and errors that name the alternatives."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def available_devices() -> list[str]:
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name, or the best there is. UsageError when this machine has no such device."""
+    """The device of that name, or the best that this machine has. UsageError when it has no such device."""
     known = available_devices()
     if name in (None, "auto"):
         return torch.device(known[0])
@@ -45,7 +45,7 @@ def _reason(asked: str) -> str:
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run.
 
-    Of fp8 it is the one that everything but the quantized Linears computes in: bfloat16.
+    For fp8 it is bfloat16, in which everything but the quantized Linears computes.
     """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name in (None, "auto"):
@@ -68,9 +68,9 @@ def wants_fp8(name: str | torch.dtype | None) -> bool:
 
 
 def _check_fp8(device: torch.device) -> None:
-    """UsageError where not even the numbers are known (MPS); a line where they are but no products of them."""
+    """UsageError where the device has no fp8 dtype (MPS); a line on stderr where it has no fp8 matrix products."""
     try:
-        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+        torch.ones(1, dtype=torch.float32, device=device).to(torch.float8_e4m3fn).float()
     except (RuntimeError, TypeError):
         raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
     if not has_fp8_units(device):
@@ -89,7 +89,7 @@ SMALLER = (
 
 @contextmanager
 def memory_errors(what: str, device: torch.device, remedy: str = SMALLER) -> Iterator[None]:
-    """Out-of-memory inside, on any device, becomes a MemoryShortage with sizes. what: as in "drawing 64x64 pixels"."""
+    """Out of memory inside becomes a MemoryShortage with sizes, on any device. what: as in "drawing 64x64 pixels"."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -101,7 +101,7 @@ def memory_errors(what: str, device: torch.device, remedy: str = SMALLER) -> Ite
 
 
 def _sizes(device: torch.device, error: Exception) -> str:
-    """What was asked for, as the allocator's text has it, and who has the rest, where the device tells."""
+    """Text: how much was asked for, as the allocator says, and who holds the rest, where the device says."""
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     sizes = [f"{asked[1]} more were asked for"] if asked else []
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def _sizes(device: torch.device, error: Exception) -> str:
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """What torch.compile raises inside (it lacks a compiler, most often) becomes a UsageError of one line."""
+    """Errors of torch.compile inside (most often a missing compiler) become a UsageError of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -127,7 +127,7 @@ def compile_errors() -> Iterator[None]:
 
 
 def empty_device_cache(device: torch.device) -> None:
-    """What freed tensors left with torch's allocator goes back to the device."""
+    """Return the memory of freed tensors, which torch's allocator keeps, to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

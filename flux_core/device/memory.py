@@ -1,4 +1,4 @@
-"""What an official model takes in memory, and whether a device holds it: from its sizes alone, nothing is loaded."""
+"""How much memory an official model takes, and whether it fits a device: from its sizes, without loading it."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -15,13 +15,13 @@ T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
 
 
 class Share(NamedTuple):
-    """What a part of a model takes, in bytes."""
+    """The memory that a part of a model takes, in bytes."""
 
     weights: int
     at_work: int
-    """beside them while it computes"""
+    """beside the weights, while it computes"""
     aside: int = 0
-    """of the weights: what never comes to the device with `--offload`, the transformer's modulation"""
+    """of the weights: the transformer's modulation, which never comes to the device with `--offload`"""
 
 
 TEXT, TRANSFORMER, AUTOENCODER = 200_000_000, 650_000_000, 1_650_000_000
@@ -36,7 +36,7 @@ of luck and of a screen that hangs on the same card: so it is with 24 GB and bf1
 
 
 def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Share]:
-    """Text encoders, transformer and autoencoder of an official model, in bfloat16, float32 or fp8."""
+    """Memory of text encoders, transformer and autoencoder of an official model, in bfloat16, float32 or fp8."""
     flux, modulation, codes, ae = _count(variant.params, variant.ae_params)
     wide = FP32 if dtype == "float32" else BF16
     saved = codes if dtype == "fp8" else 0  # one byte for two
@@ -55,7 +55,7 @@ def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
 
 @cache
 def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int, int, int]:
-    """Parameters of the transformer, those of its modulation, weights that fp8 halves, and those of the autoencoder.
+    """Numbers of parameters: transformer, its modulation, its weights that fp8 halves, autoencoder.
 
     Built on the meta device: shapes without memory.
     """
@@ -75,11 +75,11 @@ def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int, 
 
 
 def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:
-    """Whether a model can be drawn with in that memory, with as few flags as will do.
+    """Whether a model fits that memory, in words, with the fewest flags that make it fit.
 
     memory: the device's bytes. dtypes: those that it computes in -> the flag that asks for it, the device's own choice
-    first. ram: the CPU's memory, where `--offload` keeps those whose turn it is not; None on the CPU itself. 0: not
-    known.
+    first. ram: bytes of the CPU's memory, where `--offload` keeps the parts that wait; None on the CPU itself. 0 is an
+    unknown size.
     """
     if not memory:
         return "does not say its memory"

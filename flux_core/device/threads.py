@@ -1,4 +1,4 @@
-"""How many CPU threads to compute with: as many as cores that this process may use.
+"""The number of CPU threads to compute with: as many as the cores that this process may use.
 
 torch counts the cores that the scheduler allows. A container is often held to a share of the machine by a quota of its
 control group instead, which torch does not see: it starts a thread for every core of the machine, and all of them wait
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""what torch itself listens to"""
+"""environment variables that torch itself reads"""
 
 
 def set_threads(number: int | None) -> None:
-    """Compute with that many. By itself with what the environment says, else with torch's choice within the quota."""
+    """Set torch's number of threads. None: that of the environment, else torch's own choice within the quota."""
     import torch
 
     if number is None and any(os.environ.get(name) for name in VARIABLES):
@@ -23,9 +23,9 @@ def set_threads(number: int | None) -> None:
 
 
 def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that the control groups (Linux, either version) give this process; infinity: all."""
+    """Cores that the control groups (Linux, version 1 or 2) allow this process, as CPU time; infinity: no limit."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return math.inf
     least = math.inf
@@ -40,10 +40,10 @@ def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
 
 
 def _limit(folder: Path) -> float:
-    """What one group gives: quota and period, in microseconds."""
+    """Cores that one group allows: its quota over its period, both in microseconds."""
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            text, period = " ".join((folder / file).read_text() for file in files).split()
+            text, period = " ".join((folder / file).read_text(encoding="utf-8") for file in files).split()
             if text not in ("max", "-1"):
                 return int(text) / int(period)
         except (OSError, ValueError):  # another version, or no such group

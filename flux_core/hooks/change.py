@@ -56,8 +56,8 @@ class _Change(Intervention):
         import torch
 
         value = read_tensor(self.value.file, self.value.tensor) if isinstance(self.value, Stored) else self.value
-        args = (torch.as_tensor(value),)
-        return [Write(site, _FUNCTIONS[self.kind], args, traceable=True) for site in match_sites(self.sites, params)]
+        x = torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, float) else value
+        return [Write(site, _FUNCTIONS[self.kind], (x,), traceable=True) for site in match_sites(self.sites, params)]
 
 
 class Scale(_Change):

@@ -189,8 +189,12 @@ class HookRun:
             return ()
         key = (id(write), self._device)
         if key not in self._moved:
-            self._moved[key] = tuple(torch.as_tensor(arg).to(self._device) for arg in write.args)
+            self._moved[key] = tuple(map(self._tensor, write.args))
         return self._moved[key]
+
+    def _tensor(self, arg: Any) -> Tensor:
+        """A tensor on the device of this forward; a number becomes fp32, whatever torch's default dtype is."""
+        return torch.as_tensor(arg, dtype=torch.float32 if isinstance(arg, float) else None, device=self._device)
 
     def _warn_eager(self, name: str, block: Any, write: Write) -> None:
         """Warn once for each run that a compiled block runs eagerly."""

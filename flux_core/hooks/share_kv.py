@@ -39,7 +39,9 @@ class ShareKV(Intervention):
         if not targets:
             raise UsageError("share_kv: there is only one branch, so nothing can be shared")
         source = branches.index(self.source)
-        index = torch.tensor([source if name in targets else i for i, name in enumerate(branches)])
+        index = torch.tensor(
+            [source if name in targets else i for i, name in enumerate(branches)], dtype=torch.int64, device="cpu"
+        )
         streams = ("img", "txt") if self.tokens == "all" else (self.tokens,)
         sites = [
             f"{block}.{stream}.{x}"

@@ -85,9 +85,10 @@ def has_fp8_units(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False  # the CPU knows the function, and computes it as slowly as it can
-    draw = torch.Generator().manual_seed(0)  # its own, so that nobody's seed changes
+    draw = torch.Generator("cpu").manual_seed(0)  # its own, so that nobody's seed changes
     x, weight, bias = (
-        torch.randn(size, generator=draw, device="cpu").to(device) for size in ((32, 64), (48, 64), (48,))
+        torch.randn(size, generator=draw, dtype=torch.float32, device="cpu").to(device)
+        for size in ((32, 64), (48, 64), (48,))
     )
     try:
         found = scaled_product(*quantize_rows(x), *quantize_rows(weight), bias.bfloat16())

@@ -105,7 +105,9 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """The sum of x x^T over the inputs of each of these Linears, fp32 [K, K] on the pipeline's device."""
     sizes = {name: one.in_features for name, one in linears.items()}
-    moments = {name: torch.zeros(size, size, device=pipeline.device) for name, size in sizes.items()}
+    moments = {
+        name: torch.zeros(size, size, dtype=torch.float32, device=pipeline.device) for name, size in sizes.items()
+    }
     # A reader at every Linear, also where nothing is gathered: kernels that do more than a product make way for it, and
     # so all passes see the same bits.
     every = ((name, one) for name, one in pipeline.model.named_modules() if isinstance(one, nn.Linear))

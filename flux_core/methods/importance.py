@@ -1,11 +1,12 @@
-"""What each block is worth: pictures drawn without it, against those of the whole model.
+"""How important each block is: pictures drawn without it, compared with those of the whole model.
 
 After Stable Flow (arXiv 2411.14430, section 3.1): for every prompt and seed a reference is drawn by the whole model,
 and a picture with each block left out, what enters it leaving it unchanged. The importance of a block is 1 minus the
 mean similarity, by DINOv2, of its pictures to their references.
 
 A study is a folder. Every picture is a file that is written once and found again; `study.json` holds the settings that
-all of them share. So a study goes on after any end, with more prompts, or from several processes at once.
+all of them share. So a study can be resumed after any end, with more prompts, and by several processes at once: each
+draws the pictures that no other process has claimed.
 """
 
 import csv
@@ -13,6 +14,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from ..images.pictures import as_rgb, open_picture
 from ..jsonfile import read_json
 from ..request.fields import MAX_SEED, MAX_SEEDS
 from ..request.generation import GenerationRequest
+from ..session.sharing import claim, end_claims
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -36,12 +39,12 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 SHARE = 9 / 57
-"""of the blocks, that Stable Flow calls vital in FLUX.1-dev"""
+"""the share of FLUX.1-dev's blocks that Stable Flow calls vital"""
 PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
 
 
 class Prompt(BaseModel):
-    """An entry of a prompts file. The study draws `seed`, and the ones behind it if it is asked for several."""
+    """An entry of a prompts file. `seed` is the first of its seeds; a study of several counts up from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     prompt: str = Field(min_length=1)
@@ -49,13 +52,13 @@ class Prompt(BaseModel):
 
 
 def default_prompts(name: str) -> Path:
-    """The 64 prompts that ship for a model: of its own world, or of anybody's."""
+    """The file of the 64 prompts that ship for a model: its own, or those for all models."""
     own = PROMPTS / f"{name}.json"
     return own if own.is_file() else PROMPTS / "prompts.json"
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """A list of `{"prompt": …, "seed": …}`. FileError when it can't be read, UsageError for anything else in it."""
+    """The prompts of a JSON file, a list of `{"prompt": …, "seed": …}`. FileError, UsageError for other contents."""
     entries = read_json(path, "the list of prompts")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f'{path} holds no prompts: it should be [{{"prompt": "a red apple", "seed": 1}}, …]')
@@ -88,10 +91,10 @@ class Task:
 
 
 class Study:
-    """The pictures of a study, which of them are there, and how to draw the others."""
+    """The pictures of a study: which exist, and how to draw the others."""
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt], seeds: int, request: GenerationRequest) -> None:
-        """seeds: for each prompt, one behind the other. request: what all pictures share."""
+        """seeds: how many for each prompt. request: what all pictures share."""
         self.folder, self.prompts, self.request = folder, tuple(prompts), request
         self.blocks = block_names(request.variant.params)
         self.pairs = [(i, one.seed + j) for i, one in enumerate(prompts) for j in range(seeds)]
@@ -101,13 +104,25 @@ class Study:
         return self.folder / "images" / f"{task.number:03}_seed{task.seed}" / f"{task.block}.png"
 
     def groups(self, batch: int) -> list[list[Task]]:
-        """All pictures, as the batches that draw them: prompt by prompt, so that what is there is whole."""
+        """All pictures in batches of at most `batch`, prompt by prompt: a study that ends early has whole prompts."""
         chunks = [self.pairs[i : i + batch] for i in range(0, len(self.pairs), batch)]
         every = (REFERENCE, *self.blocks)
         return [[Task(number, seed, block) for number, seed in chunk] for chunk in chunks for block in every]
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those whose pictures do not exist yet."""
         return [task for task in tasks if not self.path(task).is_file()]
+
+    @contextmanager
+    def claimed(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
+        """Those of the missing tasks that no other process draws, claimed for this one while the block runs."""
+        with ExitStack() as stack:
+            mine = [one for one in self.missing(tasks) if stack.enter_context(claim(self.folder, _name(one)))]
+            yield self.missing(mine)  # another process may have drawn them before they were claimed
+
+    def end(self) -> None:
+        """Remove what was needed only while pictures were drawn."""
+        end_claims(self.folder)
 
     def request_of(self, task: Task) -> GenerationRequest:
         plan = () if task.block == REFERENCE else (Skip(blocks=(task.block,)),)
@@ -115,7 +130,7 @@ class Study:
         return self.request.model_copy(update=changes)
 
     def draw(self, pipeline: "Pipeline", tasks: Sequence[Task]) -> None:
-        """Draw and keep the pictures of one block, as one batch."""
+        """Draw the pictures of one block as one batch, and write them. DiskError."""
         for task, image in zip(tasks, pipeline.draw_rows([self.request_of(task) for task in tasks]), strict=True):
             path = self.path(task)
             with disk_errors(path):
@@ -123,8 +138,8 @@ class Study:
             write_whole(path, png_bytes(image))
 
     def settle(self, request: GenerationRequest) -> None:
-        """Write the study's settings, or find them equal to those it was begun with. UsageError names what differs."""
-        path, now = self.folder / "study.json", self._settings(request)
+        """Write the study's settings, or compare them with those it was begun with: UsageError where they differ."""
+        path, now, then = self.folder / "study.json", self._settings(request), None
         if path.is_file():
             then = _read_settings(path)
             now["prompts"] += then["prompts"][len(now["prompts"]) :]
@@ -141,7 +156,8 @@ class Study:
                         "give the same prompts, or choose another folder with --output-dir"
                     )
             now = {key: then.get(key) if value is None else value for key, value in now.items()}
-        write_whole(path, json.dumps(now, indent=2) + "\n")
+        if now != then:  # so that no process replaces what another is reading, which Windows refuses
+            write_whole(path, json.dumps(now, indent=2) + "\n")
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         shared = ("name", "width", "height", "num_steps", "guidance", "dtype")
@@ -149,7 +165,12 @@ class Study:
         return {**values, "weights": request.weights or None, "prompts": [one.prompt for one in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:
+        """A picture that exists, RGB."""
         return as_rgb(open_picture(self.path(task), formats=("PNG",))[0], str(self.path(task)))
+
+
+def _name(task: Task) -> str:
+    return f"{task.number:03}_seed{task.seed}_{task.block}"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -167,7 +188,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-# What comes of it ----------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,7 @@ class Row:
 
 
 def similarities(study: Study, scorer: "Scorer", on_pair: Callable[[], Any] = lambda: None) -> list[dict[str, float]]:
-    """For each pair of prompt and seed, the similarity of each block's picture to the reference."""
+    """For each pair of prompt and seed: block -> cosine similarity of its picture to the reference."""
     found = []
     for number, seed in study.pairs:
         tasks = [Task(number, seed, block) for block in (REFERENCE, *study.blocks)]
@@ -197,7 +218,7 @@ def similarities(study: Study, scorer: "Scorer", on_pair: Callable[[], Any] = la
 
 
 def other_seeds(study: Study, scorer: "Scorer") -> float | None:
-    """1 - similarity of the references of two seeds of one prompt, on average: what a new start noise changes."""
+    """1 - similarity of the references of two seeds of one prompt, on average: the effect of another start noise."""
     changes = []
     for number, one in enumerate(study.prompts):
         tasks = [Task(number, one.seed + j, REFERENCE) for j in range(study.seeds)]
@@ -207,7 +228,7 @@ def other_seeds(study: Study, scorer: "Scorer") -> float | None:
 
 
 def rows_of(study: Study, similar: Sequence[dict[str, float]]) -> list[Row]:
-    """The table, in the order of the blocks."""
+    """The rows of the table, in the order of the blocks."""
     return [_row(i, block, study.seeds, [1 - one[block] for one in similar]) for i, block in enumerate(study.blocks)]
 
 
@@ -232,9 +253,9 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def choose(rows: Sequence[Row], top: int | None = None, threshold: float | None = None) -> tuple[list[str], float]:
-    """The vital blocks, in their order, and the cut: all above `threshold`, or the `top` most important.
+    """The vital blocks, in their order, and the threshold that they exceed: `threshold`, or that of the `top` blocks.
 
-    With neither, the same share of blocks as Stable Flow took of FLUX.1-dev's.
+    With neither, as large a share of the blocks as Stable Flow takes of FLUX.1-dev's.
     """
     ranked = sorted(rows, key=lambda row: -row.importance)
     if threshold is None:
@@ -256,7 +277,7 @@ def csv_of(rows: Sequence[Row]) -> str:
 
 
 def json_rows(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Rows for JSON, which knows no nan."""
+    """Rows as dictionaries for JSON, with None for nan."""
     for row in rows:
         values = asdict(row).items()
         yield {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values}

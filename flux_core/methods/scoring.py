@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..hub.places import scorer_folder
 from ..text.encoders import load_model, quiet
@@ -29,6 +30,7 @@ class Scorer:
         self.name, self.model, self.processor, self.pooling = name, model, processor, pooling
 
     @torch.no_grad()
+    @plain_defaults()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors, float32 [N, D] on the CPU; the dot product of two is their similarity."""
         device = next(self.model.parameters()).device
@@ -37,6 +39,7 @@ class Scorer:
         return F.normalize(tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1), dim=-1).cpu()
 
 
+@plain_defaults()
 def load_scorer(name: str, device: torch.device, pooling: Pooling = "cls") -> Scorer:
     """A float32 scorer. name: a shipped scorer, a folder, or a hub id. FileError if it is not a DINOv2."""
     folder = scorer_folder(name)

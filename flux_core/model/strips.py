@@ -89,7 +89,8 @@ def activated(strips: Strips, norm: nn.GroupNorm) -> Iterator[Tensor]:
 def moments(strips: Strips, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [B, groups] over all strips, in fp32: each strip's own, and the spread of their means."""
     every = [torch.var_mean(x.float().unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0) for x in strips]
-    share = torch.tensor([x.shape[2] for x in strips], device=strips[0].device) / sum(x.shape[2] for x in strips)
+    rows = torch.tensor([x.shape[2] for x in strips], dtype=torch.float32, device=strips[0].device)
+    share = rows / rows.sum()
     var, means = (torch.stack(x, dim=-1) for x in zip(*every, strict=True))
     mean = (share * means).sum(-1)
     return mean, (share * (var + (means - mean[..., None]) ** 2)).sum(-1)

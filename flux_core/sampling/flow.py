@@ -58,7 +58,7 @@ def get_noise(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (num_samples, 16, 2 * math.ceil(height / 16), 2 * math.ceil(width / 16))
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device=device, dtype=dtype)
 
 
 def pack(x: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ def unpack(x: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(batch: int, h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
     """Position ids (0, row, column) of h x w tokens: [batch, h*w, 3], fp32."""
-    ids = torch.zeros(h, w, 3, device=device)
-    ids[..., 1] = torch.arange(h, device=device)[:, None]
-    ids[..., 2] = torch.arange(w, device=device)[None, :]
+    ids = torch.zeros(h, w, 3, dtype=torch.float32, device=device)
+    ids[..., 1] = torch.arange(h, dtype=torch.float32, device=device)[:, None]
+    ids[..., 2] = torch.arange(w, dtype=torch.float32, device=device)[None, :]
     return repeat(ids, "h w c -> b (h w) c", b=batch)
 
 
@@ -97,7 +97,7 @@ def prepare(t5, clip, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]
         "img": pack(img),
         "img_ids": image_ids(batch, height // 2, width // 2, img.device),
         "txt": txt.to(img.device),
-        "txt_ids": torch.zeros(batch, txt.shape[1], 3, device=img.device),
+        "txt_ids": torch.zeros(batch, txt.shape[1], 3, dtype=torch.float32, device=img.device),
         "vec": vec.to(img.device),
     }
 
@@ -115,7 +115,7 @@ def get_schedule(
     shift: bool = True,
 ) -> list[float]:
     """num_steps + 1 sigmas from 1 to 0. mu is a line through (256, base_shift) and (4096, max_shift) image tokens."""
-    timesteps = torch.linspace(1, 0, num_steps + 1)
+    timesteps = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32, device="cpu")
     if shift:
         slope = (max_shift - base_shift) / (4096 - 256)
         mu = slope * image_seq_len + (base_shift - slope * 256)

@@ -1,9 +1,8 @@
-"""What an exploration draws: lists of values, the pictures that they make, and where each of them lies.
+"""What an exploration draws: lists of values, the pictures of their combinations, and the paths of these.
 
-One axis moves at a time, around the first value of the others (`cross`: all together), for every prompt. What two axes
-share, the point where they meet, is drawn once and lies in both folders. Everything follows from the lists, so the
-session's `session.json`, which holds them, says what belongs into its folder, and the folder says what of it is there.
-No torch.
+One axis varies at a time, the others keep their first value (`cross`: all combinations), for every prompt. A picture
+that two axes share is drawn once and has a path in both folders. Everything follows from the lists: `session.json`,
+which holds them, says what the session's folder should contain, and the folder shows what of it exists. No torch.
 """
 
 import math
@@ -31,7 +30,7 @@ SOME = pydantic.Field(min_length=1)
 
 
 class Point(NamedTuple):
-    """A picture by its values; the prompt by its number."""
+    """The values that a picture is drawn with; the prompt by its number."""
 
     prompt: int
     seed: int
@@ -40,14 +39,14 @@ class Point(NamedTuple):
 
 
 class View(NamedTuple):
-    """A folder of pictures in which some axes move, and the others stay at their first value."""
+    """A folder of pictures in which some axes vary, and the others keep their first value."""
 
     folder: str
     axes: tuple[str, ...]
 
 
 class Sheet(NamedTuple):
-    """A grid: its name, and rows of points. The last of `axes` runs along a row, the one before it down the rows."""
+    """A grid: its name, and rows of points. The last of `axes` varies along a row, the last but one from row to row."""
 
     name: str
     axes: tuple[str, ...]
@@ -55,7 +54,7 @@ class Sheet(NamedTuple):
 
 
 class Drawn(BaseModel):
-    """What all pictures were drawn with, so that those of a later day are drawn with the same."""
+    """Dtype and weights of all pictures, so that a resumed session uses the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     dtype: str
@@ -63,7 +62,7 @@ class Drawn(BaseModel):
 
 
 class Exploration(BaseModel):
-    """The whole of what a session draws; as JSON its manifest."""
+    """Everything that a session draws; its JSON is the manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal[1] = 1
@@ -107,7 +106,7 @@ class Exploration(BaseModel):
 
     @cached_property
     def places(self) -> dict[Point, list[str]]:
-        """Every picture in the order of drawing, and where it lies, without a suffix: drawn there, linked elsewhere."""
+        """Pictures in the order of drawing -> paths without suffix: written to the first, linked to the others."""
         found: dict[Point, list[str]] = {}
         for view in self.views:
             for point in self.points(view):
@@ -123,7 +122,7 @@ class Exploration(BaseModel):
         return _short(getattr(point, axis))
 
     def sheets(self) -> Iterator[Sheet]:
-        """A grid for each view; where more than two axes move, one for all values of those before the last two."""
+        """A grid for each view. Where more than two axes vary, a grid for each combination of all but the last two."""
         for view in self.views:
             points, columns = self.points(view), len(self.values(view.axes[-1]))
             rows = [points[i : i + columns] for i in range(0, len(points), columns)]
@@ -134,7 +133,7 @@ class Exploration(BaseModel):
             yield from (Sheet("_".join(filter(None, (name, one))), view.axes, rows) for one, rows in sheets.items())
 
     def label(self, point: Point, axis: str) -> str:
-        """A value as a grid shows it; nothing where the model takes none."""
+        """A value as a grid shows it; empty where the model takes none."""
         if axis == "prompt":
             return printable(self.prompts[point.prompt])
         value = _short(getattr(point, axis))
@@ -147,19 +146,19 @@ class Exploration(BaseModel):
         return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
 
     def settings(self) -> str:
-        """The lists, for people."""
+        """The lists as text, for people."""
         lists = {"seed": self.seeds, "steps": self.steps, "guidance": self.guidance}
         return ", ".join(
             f"{name} {' '.join(map(_short, values))}" for name, values in lists.items() if values != (None,)
         )
 
     def text(self) -> str:
-        """The manifest."""
+        """The manifest as JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def _short(value: float | None) -> str:
-    """3.5 -> "3.5", 4.0 -> "4"; all digits where fewer would be another number."""
+    """A number as text, as short as is exact: 3.5 -> "3.5", 4.0 -> "4"."""
     return "" if value is None else f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
@@ -167,17 +166,17 @@ def _short(value: float | None) -> str:
 
 
 def numbers(row: Field, flag: str, given: Sequence[str] | None) -> list[Any]:
-    """The values of a list as in "4,8,28", each once; none if it was not given. UsageError by the row's bounds."""
+    """The values of a list as in "4,8,28", without duplicates; [] without a list. UsageError by the field's bounds."""
     parts = [part.strip() for text in given or () for part in text.split(",")]
     values = [replace(row, name=flag, multiple=False).parse(part) for part in parts]
     unique = list(dict.fromkeys(values))
     if len(unique) < len(values):
-        note(f"--{flag}: what stands there twice is drawn once")
+        note(f"--{flag}: repeated values are drawn once")
     return unique
 
 
 def seeds_of(given: Sequence[str] | None) -> list[int]:
-    """As `numbers`; `auto:8` is eight random ones, and so is -1 a single one (a habit of many tools)."""
+    """The seeds of a list, as `numbers`; `auto:8` gives eight random seeds, and -1, as in many tools, a single one."""
     text = ",".join(given or ("auto:1",)).strip()
     text = "auto:1" if text == "-1" else text
     if text.startswith("auto:"):
@@ -194,14 +193,14 @@ def plan_exploration(
     guidance: Sequence[str] | None = None,
     **options: Any,
 ) -> Exploration:
-    """What the flags ask for. fields: the requests' others; options: `cross`, `save_latents`, `metadata`.
+    """The exploration that the flags ask for. fields: of every request; options: `cross`, `save_latents`, `metadata`.
 
-    UsageError for anything that is wrong with any of its requests. What a user should know is told, once each.
+    UsageError for anything that is wrong with any of its requests. Their notes are printed, once each.
     """
     all_seeds, all_steps = seeds_of(seeds), numbers(FIELDS["num_steps"], "steps", steps)
     strengths, texts = numbers(FIELDS["guidance"], "guidance", guidance), list(dict.fromkeys(prompts))
     if len(texts) < len(prompts):
-        note("a prompt that stands there twice is drawn once")
+        note("repeated prompts are drawn once")
     fields = {**fields, "seed": all_seeds[0]}
     first, *others = [
         GenerationRequest(**fields, prompt=texts[0], num_steps=x, guidance=y)

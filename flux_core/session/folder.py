@@ -1,8 +1,8 @@
-"""A session's folder: what belongs into it, what of it is there, and how the rest gets there.
+"""A session's folder: which files belong to it, which of them exist, and how the others are written.
 
-`session.json` is the manifest, written whole before anything is drawn. A picture is there when its first place is: its
-latents come before it, its other places and its row in the table behind it, and what of that a sudden end left out is
-made up for from the picture itself. No torch.
+`session.json` is the manifest, written whole before anything is drawn. A picture counts as drawn when the first of its
+paths exists: its latents are written before it, its other paths and its row in the table after it, and what of these is
+missing after a sudden end is made from the picture itself. No torch.
 """
 
 import json
@@ -20,18 +20,18 @@ from ..files import disk_errors, write_whole
 from ..jsonfile import read_json
 from .exploration import Drawn, Exploration, Point
 from .record import NAME, append, mend, row_of
-from .sharing import lock_file, try_lock
+from .sharing import claim, end_claims, lock
 
 MANIFEST = "session.json"
 FORMAT = 1
-"""of the manifest; one with another number is left alone"""
+"""of the manifest; a manifest with another number is refused"""
 MAX_MANIFEST = 16 << 20
 """bytes: 1 MiB of prompts with every character escaped"""
-CLAIMS, RECORD = ".claims", ".metadata.lock"
+RECORD = ".metadata.lock"
 PNG_BYTES, LATENT_BYTES = 1.5, 1
 """for each pixel of a picture, about; latents are 16 numbers of up to 4 bytes for 64 pixels"""
 PATIENCE = 90
-"""seconds until a network's folder shows what another machine wrote"""
+"""seconds to wait until a network folder shows what another machine wrote"""
 PICTURE, LATENTS = ".png", ".safetensors"
 
 
@@ -52,17 +52,17 @@ class Session:
         return {point for point in self.asked.places if self.first(point).is_file()}
 
     def begin(self) -> None:
-        """Make the folder what it should be, but for what is to be drawn. Nobody else may be in it yet.
+        """Write the manifest, make all folders, and mend what an earlier end left, before other processes join.
 
         DiskError, also where the pictures would not fit.
         """
         if not (self.folder / MANIFEST).is_file():
             write_whole(self.folder / MANIFEST, self.asked.text())
-        for one in (self.folder, *(self.folder / view.folder for view in self.asked.views)):
-            with disk_errors(one):
-                one.mkdir(exist_ok=True)
-                for left in one.glob(".flux_core.*.tmp"):
-                    left.unlink()
+        for folder in (self.folder, *(self.folder / view.folder for view in self.asked.views)):
+            with disk_errors(folder):
+                folder.mkdir(exist_ok=True)
+                for temporary in folder.glob(".flux_core.*.tmp"):
+                    temporary.unlink()
         self.mend()
         size, free = self._bytes_missing(), shutil.disk_usage(self.folder).free
         if size > free:
@@ -72,7 +72,7 @@ class Session:
             )
 
     def _bytes_missing(self) -> float:
-        """About how much is still to be written."""
+        """Bytes that are still to be written, about."""
         there, request = self.there(), self.asked.request_of(next(iter(self.numbers)))
         missing = [point for point in self.asked.places if point not in there]
         latents = {None: 0, "last": len(missing), "every": sum(point.steps for point in missing)}
@@ -80,7 +80,7 @@ class Session:
         return per_pixel * request.width * request.height
 
     def mend(self) -> None:
-        """Other places and rows of every picture that is there."""
+        """Make the missing other paths and rows of every picture that exists."""
         with self.recording():
             for point, (first, *others) in self.asked.places.items():
                 for suffix in (LATENTS, PICTURE) if self.first(point).is_file() else ():
@@ -91,11 +91,11 @@ class Session:
                 mend(self.folder, [stems[0] + PICTURE for stems in self.asked.places.values()])
 
     def recording(self) -> AbstractContextManager[None]:
-        """One process at a time writes what others read."""
-        return lock_file(self.folder / RECORD)
+        """The lock under which the folder's record is changed."""
+        return lock(self.folder / RECORD)
 
     def settle(self, now: Drawn) -> None:
-        """Write down what the pictures are drawn with, or find it to be what they were begun with. UsageError."""
+        """Write dtype and weights into the manifest, or compare them with those in it: UsageError if they differ."""
         with self.recording():
             then = read_manifest(self.folder).drawn
             if then is None:
@@ -108,16 +108,13 @@ class Session:
                 )
 
     def claim(self, point: Point) -> AbstractContextManager[bool]:
-        """Whether the picture is ours to draw while the block runs: nobody else is at it."""
-        folder = self.folder / CLAIMS
-        with disk_errors(folder):
-            folder.mkdir(exist_ok=True)
-        return try_lock(folder / f"{self.numbers[point]}.lock")
+        """Reserve a picture for this process while the block runs. False: another process is drawing it."""
+        return claim(self.folder, str(self.numbers[point]))
 
     def keep(self, point: Point, picture: bytes, latents: bytes | None) -> None:
-        """Write a picture to its places, and its row behind it. DiskError; then it is missing, or there."""
+        """Write a picture to all its paths, then its row. After a DiskError the picture is missing or whole."""
         first, *others = self.asked.places[point]
-        with self.recording():  # whoever mends the table sees no picture before its row
+        with self.recording():  # so that no other process finds the picture without its row
             for suffix, data in ((LATENTS, latents), (PICTURE, picture)):
                 if data is not None:
                     write_whole(self.path(first, suffix), data)
@@ -127,13 +124,13 @@ class Session:
                 append(self.folder / NAME, row_of(self.folder, first + PICTURE))
 
     def end(self) -> None:
-        """Everything in order, and nothing left that only the work needed."""
+        """Make what is missing beside the pictures, and remove the claims."""
         self.mend()
-        shutil.rmtree(self.folder / CLAIMS, ignore_errors=True)
+        end_claims(self.folder)
 
 
 def _link(path: Path, other: Path) -> None:
-    """The same file under another name; a copy where there are no hard links, or where something has the name."""
+    """Hard-link a file to another name; copy it where there are no hard links, or where the name is taken."""
     try:
         os.link(path, other)
     except OSError:
@@ -141,7 +138,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def new_folder(parent: Path, now: float | None = None) -> Path:
-    """A folder named by the time, and nobody else's: two in one second, or a clock that goes back, count on."""
+    """Make a folder named by the time. Where the name is taken (a second session in that second), a number is added."""
     stem = time.strftime("exploration_%Y-%m-%d_%H-%M-%S", time.localtime(now))
     for number in count():
         folder = parent / (f"{stem}_{number}" if number else stem)
@@ -155,7 +152,7 @@ def new_folder(parent: Path, now: float | None = None) -> Path:
 
 
 def read_manifest(folder: Path) -> Exploration:
-    """A folder's manifest. FileError when it has none, UsageError with the line when it is damaged or another's."""
+    """A folder's manifest. FileError when there is none, UsageError with the line when it is damaged or not ours."""
     path = folder / MANIFEST
     if not path.is_file():
         raise FileError(f"{folder} holds no {MANIFEST}, so it is no session's folder: give the one to go on with")
@@ -179,13 +176,13 @@ def read_manifest(folder: Path) -> Exploration:
 
 
 def _line(path: Path, key: str) -> int:
-    """Where a key stands, for people."""
+    """The number of the first line that has a key, for an error message."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((number for number, line in enumerate(lines, 1) if json.dumps(key) in line), 1)
 
 
 def wait_for_manifest(folder: Path) -> Exploration:
-    """The manifest that another process wrote, maybe on another machine."""
+    """The manifest, as soon as another process, maybe on another machine, has written it."""
     deadline = time.monotonic() + PATIENCE
     while not (folder / MANIFEST).is_file() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,7 +1,7 @@
-"""Latents as files: what a picture was before it was decoded, and after every step if asked for.
+"""Latents as safetensors files: those that a picture was decoded from, and those after every step if asked for.
 
-Tensors [1, 16, 2*ceil(height/16), 2*ceil(width/16)] in the dtype that drew them: `latents` is what was decoded,
-`step_1`, `step_2`, … what stood after those steps. The picture's request rides along, under its own key.
+Tensors [1, 16, 2*ceil(height/16), 2*ceil(width/16)] in the dtype of the drawing: `latents` was decoded, `step_1`,
+`step_2`, … are the latents after those steps. The metadata holds the picture's request, under the key of pictures.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ LAST = "latents"
 
 
 class Latents:
-    """A step callback that keeps the latents of one picture: of its last step, or of every one."""
+    """A step callback that keeps the latents of a picture: of its last step, or of every step."""
 
     def __init__(self, request: GenerationRequest, every: bool) -> None:
         self.request, self.every = request, every
@@ -38,7 +38,7 @@ class Latents:
             self.tensors[name] = unpack(step.x, height, width).cpu().contiguous()
 
     def data(self, recorded: str | None) -> bytes:
-        """The whole file. recorded: the request as the picture holds it, if it does."""
+        """The file as bytes. recorded: the request as the picture holds it, or None if it holds none."""
         return save(self.tensors, {KEY: recorded} if recorded else None)  # of two keys the order would be by chance
 
 

@@ -1,9 +1,8 @@
 """A session's `metadata.csv`: a row for every picture, with all that repeats it.
 
-The first columns are those that exploration notebooks have, ours stand behind them. `Request` is the truth: the JSON
-that the picture itself carries. So the table can be made from the pictures, and is, where rows are missing; what a file
-of ours never holds (a byte order mark, CR, NUL, other columns) is refused by its line. A last line without an end was
-cut off while it was written and counts for nothing.
+The first columns are those of exploration notebooks, ours follow them. `Request` is what counts: the JSON that the
+picture itself carries. So missing rows are made from the pictures. What we never write (a byte order mark, CR, NUL,
+other columns) is refused with its line. A last line without an end was cut off while it was written, and is ignored.
 """
 
 import csv
@@ -29,12 +28,12 @@ COLUMNS = (
 )
 Row = dict[str, str]
 _FILE = re.compile(r"\w+_images/[\w.+-]+\.png")
-"""names of our own only: no row can point out of its folder"""
+"""our own names only, so that no row can point outside its folder"""
 csv.field_size_limit(1 << 24)  # by itself 131,072 characters, fewer than a long prompt takes as JSON
 
 
 def row_of(folder: Path, file: str) -> Row:
-    """The row of a picture, from what it says of itself. FileError, UsageError."""
+    """The row of a picture, from its own metadata. FileError, UsageError."""
     text = read_texts(folder / file).get(KEY)
     if text is None:
         raise UsageError(f"{folder / file} does not say how it was made: move it away, and it is drawn again")
@@ -58,7 +57,7 @@ def row_of(folder: Path, file: str) -> Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """One row more, on the disk when this returns; what cannot be written whole is taken back. DiskError."""
+    """Append a row, on the disk when this returns. A row that cannot be written whole is removed again. DiskError."""
     with disk_errors(path), path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         data = _text([list(row.values())]).encode()
@@ -72,7 +71,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def mend(folder: Path, files: Sequence[str]) -> None:
-    """Make it the table of those of the pictures that are there, in their order; rows that it has stay as they are."""
+    """Make the table hold the rows of all `files` that exist, in their order. Rows that it has are kept as they are."""
     path = folder / NAME
     known = {row["File"]: row for row in read_rows(path)} if path.is_file() else {}
     rows = [known.get(file) or row_of(folder, file) for file in files if (folder / file).is_file()]
@@ -88,7 +87,7 @@ def _text(rows: Iterable[Sequence[str]]) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that are whole. FileError when the file cannot be read, UsageError with the line of what is wrong."""
+    """The whole rows of a table. FileError when it cannot be read, UsageError with the line of what is wrong."""
     rows = []
     for line, record in _records(path, _read(path)):
         try:
@@ -126,7 +125,7 @@ def _read(path: Path) -> str:
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of every row: it ends where a line does, but not inside quotes."""
+    """Line number and text of every row. A row ends where a line ends outside quotes."""
     first, lines, quotes = 1, [], 0
     for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
         lines.append(line)

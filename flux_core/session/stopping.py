@@ -1,4 +1,4 @@
-"""Ctrl-C while a long piece of work goes on: once finishes what is begun, twice stops at once."""
+"""Ctrl-C during long work: the first finishes the picture that is begun, the second stops at once."""
 
 import os
 import signal
@@ -12,23 +12,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Turns SIGINT and SIGTERM into a request, while `finishing`; elsewhere they raise KeyboardInterrupt at once."""
+    """SIGINT and SIGTERM as a request, inside `finishing`; outside it they raise KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.asked = self._finishing = False
 
     def check(self) -> None:
-        """KeyboardInterrupt if somebody asked: to be called where nothing is half done."""
+        """Raise KeyboardInterrupt if a signal has come. Call it where nothing is half done."""
         if self.asked:
             raise KeyboardInterrupt
 
     @contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Signals are heard while the block runs; only the main thread can hear."""
+        """Handle signals while the block runs; outside the main thread, where Python allows no handlers, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield self
         finally:
@@ -37,14 +37,14 @@ class Stop:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """The block calls `check` between what is not to be broken off."""
+        """Postpone signals while the block runs, which calls `check` between its indivisible parts."""
         self._finishing = True
         try:
             yield
         finally:
             self._finishing = False
 
-    def _hear(self, number: int, frame: FrameType | None) -> Any:
+    def _handle(self, number: int, frame: FrameType | None) -> Any:
         if not self._finishing or (self.asked and number == signal.SIGINT):
             raise KeyboardInterrupt
         if not self.asked:

@@ -23,6 +23,7 @@ from ..checkpoint.read import check_dtypes
 from ..checkpoint.scales import find_scales, to_dense
 from ..checkpoint.source import find_source
 from ..checkpoint.tensors import opened, reserve
+from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..variants import Variant
 
@@ -41,6 +42,7 @@ class TextEncoder(nn.Module):
         self.max_length = max_length
         self.dtype = dtype
 
+    @plain_defaults()
     def tokens(self, prompts: list[str]) -> Tensor:
         """Token ids, int64 [B, max_length], on the CPU."""
         padded = self.tokenizer(
@@ -48,6 +50,7 @@ class TextEncoder(nn.Module):
         )
         return padded.input_ids
 
+    @plain_defaults()
     def forward(self, prompts: list[str]) -> Tensor:
         """[B, max_length, D] from T5, [B, D] from CLIP, in `dtype`."""
         ids = self.tokens(prompts).to(next(self.model.parameters()).device)
@@ -62,6 +65,7 @@ class TextEncoder(nn.Module):
         return prompt[found["offset_mapping"][first_cut][0] :].strip() or None
 
 
+@plain_defaults()
 def load_text_encoders(
     variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[TextEncoder, TextEncoder]:
@@ -104,7 +108,7 @@ def load_encoder(
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
     # transformers knows whose place a name means, but takes every tensor to the CPU on its way there. So it is given
     # stand-ins, one number each, and the tensors follow by themselves.
-    stand_ins = {name: torch.empty((), dtype=dtype).expand(source.shapes[name]) for name in mine}
+    stand_ins = {name: torch.empty((), dtype=dtype, device="cpu").expand(source.shapes[name]) for name in mine}
     state = {bare: stand_ins[name] for name, bare in mine.items()}
     try:
         model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)

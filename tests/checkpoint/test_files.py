@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,11 +93,10 @@ def test_a_wrong_file_is_answered_before_torch(checkpoints):
     assert done.stdout == "FileError\n"
 
 
-def test_the_header_of_24_gigabytes_is_read_at_once(checkpoints, capsys):
+def test_of_24_gigabytes_only_the_header_is_read(checkpoints, reads, capsys):
     path = checkpoints / "flux-dev.safetensors"
-    before = time.perf_counter()
     assert main(["info", str(path)]) == 0
-    assert time.perf_counter() - before < 1
+    assert 0 < sum(came for _, came in reads) < 2**20
     out = capsys.readouterr().out
     assert "a FLUX.1 transformer of FLUX.1-dev's kind (dev, Krea, Kontext)" in out
     assert f"tensors: 780 (780 BF16), {path.stat().st_size:,} bytes" in out

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,11 +82,10 @@ def test_row_3_truncated_in_the_data(good):
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9])
-def test_row_4_a_header_that_lies_about_its_length(tmp_path, length):
+def test_row_4_a_header_that_lies_about_its_length(tmp_path, reads, length):
     (tmp_path / "x").write_bytes(assemble({"a": entry()}, bytes(8), length))
-    before = time.perf_counter()
     assert "first bytes are damaged" in told(tmp_path / "x")
-    assert time.perf_counter() - before < 0.1
+    assert reads and max(asked for asked, _ in reads) < 2**20  # no memory is asked for by the file's own word
 
 
 @pytest.mark.parametrize("off", [-5, -1, 1, 5])

@@ -190,7 +190,8 @@ def test_random_seeds_are_as_many_as_asked_and_told(capsys):
 def test_what_stands_there_twice_is_drawn_once_and_told(capsys):
     assert len(planned(["a", "b", "a"], seeds="1, 1,2", guidance="3.50,3.5").places) == 2 * 3
     err = capsys.readouterr().err
-    assert "--seeds: what stands there twice" in err and "--guidance: what" in err and "a prompt that" in err
+    assert all(f"{what} are drawn once" in err for what in ("--seeds: repeated values", "--guidance: repeated values"))
+    assert "repeated prompts are drawn once" in err
 
 
 WRONG = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from random_model import write_scorer
+from workshop import Workshop
 
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.errors import FileError, UsageError
@@ -130,14 +131,26 @@ def test_vital_blocks_by_number_by_threshold_or_by_the_papers_share(small, tmp_p
     assert choose(rows, top=99)[0] == BLOCKS
 
 
-def test_every_picture_is_drawn_once_whoever_shares_the_work(small, tmp_path):
-    study = study_of(tmp_path)
-    groups = study.groups(batch=3)
-    for world in (1, 2, 5):
-        shares = [groups[rank::world] for rank in range(world)]
-        tasks = [task for share in shares for group in share for task in group]
-        assert len(tasks) == len(set(tasks)) == 4 * (1 + len(BLOCKS))
+def test_batches_have_every_picture_once_and_one_block_each(small, tmp_path):
+    groups = study_of(tmp_path).groups(batch=3)
+    tasks = [task for group in groups for task in group]
+    assert len(tasks) == len(set(tasks)) == 4 * (1 + len(BLOCKS))
     assert all(len({task.block for task in group}) == 1 for group in groups)
+
+
+def test_a_picture_is_claimed_by_one_process_at_a_time(small, tmp_path):
+    mine, theirs = study_of(tmp_path), study_of(tmp_path)
+    mine.folder.mkdir()
+    first, second, *_ = mine.groups(batch=2)
+    with mine.claimed(first) as claimed, theirs.claimed([*first, *second]) as others:
+        assert claimed == first and others == second
+    picture = mine.path(first[0])
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    with theirs.claimed(first) as claimed:
+        assert claimed == first[1:]
+    mine.end()
+    assert [path.name for path in mine.folder.iterdir()] == ["images"]
 
 
 # The study -----------------------------------------------------------------------------------------
@@ -303,6 +316,51 @@ def test_a_killed_study_resumes_and_processes_share_the_rest(scorer, tmp_path):
     assert len(after) == 13 and before.items() <= after.items()
     assert not list((tmp_path / "study" / "images").rglob("*_1.png"))
     assert (tmp_path / "study" / "importance.png").is_file()
+
+
+SMALL_MODEL = """
+from pathlib import Path
+from random_model import small_variant
+import flux_core.commands.importance, flux_core.pipeline
+from flux_core.hub import places
+from flux_core.variants import VARIANTS
+flux_core.pipeline.load_pipeline = flux_core.pipeline.pipeline.load_pipeline
+places.ROOTS = (Path({root!r}),); VARIANTS["flux-mini"] = small_variant()
+flux_core.commands.importance.WAIT = 0.1
+"""
+HANGING = """
+import time
+from flux_core.methods.importance import Study
+Study.draw = lambda *_: time.sleep(600)
+"""
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_had_claimed_is_drawn_by_the_first_one(flags, small_root, tmp_path):
+    workshop, folders = Workshop(), [tmp_path / "second", tmp_path / "first"]
+    try:
+        ready = SMALL_MODEL.format(root=str(small_root))
+        for folder in folders:
+            folder.mkdir()
+        second = workshop.start(folders[0], *flags, before=ready + HANGING, RANK="1", WORLD_SIZE="2")
+        until(lambda: list((tmp_path / "study").glob(".claims/*.lock")))
+        first = workshop.start(folders[1], *flags, before=ready, RANK="0", WORLD_SIZE="2")
+        until(lambda: "waiting for 2 pictures" in (folders[1] / "log").read_text())
+        assert len(pictures_in(tmp_path / "study")) == 22  # all but the batch that the second process hangs in
+        os.kill(second, signal.SIGKILL)
+        assert workshop.wait(second, folders[0]).code == -signal.SIGKILL
+        code, log = workshop.wait(first, folders[1])
+    finally:
+        workshop.close()
+    assert code == 0 and len(pictures_in(tmp_path / "study")) == 24, log
+    assert (tmp_path / "study" / "vital.json").is_file() and not (tmp_path / "study" / ".claims").exists()
 
 
 def test_a_scorer_on_the_hub_without_a_network_is_told(tmp_path):

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "weights" / "recipe
 import train_scorer
 from palette import COLOURS
 from render import Atlas, make_atlas
-from scenes import SceneBatch, plain_names
+from scenes import SceneBatch
 from shapes import SHAPES
-from sprites import Sprites
+from sprites import Sprites, plain_names
 from train_scorer import (
     CONFIG,
     Scorer,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palette import COLOUR_ID, COLOURS
-from sprites import Sprites, load_sprites
+from sprites import Sprites, load_sprites, plain_names
 from words import is_mass, is_plural
 
 FILE = Path(__file__).with_name("heldout.json")
@@ -85,8 +85,6 @@ def is_part(name: str, meta: Sprites) -> bool:
 
 
 def draw(meta: Sprites, seed: int = SEED) -> dict[str, list]:
-    from scenes import plain_names
-
     rng = random.Random(seed)
     names = clear_names(meta)
     plain = {meta.names[i] for i in plain_names(meta)}

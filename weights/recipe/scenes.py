@@ -26,7 +26,7 @@ from captions import Scene, Thing, write_captions
 from heldout import HeldOut, load_heldout
 from palette import BACKGROUNDS, COLOUR_ID, COLOURS
 from shapes import SHAPES
-from sprites import Sprites
+from sprites import Sprites, plain_names
 from words import is_mass, is_plural
 
 KINDS = ("single", "recolour", "pair", "count", "shape")
@@ -164,25 +164,6 @@ class Pools:
 
 def has_colour(name: str) -> bool:
     return any(w in COLOUR_ID for w in name.replace("-", " ").split())
-
-
-def plain_names(meta: Sprites) -> dict[int, str]:
-    """Sprites that can be recoloured, with their names less any colour: "red apple" -> "apple".
-
-    Not among them: what without its colour is another sprite ("black cat"), the second of the same rest
-    ("green apple"), and what a shape is called ("ring").
-    """
-    taken = set(meta.names) | {n for names in SHAPES for n in names}
-    shapes = {n for names in SHAPES for n in names}
-    plain: dict[int, str] = {}
-    for i, name in enumerate(meta.names):
-        if not meta.countable[i]:
-            continue
-        rest = " ".join(w for w in name.split() if w not in COLOUR_ID)
-        if (rest == name and name not in shapes) or (rest and rest not in taken):
-            plain[i] = rest
-            taken.add(rest)
-    return plain
 
 
 # Scenes --------------------------------------------------------------------------------------------

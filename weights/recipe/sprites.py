@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from palette import BACKGROUNDS, COLOUR_ID
 from PIL import Image
+from shapes import SHAPES
 from torch import Tensor
 
 TONE_SHARE = 0.04
@@ -131,6 +132,25 @@ def is_countable(name: str, group: str, subgroup: str) -> bool:
     if subgroup == "heart":
         return name.endswith(" heart") and len(name.split()) == 2
     return len(name.split()) <= 3 and not TWINS.search(name)
+
+
+def plain_names(meta: Sprites) -> dict[int, str]:
+    """Sprites that can be recoloured, with their names less any colour: "red apple" -> "apple".
+
+    Not among them: what without its colour is another sprite ("black cat"), the second of the same rest
+    ("green apple"), and what a shape is called ("ring").
+    """
+    taken = set(meta.names) | {n for names in SHAPES for n in names}
+    shapes = {n for names in SHAPES for n in names}
+    plain: dict[int, str] = {}
+    for i, name in enumerate(meta.names):
+        if not meta.countable[i]:
+            continue
+        rest = " ".join(w for w in name.split() if w not in COLOUR_ID)
+        if (rest == name and name not in shapes) or (rest and rest not in taken):
+            plain[i] = rest
+            taken.add(rest)
+    return plain
 
 
 def _key(hexcode: str) -> str:

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from palette import COLOURS
 from render import LUMA, Atlas, all_rgba, make_atlas, render
-from scenes import SceneBatch, plain_names, sample_scenes
-from sprites import Sprites, load_sprites
+from scenes import SceneBatch, sample_scenes
+from sprites import Sprites, load_sprites, plain_names
 from torch import Tensor, nn
 from trainer import Trainer, say, stage_arguments
 from transformers import Dinov2Config, Dinov2Model
