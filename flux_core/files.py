@@ -13,9 +13,9 @@ _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "your disk quota is used up: free some space",
     errno.EFBIG: "files may not grow so large here: raise the limit",
-    errno.EROFS: "the file system is read-only: choose another folder with --output-dir",
-    errno.EACCES: "no permission to write there: choose another folder with --output-dir",
-    errno.EPERM: "no permission to write there: choose another folder with --output-dir",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "no permission to write there: choose another folder",
+    errno.EPERM: "no permission to write there: choose another folder",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.ENOTDIR: "a file is in the way: choose another folder",
     errno.EEXIST: "a file is in the way: choose another folder",
@@ -31,12 +31,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         raise DiskError(f"cannot write {path}: {reason}") from None
     except ValueError as error:
+        if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
+            raise  # not the path's
         raise UsageError(f"{str(path)!a} is no path: {error}") from None
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with `~` and `~name` expanded. UsageError where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: there is no home folder for ~ here. Next: write the path out, or set HOME."
+        ) from None
+
+
 def prepare_folder(folder: str | Path) -> Path:
-    """The folder, made if need be and proven writable before minutes are spent on a picture for it."""
-    folder = Path(folder)
+    """The folder, with `~` expanded, made if need be and proven writable before minutes are spent on a picture."""
+    folder = user_path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(folder)

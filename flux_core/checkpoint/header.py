@@ -23,6 +23,15 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
+WEIGHT_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""the dtypes that weights may have, the file's word -> torch's; `scales.py` finds what fp8 is multiplied with"""
 MAX_HEADER = 100_000_000
 """bytes, as in the library"""
 MAX_TENSORS = 20_000

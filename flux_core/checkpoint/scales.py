@@ -9,19 +9,19 @@
 
 In all of them weight = codes * scale, with one scale for the tensor, one for each row, or (kohya's scripts) one for
 each of a row's blocks, [N, blocks, 1]. Scales of inputs come from a calibration; `linears/fp8.py` finds its own for
-every token, so they are left out.
+every token, so they are left out. torch is imported only where tensors are.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FileError
-from ..linears.fp8 import E4M3, quantize_rows
+from .header import WEIGHT_DTYPES
 from .source import Source
-from .tensors import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SCALES = ("weight_scale", "scale_weight")
 BESIDE = ("input_scale", "scale_input", "comfy_quant")
@@ -53,7 +53,7 @@ def find_scales(source: Source, prefix: str = "") -> Scales:
     of = {name: stem + end for stem, name in stems.items() for end in SCALES if stem + end in shapes}
     for name, scale in of.items():
         kinds = dtypes[name], dtypes[scale]
-        if kinds[0] not in DTYPES or kinds[1] not in FLOATS or not _fits(shapes[scale], shapes[name]):
+        if kinds[0] not in WEIGHT_DTYPES or kinds[1] not in FLOATS or not _fits(shapes[scale], shapes[name]):
             raise FileError(
                 f"{source.path} is quantized in a way that is not known here: {name} is {kinds[0]} "
                 f"{list(shapes[name])}, {scale} {kinds[1]} {list(shapes[scale])}. "
@@ -73,7 +73,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return scale in (weight[:1], (weight[0], 1)) or (in_blocks and scale[1] > 0 and weight[1] % scale[1] == 0)
 
 
-def to_dense(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def to_dense(weight: "Tensor", scale: "Tensor | None", dtype: "torch.dtype") -> "Tensor":
     """The plain weight: codes times scale, rounded once."""
     if scale is None:
         return weight.to(dtype)
@@ -83,8 +83,12 @@ def to_dense(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
     return (weight.float().reshape(*blocks.shape[:2], -1) * blocks).reshape(weight.shape).to(dtype)
 
 
-def as_fp8(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def as_fp8(weight: "Tensor", scale: "Tensor | None") -> "tuple[Tensor, Tensor]":
     """e4m3 [N, K] and fp32 [N]. What is e4m3 already keeps its codes; else bf16 is quantized, by rows."""
+    import torch
+
+    from ..linears.fp8 import E4M3, quantize_rows
+
     rows = len(weight)
     if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, rows)):
         codes, found = quantize_rows(to_dense(weight, scale, torch.bfloat16))

@@ -13,19 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..terminal import note
-from .header import Entry, Header, open_file, read_into
+from .header import WEIGHT_DTYPES, Entry, Header, open_file, read_into
 from .source import Source
 from .stream import stream_to_device
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""what weights may be written in, by the file's word for it; `scales.py` finds what fp8 is multiplied with"""
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name) for word, name in WEIGHT_DTYPES.items()}
+"""the dtypes that weights may have, by the file's word"""
 READABLE = DTYPES | {
     "BOOL": torch.bool,
     "U8": torch.uint8,

@@ -1,17 +1,16 @@
 """`verify FILE`: whether a file of weights is whole, and every number in it finite."""
 
-from pathlib import Path
-
 from tqdm import tqdm
 
 from ..checkpoint.source import find_source
 from ..errors import FileError
+from ..files import user_path
 from ..terminal import no_bars, tell
 
 
 def verify(file: str) -> str:
     """A line for a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
-    source = find_source(Path(file))
+    source = find_source(user_path(file))
 
     from ..checkpoint.tensors import opened  # and with it torch
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.check import check_part
+from ..checkpoint.contents import find_contents
 from ..checkpoint.files import encoder_config, text_files
-from ..checkpoint.identify import Part, identify
-from ..checkpoint.layouts import NOT_OURS, tokenizer_class
-from ..checkpoint.read import check_dtypes
-from ..checkpoint.scales import find_scales, to_dense
-from ..checkpoint.source import find_source
+from ..checkpoint.identify import Part
+from ..checkpoint.layouts import tokenizer_class
+from ..checkpoint.read import note_precision
+from ..checkpoint.scales import to_dense
 from ..checkpoint.tensors import opened, reserve
 from ..errors import FileError
 from ..variants import Variant
@@ -87,31 +88,29 @@ def load_encoder(
 ) -> Any:
     """A text encoder, frozen, from a file or a folder of any layout, tensor by tensor. FileError says what is wrong.
 
-    Its sizes come from the config.json beside the weights, from that of the model that ships, or from the row.
+    Its sizes come from the config.json beside the weights, from that of the model that ships, or from the variant.
     """
-    source = find_source(path)
-    found = identify(source.shapes, part)
-    if found.part != part:
-        raise FileError(f"{path}: the text encoder could not be read: this is {found.text}.")
-    mine = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
-    mine = {name: bare for name, bare in mine.items() if not bare.startswith(NOT_OURS) and "position_ids" not in bare}
-    scales = find_scales(source, found.prefix)
-    mine = {name: bare for name, bare in mine.items() if name not in scales.names}
-    check_dtypes(path, {name: source.dtypes[name] for name in mine}, dtype)
+    contents = find_contents(path, part)
+    source, scales = contents.source, contents.scales
+    if contents.found.part != part:
+        raise FileError(f"{path}: the text encoder could not be read: this is {contents.found.text}.")
+    check_part(contents, variant)
+    note_precision(contents, dtype)
     try:
         config = kind.config_class.from_dict(encoder_config(variant, part, path))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    # transformers knows whose place a name means, but takes every tensor to the CPU on its way there. So it is given
-    # stand-ins, one number each, and the tensors follow by themselves.
-    stand_ins = {name: torch.empty((), dtype=dtype).expand(source.shapes[name]) for name in mine}
-    state = {bare: stand_ins[name] for name, bare in mine.items()}
+    # transformers knows which parameter has which name, but moves every tensor to the CPU first. So it is given
+    # stand-ins of one number each, whose places the tensors take afterwards.
+    stand_ins = {name: torch.empty((), dtype=dtype).expand(shape) for name, shape in contents.shapes.items()}
     try:
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=stand_ins, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{path}: the text encoder could not be read: {error}") from error
     _all_there(info, path, "text encoder")
-    named = {x.data_ptr(): name for name, x in stand_ins.items()}
+    named = {x.data_ptr(): contents.names[name] for name, x in stand_ins.items()}
     places = {named[place.data_ptr()]: place for place in model.parameters()}
     order = sorted(places, key=source.spans.__getitem__)
     reserve(device, (place.numel() * dtype.itemsize for place in places.values()))

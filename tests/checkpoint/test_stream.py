@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from flux_core.checkpoint import header, load_autoencoder, load_flux, read, stream, tensors, to_diffusers
 from flux_core.checkpoint.files import text_files
-from flux_core.checkpoint.source import INDEX, Span, find_source
+from flux_core.checkpoint.source import Span, find_source
 from flux_core.checkpoint.write import write_safetensors
 from flux_core.errors import FileError
 from flux_core.linears.fp8 import Fp8Linear, quantize
@@ -50,7 +50,7 @@ def shards(tmp_path_factory):
         }
         write_safetensors(folder / file, state)
         where |= dict.fromkeys(state, file)
-    (folder / f"x{INDEX}").write_text(json.dumps({"weight_map": where}))
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return find_source(folder)
 
 
