@@ -16,6 +16,7 @@ from ..checkpoint.identify import Part
 from ..device.memory import fit, shares
 from ..device.threads import set_threads
 from ..errors import FluxError
+from ..files import user_path
 from ..hub import client as hub
 from ..hub.places import embedded_folder
 from ..terminal import tell
@@ -147,7 +148,8 @@ def _token() -> list[str]:
 
 
 def _endpoint() -> list[str]:
-    return [hub.endpoint() + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
+    origin = ", from .env" if hub.endpoint_of_env_file() else ""
+    return [hub.endpoint() + origin + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
 
 
 def _cache() -> list[str]:
@@ -173,7 +175,7 @@ def _files(variant: Variant) -> list[str]:
 def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
     for name in variables:
         if value := os.environ.get(name):
-            there = "" if Path(value).expanduser().exists() else ", which does not exist"
+            there = "" if user_path(value).exists() else ", which does not exist"
             return f"{name}={value}{there}"
     try:
         own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts, too
