@@ -1,4 +1,4 @@
-"""Whether the files of a model hold just its tensors, by their headers: told before torch is imported. No torch."""
+"""Check that the files of a model hold just its tensors, by their headers, before torch is imported. No torch."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -8,7 +8,7 @@ What is more:
 - its autoencoder's attention has Linears [C, C] where the official one has 1x1 convolutions [C, C, 1, 1];
 - its decoder counts levels from the coarsest, the official one from the finest;
 - its MLPs are always 4 times as wide as the block. A narrower one is widened with zeros, which add nothing
-  since GELU(0) = 0, and is cut back on the way home.
+  since GELU(0) = 0, and is cut off on the way back.
 
 Going there and back gives the same bytes. Tensors are views of what was given wherever no values had to move.
 """
@@ -48,7 +48,7 @@ def from_diffusers(state: State, params: Params) -> dict[str, Tensor]:
 def streamed_from_diffusers(
     get: Callable[[str], Tensor], pairs: Iterable[Pair], params: Params
 ) -> Iterator[tuple[str, Tensor]]:
-    """Official names and tensors, one by one, from a function that gives a tensor by its diffusers name."""
+    """Official names and tensors, one after the other, from a function that returns a tensor by its diffusers name."""
     for pair in pairs:
         yield pair.official, _joined([get(name) for name in pair.diffusers], pair.how, params)
 
@@ -71,7 +71,7 @@ def _cut(x: Tensor, count: int, params: Params) -> list[Tensor]:
 
 
 def _joined(parts: list[Tensor], how: str, params: Params) -> Tensor:
-    """The official tensor of those that it is cut into. A function, so that nothing here holds on to the parts."""
+    """The official tensor, joined of those that it is cut into. A function, so that the parts are freed at its end."""
     parts[-1] = _back(parts[-1], how, params)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -2,7 +2,7 @@
 
 | layout | beside `X.weight` in e4m3 (or e5m2) | elsewhere |
 | --- | --- | --- |
-| plain | nothing: the numbers stand for themselves | |
+| plain | nothing: the numbers are the weights | |
 | ours | `X.weight_scale`, fp32 [N] | metadata `quantization` |
 | ComfyUI, older | `X.scale_weight`, perhaps `X.scale_input` | an empty tensor `scaled_fp8` |
 | ComfyUI, newer | `X.weight_scale`, perhaps `X.input_scale`, `X.comfy_quant` | or metadata `_quantization_metadata` |
@@ -32,16 +32,16 @@ METADATA = {"quantization": "float8_e4m3fn, fp32 weight_scale for each row"}
 
 
 class Scales(NamedTuple):
-    """What of a file is no weight, but says how to read one."""
+    """The tensors of a file that are no weights, but say how to read them."""
 
     of: dict[str, str]
     """a weight's name in the file -> its scale's"""
     names: frozenset[str]
-    """all such tensors: scales, and what is left out"""
+    """all such tensors: scales, and those that are left out"""
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Those names, and behind each its scale, if it has one."""
-        return [one for name in names for one in (name, self.of.get(name)) if one]
+        return [found for name in names for found in (name, self.of.get(name)) if found]
 
 
 def find_scales(source: Source, prefix: str = "") -> Scales:
@@ -64,7 +64,7 @@ def find_scales(source: Source, prefix: str = "") -> Scales:
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """One for the tensor, one for each row, or one for each of a row's blocks."""
+    """Whether a scale has one number for the tensor, one for each row, or one for each of a row's blocks."""
     if scale in ((), (1,), (1, 1)):
         return True
     if len(weight) != 2 or not weight[1]:

@@ -21,7 +21,7 @@ MAX_INDEX = 16 << 20
 
 
 class Span(NamedTuple):
-    """Where a tensor's bytes are. Their order is that of files and of places in a file."""
+    """The place of a tensor's bytes. Spans sort by file, then by place."""
 
     path: Path
     start: int
@@ -62,8 +62,8 @@ class Source:
 def find_source(path: Path) -> Source:
     """The files behind a path: itself, or a folder's one set of weights. FileError where it has none, or several.
 
-    A set is one file, or the shards that an index names or that are numbered through. A variant (`model.fp16`) is left
-    alone where the plain set (`model`) is there, too.
+    A set is one file, or the shards that an index names or that are numbered. A variant (`model.fp16`) is ignored where
+    the folder has the plain set (`model`), too.
     """
     if not path.is_dir():
         return Source(path, (read_header(path),))
@@ -107,7 +107,7 @@ def _listed(folder: Path) -> list[Path]:
 
 def _plain(sets: dict[str, T], names: set[str]) -> dict[str, T]:
     """Those sets that are no variants of another."""
-    return {name: one for name, one in sets.items() if not any(name.startswith(f"{other}.") for other in names)}
+    return {name: files for name, files in sets.items() if not any(name.startswith(f"{x}.") for x in names)}
 
 
 def _whole(files: list[Path]) -> list[Path] | None:

@@ -51,7 +51,7 @@ def scorer_folder(name: str) -> Path:
 
 
 def hub_file(repo: str, name: str) -> Path:
-    """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
+    """A file of a hub repository, downloaded once. AccessError, FileError or DiskError."""
     fetch(repo, name)
     with hub_errors(repo, name) as access:
         from huggingface_hub import hf_hub_download

@@ -1,4 +1,4 @@
-"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens, and CLIP's one vector.
+"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens and CLIP's pooled vector.
 
 As in the official code, a prompt is padded to a fixed number of tokens and no attention mask is given:
 padding attends and is attended to, so the length is part of the result. CLIP cuts at 77 tokens without a
@@ -169,8 +169,8 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except (AttributeError, OSError, ValueError) as error:
         raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
-    if len(tokenizer) > (rows := model.config.vocab_size):
-        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}.")
+    if len(tokenizer) > (known := model.config.vocab_size):
+        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {known}.")
     return tokenizer
 
 
