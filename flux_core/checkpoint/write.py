@@ -20,7 +20,7 @@ from ..files import disk_errors
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, on the disk before it takes its name. DiskError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with disk_errors(path):
+    with disk_errors(path, "--output"):
         try:
             tensors = {name: x.detach().contiguous() for name, x in state.items()}
             _save(tensors, part, {"format": "pt", **(metadata or {})})
@@ -62,7 +62,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is left as it is. Next: name another folder.")
-    with disk_errors(folder):
+    with disk_errors(folder, "--output"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:

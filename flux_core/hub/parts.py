@@ -138,7 +138,7 @@ def file_sha256(path: Path, name: str) -> str:
 
 
 def _link_twin(target: Path, file: HubFile) -> bool:
-    """Link a file with the same bytes from another repository's cache (dev and schnell share T5). False if there is none."""
+    """Link a file with the same bytes from another repository's cache (dev and schnell share T5), if there is any."""
     for twin in _twins(file):
         with suppress(OSError):  # a disk without hard links
             if file_sha256(twin, file.name) == file.sha256:
