@@ -13,9 +13,9 @@ _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "your disk quota is used up: free some space",
     errno.EFBIG: "files may not grow so large here: raise the limit",
-    errno.EROFS: "the file system is read-only: choose another folder with --output-dir",
-    errno.EACCES: "no permission to write there: choose another folder with --output-dir",
-    errno.EPERM: "no permission to write there: choose another folder with --output-dir",
+    errno.EROFS: "the file system is read-only: choose another folder with {flag}",
+    errno.EACCES: "no permission to write there: choose another folder with {flag}",
+    errno.EPERM: "no permission to write there: choose another folder with {flag}",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.ENOTDIR: "a file is in the way: choose another folder",
     errno.EEXIST: "a file is in the way: choose another folder",
@@ -23,20 +23,35 @@ _REASONS = {
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """OSErrors inside become DiskErrors with path and next step; a path that cannot be one, a UsageError."""
+def disk_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
+    """A context in which OSErrors become DiskErrors, with the path and the next step, and a bad path a UsageError.
+
+    flag: names another folder.
+    """
     try:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-        raise DiskError(f"cannot write {path}: {reason}") from None
+        raise DiskError(f"cannot write {path}: {reason.replace('{flag}', flag)}") from None
     except ValueError as error:
+        if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
+            raise  # not the path's
         raise UsageError(f"{str(path)!a} is no path: {error}") from None
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with `~` and `~name` expanded. UsageError where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: there is no home folder for ~ here. Next: write the path out, or set HOME."
+        ) from None
+
+
 def prepare_folder(folder: str | Path) -> Path:
-    """The folder, made if need be and proven writable before minutes are spent on a picture for it."""
-    folder = Path(folder)
+    """The folder, with `~` expanded, made if need be and proven writable before minutes are spent on a picture."""
+    folder = user_path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(folder)

@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..hub.places import embedded_folder
-    from .files import check_files, resolve, weights_hashes, with_files
+    from .check import check_files
+    from .files import resolve, weights_hashes, with_files
     from .keymaps import from_diffusers, to_diffusers
     from .read import load_autoencoder, load_flux
     from .write import write_safetensors
 
 _MODULES = {
-    "check_files": ".files",
+    "check_files": ".check",
     "embedded_folder": "..hub.places",
     "from_diffusers": ".keymaps",
     "load_autoencoder": ".read",

@@ -1,7 +1,7 @@
-"""Which file holds which part of a model, and a short name for what is in it. No torch.
+"""Which file holds which part of a model, whether it fits the model, and a short name for what is in it. No torch.
 
-A part is looked for in this order: the file that its flag names (`Variant.files`); its environment variable; what is
-named as the model, where that is a folder or an all-in-one file with the part in it; then what ships, or the hub.
+A part is searched in this order: the file that its flag names (`Variant.files`); its environment variable; the folder
+or all-in-one file that is named as the model, if the part is in it; then what ships, or the hub.
 """
 
 import hashlib
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileError, UsageError, nearest
+from ..files import user_path
 from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..jsonfile import read_json
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
 from .identify import WHOLE, Identity, Part, identify
-from .source import find_source
+from .source import SUFFIXES, find_source
 
 LARGE = 2**28
 """bytes above which a file is known by its header and size instead of by every byte"""
@@ -45,13 +46,13 @@ PARTS: dict[Part, PartSpec] = {
 }
 
 
-# What a config.json says besides the sizes in a variant's row.
+# What a config.json says besides the sizes in `Variant.t5_config` and `clip_config`.
 T5_KIND = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
 CLIP_KIND = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
 
 class TextFiles(NamedTuple):
-    """Where the text encoders are, each a file or a folder as transformers keeps it, and their tokenizers' folders."""
+    """The text encoders, each a file or a folder as transformers keeps it, and their tokenizers' folders."""
 
     t5: Path
     t5_tokenizer: Path
@@ -60,12 +61,12 @@ class TextFiles(NamedTuple):
 
 
 def with_files(name: str | None = None, **files: str | Path | None) -> Variant:
-    """The row of that name, with the user's own files in the place of its own.
+    """The variant of that name, with the user's own files instead of its own.
 
     files: `model` (a safetensors file, or a folder, which may hold the other parts, too), `ae`, `clip_l`, `t5xxl`.
     Without a name it is read from the model's header. `model` may also be a name. UsageError, FileError.
     """
-    flags = [home.flag for home in PARTS.values()]
+    flags = [part.flag for part in PARTS.values()]
     for flag in files.keys() - set(flags):
         raise UsageError(f"a model has no part {flag!r}: there are {', '.join(flags)}.{nearest(flag, flags)}")
     given = {flag: str(path) for flag, path in files.items() if path is not None}
@@ -74,21 +75,37 @@ def with_files(name: str | None = None, **files: str | Path | None) -> Variant:
             raise UsageError(f"--name {name} and --model {model} are two models: give one of them")
         name = given.pop("model")
     elif name is None and model is not None:
-        name = _name_in(Path(model).expanduser())
-    row = get_variant(name or DEFAULT)
-    return replace(row, files=given) if given else row
+        name = _name_in(user_path(model))
+    variant = get_variant(name or DEFAULT)
+    return replace(variant, files=given) if given else variant
 
 
 def _name_in(path: Path) -> str:
-    """Whose transformer that is: its file's own name tells those apart whose headers are the same."""
+    """The name of the variant whose transformer that is. Where headers are the same, the file's own name decides."""
     _existing(path, f"--model {path}", f"give a safetensors file, a folder, or a name: {', '.join(VARIANTS)}")
-    rows = sorted(VARIANTS.values(), key=lambda row: row.flow_file != path.name and not (path / row.flow_file).exists())
-    inside = _inside(path, rows[0], "transformer")
+    variants = sorted(VARIANTS.values(), key=lambda variant: not _is_named(path, variant.flow_file))
+    inside = _inside(path, variants[0], "transformer")
     found = identify(find_source(inside).shapes)
-    for row in rows:
-        if found.features == (row.params.hidden_size, row.params.in_channels, row.params.guidance_embed):
-            return row.name
-    raise FileError(f"{inside} is {found.text}, and no transformer of {', '.join(VARIANTS)}. {_advice(found)}")
+    for variant in variants:
+        if found.features == features_of(variant):
+            return variant.name
+    raise FileError(f"{inside} is {found.text}, and no transformer of {', '.join(VARIANTS)}. {advice_on(found)}")
+
+
+def _spellings(file: str) -> list[str]:
+    """A file's name with each suffix that safetensors files have."""
+    return [Path(file).stem + suffix for suffix in SUFFIXES]
+
+
+def _is_named(path: Path, file: str) -> bool:
+    """Whether a path is a file of that name, or a folder with one, under either suffix."""
+    return any(path.name == name or (path / name).exists() for name in _spellings(file))
+
+
+def features_of(variant: Variant) -> tuple[int, ...]:
+    """What `Identity.features` is for that variant's transformer."""
+    params = variant.params
+    return params.hidden_size, params.in_channels, params.guidance_embed
 
 
 def resolve(variant: Variant) -> tuple[Path, Path]:
@@ -159,11 +176,11 @@ def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | Non
     folders = [encoder, encoder.parent / name] if encoder else []
     folders += [model[0] / name] if model else []
     whole = ("tokenizer.json", "spiece.model", "vocab.json")
-    return next((one for one in folders if any((one / file).is_file() for file in whole)), None)
+    return next((folder for folder in folders if any((folder / file).is_file() for file in whole)), None)
 
 
 def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
-    """A text encoder's configuration: beside its weights, with the model that ships, or the row's. FileError."""
+    """A text encoder's config.json: beside its weights, with the model that ships, or the variant's. FileError."""
     folders = [path if path.is_dir() else path.parent]
     if variant.embedded:
         folders.append(embedded_folder(variant) / {"t5": variant.t5, "clip": variant.clip}[part])
@@ -176,7 +193,7 @@ def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
 
 
 def own_path(variant: Variant, part: Part) -> Path | None:
-    """The user's own file or folder of that part, if there is one. FileError where what is named is not there."""
+    """The user's own file or folder of that part, or None. FileError where what is named does not exist."""
     if (own := _named(variant, part)) is not None:
         return _inside(own[0], variant, part)
     model = _named(variant, "transformer")
@@ -190,64 +207,33 @@ def own_path(variant: Variant, part: Part) -> Path | None:
 
 
 def _named(variant: Variant, part: Part) -> tuple[Path, str] | None:
-    """What a flag or a variable names for that part, and the words that named it."""
-    home = PARTS[part]
+    """The path that a flag or a variable names for that part, and the words that named it."""
+    spec = PARTS[part]
     variables = {"transformer": variant.variables, "autoencoder": AE_VARIABLES}.get(part, ())
-    if (named := variant.files.get(home.flag)) is not None:
-        origin, advice = f"{home.spelled} {named}", "give a safetensors file or a folder"
-    elif variant.repo and (variable := next((one for one in variables if os.environ.get(one)), None)):
+    if (named := variant.files.get(spec.flag)) is not None:
+        origin, advice = f"{spec.spelled} {named}", "give a safetensors file or a folder"
+    elif variant.repo and (variable := next((name for name in variables if os.environ.get(name)), None)):
         named = os.environ[variable]
         origin = f"{variable}={named}"
         advice = f"point {variable} to a safetensors file or a folder, or unset it"
     else:
         return None
-    return _existing(Path(named).expanduser(), origin, advice), origin
+    return _existing(user_path(named), origin, advice), origin
 
 
 def _inside(path: Path, variant: Variant, part: Part) -> Path:
-    """The part's own place in a folder of several, or the path itself."""
-    files = {"transformer": (variant.flow_file,), "autoencoder": (variant.ae_file,)}.get(part, ())
-    places = (path / name for name in (*files, *PARTS[part].folders) if path.is_dir())
-    return next((one for one in places if one.exists()), path)
+    """The part's own file or folder in a folder of several, or the path itself."""
+    file = {"transformer": variant.flow_file, "autoencoder": variant.ae_file}.get(part)
+    names = [*(_spellings(file) if file else []), *PARTS[part].folders]
+    places = (path / name for name in names if path.is_dir())
+    return next((place for place in places if place.exists()), path)
 
 
-def check_files(variant: Variant) -> None:
-    """Hold the headers of its files against the model: FileError, in a tenth of a second and without torch.
-
-    Text encoders are held where they are the user's own; those of the hub are fetched only when they are loaded.
-    """
-    params = variant.params
-    features = (params.hidden_size, params.in_channels, params.guidance_embed)
-    _check(flow_path(variant), "transformer", variant.name, features)
-    _check(ae_path(variant), "autoencoder", variant.name)
-    for part in ("t5", "clip"):
-        if (path := own_path(variant, part)) is not None:
-            _check(path, part, variant.name)
-
-
-def _check(path: Path, part: Part, name: str, features: tuple[int, ...] = ()) -> None:
-    found = identify(find_source(path).shapes, part)
-    if found.part != part:
-        raise FileError(f"{path} is {found.text}, and no {_NOUNS[part]}. {_advice(found)}")
-    if found.features and features and found.features != features:
-        raise FileError(f"{path} is {found.text}, and not {name}. Next: {_name_of(found)}.")
-
-
-_NOUNS = {"t5": "T5 text encoder", "clip": "CLIP text encoder"} | {x: x for x in ("transformer", "autoencoder")}
-
-
-def _advice(found: Identity) -> str:
+def advice_on(found: Identity) -> str:
+    """The next step where such a file was given for another part."""
     if found.part in PARTS:
         return f"Next: give it with {PARTS[found.part].spelled}."
     return "Next: give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)."
-
-
-def _name_of(found: Identity) -> str:
-    """The --name that such a file is for."""
-    for row in VARIANTS.values():
-        if found.features == (row.params.hidden_size, row.params.in_channels, row.params.guidance_embed):
-            return f"--name {row.name}"
-    return f"give a file of one of {', '.join(VARIANTS)}"
 
 
 def _existing(path: Path, origin: str, advice: str) -> Path:

@@ -1,9 +1,9 @@
-"""What a safetensors file says of itself: read and checked in plain Python, before torch is imported.
+"""The header of a safetensors file, read and checked in plain Python, before torch is imported.
 
 The format: eight bytes with the header's length, little-endian; the header, JSON, a tensor's dtype, shape and place for
 each name; the tensors' bytes, one behind the other without a hole (github.com/huggingface/safetensors). Everything that
 the library refuses is refused here, and also a name that comes twice and more tensors than any FLUX file has. An error
-says what the file is, where that can be seen.
+says what the file is instead, where its first bytes show it.
 """
 
 import io
@@ -23,6 +23,15 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
+WEIGHT_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""the dtypes that weights may have, the file's word -> torch's; `scales.py` finds what fp8 is multiplied with"""
 MAX_HEADER = 100_000_000
 """bytes, as in the library"""
 MAX_TENSORS = 20_000
@@ -98,7 +107,7 @@ def _kind_of(start: bytes) -> str:
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """A regular file, open for reading; anything else is told, and nothing waits for a pipe."""
+    """A regular file, open for reading. FileError for anything else, so that nothing waits for a pipe."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -114,7 +123,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def read_into(memory: memoryview, file: io.BufferedReader, path: Path, start: int) -> None:
-    """Fill it with a file's bytes from that place on. FileError if they can't be read, or are no longer all there."""
+    """Fill `memory` with a file's bytes from `start` on. FileError if they can't be read or are no longer there."""
     try:
         while memory and (count := _read_at(file, memory, start)):
             memory, start = memory[count:], start + count
@@ -125,7 +134,7 @@ def read_into(memory: memoryview, file: io.BufferedReader, path: Path, start: in
 
 
 def _read_at(file: io.BufferedReader, memory: memoryview, start: int) -> int:
-    """As much as one call gives, 0 at the file's end. Where the system has it, a call that leaves Python alone once."""
+    """Read as much as one call gives; the number of bytes, 0 at the file's end. `preadv` releases the GIL just once."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [memory[:MOST]], start)
     file.seek(start)
@@ -133,7 +142,7 @@ def _read_at(file: io.BufferedReader, memory: memoryview, start: int) -> int:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's JSON as entries and metadata. It is held to what the library takes: Python's parser is laxer."""
+    """The header's JSON as entries and metadata. FileError for what the library refuses: Python's parser takes more."""
     if text.count(b'"dtype"') > MAX_TENSORS:
         raise _too_many(path)
     objects = 0
@@ -197,7 +206,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Entry:
 
 
 def _check_places(path: Path, tensors: Mapping[str, Entry], data: int, size: int) -> None:
-    """Every byte behind the header belongs to one tensor."""
+    """FileError unless every byte behind the header belongs to exactly one tensor."""
     end = data
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:

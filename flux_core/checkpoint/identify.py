@@ -1,7 +1,7 @@
 """What the weights in a file are, by the names and shapes in its header: which network, which layout, which model.
 
-One table of marks, read from the top: the first whose tensor is there decides. Nothing here opens a file or needs
-torch.
+One table of marks, read from the top: the first whose tensor is in the header decides. Whether all tensors fit is
+checked in `check.py`. Nothing here opens a file or needs torch.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ WHOLE = {
 class Identity:
     part: Part
     text: str
-    """for people, to stand behind "is" """
+    """for people, to follow "is" """
     layout: Layout = "official"
     prefix: str = ""
     """in front of the names that `layout` gives them"""
@@ -37,7 +37,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Mark:
-    """A tensor's name that only one kind of file has."""
+    """The name of a tensor that only this kind of file has."""
 
     name: str
     part: Part
@@ -74,7 +74,7 @@ MODELS: dict[tuple[int, ...], str] = {
 
 
 def identify(shapes: Shapes, part: Part = "transformer") -> Identity:
-    """What a file holds. part: which one is looked for in a file that holds several."""
+    """What a file holds. part: the one to find in a file that holds several."""
     if any("lora" in name.lower() for name in shapes):
         return Identity("lora", "a LoRA, which goes on top of a model")
     prefixes = ("", WHOLE[part], *WHOLE.values()) if part in WHOLE else ("", *WHOLE.values())

@@ -1,6 +1,6 @@
-"""A whole model as a folder: in the official files, or as diffusers' FluxPipeline reads it.
+"""Write a whole model to a folder: in the official files, or as diffusers' FluxPipeline reads it.
 
-What is already as it is asked for is copied, to the byte; the rest is loaded and written.
+Files that have the names, layout and dtype that are asked for are copied, to the byte; the rest is loaded and written.
 
 diffusers itself is not needed to write its layout: seven small JSON files, the weights under its names
 (`keymaps.py`), and the text encoders, which are in transformers' format in both.
@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
+from .check import check_network
+from .contents import find_contents
 from .files import TextFiles, ae_path, encoder_config, flow_path
 from .identify import Layout, Part, identify
-from .keymaps import Params, to_diffusers
-from .read import check_fit, find_contents, load_autoencoder, load_flux
+from .keymaps import to_diffusers
+from .names import Params
+from .read import load_autoencoder, load_flux
 from .scales import METADATA, find_scales, to_dense
-from .source import INDEX, Source, find_source
+from .source import SUFFIXES, Source, find_source
 from .tensors import DTYPES, opened
 from .write import write_safetensors
 
@@ -43,7 +45,7 @@ def write_official(
     codes: Mapping[str, Tensor] | None = None,
     rounding: str = "",
 ) -> None:
-    """Two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
+    """Write two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
 
     fp8: the transformer as `linears.fp8` has it, a `weight_scale` beside each weight that it quantizes. codes: others
     for the same scales, by the names of weights, and `rounding` says in the file how they were found.
@@ -61,7 +63,7 @@ def write_official(
 
 
 def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
-    """What `FluxPipeline.from_pretrained(folder)` opens."""
+    """Write what `FluxPipeline.from_pretrained(folder)` opens."""
     configs = {"transformer": transformer_config(variant.params), "vae": vae_config(variant.ae_params)}
     parts: dict[str, Part] = {"transformer": "transformer", "vae": "autoencoder"}
     for name, config in configs.items():
@@ -76,16 +78,14 @@ def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torc
 
 
 def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: torch.dtype) -> None:
-    """Transformer or autoencoder in that layout. Files that are so already are copied, to the byte."""
+    """Write transformer or autoencoder in that layout. Files that are so already are copied, to the byte."""
     flow = part == "transformer"
     path = flow_path(variant) if flow else ae_path(variant)
     params: Params = variant.params if flow else variant.ae_params
-    with torch.device("meta"):
-        empty = Flux(variant.params) if flow else AutoEncoder(variant.ae_params)
     contents = find_contents(path, part)
-    check_fit(contents, empty.state_dict(), params)
-    source, found = contents.source, contents.found
-    if found.layout == layout and not found.prefix and _is_all(source, dtype) and _may_be_cut(source, layout):
+    check_network(contents, params)
+    source, same = contents.source, contents.found.layout == layout and contents.is_exact
+    if same and _is_all(source, dtype) and _may_be_cut(source, target, layout):
         _copy(source, target)
         return
     state = (load_flux if flow else load_autoencoder)(variant, "cpu", dtype).state_dict()
@@ -96,18 +96,20 @@ def _is_all(source: Source, dtype: torch.dtype) -> bool:
     return {DTYPES.get(kind) for kind in source.dtypes.values()} == {dtype}
 
 
-def _may_be_cut(source: Source, layout: Layout) -> bool:
-    """Whether such weights lie in one file, or in shards where the layout knows them: by their index."""
-    return len(source.headers) == 1 or (layout == "diffusers" and any(source.path.glob("*" + INDEX)))
+def _may_be_cut(source: Source, target: Path, layout: Layout) -> bool:
+    """Whether the weights are in one file, or in shards that the layout finds: by an index of the target's name."""
+    indexed = layout == "diffusers" and source.index is not None and source.index.name == f"{target.name}.index.json"
+    return len(source.headers) == 1 or indexed
 
 
 def _copy(source: Source, target: Path) -> None:
-    """One file under the target's name, or shards with their index beside it under their own names."""
+    """Copy one file under the target's name, or shards and their index under their own names."""
     target.parent.mkdir(exist_ok=True)
     if len(source.headers) == 1:
         shutil.copyfile(source.headers[0].path, target)
         return
-    for file in (*source.path.glob("*" + INDEX), *(header.path for header in source.headers)):
+    assert source.index is not None
+    for file in (source.index, *(header.path for header in source.headers)):
         shutil.copyfile(file, target.parent / file.name)
 
 
@@ -185,7 +187,7 @@ def _index(text: TextFiles) -> dict[str, Any]:
 
 
 def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype: torch.dtype) -> None:
-    """A text encoder's configuration, and its weights in `dtype`, without what its file holds besides it.
+    """Write a text encoder's configuration, and its weights in `dtype`, without other networks in its file.
 
     A folder that is so already is copied, to the byte.
     """
@@ -195,8 +197,9 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
     scales = find_scales(source, found.prefix)
     mine = {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales.names}
     stays = path.is_dir() and len(mine) == len(source.shapes) and _is_all(source, dtype)
-    if stays and config.get("dtype", config.get("torch_dtype")) == word and _may_be_cut(source, "diffusers"):
-        _copy(source, target / "model.safetensors")
+    file = target / "model.safetensors"
+    if stays and config.get("dtype", config.get("torch_dtype")) == word and _may_be_cut(source, file, "diffusers"):
+        _copy(source, file)
         shutil.copyfile(path / "config.json", target / "config.json")
         return
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
@@ -209,14 +212,14 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
                 return x  # position ids stay whole numbers
             return to_dense(x, None if scale is None else get(scale), dtype)
 
-        write_safetensors(target / "model.safetensors", {bare: cast(name) for name, bare in mine.items()})
+        write_safetensors(file, {bare: cast(name) for name, bare in mine.items()})
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """What is beside an encoder's configuration and weights: the tokenizer's files."""
+    """Copy the tokenizer's files: those that are beside an encoder's configuration and weights."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        weights = path.name.endswith((".safetensors", ".index.json", ".bin", ".md"))
+        weights = path.name.endswith((*SUFFIXES, ".bin", ".md")) or ".index." in path.name
         if path.is_file() and not weights and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, target / path.name)
 

@@ -3,38 +3,36 @@
 So there is never a second copy of the model in memory; on the CPU, tensors that keep their dtype stay mapped from the
 file until they are used. What becomes fp8 is quantized as it is read: the model is never there in bf16. Official names,
 ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the header
-before a tensor is taken.
+before a tensor is read.
 """
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain, starmap
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..errors import FileError
 from ..linears.fp8 import Fp8Linear, quantize
 from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
-from .files import PARTS, ae_path, flow_path
-from .identify import WHOLE, Identity, Part, identify
-from .keymaps import Pair, Params, diffusers_shapes, pairs_of, streamed_from_diffusers
-from .scales import Scales, as_fp8, find_scales, to_dense
-from .source import Source, find_source
+from .check import check_network
+from .contents import Contents, find_contents
+from .files import ae_path, flow_path
+from .identify import Part
+from .keymaps import streamed_from_diffusers
+from .names import Pair, Params, pairs_of
+from .scales import as_fp8, to_dense
 from .tensors import DTYPES, opened, reserve
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", FluxParams, AutoEncoderParams)
-
-OTHERS = (*WHOLE.values(), "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
-"""beginnings of what a file may hold besides the network that is looked for"""
 
 
 def load_flux(
@@ -54,8 +52,8 @@ def load_autoencoder(
     return _load(AutoEncoder, "autoencoder", variant.ae_params, ae_path(variant), device, dtype)
 
 
-class skip_init(TorchFunctionMode):
-    """Modules made inside draw no first numbers: even on `meta` that is half of the time that making them takes."""
+class SkipInit(TorchFunctionMode):
+    """Turns the functions of `torch.nn.init` into no-ops inside."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,6 +62,11 @@ class skip_init(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def skip_init() -> SkipInit:
+    """A context in which modules are made without initial values: on `meta` those are half of the time it takes."""
+    return SkipInit()
 
 
 def _load(
@@ -75,20 +78,19 @@ def _load(
     dtype: torch.dtype,
     fp8: bool = False,
 ) -> M:
-    """A network of these sizes, filled from a file that may hold other parts, too.
+    """A network of these sizes, filled from a file that may hold other parts, too. FileError.
 
-    What to read, and in which order, is known from the header: so reading begins before there is a network.
+    The header says what to read and in which order, so reading begins before there is a network.
     """
     contents = find_contents(path, part)
+    check_network(contents, params)
+    note_precision(contents, dtype, fp8)
     pairs = _in_order(contents, params)
-    names = (contents.prefix + name for pair in pairs for name in pair.diffusers)
+    names = (contents.names[name] for pair in pairs for name in pair.diffusers)
     with opened(contents.source, device, contents.scales.among(names)) as get:
         with torch.device("meta"), skip_init():
             model = kind(params)
         state = model.state_dict()
-        check_fit(contents, state, params)
-        kinds = {name: contents.source.dtypes[contents.prefix + name] for name in contents.shapes}
-        check_dtypes(path, kinds, dtype, fp8)
         coded = {f"{name}.weight" for name in quantize(model)} if fp8 else set()
         reserve(device, _sizes(state, coded, dtype))
         modules = dict(model.eval().named_modules())
@@ -101,49 +103,17 @@ def _load(
     return model
 
 
-class Contents(NamedTuple):
-    """What a file or folder holds of one network, by its header alone."""
-
-    source: Source
-    part: Part
-    """the one that was looked for"""
-    found: Identity
-    scales: Scales
-    shapes: dict[str, tuple[int, ...]]
-    """by names without a prefix"""
-
-    @property
-    def prefix(self) -> str:
-        return self.found.prefix
-
-
-def find_contents(path: Path, part: Part) -> Contents:
-    """FileError where there are no weights, or scales of a kind that is not known."""
-    source = find_source(path)
-    found = identify(source.shapes, part)
-    scales = find_scales(source, found.prefix)
-    shapes = {
-        name.removeprefix(found.prefix): shape
-        for name, shape in source.shapes.items()
-        if name.startswith(found.prefix) and name not in scales.names
-    }
-    return Contents(source, part, found, scales, shapes)
-
-
 def _in_order(contents: Contents, params: Params) -> list[Pair]:
-    """Our tensors and those in the file, in the order in which these lie there, or their first parts do.
-
-    What is missing is left out here, and told by `check_fit`.
-    """
-    mine = [name for name in contents.shapes if not name.startswith(OTHERS)]
-    pairs = [Pair(name, (name,), "") for name in mine]
+    """Official tensors and those of the file that they are made of, in the order in which the first of these lie."""
     if contents.found.layout == "diffusers":
-        pairs = [pair for pair in pairs_of(params) if set(pair.diffusers) <= set(mine)]
-    return sorted(pairs, key=lambda pair: contents.source.spans[contents.prefix + pair.diffusers[0]])
+        pairs = pairs_of(params)
+    else:
+        pairs = [Pair(name, (name,), "") for name in contents.names]
+    return sorted(pairs, key=lambda pair: contents.source.spans[contents.names[pair.diffusers[0]]])
 
 
 def _sizes(state: Mapping[str, Tensor], coded: Collection[str], dtype: torch.dtype) -> list[int]:
-    """Bytes of the tensors that will be there, and of what the largest takes while it is quantized.
+    """Bytes of each tensor, and of what the largest takes while it is quantized.
 
     That is bf16 as read, its absolute values, and its quotients in fp32.
     """
@@ -169,9 +139,9 @@ def _tensors(
     with tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {source.path.name}", disable=quiet) as bar:
 
         def take(name: str) -> tuple[Tensor, Tensor | None]:
-            tensor = get(contents.prefix + name)
+            tensor = get(contents.names[name])
             bar.update(tensor.nbytes)
-            scale = contents.scales.of.get(contents.prefix + name)
+            scale = contents.scales.of.get(contents.names[name])
             return tensor, None if scale is None else get(scale)
 
         def made(name: str, tensor: Tensor, scale: Tensor | None = None) -> list[tuple[str, Tensor]]:
@@ -194,40 +164,10 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def check_fit(contents: Contents, state: Mapping[str, Tensor], params: Params) -> None:
-    """FileError if the files do not hold just the tensors of that network, which may be on `meta`."""
-    official = {name: tuple(x.shape) for name, x in state.items()}
-    expected = diffusers_shapes(state, params) if contents.found.layout == "diffusers" else official
-    shapes = contents.shapes
-    other = [
-        f"{name} {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    extra = [name for name in shapes if name not in expected and not name.startswith(OTHERS)]
-    findings = [
-        _listing("missing", [name for name in expected if name not in shapes]),
-        _listing("unexpected", extra),
-        _listing("of another shape", other),
-    ]
-    if any(findings):
-        raise FileError(
-            f"{contents.source.path} does not hold the tensors of this model: {'; '.join(filter(None, findings))}. "
-            f"This is {contents.found.text}. Next: check --name and {PARTS[contents.part].spelled}."
-        )
-
-
-def _listing(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""
-
-
-def check_dtypes(path: Path, dtypes: Mapping[str, str], dtype: torch.dtype, fp8: bool = False) -> None:
-    """FileError for tensors that are no plain weights; a line on stderr where they are read with fewer or more bits."""
-    foreign = [f"{name} is {kind}" for name, kind in dtypes.items() if kind not in DTYPES]
-    if foreign:
-        raise FileError(f"{path}: {_listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
+def note_precision(contents: Contents, dtype: torch.dtype, fp8: bool = False) -> None:
+    """A line on stderr where weights are read with fewer bits than the file has, or come in fp8."""
     known = {dtype, torch.bfloat16} | ({torch.float8_e4m3fn} if fp8 else set())
-    kinds = sorted({kind for kind in dtypes.values() if DTYPES[kind] not in known})
+    kinds = sorted({kind for kind in contents.dtypes.values() if DTYPES[kind] not in known})
     if kinds:  # bf16 goes into fp32 without a loss
         word = "fp8" if fp8 else str(dtype).removeprefix("torch.")
-        note(f"{path.name} holds {' and '.join(kinds)}; it is read as {word}")
+        note(f"{contents.source.path.name} holds {' and '.join(kinds)}; it is read as {word}")

@@ -2,26 +2,26 @@
 
 | layout | beside `X.weight` in e4m3 (or e5m2) | elsewhere |
 | --- | --- | --- |
-| plain | nothing: the numbers stand for themselves | |
+| plain | nothing: the numbers are the weights | |
 | ours | `X.weight_scale`, fp32 [N] | metadata `quantization` |
 | ComfyUI, older | `X.scale_weight`, perhaps `X.scale_input` | an empty tensor `scaled_fp8` |
 | ComfyUI, newer | `X.weight_scale`, perhaps `X.input_scale`, `X.comfy_quant` | or metadata `_quantization_metadata` |
 
 In all of them weight = codes * scale, with one scale for the tensor, one for each row, or (kohya's scripts) one for
 each of a row's blocks, [N, blocks, 1]. Scales of inputs come from a calibration; `linears/fp8.py` finds its own for
-every token, so they are left out.
+every token, so they are left out. torch is imported only where tensors are.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FileError
-from ..linears.fp8 import E4M3, quantize_rows
+from .header import WEIGHT_DTYPES
 from .source import Source
-from .tensors import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SCALES = ("weight_scale", "scale_weight")
 BESIDE = ("input_scale", "scale_input", "comfy_quant")
@@ -32,16 +32,16 @@ METADATA = {"quantization": "float8_e4m3fn, fp32 weight_scale for each row"}
 
 
 class Scales(NamedTuple):
-    """What of a file is no weight, but says how to read one."""
+    """The tensors of a file that are no weights, but say how to read them."""
 
     of: dict[str, str]
     """a weight's name in the file -> its scale's"""
     names: frozenset[str]
-    """all such tensors: scales, and what is left out"""
+    """all such tensors: scales, and those that are left out"""
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Those names, and behind each its scale, if it has one."""
-        return [one for name in names for one in (name, self.of.get(name)) if one]
+        return [found for name in names for found in (name, self.of.get(name)) if found]
 
 
 def find_scales(source: Source, prefix: str = "") -> Scales:
@@ -53,7 +53,7 @@ def find_scales(source: Source, prefix: str = "") -> Scales:
     of = {name: stem + end for stem, name in stems.items() for end in SCALES if stem + end in shapes}
     for name, scale in of.items():
         kinds = dtypes[name], dtypes[scale]
-        if kinds[0] not in DTYPES or kinds[1] not in FLOATS or not _fits(shapes[scale], shapes[name]):
+        if kinds[0] not in WEIGHT_DTYPES or kinds[1] not in FLOATS or not _fits(shapes[scale], shapes[name]):
             raise FileError(
                 f"{source.path} is quantized in a way that is not known here: {name} is {kinds[0]} "
                 f"{list(shapes[name])}, {scale} {kinds[1]} {list(shapes[scale])}. "
@@ -64,7 +64,7 @@ def find_scales(source: Source, prefix: str = "") -> Scales:
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """One for the tensor, one for each row, or one for each of a row's blocks."""
+    """Whether a scale has one number for the tensor, one for each row, or one for each of a row's blocks."""
     if scale in ((), (1,), (1, 1)):
         return True
     if len(weight) != 2 or not weight[1]:
@@ -73,7 +73,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return scale in (weight[:1], (weight[0], 1)) or (in_blocks and scale[1] > 0 and weight[1] % scale[1] == 0)
 
 
-def to_dense(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def to_dense(weight: "Tensor", scale: "Tensor | None", dtype: "torch.dtype") -> "Tensor":
     """The plain weight: codes times scale, rounded once."""
     if scale is None:
         return weight.to(dtype)
@@ -83,8 +83,12 @@ def to_dense(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
     return (weight.float().reshape(*blocks.shape[:2], -1) * blocks).reshape(weight.shape).to(dtype)
 
 
-def as_fp8(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def as_fp8(weight: "Tensor", scale: "Tensor | None") -> "tuple[Tensor, Tensor]":
     """e4m3 [N, K] and fp32 [N]. What is e4m3 already keeps its codes; else bf16 is quantized, by rows."""
+    import torch
+
+    from ..linears.fp8 import E4M3, quantize_rows
+
     rows = len(weight)
     if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, rows)):
         codes, found = quantize_rows(to_dense(weight, scale, torch.bfloat16))

@@ -5,18 +5,23 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import FileError
 from .header import Header, open_file, read_header
 
-INDEX = ".safetensors.index.json"
-NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+T = TypeVar("T")
+
+SUFFIXES = (".safetensors", ".sft")
+"""of files of weights; Black Forest Labs' first ones ended in the shorter"""
+INDEX = re.compile(r"(?P<name>.+)\.(?:safetensors|sft)\.index(?P<variant>\.[^.]+)?\.json")
+NUMBERED = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(?P<variant>(?:\.[^.]+)?)")
+"""a shard's name without its suffix. The variant is here where diffusers once wrote it, else it is in the name"""
 MAX_INDEX = 16 << 20
 
 
 class Span(NamedTuple):
-    """Where a tensor's bytes are. Their order is that of files and of places in a file."""
+    """The place of a tensor's bytes. Spans sort by file, then by place."""
 
     path: Path
     start: int
@@ -28,8 +33,10 @@ class Source:
     """The headers of all files of one network, not yet opened for reading."""
 
     path: Path
-    """what was named: a file or a folder"""
+    """the file or folder that was named"""
     headers: tuple[Header, ...]
+    index: Path | None = None
+    """the file that names the shards"""
 
     @property
     def size(self) -> int:
@@ -53,39 +60,70 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """The files behind a path: itself, or a folder's one safetensors file, or its shards. FileError.
+    """The files behind a path: itself, or a folder's one set of weights. FileError where it has none, or several.
 
-    Shards are those that an index names or, where none came with them, a whole row of numbered ones.
+    A set is one file, or the shards that an index names or that are numbered. A variant (`model.fp16`) is ignored where
+    the folder has the plain set (`model`), too.
     """
     if not path.is_dir():
         return Source(path, (read_header(path),))
-    indices, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob("*.safetensors"))
+    files, indices = _sets(path)
+    found = f"{sum(map(len, files.values()))} safetensors files and {len(indices)} indices" if files or indices else ""
+    indices, files = _plain(indices, {*indices, *files}), _plain(files, {*indices, *files})
     if len(indices) == 1:
-        return Source(path, tuple(read_header(shard) for shard in _shards(indices[0])))
-    if len(files) == 1 and not NUMBERED.fullmatch(files[0].name):
-        return Source(path, (read_header(files[0]),))
-    if not indices and files and len({_row(file) for file in files}) == 1 and _row(files[0]):
-        return Source(path, tuple(read_header(shard) for shard in _numbered(files)))
-    found = f"{len(files)} safetensors files and {len(indices)} indices" if files or indices else "no safetensors file"
+        (index,) = indices.values()
+        return Source(path, tuple(read_header(shard) for shard in _shards(index)), index)
+    if not indices and len(files) == 1:
+        (parts,) = files.values()
+        if (whole := _whole(parts)) is not None:
+            return Source(path, tuple(read_header(file) for file in whole))
     raise FileError(
-        f"{path} is a folder with {found}. Next: name the file itself, or a folder with one set of weights."
+        f"{path} is a folder with {found or 'no safetensors file'}. Next: name the file itself, or a folder with one "
+        "set of weights."
     )
 
 
-def _row(file: Path) -> tuple[str, int] | None:
-    """Stem and length of the row of shards that a file's name puts it in."""
-    found = NUMBERED.fullmatch(file.name)
-    return (found[1], int(found[3])) if found else None
+def _sets(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path]]:
+    """The files and the indices in a folder, by the names of their sets, such as `model` and `model.fp16`."""
+    files: dict[str, list[Path]] = {}
+    indices = {}
+    for file in _listed(folder):
+        if file.suffix in SUFFIXES:
+            shard = NUMBERED.fullmatch(file.stem)
+            files.setdefault(shard["name"] + shard["variant"] if shard else file.stem, []).append(file)
+        elif index := INDEX.fullmatch(file.name):
+            indices[index["name"] + (index["variant"] or "")] = file
+    return files, indices
 
 
-def _numbered(files: list[Path]) -> list[Path]:
-    """All shards of a row. FileError names the first that is missing."""
-    stem, count = _row(files[0]) or ("", 0)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, min(count, 1000) + 1)]
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden files (macOS leaves `._model.safetensors` on foreign disks)."""
+    try:
+        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{folder} could not be read: {reason}. Next: check its permissions.") from None
+
+
+def _plain(sets: dict[str, T], names: set[str]) -> dict[str, T]:
+    """Those sets that are no variants of another."""
+    return {name: files for name, files in sets.items() if not any(name.startswith(f"{x}.") for x in names)}
+
+
+def _whole(files: list[Path]) -> list[Path] | None:
+    """The one file, or all shards of one numbering; None for anything else. FileError for a missing shard."""
+    shards = [NUMBERED.fullmatch(file.stem) for file in files]
+    first, folder = shards[0], files[0].parent
+    if first is None:
+        return files if len(files) == 1 else None
+    if len({(shard and shard["count"], file.suffix) for shard, file in zip(shards, files, strict=True)}) > 1:
+        return None
+    count, end = int(first["count"]), first["variant"] + files[0].suffix
+    names = [f"{first['name']}-{i:05}-of-{count:05}{end}" for i in range(1, min(count, 1000) + 1)]
     for name in names:
-        if not (files[0].parent / name).is_file():
-            raise FileError(f"{files[0].parent} lacks the shard {name}. Next: fetch it, too.")
-    return [files[0].parent / name for name in names]
+        if not (folder / name).is_file():
+            raise FileError(f"{folder} lacks the shard {name}. Next: fetch it, too.")
+    return [folder / name for name in names]
 
 
 def _shards(index: Path) -> list[Path]:

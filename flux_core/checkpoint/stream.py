@@ -1,12 +1,12 @@
 """Bytes of files onto a device as fast as its bus takes them: threads read ahead into pinned memory.
 
 A copy out of a mapped file waits for one thread that faults in page after page, and goes through pinned memory of the
-driver's own. Here threads read into pinned memory themselves, and the device fetches from it while they read on.
+driver's own. Here threads read into pinned memory themselves, and the device copies from it while they read on.
 
-All that is wanted, in the order in which it is wanted, is one tape of bytes, cut into chunks: a chunk has a part of a
-large tensor, or many small ones. A thread reads it into a buffer; from there it is copied into its tensors. The copies
-take their turn on the device's current stream among all other work, so none of them comes too early for memory that
-torch gave out again, and an event behind a buffer's last copy tells when it may be filled anew.
+The bytes of all tensors, in the order in which they are asked for, are cut into chunks of equal size: a chunk has a
+part of a large tensor, or many small ones. A thread reads a chunk into a buffer; from there it is copied into its
+tensors. The copies are queued on the device's current stream with all other work, so memory that torch's allocator
+reuses is free by then, and an event behind a buffer's last copy says when the buffer may be filled again.
 """
 
 from collections import deque
@@ -25,33 +25,32 @@ from .source import Span
 CHUNK = 2**24
 """bytes; a power of two, to which torch rounds pinned memory up"""
 BUFFERS = 16
-"""for the chunks that are read, wait or are copied: 256 MiB, which torch keeps for the next file; pinning is slow"""
+"""of a chunk each: 256 MiB, which torch keeps for the next file, as pinning is slow"""
 THREADS = 12
-"""readers: a core copies a few GB/s out of the page cache; a disk or a network likes to be asked for much at once"""
+"""readers: a core copies a few GB/s out of the page cache; disks and networks are faster with many requests at once"""
 
 
 @contextmanager
 def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function that fills a tensor on `device` with the next of the spans' bytes, while the block runs. FileError."""
+    """A context with a function that fills a tensor on `device` with the next of the spans' bytes. FileError."""
     pieces = list(chunks(spans))
-    turns: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]
-    todo = deque(zip(pieces, turns, strict=True))
+    results: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]
+    todo = deque(zip(pieces, results, strict=True))
     free: SimpleQueue[Buffer | None] = SimpleQueue()
-    # CUDA has its context now, before threads need one.
-    device = torch.empty(1, dtype=torch.uint8, device=device).device
+    device = torch.empty(1, dtype=torch.uint8, device=device).device  # makes CUDA's context before threads need it
 
     def read_on() -> None:
-        """A reader's work. It takes a buffer before a chunk, so the next in turn is never the one without."""
+        """Read chunks until none is left. A buffer is taken before a chunk, so the next chunk always has a buffer."""
         while buffer := free.get():
             try:
-                chunk, turn = todo.popleft()
+                chunk, result = todo.popleft()
             except IndexError:
                 return
             try:
                 buffer.read(chunk)
-                turn.put(buffer)
+                result.put(buffer)
             except BaseException as error:
-                turn.put(error)
+                result.put(error)
 
     def stop() -> None:
         todo.clear()
@@ -59,9 +58,9 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
             free.put(None)
 
     def arriving() -> Iterator[Buffer]:
-        """The chunks in their turn. A buffer goes back to the readers when the next one is asked for."""
-        for turn in turns:
-            buffer = turn.get()
+        """The chunks in order. A buffer returns to the readers when the next is asked for."""
+        for result in results:
+            buffer = result.get()
             if isinstance(buffer, BaseException):
                 raise buffer
             yield buffer
@@ -80,13 +79,13 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
 
         def fill(tensor: Tensor) -> Tensor:
             nonlocal memory, start, end
-            wanted, done = tensor.reshape(-1).view(torch.uint8), 0
-            while done < len(wanted):
+            target, done = tensor.reshape(-1).view(torch.uint8), 0
+            while done < len(target):
                 if start == end:
                     buffer = next(buffers)
                     memory, start, end = buffer.memory, 0, buffer.end
-                count = min(len(wanted) - done, end - start)
-                wanted[done : done + count].copy_(memory[start : start + count], non_blocking=True)
+                count = min(len(target) - done, end - start)
+                target[done : done + count].copy_(memory[start : start + count], non_blocking=True)
                 done, start = done + count, start + count
             return tensor
 
@@ -94,7 +93,7 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
 
 
 def chunks(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """The spans cut, and gathered into lists of CHUNK bytes; the last has what is left."""
+    """The spans, cut and gathered into lists of CHUNK bytes; the last may have fewer."""
     chunk, room = [], CHUNK
     for path, start, end in spans:
         while start < end:
@@ -109,7 +108,7 @@ def chunks(spans: Iterable[Span]) -> Iterator[list[Span]]:
 
 
 class Buffer:
-    """Memory for a chunk at a time, with handles of its own to the files: no other thread moves their positions."""
+    """Pinned memory for a chunk, with its own handles to the files, so that no other thread moves their positions."""
 
     def __init__(self, paths: Iterable[Path], device: torch.device, stack: ExitStack) -> None:
         self.files = {path: stack.enter_context(open_file(path)) for path in paths}
@@ -117,10 +116,10 @@ class Buffer:
         self.copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.end = 0
-        """of the chunk in it"""
+        """bytes of the chunk in it"""
 
     def read(self, chunk: list[Span]) -> None:
-        """Put a chunk's bytes into it, for a thread to do once those before them have been copied. FileError."""
+        """Fill the memory with a chunk's bytes, once those before them have been copied. FileError."""
         if not len(self.memory):  # to pin it takes milliseconds, in which other threads read
             self.memory = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=self.copied is not None)
             self.view = self.memory.numpy().data
@@ -132,6 +131,6 @@ class Buffer:
             read_into(self.view[begin : self.end], self.files[path], path, start)
 
     def release(self) -> None:
-        """The last copy out of it is under way."""
+        """Mark that the last copy out of the memory has been queued."""
         if self.copied:
             self.copied.record(torch.cuda.current_stream(self.device))

@@ -1,6 +1,6 @@
-"""Tensors out of files, by name, one by one: mapped by safetensors, or read where a file can't be mapped.
+"""Read tensors by name: mapped by safetensors, or read where a file can't be mapped.
 
-Some network and merged file systems know no mmap (`os error 19`), Windows runs out of page file (1455), containers out
+Some network and merged file systems have no mmap (`os error 19`), Windows runs out of page file (1455), containers out
 of address space (12). For CUDA nothing is mapped: `stream.py` reads ahead.
 """
 
@@ -13,19 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..terminal import note
-from .header import Entry, Header, open_file, read_into
+from .header import WEIGHT_DTYPES, Entry, Header, open_file, read_into
 from .source import Source
 from .stream import stream_to_device
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""what weights may be written in, by the file's word for it; `scales.py` finds what fp8 is multiplied with"""
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name) for word, name in WEIGHT_DTYPES.items()}
+"""the dtypes that weights may have, by the file's word"""
 READABLE = DTYPES | {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -34,9 +27,9 @@ READABLE = DTYPES | {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-"""and what else lies beside weights in files of text encoders: positions, most often"""
+"""and the dtypes of what files of text encoders hold beside weights: positions, most often"""
 ROUND = 512
-"""bytes, of which torch gives out whole multiples on CUDA"""
+"""bytes: torch's allocator rounds up to a multiple of them on CUDA"""
 SMALL = 2**30
 """bytes of a file below which tensors on the CPU get memory of their own. A mapped one begins wherever the header ends,
 and CPU kernels round by alignment: the same weights in two files gave pictures that differed in a last bit."""
@@ -44,7 +37,7 @@ and CPU kernels round by alignment: the same weights in two files gave pictures 
 
 @contextmanager
 def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-    """A function from names to tensors on `device`, while the block runs.
+    """A context with a function from names to tensors on `device`. FileError.
 
     names: all that will be asked for, in that order, so that they can be read ahead.
     """
@@ -53,31 +46,31 @@ def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> 
             yield get
         return
     with ExitStack() as stack:
-        homes: dict[str, Callable[[str], Tensor]] = {}
+        getters: dict[str, Callable[[str], Tensor]] = {}
         for header in source.headers:
-            homes |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device)))
-        yield lambda name: homes[name](name)
+            getters |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device)))
+        yield lambda name: getters[name](name)
 
 
 @contextmanager
 def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-    """The same, each tensor straight into memory of its own on the device, while threads read what comes next."""
+    """The same, each tensor read directly into new memory on the device, while threads read ahead."""
     names = list(names)
-    turns = iter(names)
+    order = iter(names)
     with stream_to_device([source.spans[name] for name in names], torch.device(device)) as fill:
 
         def get(name: str) -> Tensor:
-            if name != (turn := next(turns, None)):
-                raise RuntimeError(f"{name} was asked for when it was {turn}'s turn")
+            if name != (expected := next(order, None)):
+                raise RuntimeError(f"{name} was asked for when {expected} was next")
             return fill(torch.empty(source.shapes[name], dtype=READABLE[source.dtypes[name]], device=device))
 
         yield get
 
 
 def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
-    """Have torch ask a CUDA device once for tensors of so many bytes, not for each: those who ask wait for who pins.
+    """Make torch request CUDA memory for tensors of these sizes (bytes) at once: each request waits for pinning.
 
-    It keeps a block that is let go, and cuts it. Where there is none so large, each is asked for when it is made.
+    The allocator keeps the freed block and cuts it. Where no block is so large, memory is requested for each tensor.
     """
     if torch.device(device).type != "cuda":
         return
@@ -89,7 +82,7 @@ def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
 
 @contextmanager
 def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
-    """One file, mapped or read. Its header is known to be sound, so what stands in safetensors' way is the mapping."""
+    """A context with that function for one file, mapped or read. Its header is sound, so errors are the mapping's."""
     try:
         mapped = safe_open(header.path, framework="pt", device=str(device))
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -103,7 +96,7 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
 
 
 def _read_tensor(file: io.BufferedReader, header: Header, entry: Entry) -> Tensor:
-    """One tensor's bytes, straight into memory of its own."""
+    """A tensor in new memory, read from the file."""
     tensor = torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="cpu")
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, file, header.path, entry.start)

@@ -1,6 +1,6 @@
-"""`doctor`: what this machine has and what would fit, for a bug report or for oneself.
+"""`doctor`: what this machine has and what would fit, to read or to put into a bug report.
 
-No network, no secrets, and nothing raises.
+No network, no secrets, no errors.
 """
 
 import os
@@ -16,6 +16,7 @@ from ..checkpoint.identify import Part
 from ..device.memory import fit, shares
 from ..device.threads import set_threads
 from ..errors import FluxError
+from ..files import user_path
 from ..hub import client as hub
 from ..hub.places import embedded_folder
 from ..terminal import tell
@@ -46,7 +47,7 @@ def doctor() -> Iterator[str]:
 def _guarded(title: str, rows: Callable[[], list[str]]) -> list[str]:
     try:
         found = rows()
-    except Exception as error:  # a doctor that falls ill helps nobody
+    except Exception as error:  # the other lines may still help
         found = [f"could not be found out: {type(error).__name__}: {error}"]
     return [f"{title if i == 0 else '':<14}{row}" for i, row in enumerate(found)]
 
@@ -106,7 +107,7 @@ def _fits() -> list[str]:
 
     devices, ram = [torch.device(name) for name in available_devices()], _ram()
     rows = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
-    for variant in (row for row in VARIANTS.values() if not row.embedded):
+    for variant in (variant for variant in VARIANTS.values() if not variant.embedded):
         parts = shares(variant)
         verdicts = [
             f"{device} {fit(variant, _size(device, ram), _dtypes(device), None if device.type == 'cpu' else ram)}"
@@ -147,7 +148,8 @@ def _token() -> list[str]:
 
 
 def _endpoint() -> list[str]:
-    return [hub.endpoint() + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
+    origin = ", from .env" if hub.endpoint_of_env_file() else ""
+    return [hub.endpoint() + origin + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
 
 
 def _cache() -> list[str]:
@@ -173,11 +175,11 @@ def _files(variant: Variant) -> list[str]:
 def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
     for name in variables:
         if value := os.environ.get(name):
-            there = "" if Path(value).expanduser().exists() else ", which does not exist"
+            there = "" if user_path(value).exists() else ", which does not exist"
             return f"{name}={value}{there}"
     try:
         own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts, too
-    except FluxError:  # what it names is not there, which the transformer's row says
+    except FluxError:  # FLUX_MODEL names a file that does not exist, which the transformer's line says
         own = None
     return str(own) if own else "in the cache" if in_cache else "not on this disk"
 

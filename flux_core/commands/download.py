@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.files import PARTS, text_files
 from ..checkpoint.source import find_source
 from ..errors import DiskError, FileError, UsageError
+from ..files import user_path
 from ..hub import client as hub
 from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
 from ..hub.parts import HubFile, fetch, listing
@@ -26,12 +27,12 @@ _ALL_THERE = "all files are on this disk already, nothing is downloaded"
 def download(
     name: str = DEFAULT, endpoint: str | None = None, source: str | None = None, output_dir: str | None = None
 ) -> list[Path]:
-    """Fetch transformer, autoencoder and text encoders of that model; their paths, or the folder's, also told.
+    """Fetch transformer, autoencoder and text encoders of that model. Returns and prints their paths, or the folder's.
 
     source: `hub`, into its cache, or `modelscope`, into the folder `output_dir`, which FLUX_MODEL or --model then
     names. endpoint: the source's address, instead of HF_ENDPOINT's or its own. What is whole on this disk is not
-    fetched again, and a cache that has all is not held against the hub: that works without a network. A run that was
-    cut or stopped goes on in the next where it ended. UsageError, AccessError, FileError, or DiskError before anything
+    fetched again, and for a cache that has all the hub is not asked: that works without a network. A run that was
+    cut or stopped is continued by the next. UsageError, AccessError, FileError, or DiskError before anything
     is fetched.
     """
     variant, origin = get_variant(name), _FIELDS["source"].parse(source, "hub")
@@ -55,7 +56,7 @@ def download(
 
 
 def _from_hub(variant: Variant, repo: str) -> list[Path]:
-    """Paths in the cache. What FLUX_MODEL names is none of them, so the variant has no variables."""
+    """Paths in the cache. The variant has no variables, so that FLUX_MODEL is not among them."""
     note(f"from {hub.endpoint()} to {hub.cache_folder()}")
     try:
         with hub.without_network():
@@ -94,7 +95,7 @@ def _whole(paths: Sequence[Path]) -> bool:
 
 
 def _listed(variant: Variant) -> list[HubFile]:
-    """What `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
+    """The files that `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
     assert variant.repo is not None
     files = listing(variant.repo, [variant.flow_file, variant.ae_file]) + listing(variant.clip, TEXT_FILES)
     t5 = listing(variant.t5, TEXT_FILES)
@@ -106,16 +107,16 @@ def _listed(variant: Variant) -> list[HubFile]:
 def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_dir: str | None) -> Path:
     """The folder with official files and text encoders, by default beside the hub's cache, on whose disk there is room.
 
-    Their own client's cache is another: it takes no file there that it has not written down.
+    It is not the cache of ModelScope's own client, which ignores files that it has not registered.
     """
     source = Repository(repo, hub.checked_address(endpoint or "", "--endpoint", ADDRESS))
-    folder = Path(output_dir).expanduser() if output_dir else hub.cache_folder().parent / "modelscope" / repo
+    folder = user_path(output_dir) if output_dir else hub.cache_folder().parent / "modelscope" / repo
     folder = folder.absolute()
     note(f"from {source.page} to {folder}")
     try:
-        files = _wanted(variant, source)
+        files = _needed(variant, source)
     except Unreachable:
-        parts = [part for home in _text_homes() for part in home]
+        parts = [folder for pair in _text_folders() for folder in pair]
         if not _whole([folder / part for part in (variant.flow_file, variant.ae_file, *parts)]):
             raise
         files = []
@@ -125,34 +126,34 @@ def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_d
         _check_room(rows, folder, hub.free_bytes(folder, "--output-dir"), "name a folder with --output-dir")
     else:
         note(_ALL_THERE)
-    for file in sorted(files, key=lambda one: one.size):
+    for file in sorted(files, key=lambda file: file.size):
         source.fetch(file, folder)
     tell(f"FLUX_MODEL={shlex.quote(str(folder))}")
     return folder
 
 
-def _text_homes() -> list[tuple[str, str]]:
+def _text_folders() -> list[tuple[str, str]]:
     """The folders of T5 and its tokenizer, then CLIP's, in the repository of a FLUX.1 model."""
     return [(PARTS[part].folders[0], PARTS[part].tokenizer) for part in ("t5", "clip")]
 
 
-def _wanted(variant: Variant, source: Repository) -> list[RemoteFile]:
-    """What is loaded of the repository: one layout, no pickles. FileError where it lacks a part."""
+def _needed(variant: Variant, source: Repository) -> list[RemoteFile]:
+    """The files of the repository that are loaded: one layout, no pickles. FileError where it lacks a part."""
     needed = [("", [variant.flow_file]), ("", [variant.ae_file])]
-    for encoder, tokenizer in _text_homes():
+    for encoder, tokenizer in _text_folders():
         needed += [(encoder, ["*.safetensors"]), (encoder, ["*.json"]), (tokenizer, TOKENIZER_FILES)]
-    files, wanted = [(*file.path.rpartition("/")[::2], file) for file in source.files()], []
+    files, listed = [(*file.path.rpartition("/")[::2], file) for file in source.files()], []
     for folder, patterns in needed:
         inside = [(name, file) for parent, name, file in files if parent == folder]
         found = [file for name, file in inside if any(fnmatch(name, pattern) for pattern in patterns)]
         if not found:
             raise FileError(f"{source.page} has no {(folder and folder + '/') + patterns[0]}. Next: take --source hub.")
-        wanted += found
-    return wanted
+        listed += found
+    return listed
 
 
 def _check_room(rows: Sequence[tuple[str, int, int]], folder: Path, free: int, advice: str) -> None:
-    """Tell rows of (file, bytes, those still to come), how many those are and what is free; DiskError if too little."""
+    """Print rows of (file, bytes, bytes still to come), their sum and what is free; DiskError if that is too little."""
     for file, size, left in rows:
         part = f"{(size - left) / 1e9:.3f} GB " if left else ""
         there = f"  {part}on this disk" if left < size else ""

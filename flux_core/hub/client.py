@@ -1,7 +1,7 @@
 """The way to the hub: settings, token, endpoint, and its errors in our words. The client is imported where it is used.
 
-The client reads its settings when it is imported, so `read_env` comes first; and it is given token and endpoint
-with every call, so that what stands here is what counts. `login()` is never called: it writes to the disk.
+The client reads its settings when it is imported, so `read_env` comes first. It is given token and endpoint with every
+call, so that none but those found here are used. `login()` is never called: it writes to the disk.
 """
 
 import errno
@@ -13,52 +13,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import AccessError, DiskError, FileError, FluxError, UsageError
+from ..files import user_path
 from ..terminal import note
 
 HUB = "https://huggingface.co"
-TOKENS = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+"""variables that may hold the token, the first that is set counts"""
 ENV = Path(".env")
-_KNOWN = ("HF_", "HUGGINGFACE_", "FLUX_")
-"""beginnings of the names that are taken from a .env; one in a strange folder should set nothing else"""
+_KNOWN = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "FLUX_")
+"""beginnings of the names that are taken from a .env; a file in a strange folder should set nothing else"""
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _BROKEN = ("RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead")
 """names of what the transports raise (requests, httpx, as the client's version has it) when an answer is cut short"""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
-"""what a file system answers where nothing, or no more, can be written"""
+"""errors of a file system where nothing, or no more, can be written"""
 
 _from_env_file: set[str] = set()
+"""names of the variables that were taken from .env"""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token and where it comes from; its value shows in no repr."""
+    """A token and where it comes from; its value is in no repr."""
 
     value: str = field(repr=False)
     origin: str
-
-    @property
-    def of_login(self) -> bool:
-        return self.origin.startswith("the login")
+    kind: Literal["environment", "env file", "login"]
 
 
 def read_env() -> None:
     """Take the hub's and our own variables from `.env` in the current folder, where the environment has none.
 
-    Has to run before huggingface_hub is imported. HF_ENDPOINT is normalised; what a file says wrong is a line on
-    stderr, never a value.
+    Has to run before huggingface_hub is imported. HF_ENDPOINT is normalised; a file that cannot be read is a line on
+    stderr, without any value.
     """
     if ENV.is_file():
         from dotenv import dotenv_values
 
         try:
             values = dotenv_values(ENV, encoding="utf-8-sig", interpolate=False)
-        except (OSError, ValueError) as error:  # UnicodeDecodeError quotes the bytes, so only its name is told
+        except (OSError, ValueError) as error:  # UnicodeDecodeError quotes the bytes, so only its name is shown
             return _once(f"warning: .env could not be read ({type(error).__name__}); it should be text in UTF-8")
-        has_token = any(name in os.environ for name in TOKENS)  # either name in the environment beats both in the file
+        has_token = any(name in os.environ for name in TOKENS)  # any name in the environment beats all in the file
         for name, value in values.items():
             taken = name in os.environ or (has_token and name in TOKENS)
             if value and "\0" not in value and not taken and name.startswith(_KNOWN):
@@ -66,10 +66,20 @@ def read_env() -> None:
                 _from_env_file.add(name)
         if _tracked_by_git():
             _once("warning: .env is tracked by git, so a token in it is published: git rm --cached .env")
+    if (cache := os.environ.get("HF_HUB_CACHE")) and not _has_home():
+        os.environ["HF_HOME"] = cache  # else the client would make a folder called ~ for other files
     if "HF_ENDPOINT" in os.environ:  # the client takes blanks for an address
         os.environ["HF_ENDPOINT"] = os.environ["HF_ENDPOINT"].strip().rstrip("/")
         if not os.environ["HF_ENDPOINT"]:
             del os.environ["HF_ENDPOINT"]
+
+
+def _has_home() -> bool:
+    """Whether the hub's files that are not in HF_HUB_CACHE have a folder."""
+    try:
+        return bool(_home())
+    except UsageError:
+        return False
 
 
 def _tracked_by_git() -> bool:
@@ -87,16 +97,18 @@ def _once(warning: str) -> None:
 
 
 def find_token() -> Token | None:
-    """HF_TOKEN or HUGGINGFACE_TOKEN of the environment or of .env, else the file that a login wrote. No network."""
+    """The token in one of `TOKENS`, in the environment or in .env, else in the file that a login wrote. No network."""
     for name in TOKENS:
         if value := os.environ.get(name, "").strip():
-            return Token(value, f"{name} in {'.env' if name in _from_env_file else 'the environment'}")
-    file = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token").expanduser()
+            if name in _from_env_file:
+                return Token(value, f"{name} in .env", "env file")
+            return Token(value, f"{name} in the environment", "environment")
     try:
+        file = user_path(os.environ.get("HF_TOKEN_PATH") or _home() / "token")
         value = file.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError, UsageError):  # without a home there is no login
         return None
-    return Token(value, f"the login's file {file}") if value else None
+    return Token(value, f"the login's file {file}", "login") if value else None
 
 
 def endpoint() -> str:
@@ -113,9 +125,14 @@ def checked_address(given: str, name: str, otherwise: str) -> str:
     except ValueError:
         right = False
     if not right:
-        shown = "" if "@" in address else f"={address[:100]!a}"  # what stands before an @ may be a password
+        shown = "" if "@" in address else f"={address[:100]!a}"  # before an @ there may be a password
         raise UsageError(f"{name}{shown} is no address. Next: write it as {otherwise}, or leave it out.")
     return address
+
+
+def endpoint_of_env_file() -> bool:
+    """Whether HF_ENDPOINT was set by .env."""
+    return "HF_ENDPOINT" in _from_env_file
 
 
 def offline() -> bool:
@@ -126,7 +143,7 @@ def offline() -> bool:
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Inside, what asks the hub finds what is in the cache, or raises FileError, and nothing is sent."""
+    """A context in which the hub is not asked: functions return what is in the cache, or raise FileError."""
     from huggingface_hub import constants  # the client has read the environment by now, and does not look again
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -137,17 +154,26 @@ def without_network() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where the hub's files are kept: HF_HUB_CACHE, else `hub` in HF_HOME."""
-    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or _home() / "hub")).expanduser()
+    """The folder of the hub's files: HF_HUB_CACHE, else `hub` in HF_HOME. UsageError where there is no home for it."""
+    return user_path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or _home() / "hub"))
 
 
 def _home() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.path.expandvars(os.environ.get("HF_HOME") or default)).expanduser()
+    """HF_HOME, or `huggingface` in the user's cache. UsageError where the user has no home folder."""
+    if given := os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME"):
+        folder = user_path(os.path.expandvars(given))
+        return folder if os.environ.get("HF_HOME") else folder / "huggingface"
+    try:
+        return Path.home() / ".cache" / "huggingface"
+    except RuntimeError:
+        raise UsageError(
+            "there is no home folder to keep the hub's files in: HOME is not set, and this user has no name. "
+            "Next: set HF_HOME to a folder that can be written to."
+        ) from None
 
 
 def cache_variable() -> str:
-    """The name of the variable that moves the cache."""
+    """The name of the variable that sets the cache's place."""
     return "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
 
 
@@ -167,12 +193,15 @@ def free_bytes(folder: Path, setting: str | None = None) -> int:
 
 @contextmanager
 def settings(**variables: str | None) -> Iterator[None]:
-    """Those variables of the environment are set inside, where they are not None, and as before outside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update({name: value for name, value in variables.items() if value is not None})
+    """A context in which those variables of the environment have these values, where they are not None."""
+    given = {name: value for name, value in variables.items() if value is not None}
+    before, from_file = {name: os.environ.get(name) for name in given}, _from_env_file & given.keys()
+    os.environ.update(given)
+    _from_env_file.difference_update(given)
     try:
         yield
     finally:
+        _from_env_file.update(from_file)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -187,7 +216,7 @@ def cached(repo: str, pattern: str) -> list[Path]:
 
 
 def access() -> dict[str, Any]:
-    """`token` and `endpoint` for the client's functions. AccessError where the token may not travel there."""
+    """`token` and `endpoint` for the client's functions. AccessError where the token may not be sent there."""
     read_env()
     address, token = endpoint(), find_token()
     if token is None:
@@ -197,6 +226,11 @@ def access() -> dict[str, Any]:
         raise AccessError(
             f"the token from {token.origin} holds blanks or letters that no token has. Next: set it anew."
         )
+    if endpoint_of_env_file() and token.kind != "env file" and address != HUB:
+        raise AccessError(
+            f"HF_ENDPOINT={address} comes from .env, and the token from {token.origin} does not: it is not sent there. "
+            "Next: set HF_ENDPOINT in the environment if you trust that address, else delete it from .env."
+        )
     parts = urlsplit(address)
     if parts.scheme == "http" and parts.hostname not in _LOCAL:
         raise AccessError(
@@ -205,12 +239,13 @@ def access() -> dict[str, Any]:
         )
     if address != HUB:
         _once(f"warning: {address} is not huggingface.co, and it receives the token from {token.origin}")
-    return {"token": True if token.of_login else token.value, "endpoint": address}  # True: the client renews a login's
+    # True: the client renews a login's
+    return {"token": True if token.kind == "login" else token.value, "endpoint": address}
 
 
 @contextmanager
 def hub_errors(repo: str, wanted: str) -> Iterator[dict[str, Any]]:
-    """Gives `access()`; what the client raises inside is an AccessError, FileError or DiskError outside."""
+    """A context with `access()`, in which the client's errors become AccessError, FileError or DiskError."""
     allowed = access()
     try:
         yield allowed
@@ -221,7 +256,7 @@ def hub_errors(repo: str, wanted: str) -> Iterator[dict[str, Any]]:
 
 
 def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
-    """What the hub's exceptions mean to a user. Gated is a kind of not found, so the order matters."""
+    """Our error for one of the hub's. Gated is a kind of not found, so the order matters."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None:

@@ -38,7 +38,7 @@ MAX_LISTING = 2**24
 
 
 class Unreachable(FileError):
-    """There is no way to ModelScope from here, or none is allowed."""
+    """ModelScope cannot be reached from here, or the network is forbidden."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model's repository. What goes wrong is a FileError, AccessError or DiskError."""
+    """A model's repository. Errors are FileError, AccessError or DiskError."""
 
     name: str
     address: str = ADDRESS
@@ -79,9 +79,9 @@ class Repository:
                 f"{self.address} answered with something else than the list of files of {self.name}. "
                 "Next: check the address, or try again later."
             ) from error
-        for one in found:
-            _check_path(one, self)
-        return sorted(found, key=lambda one: one.path)
+        for file in found:
+            _check_path(file, self)
+        return sorted(found, key=lambda file: file.path)
 
     def missing(self, file: RemoteFile, folder: Path) -> int:
         """Bytes that `fetch` will ask for. FileError if something else lies in the file's place."""
@@ -98,9 +98,8 @@ class Repository:
         )
 
     def fetch(self, file: RemoteFile, folder: Path) -> Path:
-        """The file in that folder. It has its name when it is whole and its sum is right; until then it ends in .part.
-
-        What a cut connection or a stopped run left of it is taken up at the byte where it broke.
+        """The file's path in that folder. It gets its name when it is whole and its sum is right; until then it ends in
+        .part. A part that a cut connection or a stopped run left is continued at the byte where it broke.
         """
         target, part = _places(file, folder)
         self.missing(file, folder)
@@ -146,7 +145,7 @@ class Repository:
             os.fsync(out.fileno())
 
     def _check_sum(self, part: Path, file: RemoteFile) -> None:
-        """A part with another sum than the list says is deleted: FileError."""
+        """FileError if a part has another sum than the list says; the part is deleted."""
         if not file.sha256:
             return
         if (found := file_sha256(part, file.path)) != file.sha256:
@@ -157,7 +156,7 @@ class Repository:
             )
 
     def _open(self, url: str, what: str, start: int = 0) -> HTTPResponse:
-        """The answer, from that byte on where the server can. Its refusals are told, transport errors are not."""
+        """The answer, from that byte on where the server can. FluxErrors for its refusals; transport errors pass."""
         if offline():
             raise self._unreachable(what, "HF_HUB_OFFLINE is set")
         headers = {"User-Agent": f"flux_core/{__version__}"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -203,14 +202,14 @@ def _check_path(file: RemoteFile, repository: Repository) -> None:
 
 
 def _places(file: RemoteFile, folder: Path) -> tuple[Path, Path]:
-    """Where the file will be, and where it grows."""
+    """The file's path, and that of its part."""
     target = folder / file.path
     return target, target.with_name(target.name + ".part")
 
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """What a full, read-only or forbidden disk answers, as DiskError."""
+    """A context in which errors of a full, read-only or forbidden disk become DiskErrors."""
     try:
         yield
     except OSError as error:

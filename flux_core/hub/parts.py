@@ -2,7 +2,7 @@
 
 The client takes up a broken connection, but deletes its part where a run ends (huggingface_hub 2.4), and a file of
 24 GB would begin anew. Here a file grows under the name of its sum and `.part`, is held against that sum when it is
-whole, and then lies where the client finds it and has only to link it. Requests, redirects and bar are the client's.
+whole, and then is where the client finds it and has only to link it. Requests, redirects and bar are the client's.
 """
 
 import hashlib
@@ -47,14 +47,14 @@ def listing(repo: str, patterns: list[str]) -> list[HubFile]:
 
         found = HfApi(**access).model_info(repo, files_metadata=True).siblings or []
     # as the client matches them: a * also takes slashes
-    wanted = [one for one in found if any(fnmatch(one.rfilename, pattern) for pattern in patterns)]
-    return [HubFile(repo, one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else "") for one in wanted]
+    files = [file for file in found if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    return [HubFile(repo, file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "") for file in files]
 
 
 def fetch_all(repo: str, patterns: list[str]) -> None:
-    """`fetch` the large ones of these patterns, if none of them is in the cache yet, or a part of one.
+    """`fetch` the large files of these patterns, if the cache has none of them yet, or only a part.
 
-    Otherwise the list is not asked for: the client may be content with what is there, and need no network.
+    Otherwise the list is not asked for: the client may be content with the cache, and need no network.
     """
     begun = any(_home(repo).glob("blobs/*.part"))
     if begun or not any(cached(repo, pattern) for pattern in patterns):
@@ -67,10 +67,10 @@ def fetch_all(repo: str, patterns: list[str]) -> None:
 
 
 def fetch(repo: str, name: str) -> None:
-    """Bring a large file that is missing into the cache, from the byte on where an earlier run ended.
+    """Download a large file that is missing into the cache, from the byte on where an earlier run ended.
 
-    Small ones are left to the client, and what the hub does not answer for: the client asks again, and knows how long.
-    AccessError, FileError or DiskError, as may be.
+    Small files are left to the client, and those that the hub does not answer for: the client tries again.
+    AccessError, FileError or DiskError.
     """
     if cached(repo, name):
         return
@@ -105,7 +105,7 @@ def fetch(repo: str, name: str) -> None:
 
 
 def _fill(part: Path, file: HubFile, url: str, access: dict[str, Any]) -> None:
-    """Fetch what the part lacks. Where the hub sends it elsewhere, the client leaves the token behind."""
+    """Fetch what the part lacks. Where the hub redirects to another host, the client does not send the token there."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -120,7 +120,7 @@ def _fill(part: Path, file: HubFile, url: str, access: dict[str, Any]) -> None:
 
 
 def _check_sum(part: Path, file: HubFile) -> None:
-    """FileError, and the part is gone, if it has another sum than the hub has of it."""
+    """FileError if the part has another sum than the hub lists; the part is deleted."""
     if file_sha256(part, file.name) != file.sha256:
         part.unlink()
         raise FileError(
@@ -130,7 +130,7 @@ def _check_sum(part: Path, file: HubFile) -> None:
 
 
 def file_sha256(path: Path, name: str) -> str:
-    """The sum in hex digits. Where that takes a while, a line says so, by that name."""
+    """The SHA-256 in hex digits. For a large file a line on stderr says so, by that name."""
     if path.stat().st_size >= LARGE:
         note(f"checking the sum of {name}")
     with path.open("rb") as data:
@@ -138,7 +138,7 @@ def file_sha256(path: Path, name: str) -> str:
 
 
 def _link_twin(target: Path, file: HubFile) -> bool:
-    """Whether another repository's cache has the same bytes, as dev and schnell have the same T5; they count once."""
+    """Link a file with the same bytes from another repository's cache (dev and schnell share T5), if there is any."""
     for twin in _twins(file):
         with suppress(OSError):  # a disk without hard links
             if file_sha256(twin, file.name) == file.sha256:

@@ -1,18 +1,19 @@
-"""Where weights are: shipped beside the package, in the clone around it, or on the hub.
+"""Folders and files of weights on this disk: shipped beside the package, in the clone around it, or from the hub.
 
-Everything else asks here for a folder or a file on this disk, and gets it, or an error with the next step.
+What is not there is an error with the next step.
 """
 
 from pathlib import Path
 
 from ..errors import FileError
+from ..files import user_path
 from ..variants import Variant
 from .client import cache_folder, hub_errors
 from .parts import fetch, fetch_all
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
-"""an installed wheel carries the weights inside the package, a clone beside it"""
+"""an installed wheel has the weights inside the package, a clone beside it"""
 
 SCORER = "dinov2-mini"
 """the scorer that ships, trained on flux-mini's world"""
@@ -38,19 +39,19 @@ def embedded_folder(variant: Variant) -> Path:
 def scorer_folder(name: str) -> Path:
     """The folder of a scorer: one that ships, one on this disk, or a hub repository's. Errors as in `hub_file`."""
     shipped = [root / SCORER for root in ROOTS] if name == SCORER else []
-    for folder in (*shipped, Path(name)):
+    for folder in (*shipped, user_path(name)):
         if folder.is_dir():
             return folder
     if name == SCORER:
         looked = " or ".join(map(str, shipped))
         raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileError(f"there is no scorer {name!a}: give {SCORER}, a folder, or a hub id as facebook/dinov2-base")
     return hub_folder(name, _SCORER_FILES, "the scorer")
 
 
 def hub_file(repo: str, name: str) -> Path:
-    """A file of a hub repository, downloaded once. AccessError, FileError or DiskError, as may be."""
+    """A file of a hub repository, downloaded once. AccessError, FileError or DiskError."""
     fetch(repo, name)
     with hub_errors(repo, name) as access:
         from huggingface_hub import hf_hub_download

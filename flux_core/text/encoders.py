@@ -1,11 +1,11 @@
-"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens, and CLIP's one vector.
+"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens and CLIP's pooled vector.
 
 As in the official code, a prompt is padded to a fixed number of tokens and no attention mask is given:
 padding attends and is attended to, so the length is part of the result. CLIP cuts at 77 tokens without a
-word, since the picture's content comes from T5; what T5 had to cut is told by `truncated`.
+warning, since the picture's content comes from T5; `notes` says what T5 cuts and what it cannot read.
 
 transformers takes longer to import than everything else here, so it is imported when encoders are loaded, and
-as little of it as will do.
+only the modules that are needed.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.check import check_part
+from ..checkpoint.contents import find_contents
 from ..checkpoint.files import encoder_config, text_files
-from ..checkpoint.identify import Part, identify
-from ..checkpoint.layouts import NOT_OURS, tokenizer_class
-from ..checkpoint.read import check_dtypes
-from ..checkpoint.scales import find_scales, to_dense
-from ..checkpoint.source import find_source
+from ..checkpoint.identify import Part
+from ..checkpoint.layouts import tokenizer_class
+from ..checkpoint.read import note_precision
+from ..checkpoint.scales import to_dense
 from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
@@ -31,7 +32,7 @@ CLIP_TOKENS = 77
 
 
 class TextEncoder(nn.Module):
-    """A tokenizer and its model as one callable from prompts to a tensor."""
+    """Prompts to a tensor: a tokenizer and its model."""
 
     def __init__(self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype) -> None:
         """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to."""
@@ -57,19 +58,53 @@ class TextEncoder(nn.Module):
         return getattr(self.model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
 
     def truncated(self, prompt: str) -> str | None:
-        """The end of the prompt that did not fit, in its own letters; None if all of it did."""
-        found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-        if len(found.input_ids) <= self.max_length:
+        """The end of the prompt that does not fit into `max_length` tokens, as written; None if all of it fits."""
+        pieces = self._pieces(prompt)
+        if len(pieces) <= self.max_length:
             return None
-        first_cut = self.max_length - 1  # the last place is kept for the end-of-text token
-        return prompt[found["offset_mapping"][first_cut][0] :].strip() or None
+        _, first_cut, _ = pieces[self.max_length - 1]  # the last place is kept for the end-of-text token
+        return prompt[first_cut:].strip() or None
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words that the tokenizer has no token for, as written, each once: emoji, Chinese, Cyrillic for T5."""
+        kept = self._pieces(prompt)[: self.max_length - 1]
+        unread = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
+        return list(dict.fromkeys(_word_around(prompt, start, end) for start, end in unread))
+
+    def notes(self, prompt: str) -> list[str]:
+        """For people: a line on what is dropped of a prompt, and a line on words that cannot be read; often none."""
+        lines = []
+        if dropped := self.truncated(prompt):
+            lines.append(f"the prompt is longer than {self.max_length} tokens; dropped: {_shortened(dropped, 60)!r}")
+        if words := self.unknown(prompt):
+            listed = ", ".join(repr(_shortened(word, 30)) for word in words[:5]) + (", …" if len(words) > 5 else "")
+            lines.append(f"the text encoder cannot read {listed}; say it in English words")
+        return lines
+
+    def _pieces(self, prompt: str) -> list[tuple[int, int, int]]:
+        """A token id, and where in the prompt it begins and ends, for all tokens of the prompt without padding."""
+        found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        return [(token, *place) for token, place in zip(found.input_ids, found["offset_mapping"], strict=True)]
+
+
+def _word_around(text: str, start: int, end: int) -> str:
+    """That part of a text with the letters and digits that go on beside it."""
+    while start > 0 and text[start - 1 : start + 1].isalnum():
+        start -= 1
+    while end < len(text) and text[end - 1 : end + 1].isalnum():
+        end += 1
+    return text[start:end]
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "…"
 
 
 @plain_defaults()
 def load_text_encoders(
     variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[TextEncoder, TextEncoder]:
-    """T5 and CLIP of that model, weights loaded and frozen. FileError, AccessError or DiskError."""
+    """T5 and CLIP of that model, frozen, their output in `dtype`. FileError, AccessError or DiskError."""
     files = text_files(variant)
     with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
@@ -91,31 +126,30 @@ def load_encoder(
 ) -> Any:
     """A text encoder, frozen, from a file or a folder of any layout, tensor by tensor. FileError says what is wrong.
 
-    Its sizes come from the config.json beside the weights, from that of the model that ships, or from the row.
+    Its sizes come from the config.json beside the weights, from that of the model that ships, or from the variant.
     """
-    source = find_source(path)
-    found = identify(source.shapes, part)
-    if found.part != part:
-        raise FileError(f"{path}: the text encoder could not be read: this is {found.text}.")
-    mine = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
-    mine = {name: bare for name, bare in mine.items() if not bare.startswith(NOT_OURS) and "position_ids" not in bare}
-    scales = find_scales(source, found.prefix)
-    mine = {name: bare for name, bare in mine.items() if name not in scales.names}
-    check_dtypes(path, {name: source.dtypes[name] for name in mine}, dtype)
+    contents = find_contents(path, part)
+    source, scales = contents.source, contents.scales
+    if contents.found.part != part:
+        raise FileError(f"{path}: the text encoder could not be read: this is {contents.found.text}.")
+    check_part(contents, variant)
+    note_precision(contents, dtype)
     try:
         config = kind.config_class.from_dict(encoder_config(variant, part, path))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    # transformers knows whose place a name means, but takes every tensor to the CPU on its way there. So it is given
-    # stand-ins, one number each, and the tensors follow by themselves.
-    stand_ins = {name: torch.empty((), dtype=dtype, device="cpu").expand(source.shapes[name]) for name in mine}
-    state = {bare: stand_ins[name] for name, bare in mine.items()}
+    # transformers knows which parameter has which name, but moves every tensor to the CPU first. So it is given
+    # stand-ins of one number each, whose places the tensors take afterwards.
+    number = torch.empty((), dtype=dtype, device="cpu")
+    stand_ins = {name: torch.empty_like(number).expand(shape) for name, shape in contents.shapes.items()}
     try:
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=stand_ins, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{path}: the text encoder could not be read: {error}") from error
     _all_there(info, path, "text encoder")
-    named = {x.data_ptr(): name for name, x in stand_ins.items()}
+    named = {x.data_ptr(): contents.names[name] for name, x in stand_ins.items()}
     places = {named[place.data_ptr()]: place for place in model.parameters()}
     order = sorted(places, key=source.spans.__getitem__)
     reserve(device, (place.numel() * dtype.itemsize for place in places.values()))
@@ -132,7 +166,7 @@ def _all_there(info: dict[str, Any], path: Path, what: str) -> None:
 
 
 def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
-    """The tokenizer of that folder, for that model. FileError if it can't be read or does not fit."""
+    """The tokenizer in that folder. FileError if it can't be read, or has more tokens than the model embeddings."""
     import transformers
 
     try:
@@ -140,13 +174,13 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except (AttributeError, OSError, ValueError) as error:
         raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
-    if len(tokenizer) > (rows := model.config.vocab_size):
-        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}.")
+    if len(tokenizer) > (known := model.config.vocab_size):
+        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {known}.")
     return tokenizer
 
 
 def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str) -> Any:
-    """One of transformers' models, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
+    """A model of transformers, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -159,7 +193,7 @@ def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' notices and progress bars off the terminal; what matters of them is checked here."""
+    """A context without transformers' notices and progress bars; what matters of them is checked here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_model import random_weights, small_variant
 from safetensors.torch import save_file
 
-from flux_core.checkpoint import check_files, write_safetensors
+from flux_core.checkpoint import check_files
+from flux_core.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from flux_core.errors import FileError
 from flux_core.main import main
-from flux_core.model import AutoEncoder, Flux
 from flux_core.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
-SMALL = small_variant()
 
 
 def sparse(path, shapes, dtype="BF16"):
@@ -36,18 +34,17 @@ def sparse(path, shapes, dtype="BF16"):
 
 
 def full_size(name):
-    with torch.device("meta"):
-        return {key: tuple(x.shape) for key, x in Flux(VARIANTS[name].params).state_dict().items()}
+    return flux_shapes(VARIANTS[name].params)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """FLUX.1-dev, schnell and Fill at full size, a small autoencoder, a LoRA."""
+    """FLUX.1-dev, schnell and Fill, and the autoencoder, at full size; a LoRA."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for name in ("flux-dev", "flux-schnell"):
         sparse(folder / f"{name}.safetensors", full_size(name))
     sparse(folder / "fill.safetensors", full_size("flux-dev") | {"img_in.weight": (3072, 384)})
-    write_safetensors(folder / "ae.safetensors", random_weights(AutoEncoder(SMALL.ae_params)).state_dict())
+    sparse(folder / "ae.safetensors", autoencoder_shapes(VARIANTS["flux-dev"].ae_params))
     save_file({"double_blocks.0.img_mod.lin.lora_A.weight": torch.zeros(1)}, folder / "lora.safetensors")
     return folder
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from flux_core.checkpoint import header, load_autoencoder, load_flux, read, stream, tensors, to_diffusers
 from flux_core.checkpoint.files import text_files
-from flux_core.checkpoint.source import INDEX, Span, find_source
+from flux_core.checkpoint.source import Span, find_source
 from flux_core.checkpoint.write import write_safetensors
 from flux_core.errors import FileError
 from flux_core.linears.fp8 import Fp8Linear, quantize
@@ -50,7 +50,7 @@ def shards(tmp_path_factory):
         }
         write_safetensors(folder / file, state)
         where |= dict.fromkeys(state, file)
-    (folder / f"x{INDEX}").write_text(json.dumps({"weight_map": where}))
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return find_source(folder)
 
 
@@ -134,7 +134,7 @@ def test_tensors_come_in_their_turn(shards):
     one, other = list(shards.spans)[:2]
     with tensors.streamed(shards, "cpu", [one, other]) as get, pytest.raises(RuntimeError, match="was asked for when"):
         get(other)
-    with tensors.streamed(shards, "cpu", [one]) as get, pytest.raises(RuntimeError, match="it was None's turn"):
+    with tensors.streamed(shards, "cpu", [one]) as get, pytest.raises(RuntimeError, match="None was next"):
         get(one), get(one)
 
 
@@ -202,6 +202,11 @@ def all_in_one(flux, ae):
     return {"model": whole | {f"vae.{name}": x for name, x in ae.items()}}
 
 
+def with_newer_norms(flux, ae):
+    """As ComfyUI saves since February 2026."""
+    return {"model": {name.replace("_norm.scale", "_norm.weight"): x for name, x in flux.items()}, "ae": ae}
+
+
 def in_fp8(flux, ae):
     """ComfyUI's older scales behind the weights of blocks."""
     coded = {}
@@ -213,7 +218,7 @@ def in_fp8(flux, ae):
     return {"model": coded, "ae": ae}
 
 
-@pytest.mark.parametrize("layout", [as_official, as_diffusers, all_in_one, in_fp8])
+@pytest.mark.parametrize("layout", [as_official, as_diffusers, all_in_one, with_newer_norms, in_fp8])
 def test_every_layout_gives_the_same_network_either_way(tmp_path, monkeypatch, layout):
     flux, ae = random_weights(Flux(DEV.params)).state_dict(), random_weights(AutoEncoder(DEV.ae_params)).state_dict()
     files = {}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from flux_core.checkpoint import load_flux, write_safetensors
@@ -44,10 +44,34 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write_module, "save_file", full)
-    with pytest.raises(DiskError, match="No space left"):
+    with pytest.raises(DiskError, match=r"cannot write .*x\.safetensors: the disk is full"):
         write_safetensors(path, {"a": torch.ones(3)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+        ),
+        (SafetensorError("something else"), "something else"),
+        (OSError(30, "Read-only file system"), "is read-only: choose another folder with --output$"),
+    ],
+)
+def test_the_disks_answer_is_told_whoever_got_it(tmp_path, monkeypatch, error, words):
+    """safetensors has an error of its own for it, with the number in its text."""
+    monkeypatch.setattr(write_module, "save_file", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(DiskError, match=rf"^cannot write .*x\.safetensors: .*{words}"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+
+
+def test_a_mistake_inside_is_not_called_a_wrong_path(tmp_path):
+    with pytest.raises(ValueError, match="mine"), write_module.new_folder(tmp_path / "out"):
+        raise ValueError("mine")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_folder(small, tmp_path, monkeypatch):

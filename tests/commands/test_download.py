@@ -158,6 +158,20 @@ def test_a_flag_names_the_mirror_and_the_files_may_lie_elsewhere_without_the_tok
         assert f"Bearer {CANARY}" in hub.tokens() and store.tokens() == {None}
 
 
+def test_an_env_files_endpoint_never_sees_the_users_token(cli, hub):
+    (cli.folder / ".env").write_text(f"HF_ENDPOINT={address(hub)}\n")
+    told = cli("download", "flux-schnell", code=3, HUGGING_FACE_HUB_TOKEN=CANARY)
+    assert f"HF_ENDPOINT={address(hub)} comes from .env, and the token from HUGGING_FACE_HUB_TOKEN in the" in told
+    assert hub.seen == []
+    cli("download", "flux-schnell", "--endpoint", address(hub), HUGGING_FACE_HUB_TOKEN=CANARY)
+    assert f"Bearer {CANARY}" in hub.tokens()
+    (cli.folder / ".env").write_text(f"HF_ENDPOINT={address(hub)}\nHF_TOKEN={CANARY}\n")
+    shutil.rmtree(cli.folder / "hf")
+    hub.seen.clear()
+    cli("download", "flux-schnell")
+    assert f"Bearer {CANARY}" in hub.tokens()
+
+
 def test_a_cut_connection_is_taken_up_at_the_byte_where_it_broke(cli, hub):
     hub.cut, hub.reset = FLOW, False
     out = cli("download", "flux-schnell", HF_ENDPOINT=address(hub))
@@ -308,8 +322,13 @@ def test_a_full_disk_is_told_before_anything_is_fetched(monkeypatch, hub, tmp_pa
 
 def test_doctor_has_a_word_for_everything_that_is_wrong(cli):
     (cli.folder / "file").touch()
-    told = cli("doctor", HF_ENDPOINT="no address", HF_HOME=str(cli.folder / "file"), HUGGINGFACE_TOKEN=CANARY)
-    for words in ("torch 2.", "cpu: bfloat16, float32", "from HUGGINGFACE_TOKEN in the environment", "is no address"):
+    told = cli("doctor", HF_ENDPOINT="no address", HF_HOME=str(cli.folder / "file"), HUGGING_FACE_HUB_TOKEN=CANARY)
+    for words in (
+        "torch 2.",
+        "cpu: bfloat16, float32",
+        "from HUGGING_FACE_HUB_TOKEN in the environment",
+        "is no address",
+    ):
         assert words in told
     assert "cannot be written to" in told and "flux-mini     ships with the package" in told
     for name in ("flux-dev     ", "flux-dev-krea", "flux-schnell "):

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from flux_core.commands import doctor
 from flux_core.errors import AccessError, UsageError
 from flux_core.hub import client as hub
 
@@ -15,7 +16,7 @@ CANARY = "hf_Canary0123456789Canary0123456789"
 def bare(monkeypatch, tmp_path):
     """No settings, an empty folder and home; what a test sets is gone after it."""
     monkeypatch.chdir(tmp_path)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     monkeypatch.setattr(os, "environ", {**kept, "HF_HOME": str(tmp_path / "hf")})
     monkeypatch.setattr(hub, "_from_env_file", set())
     hub._once.cache_clear()
@@ -27,6 +28,7 @@ def bare(monkeypatch, tmp_path):
     [
         f"HF_TOKEN={CANARY}\n",
         f"HUGGINGFACE_TOKEN={CANARY}",
+        f"HUGGING_FACE_HUB_TOKEN={CANARY}",
         f"\ufeffHF_TOKEN={CANARY}\n",
         f'HF_TOKEN = "{CANARY}"\r\nFLUX_X=1\r\n',
         f"# mine\r\n\r\nexport HF_TOKEN='{CANARY}'  # a comment\r\n",
@@ -38,7 +40,7 @@ def test_a_token_in_env(bare, text, capsys):
     access = hub.access()
     assert access == {"token": CANARY, "endpoint": hub.HUB}
     token = hub.find_token()
-    assert token.origin in ("HF_TOKEN in .env", "HUGGINGFACE_TOKEN in .env") and CANARY not in repr(token)
+    assert token.origin in {f"{name} in .env" for name in hub.TOKENS} and CANARY not in repr(token)
     assert capsys.readouterr() == ("", "")
 
 
@@ -113,3 +115,62 @@ def test_a_token_that_the_transport_would_quote(token):
     with pytest.raises(AccessError, match="from HF_TOKEN in the environment holds") as caught:
         hub.access()
     assert CANARY not in str(caught.value)
+
+
+def test_of_several_tokens_the_first_name_counts(bare):
+    for name, value in zip(reversed(hub.TOKENS), ("hf_c", "hf_b", "hf_a"), strict=True):
+        os.environ[name] = value
+        assert (hub.find_token().value, hub.find_token().origin) == (value, f"{name} in the environment")
+
+
+@pytest.mark.parametrize("origin", [*hub.TOKENS, "HF_TOKEN_PATH", "login"])
+def test_an_endpoint_of_env_gets_no_token_from_elsewhere(bare, origin):
+    """Else a .env in a strange folder could lead the user's token to anybody."""
+    (bare / ".env").write_text("HF_ENDPOINT=https://hub.example\n")
+    (bare / "hf").mkdir()
+    if origin in hub.TOKENS:
+        os.environ[origin] = CANARY
+    else:
+        (bare / "hf" / "token").write_text(CANARY)
+    if origin == "HF_TOKEN_PATH":  # the same file, named by the .env
+        with (bare / ".env").open("a") as file:
+            file.write(f"HF_TOKEN_PATH={bare / 'hf' / 'token'}\n")
+    with pytest.raises(
+        AccessError, match=r"HF_ENDPOINT=https://hub\.example comes from \.env, and the token"
+    ) as caught:
+        hub.access()
+    told = str(caught.value)
+    assert "Next: set HF_ENDPOINT in the environment" in told and CANARY not in told
+    assert (origin if origin in hub.TOKENS else "the login's file") in told
+
+
+def test_where_the_user_has_named_it_too_it_is_no_endpoint_of_env(bare, capsys):
+    (bare / ".env").write_text("HF_ENDPOINT=https://hub.example\n")
+    os.environ["HF_TOKEN"] = CANARY
+    with hub.settings(HF_ENDPOINT="https://mine.example"):
+        assert hub.access() == {"token": CANARY, "endpoint": "https://mine.example"}
+    with pytest.raises(AccessError, match="comes from"):
+        hub.access()
+    with hub.settings(HF_ENDPOINT="https://hub.example"):
+        assert hub.access()["token"] == CANARY
+    with hub.settings(HF_ENDPOINT=None), pytest.raises(AccessError, match="comes from"):
+        hub.access()
+
+
+@pytest.mark.parametrize(
+    ("lines", "token"),
+    [
+        (f"HF_ENDPOINT=https://hub.example\nHF_TOKEN={CANARY}\n", CANARY),  # both of one file
+        ("HF_ENDPOINT=https://hub.example\n", False),  # no token
+    ],
+)
+def test_an_endpoint_of_env_may_have_its_own_token_or_none(bare, lines, token):
+    (bare / ".env").write_text(lines)
+    assert hub.access() == {"token": token, "endpoint": "https://hub.example"}
+    assert doctor._endpoint() == ["https://hub.example, from .env"]
+
+
+def test_the_hub_itself_may_be_named_in_env(bare):
+    (bare / ".env").write_text(f"HF_ENDPOINT={hub.HUB}/\n")
+    os.environ["HF_TOKEN"] = CANARY
+    assert hub.access() == {"token": CANARY, "endpoint": hub.HUB}

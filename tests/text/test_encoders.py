@@ -97,7 +97,7 @@ def test_a_missing_encoder(copied, small):
 
 def test_weights_that_are_not_there_are_not_made_up(copied, small):
     damage(copied, "t5/config.json", lambda config: config | {"num_layers": 3})
-    with pytest.raises(FileError, match=r"lacks \d+ tensors \(encoder.block.2"):
+    with pytest.raises(FileError, match=r"9 missing \(encoder\.block\.2.*Next: fetch it again"):
         load_text_encoders(small)
 
 
@@ -117,3 +117,39 @@ def test_the_shipped_tokenizers_fit_their_models():
     assert t5(["a red apple"]).shape == (1, row.max_text, row.params.context_in_dim)
     assert clip(["a red apple"]).shape == (1, row.params.vec_in_dim)
     assert t5.truncated("three red apples left of a blue house") is None
+
+
+def test_what_is_cut_and_what_is_unknown_are_a_line_each(encoders):
+    t5, _ = encoders
+    assert t5.notes("a pig") == t5.notes("") == []
+    (cut,) = t5.notes(f"{LONG} and {LONG}")
+    assert cut.startswith(f"the prompt is longer than {t5.max_length} tokens; dropped: ")
+    (unknown,) = t5.notes("a red 苹果")
+    assert "'苹果'" in unknown
+    assert len(t5.notes(f"苹果 {LONG} and {LONG}")) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a red 苹果 on a table, 苹果", ["苹果"]),
+        ("🍎 and 👩‍🚀", ["🍎", "👩‍🚀"]),
+        ("красное яблоко", ["красное", "яблоко"]),
+        ("un café naïve — “quoted” …", []),
+        ("three red apples left of a blue house\nand a tree", []),
+    ],
+)
+def test_words_that_the_shipped_t5_does_not_know(shipped, prompt, words):
+    t5, clip = shipped
+    assert t5.unknown(prompt) == words
+    assert clip.unknown(prompt) == []  # it reads bytes
+
+
+def test_many_unknown_words_are_a_short_line(shipped):
+    (line,) = shipped[0].notes(" ".join(chr(0x4E00 + i) for i in range(9)))
+    assert line.count("'") == 10 and "…" in line
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_text_encoders(VARIANTS["flux-mini"], "cpu", torch.float32)

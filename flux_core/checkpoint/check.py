@@ -1,0 +1,128 @@
+"""Check that the files of a model hold just its tensors, by their headers, before torch is imported. No torch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import FileError
+from ..variants import VARIANTS, Variant
+from .contents import Contents, check_fit, find_contents
+from .files import PARTS, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
+from .identify import Identity, Part, identify
+from .names import Params, network_shapes
+from .shapes import Shapes, clip_shapes, t5_shapes
+from .source import find_source
+
+NOUNS = {"t5": "T5 text encoder", "clip": "CLIP text encoder"} | {x: x for x in ("transformer", "autoencoder")}
+TABLES: dict[Part, str] = {"t5": "shared.weight", "clip": "embeddings.token_embedding.weight"}
+"""a text encoder's embeddings, whose width is its output's"""
+POSITIONS = "embeddings.position_embedding.weight"
+
+
+def check_files(variant: Variant) -> None:
+    """FileError if a part's header has not just the tensors of that model; in a tenth of a second, and without torch.
+
+    Text encoders are checked where they are the user's own; those of the hub are fetched only when they are loaded.
+    """
+    _check(flow_path(variant), "transformer", variant)
+    _check(ae_path(variant), "autoencoder", variant)
+    for part in ("t5", "clip"):
+        if (path := own_path(variant, part)) is not None:
+            _check(path, part, variant)
+
+
+def _check(path: Path, part: Part, variant: Variant) -> None:
+    contents = find_contents(path, part)
+    found = contents.found
+    if found.part != part:
+        raise FileError(f"{path} is {found.text}, and no {NOUNS[part]}. {advice_on(found)}")
+    if found.features and found.features != features_of(variant):
+        raise FileError(f"{path} is {found.text}, and not {variant.name}. Next: {_name_of(found)}.")
+    check_part(contents, variant)
+
+
+def fits(path: Path) -> str:
+    """A line with the names of the models that a file or folder fits, or with what keeps it from the likeliest."""
+    part = identify(find_source(path).shapes).part
+    if part not in PARTS:
+        return "fits: no model, as it is no part of one"
+    contents, findings = find_contents(path, part), {}
+    variants = [replace(variant, files={PARTS[part].flag: str(path)}) for variant in VARIANTS.values()]
+    for variant in variants:
+        try:
+            _check(path, part, variant)
+        except FileError as error:
+            findings[variant.name] = str(error)
+    if names := [variant.name for variant in variants if variant.name not in findings]:
+        return f"fits: {', '.join(names)}"
+    return f"fits no model: {findings[max(variants, key=lambda variant: _alike(contents, variant)).name]}"
+
+
+def _alike(contents: Contents, variant: Variant) -> int:
+    """How many tensors have the name and shape that they have in that variant."""
+    return len(contents.shapes.items() & expected_shapes(contents, variant).items())
+
+
+def check_part(contents: Contents, variant: Variant) -> None:
+    """FileError if the tensors are not just those of that part of the model, by names and shapes."""
+    if contents.part in TABLES:
+        _check_encoder(contents, variant)
+    else:
+        check_network(contents, variant.params if contents.part == "transformer" else variant.ae_params)
+
+
+def expected_shapes(contents: Contents, variant: Variant) -> Shapes:
+    """Names and shapes of that part of the model, in the file's layout. FileError for a configuration without sizes."""
+    path, part, layout = contents.source.path, contents.part, contents.found.layout
+    if part == "transformer":
+        return network_shapes(variant.params, layout)
+    if part == "autoencoder":
+        return network_shapes(variant.ae_params, layout)
+    try:
+        config = encoder_config(variant, part, path)
+        return t5_shapes(config) if part == "t5" else clip_shapes(config)
+    except (ValueError, TypeError) as error:
+        reason = f"{path}: the text encoder's configuration could not be read: {error}"
+        raise FileError(f"{reason}. Next: {_encoder_advice(variant, part)}.") from None
+
+
+def check_network(contents: Contents, params: Params) -> None:
+    """FileError if the tensors are not just those of a transformer or autoencoder of these sizes."""
+    advice = f"check --name and {PARTS[contents.part].spelled}"
+    check_fit(contents, network_shapes(params, contents.found.layout), advice)
+
+
+def _check_encoder(contents: Contents, variant: Variant) -> None:
+    """FileError if a text encoder is not of its configuration's sizes, or not as wide as the transformer takes it."""
+    path, part, found = contents.source.path, contents.part, contents.shapes
+    expected, advice = expected_shapes(contents, variant), _encoder_advice(variant, part)
+    width = variant.params.context_in_dim if part == "t5" else variant.params.vec_in_dim
+    if (features := _size(found, TABLES[part], 1)) not in (None, width):
+        finding = f"of {features} features for each token, and {variant.name} takes {width}"
+        raise FileError(f"{path} is {contents.found.text} {finding}. Next: {advice}.")
+    places, right = _size(found, POSITIONS, 0), _size(expected, POSITIONS, 0)
+    if places and right and places > right:
+        finding = f"with position embeddings for {places} places instead of {right}: a LongCLIP"
+        raise FileError(f"{path} is {contents.found.text} {finding}. Next: {advice}.")
+    check_fit(contents, expected, advice)
+
+
+def _size(shapes: Shapes, name: str, axis: int) -> int | None:
+    """A matrix's size along an axis; None where there is no such matrix."""
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) == 2 else None
+
+
+def _encoder_advice(variant: Variant, part: Part) -> str:
+    if own_path(variant, part) is None:
+        return "fetch it again"
+    if variant.embedded:
+        return f"leave {PARTS[part].spelled} out: {variant.name} ships with its own"
+    return f"give that of {variant.t5 if part == 't5' else variant.clip} with {PARTS[part].spelled}"
+
+
+def _name_of(found: Identity) -> str:
+    """The --name that such a file is for."""
+    for variant in VARIANTS.values():
+        if found.features == features_of(variant):
+            return f"--name {variant.name}"
+    return f"give a file of one of {', '.join(VARIANTS)}"

@@ -1,0 +1,149 @@
+"""Names and shapes of the tensors of the four networks, by their sizes, to hold a file's header against. No torch.
+
+They are those of the state dicts of `model.Flux`, `model.AutoEncoder` and transformers' T5EncoderModel and
+CLIPTextModel; a test compares them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..params import AutoEncoderParams, FluxParams
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+TIME_DIM = 256
+"""features of the sinusoidal embedding that `time_in` and `guidance_in` take"""
+T5_DEFAULTS = {
+    "vocab_size": 32_128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+}
+CLIP_DEFAULTS = {
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+}
+"""what a config.json that leaves a size out means, as transformers has it"""
+LARGEST, DEEPEST = 2**20, 1000
+"""no size and no number of layers in a config.json is above these"""
+
+
+def flux_shapes(params: FluxParams) -> Shapes:
+    """Of the transformer, by official names."""
+    dim, hidden = params.hidden_size, params.mlp_hidden_dim
+    shapes = _dense({"img_in": (dim, params.in_channels), "txt_in": (dim, params.context_in_dim)})
+    embedders = {"time_in": TIME_DIM, "vector_in": params.vec_in_dim}
+    for name, width in (embedders | ({"guidance_in": TIME_DIM} if params.guidance_embed else {})).items():
+        shapes |= _dense({f"{name}.in_layer": (dim, width), f"{name}.out_layer": (dim, dim)})
+    head = (params.head_dim,)
+    double: Shapes = {}
+    for side in ("img", "txt"):
+        double |= _dense({f"{side}_mod.lin": (6 * dim, dim)})
+        double |= _dense({f"{side}_attn.qkv": (3 * dim, dim)}, bias=params.qkv_bias)
+        double |= {f"{side}_attn.norm.{x}_norm.scale": head for x in ("query", "key")}
+        double |= _dense({f"{side}_attn.proj": (dim, dim)})
+        double |= _dense({f"{side}_mlp.0": (hidden, dim), f"{side}_mlp.2": (dim, hidden)})
+    single = _dense({"linear1": (3 * dim + hidden, dim), "linear2": (dim, dim + hidden)})
+    single |= {f"norm.{x}_norm.scale": head for x in ("query", "key")} | _dense({"modulation.lin": (3 * dim, dim)})
+    shapes |= _repeated("double_blocks", params.depth, double)
+    shapes |= _repeated("single_blocks", params.depth_single_blocks, single)
+    final = {"final_layer.linear": (params.out_channels, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim)}
+    return shapes | _dense(final)
+
+
+def autoencoder_shapes(params: AutoEncoderParams) -> Shapes:
+    """Of the autoencoder, by official names."""
+    widths, z = [params.ch * mult for mult in params.ch_mult], params.z_channels
+    first, last, levels = widths[0], widths[-1], len(widths)
+    modules: Shapes = {"encoder.conv_in": (params.ch, params.in_channels, 3, 3)}
+    for i, (before, width) in enumerate(zip([params.ch, *widths], widths, strict=False)):
+        modules |= _level(f"encoder.down.{i}", before, width, params.num_res_blocks)
+        modules |= {f"encoder.down.{i}.downsample.conv": (width, width, 3, 3)} if i < levels - 1 else {}
+    modules |= _middle("encoder.mid", last)
+    modules |= {"encoder.norm_out": (last,), "encoder.conv_out": (2 * z, last, 3, 3)}
+    modules |= {"decoder.conv_in": (last, z, 3, 3)} | _middle("decoder.mid", last)
+    for i, (width, before) in enumerate(zip(widths, [*widths[1:], last], strict=True)):
+        modules |= _level(f"decoder.up.{i}", before, width, params.num_res_blocks + 1)
+        modules |= {f"decoder.up.{i}.upsample.conv": (width, width, 3, 3)} if i else {}
+    modules |= {"decoder.norm_out": (first,), "decoder.conv_out": (params.out_ch, first, 3, 3)}
+    return _dense(modules)
+
+
+def t5_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Of T5's encoder, by a config.json. ValueError for what is no size."""
+    size = _sizes(config, T5_DEFAULTS)
+    dim, heads, hidden = size["d_model"], size["num_heads"], size["d_ff"]
+    inner = heads * size["d_kv"]
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    block: Shapes = {f"layer.0.SelfAttention.{x}": (inner, dim) for x in "qkv"}
+    block.update((f"layer.1.DenseReluDense.{x}", (hidden, dim)) for x in (("wi_0", "wi_1") if gated else ("wi",)))
+    block["layer.0.SelfAttention.o"] = (dim, inner)
+    block |= {"layer.1.DenseReluDense.wo": (dim, hidden), "layer.0.layer_norm": (dim,), "layer.1.layer_norm": (dim,)}
+    modules: Shapes = {"shared": (size["vocab_size"], dim), "encoder.final_layer_norm": (dim,)}
+    modules |= _repeated("encoder.block", size["num_layers"], block)
+    places = (size["relative_attention_num_buckets"], heads)
+    return _dense(modules | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias": places}, bias=False)
+
+
+def clip_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Of CLIP's text encoder, by a config.json. ValueError likewise."""
+    size = _sizes(config, CLIP_DEFAULTS)
+    dim, hidden = size["hidden_size"], size["intermediate_size"]
+    layer: Shapes = {f"self_attn.{x}_proj": (dim, dim) for x in ("q", "k", "v", "out")}
+    layer |= {"layer_norm1": (dim,), "layer_norm2": (dim,), "mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+    rows = {"token_embedding": size["vocab_size"], "position_embedding": size["max_position_embeddings"]}
+    shapes: Shapes = {f"embeddings.{name}.weight": (count, dim) for name, count in rows.items()}
+    layers = _repeated("encoder.layers", size["num_hidden_layers"], layer)
+    return shapes | _dense(layers | {"final_layer_norm": (dim,)})
+
+
+def _dense(modules: Mapping[str, Shape], bias: bool = True) -> Shapes:
+    """Weights, and beside each a bias as long as its first axis."""
+    ends = {"weight": None, "bias": 1} if bias else {"weight": None}
+    return {f"{name}.{end}": shape[:axes] for name, shape in modules.items() for end, axes in ends.items()}
+
+
+def _repeated(name: str, count: int, inner: Mapping[str, Shape]) -> Shapes:
+    """`inner` in each of so many blocks."""
+    return {f"{name}.{i}.{key}": shape for i in range(count) for key, shape in inner.items()}
+
+
+def _resnet(name: str, before: int, width: int) -> Shapes:
+    convs: Shapes = {
+        "norm1": (before,),
+        "conv1": (width, before, 3, 3),
+        "norm2": (width,),
+        "conv2": (width, width, 3, 3),
+    }
+    shortcut = {} if before == width else {"nin_shortcut": (width, before, 1, 1)}
+    return {f"{name}.{key}": shape for key, shape in (convs | shortcut).items()}
+
+
+def _level(name: str, before: int, width: int, blocks: int) -> Shapes:
+    modules: Shapes = {}
+    for j in range(blocks):
+        modules |= _resnet(f"{name}.block.{j}", width if j else before, width)
+    return modules
+
+
+def _middle(name: str, width: int) -> Shapes:
+    attention: Shapes = {"norm": (width,)}
+    attention |= dict.fromkeys(("q", "k", "v", "proj_out"), (width, width, 1, 1))
+    blocks = _resnet(f"{name}.block_1", width, width) | _resnet(f"{name}.block_2", width, width)
+    return blocks | {f"{name}.attn_1.{x}": shape for x, shape in attention.items()}
+
+
+def _sizes(config: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of these names. ValueError for the first that is none."""
+    sizes = {key: config.get(key, default) for key, default in defaults.items()}
+    for key, value in sizes.items():
+        if type(value) is not int or not 0 < value <= (DEEPEST if key.endswith("layers") else LARGEST):
+            raise ValueError(f"{key} is {str(value)[:40]!a}")
+    return sizes
