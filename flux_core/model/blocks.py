@@ -94,8 +94,10 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, double=False)
 
     def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap = UNTOUCHED) -> Tensor:
-        modulated = self.ops.modulate(x, mod.shift, mod.scale, self.linear1)
-        qkv, hidden = self.ops.linear1(self.linear1, modulated, self.split)
+        # One expression: a name for the modulated tokens would keep them in memory through all that follows.
+        qkv, hidden = self.ops.linear1(
+            self.linear1, self.ops.modulate(x, mod.shift, mod.scale, self.linear1), self.split
+        )
         q, k, v = split_heads(qkv, self.num_heads)
         q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
         q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)

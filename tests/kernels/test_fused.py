@@ -16,7 +16,6 @@ from flux_core.model.rope import embed_nd
 ANYWHERE = ("modulate", "gated_sum", "norm_rope", "norm_rope_join")
 # The CPU's epilogue has another GELU, the interpreter no bf16 product.
 FUSED = kernels._triton() if CUDA else ops.PLAIN._replace(**{name: getattr(fused, name) for name in ANYWHERE})
-CONSUMER = torch.nn.Identity()  # of what `modulate` gives: a layer that takes no quantized tokens
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def test_modulate(dtype, rows, dim):
     mods = draw(2, 1, 6 * dim, dtype=dtype).chunk(6, dim=-1)  # slices, as a Modulation gives them
     joined = 3 * draw(2, rows + 4, dim, dtype=dtype) + 1
     for x in (joined, joined[:, 4:]):
-        args = x, mods[3], mods[1], CONSUMER
+        args = x, mods[3], mods[1]
         agree(fused.modulate(*args), ops.modulate, *args)
 
 
@@ -75,8 +74,8 @@ def test_gated_sum(dtype, rows, dim):
 def test_the_norm_keeps_its_precision_far_from_zero():
     x = draw(1, 3, 3072) + 1000
     args = x, draw(1, 1, 3072), draw(1, 1, 3072)
-    exact = ops.modulate(*(a.double() for a in args), CONSUMER)
-    assert distance(fused.modulate(*args, CONSUMER), exact) < 1e-3
+    exact = ops.modulate(*(a.double() for a in args))
+    assert distance(fused.modulate(*args), exact) < 1e-3
 
 
 def stream(rows, heads, dim, dtype, more=0):
@@ -220,7 +219,7 @@ def test_modulate_rows(dim):
     x, mods = 3 * draw(2, 7, dim, dtype=torch.bfloat16) + 1, draw(2, 1, 6 * dim, dtype=torch.bfloat16).chunk(6, dim=-1)
     for one in (x, x[:, 3:]):
         args = one, mods[3], mods[1]
-        close_rows(quantized.modulate(*args, scaled(dim, 16)), ops.modulate(*(a.double() for a in args), CONSUMER))
+        close_rows(quantized.modulate(*args, scaled(dim, 16)), ops.modulate(*(a.double() for a in args)))
 
 
 @pytest.mark.parametrize(("dim", "mlp_dim"), [(0, 256), (256, 1024), (3072, 12288), (72, 1104)])
@@ -278,7 +277,7 @@ def test_a_whole_model(dtype):
 
 def test_where_a_gradient_is_wanted_the_plain_twin_computes():
     x, shift, scale = draw(1, 3, 64).requires_grad_(), draw(1, 1, 64), draw(1, 1, 64)
-    fused.modulate(x, shift, scale, CONSUMER).sum().backward()
+    fused.modulate(x, shift, scale).sum().backward()
     assert x.grad is not None
     y = draw(1, 3, 64).requires_grad_()
     fused.gated_sum(x.detach(), scale, y).sum().backward()
@@ -288,7 +287,7 @@ def test_where_a_gradient_is_wanted_the_plain_twin_computes():
     sum(y.sum() for y in products.linear1(one, x.detach(), [64, 32])).backward()
     assert q.grad is not None and one.weight.grad is not None
     with torch.no_grad():
-        assert not fused.modulate(x, shift, scale, CONSUMER).requires_grad
+        assert not fused.modulate(x, shift, scale).requires_grad
 
 
 @pytest.mark.gpu

@@ -92,7 +92,7 @@ def test_what_computes_has_names():
 
 
 def other_modulate(x, shift, scale, consumer):
-    return ops.modulate(x, shift, scale, consumer)
+    return ops.modulate(x, shift, scale)
 
 
 def other_norm_rope(q, k, q_scale, k_scale, pe):
