@@ -105,7 +105,7 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor:
     """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
     if needs_grad(x, shift, scale):
         return ops.modulate(x, shift, scale, consumer)

@@ -107,9 +107,9 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return rows.codes, rows.scale
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor | QuantizedTokens:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor | QuantizedTokens:
     """`ops.modulate`, quantized where the consumer takes that. x: [B, L, D]; shift, scale: [B, 1, D]."""
-    if needs_grad(x, shift, scale) or not takes_tokens(consumer):
+    if consumer is None or needs_grad(x, shift, scale) or not takes_tokens(consumer):
         return fused.modulate(x, shift, scale, consumer)
     return QuantizedTokens(*modulate_op(x, shift, scale))
 

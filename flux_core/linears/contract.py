@@ -80,8 +80,8 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether the instance has a forward of its own."""
-    # dynamo guards on the answer to the second question only: a compiled block sees a patch by it
-    return "forward" in vars(module) or getattr(module.forward, "__func__", None) is not type(module).forward
+    # dynamo guards on attributes that are read, not on `vars`: by the second question a compiled block notices a patch
+    return "forward" in vars(module) or module.forward is None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
-"""What the autoencoder's blocks do around their convolutions, plain and readable; `ops.py` says why it stands apart.
+"""What the autoencoder's blocks do around their convolutions, plain and readable; `ops.py` says why they are functions.
 
-A convolution or a norm that a fast twin would take together with its neighbour is given to the function that does both.
+A convolution or a norm that a fast function would compute together with its neighbour is given to the function of both.
 All feature maps are [B, C, H, W], in any memory format.
 """
 

@@ -94,7 +94,7 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, double=False)
 
     def forward(self, x: Tensor, mod: ModulationOut, pe: Tensor, tap: Tap = UNTOUCHED) -> Tensor:
-        # no name for the input of linear1, which would keep its memory to the end of the block
+        # One expression: a name for the modulated tokens would keep them in memory through all that follows.
         qkv, hidden = self.ops.linear1(
             self.linear1, self.ops.modulate(x, mod.shift, mod.scale, self.linear1), self.split
         )

@@ -37,11 +37,11 @@ def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     return linear(F.silu(vec))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor:
     """LayerNorm without its own weights, then the modulation: `(1 + scale) * norm(x) + shift`.
 
-    x: [B, L, D]; shift, scale: [B, 1, D]. consumer: the layer that takes the result, for which a fused function may
-    quantize it.
+    x: [B, L, D]; shift, scale: [B, 1, D]. consumer: the layer that takes the result, if any, for which a fused function
+    may quantize it.
     """
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
@@ -103,7 +103,7 @@ class Ops(NamedTuple):
     """The functions that a block calls around its Linears."""
 
     modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
-    modulate: Callable[[Tensor, Tensor, Tensor, nn.Module], Any] = modulate
+    modulate: Callable[..., Any] = modulate
     gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_sum
     norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
     norm_rope_join: Callable[..., Heads] = norm_rope_join

@@ -1,10 +1,13 @@
-"""Which of PyTorch's attention kernels stands in the blocks, and that each of them attends."""
+"""Which of PyTorch's attention kernels the blocks call, and that each of them attends."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from golden_files import distance
 from tiny import tiny_pipeline
 
+from flux_core.kernels import attention
 from flux_core.kernels.attention import BACKENDS, attention_for, choice, fastest, milliseconds
 from flux_core.model import ops
 
@@ -26,6 +29,56 @@ def test_another_kernel_only_where_it_wins_clearly(ms, name):
 def test_nothing_is_tried_on_a_cpu():
     model = tiny_pipeline().model
     assert attention_for(model.bfloat16(), torch.device("cpu")) is ops.attend
+
+
+class Mark:
+    """A CUDA event of a machine without CUDA."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def refuse(text):
+    def attend(q, k, v):
+        raise RuntimeError(text)
+
+    return attend
+
+
+def test_a_kernel_that_takes_no_such_tensors_is_left_out_and_a_shortage_is_raised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    q = torch.ones(1, 2, 3, 4)
+    assert milliseconds(ops.attend, q, q, q) == 1.0
+    assert milliseconds(refuse("No available kernel. Aborting execution."), q, q, q) is None
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        milliseconds(refuse("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), q, q, q)
+
+
+def test_a_shortage_during_the_trial_is_forgotten(monkeypatch):
+    """The next model is tried again, and gets the kernel that is the fastest."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(attention, "TOKENS", 8)
+    monkeypatch.setitem(BACKENDS, "own", refuse("CUDA out of memory. Tried to allocate 28.00 MiB"))
+    cpu = torch.device("cpu")
+    fastest.cache_clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fastest(cpu, torch.float32, 2, 16)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(attention, "TOKENS", 8)
+    assert fastest(cpu, torch.float32, 2, 16) is ops.attend
+    fastest.cache_clear()
 
 
 @pytest.mark.gpu

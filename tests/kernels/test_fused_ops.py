@@ -1,4 +1,4 @@
-"""Which functions stand in the blocks, and that changing them keeps two graphs. Needs no Triton."""
+"""Which functions the blocks call, and that changing them keeps two graphs. Needs no Triton."""
 
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from golden_files import distance, flux_of, read
 from torch._dynamo.testing import CompileCounter
 
 from flux_core import kernels
-from flux_core.kernels import can_fuse, fused_ops, install, install_decode, put, put_decode
+from flux_core.kernels import can_fuse, compiles, describe, fused_ops, install, install_decode, put, put_decode
+from flux_core.kernels.attention import BACKENDS
 from flux_core.model import AutoEncoder, ae_ops, ops
 from flux_core.variants import VARIANTS
 
@@ -44,8 +45,54 @@ def test_nothing_asks_for_triton_where_it_is_not_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.fixture
+def trial(monkeypatch):
+    """What the trial of Triton's compiler raises; with nothing it compiles."""
+    raises = []
+
+    def modulate(*args):
+        if raises:
+            raise raises[0]
+        return ops.modulate(*args)
+
+    monkeypatch.setattr(kernels, "_triton", lambda: ops.PLAIN._replace(modulate=modulate))
+    compiles.cache_clear()
+    yield raises
+    compiles.cache_clear()
+
+
+def test_a_shortage_during_the_trial_of_triton_is_raised_and_forgotten(trial, capsys):
+    trial.append(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"))
+    with pytest.raises(torch.OutOfMemoryError):
+        compiles("cpu")
+    trial.clear()
+    assert compiles("cpu") and capsys.readouterr().err == ""
+
+
+def test_a_compiler_that_is_missing_is_told_once(trial, capsys):
+    trial.append(RuntimeError("Failed to find C compiler.\nSecond line"))
+    assert not compiles("cpu") and not compiles("cpu")
+    err = capsys.readouterr().err
+    assert err.count("Triton does not compile here (RuntimeError: Failed to find C compiler.): plain functions") == 1
+
+
+def test_the_trial_draws_no_random_numbers(trial):
+    before = torch.get_rng_state()
+    assert compiles("cpu") and torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_computes_has_names():
+    model = flux_of(GOLDEN)
+    install(model, "cpu")
+    assert describe(model) == {"attention": "own", "kernels": "plain"}
+    put(model, ops.PLAIN._replace(attend=BACKENDS["flash"], modulate=other_modulate))
+    assert describe(model) == {"attention": "flash", "kernels": "other"}
+    put(model, ops.PLAIN._replace(attend=lambda q, k, v: ops.attend(q, k, v)))
+    assert describe(model) == {"attention": "other", "kernels": "plain"}
+
+
 def other_modulate(x, shift, scale, consumer):
-    return ops.modulate(x, shift, scale, consumer)
+    return ops.modulate(x, shift, scale)
 
 
 def other_norm_rope(q, k, q_scale, k_scale, pe):

@@ -1,4 +1,4 @@
-"""A wrapped, patched, hooked, frozen and trained layer in every position: the fused functions against the plain ones."""
+"""A wrapped, patched, hooked, frozen and trained layer in every position: fused functions against the plain ones."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from triton_device import CUDA, DEVICE  # skips where there is no Triton
 from flux_core import kernels
 from flux_core.kernels import describe, install, put
 from flux_core.linears import fp8
+from flux_core.linears.contract import Leaf
 from flux_core.linears.fp8 import Fp8Linear, quantize
 from flux_core.model import Flux, FluxParams, ops
 
@@ -103,7 +104,7 @@ def derive(model, name, seen):
 
 
 def close(found, plain, form, within=1.0):
-    """dense: but for the GELU, which the CPU's epilogue has in another form. fp8: interpreted, e4m3 is rounded worse."""
+    """dense: up to the GELU, which the CPU's epilogue has in another form. fp8: interpreted, e4m3 is rounded worse."""
     return distance(found, plain) < within * (0.06 if form == "fp8" else 2e-3)
 
 
@@ -181,3 +182,49 @@ def test_a_branch_around_a_frozen_layer_learns(form, name):
 @FORMATS
 def test_gradients_pass_a_frozen_model(form):
     same_direction(*(gradients(model, form, []) for model in (made(form), fuse(made(form)))), form)
+
+
+class Coded(Leaf):
+    """As a format of another file: no dense parameter but the bias, its weight by numbers of a table."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.out_features, self.in_features = base.weight.shape
+        self.bias, self.called = base.bias, 0
+        self.register_buffer("table", torch.linspace(-0.5, 0.5, 16, device=DEVICE))
+        self.register_buffer("codes", (base.weight[..., None] - self.table).abs().argmin(-1).to(torch.uint8))
+
+    def dense(self, dtype):
+        return self.table[self.codes.int()].to(dtype), self.bias
+
+    def forward(self, x):
+        self.called += 1
+        return nn.functional.linear(x, *self.dense(x.dtype))
+
+
+@torch.no_grad()
+def test_a_format_of_another_file_goes_through_the_kernels():
+    """It is called only where a block calls its Linears itself."""
+    models = made("dense"), fuse(made("dense"))
+    for model in models:
+        for name in LINEARS:
+            model.set_submodule(name, Coded(model.get_submodule(name)))
+    plain, found = (model(**inputs("dense")) for model in models)
+    assert close(found, plain, "dense")
+    called = {name for name in LINEARS if models[1].get_submodule(name).called}
+    in_kernels = ("mlp.0", "linear1", "linear2", "mod.lin", "modulation.lin", "adaLN_modulation.1")
+    assert called == {name for name in LINEARS if not name.endswith(in_kernels)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stays", ["img_mlp.0", "txt_mlp.2", "img_attn.qkv", "linear1", "linear2"])
+def test_a_model_of_two_formats(stays):
+    """fp8 but for one layer, which may be of a size that the units do not take."""
+    models = made("fp8"), made("fp8")
+    for model in models:
+        for name in LINEARS:
+            if name.endswith(stays):
+                model.get_submodule(name).scaled = False
+    fuse(models[1])
+    plain, found = (model(**inputs("fp8")) for model in models)
+    assert close(found, plain, "fp8")

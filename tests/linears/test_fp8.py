@@ -23,6 +23,7 @@ from flux_core.commands.save import save
 from flux_core.device.choice import pick_dtype
 from flux_core.errors import FileError, UsageError
 from flux_core.images.metadata import read_request
+from flux_core.linears import fp8
 from flux_core.linears.fp8 import (
     BF16,
     E4M3,
@@ -447,6 +448,57 @@ class Strange:
 
 
 # The units
+
+
+class Card:
+    """A device that computes as the CPU does, and calls itself one with fp8 units."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A device whose trial multiplies on the CPU, through whatever `fp8.scaled_product` is."""
+    device, to = Card(), torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, where, *args: self if where is device else to(self, where, *args)
+    )
+    return device
+
+
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasLtCreate(&handle)`"),
+]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=["torch", "cublas"])
+def test_a_shortage_during_the_trial_of_the_units_is_raised_and_forgotten(monkeypatch, card, shortage):
+    real, answers = fp8.scaled_product, [shortage]
+
+    def product(*args):
+        if answers:
+            raise answers.pop()
+        return real(*args)
+
+    monkeypatch.setattr(fp8, "scaled_product", product)
+    with pytest.raises(RuntimeError) as found:
+        has_fp8_units(card)
+    assert found.value is shortage
+    assert has_fp8_units(card)
+
+
+def test_a_device_without_units_is_asked_once(monkeypatch, card):
+    asked = []
+
+    def refuse(*args):
+        asked.append(1)
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0")
+
+    monkeypatch.setattr(fp8, "scaled_product", refuse)
+    assert not has_fp8_units(card) and not has_fp8_units(card)
+    assert len(asked) == 1
 
 
 @pytest.mark.gpu
