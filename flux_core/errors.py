@@ -57,7 +57,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+SHORTAGES = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")
 """texts of errors without their own class: from MPS and from CUDA outside torch's allocator, from the CPU on Linux and
 on Windows, from cuBLAS and cuDNN"""
 

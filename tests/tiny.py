@@ -42,8 +42,9 @@ class Words:
     def to(self, device: torch.device | str) -> "Words":
         return self
 
-    def truncated(self, prompt: str) -> str | None:
-        return " ".join(prompt.split()[4:]) or None
+    def notes(self, prompt: str) -> list[str]:
+        dropped = " ".join(prompt.split()[4:])
+        return [f"the prompt is longer than 4 tokens; dropped: {dropped!r}"] if dropped else []
 
 
 def tiny_pipeline(

@@ -32,7 +32,8 @@ def load_components(variant: Variant, device: torch.device, dtype: torch.dtype, 
     return Components(t5, clip, load_flux(variant, device, dtype, fp8), load_autoencoder(variant, device, dtype))
 
 
-def install_kernels(components: Components, device: torch.device) -> None:
-    """Put the fastest functions that the device has into transformer and autoencoder."""
+def install_kernels(components: Components, device: torch.device) -> Components:
+    """The same components, with the fastest functions that the device has in transformer and autoencoder."""
     install(components.flux, device)
     install_decode(components.ae, device)
+    return components

@@ -1,11 +1,13 @@
 """Loading a pipeline: which device, which precision, whose files, and what to do when memory does not suffice."""
 
+import gc
+import sys
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_files
-from ..device.choice import empty_device_cache, pick_device, pick_dtype, wants_fp8
+from ..device.choice import empty_device_cache, memory_errors, pick_device, pick_dtype, wants_fp8
 from ..device.oom import CPU, OomFallback
 from ..kernels import install_decode
 from ..variants import Variant
@@ -41,14 +43,17 @@ def load_pipeline(
     """
     variant = name if isinstance(name, Variant) else with_files(name, **files)
     place = pick_device(device)
-    kind = pick_dtype(dtype, place)
+    with memory_errors(f"trying {place}", place):
+        kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    empty_device_cache(place)  # of a model that was here before
+    if "torch._dynamo" in sys.modules:  # a compiled block is in a cycle: a model that was here may still hold its memory
+        gc.collect()
+    empty_device_cache(place)
     fallback = OomFallback(place, offload)
-    components = fallback.run(
-        f"loading {variant.name}",
-        lambda: load_components(variant, CPU if fallback.offload else place, kind, wants_fp8(dtype)),
-        "offload",
-    )
-    install_kernels(components, place)
+
+    def load() -> Components:
+        home = CPU if fallback.offload else place
+        return install_kernels(load_components(variant, home, kind, wants_fp8(dtype)), place)
+
+    components = fallback.run(f"loading {variant.name}", load, "offload")
     return Pipeline(variant, components, place, kind, weights_hashes(variant), fallback.offload, vae_tiling, compile)

@@ -36,9 +36,9 @@ from .prompt_cache import PromptCache
 class Pipeline:
     """One loaded model on one device.
 
-    `t5.truncated(prompt)` is the text that t5 drops, if any. With `offload` text encoders, transformer and autoencoder
-    take turns on the device; with `vae_tiling` the autoencoder works strip by strip. Where memory runs out, both come
-    by themselves (`device/oom.py`).
+    `t5.notes(prompt)` are lines on what t5 does not read of a prompt. With `offload` text encoders, transformer and
+    autoencoder take turns on the device; with `vae_tiling` the autoencoder works strip by strip. Where memory runs out,
+    both are switched on (`device/oom.py`).
     """
 
     def __init__(
@@ -112,12 +112,8 @@ class Pipeline:
         return [self.draw(one, source, on_step, functions) for one in request.images()]
 
     def text_notes(self, prompt: str) -> list[str]:
-        """What the text encoder drops of a prompt, for people; nothing when it reads all."""
-        dropped = self.t5.truncated(prompt)
-        if not dropped:
-            return []
-        start = dropped if len(dropped) <= 60 else dropped[:60] + "…"
-        return [f"the prompt is longer than {self.variant.max_text} tokens; dropped: {start!r}"]
+        """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
+        return self.t5.notes(prompt)
 
     def complete(self, request: GenerationRequest, functions: Sequence[Custom] = ()) -> GenerationRequest:
         """The request as this pipeline draws it: with its dtype, weights and environment. UsageError if it cannot."""
