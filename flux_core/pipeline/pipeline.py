@@ -24,7 +24,7 @@ from ..device.oom import CPU, OomFallback
 from ..errors import UsageError, is_out_of_memory
 from ..hooks import Custom, HookRun, Intervention
 from ..images.metadata import describe
-from ..images.pictures import crop_centre, open_source
+from ..images.pictures import crop_centre, fitted, open_source
 from ..kernels import install, install_decode
 from ..linears.fp8 import is_quantized
 from ..model import MODULATION, AutoEncoder, Flux
@@ -201,7 +201,7 @@ class Pipeline:
         x = pack(torch.cat([get_noise(1, height, width, self.device, self.dtype, one.seed) for one in requests]))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
-            latent = self.tokens_of(source, width, height)
+            latent = self.tokens_of(source, width, height, first.fit or "crop")
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
@@ -287,9 +287,9 @@ class Pipeline:
             _move(part, self.device)
         self._present = parts
 
-    def tokens_of(self, source: Image.Image, width: int, height: int) -> Tensor:
-        """The init image, resized, as the tokens of its latent: [1, L, 64]."""
-        pixels = torch.from_numpy(np.array(source.resize((width, height), Image.Resampling.LANCZOS)))
+    def tokens_of(self, source: Image.Image, width: int, height: int, fit: str = "crop") -> Tensor:
+        """The init image, in that size by `fit` (`fields.FITS`), as the tokens of its latent: [1, L, 64]."""
+        pixels = torch.from_numpy(np.array(fitted(source, width, height, fit)))
         x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w").to(self.device, self.dtype)
         what = f"encoding {width}x{height} pixels"
         return pack(self._with_ae(what, lambda: self.ae.encode(x), lambda: tiles.encode(self.ae, x)))
