@@ -12,5 +12,5 @@ def skipped_steps(num_steps: int, strength: float) -> int:
 
 
 def highest_strength(num_steps: int) -> float:
-    """The highest strength, in hundredths, that leaves out a step at all: above it a picture is drawn from noise alone."""
+    """The highest strength, in hundredths, that leaves out a step: above it, all are drawn from noise alone."""
     return int(100 * (1 - Fraction(1, num_steps))) / 100

@@ -190,8 +190,8 @@ def _draw_all(
 
 def _fit_notes(source: Image.Image | None, requests: list[GenerationRequest]) -> list[str]:
     """What becomes of an init image of another shape than the pictures'."""
-    shapes = {(one.width, one.height, one.fit or "crop") for one in requests} if source is not None else ()
-    return [line for shape in shapes if (line := fit_note(source, *shape))]
+    shapes = dict.fromkeys((one.width, one.height, one.fit or "crop") for one in requests)
+    return [line for shape in shapes if source is not None and (line := fit_note(source, *shape))]
 
 
 def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:

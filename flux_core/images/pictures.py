@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
@@ -58,7 +59,7 @@ def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) ->
             *others, last = formats
             kinds = f"{', '.join(others)} or {last}" if others else last
             raise FileError(f"{name} is no picture that can be read: give a {kinds} file") from None
-        image.info |= png.info(data) if is_png else {}
+        image.info.update(png.info(data) if is_png else {})
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
         raise FileError(f"{name} has {size} pixels, at most {MAX_PIXELS:,} are read: scale it down")
@@ -114,7 +115,7 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
 
 def _plain(image: Image.Image, name: str) -> Image.Image:
     """The colours in eight bits and without alpha: as L, RGB, CMYK or LAB. FileError where they have no such range."""
-    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 0xFFFF):
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 0xFFFF):
         raise FileError(f"{name} has levels of 32 bits: save it with 8 or 16")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -143,7 +144,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
     return image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> Any:
     """EXIF's or XMP's number for the rotation of a loaded picture; 1 where what holds it is damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)  # this tag alone: any other may be damaged

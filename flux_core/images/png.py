@@ -8,7 +8,7 @@ Source: PNG (third edition), sections 5 and 11.
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 XMP, RAW_EXIF = "XML:com.adobe.xmp", "Raw profile type exif"
 KEYS = {XMP: "xmp", RAW_EXIF: RAW_EXIF}
 """texts that may say how a picture is rotated (the second is ImageMagick's), and what Pillow calls them in its info"""
-BITS = {"L;2": 2, "L;4": 4, "16": 16}
+BITS = {"L;2": 2, "L;4": 4, "I;16": 16, "I;16B": 16}
 """of a level, by what Pillow calls the pixels of a file"""
 MAX_TEXT = 8 << 20
 """bytes of one text once it is unpacked; what is longer is cut"""
@@ -115,17 +115,24 @@ def colour_key(image: Image.Image) -> Image.Image | None:
     key, mode = image.info.get("transparency"), image.mode
     if key is None or not (mode in ("1", "L", "RGB") or mode.startswith("I;16")):
         return None
-    rawmode = str(image.tile[0][3]) if isinstance(image, ImageFile) and image.tile else mode
-    bits = next((bits for end, bits in BITS.items() if end in rawmode), 8)
-    levels = _deep_levels(image) if rawmode == "RGB;16B" else np.asarray(image.convert("L") if mode == "1" else image)
+    levels, bits = _levels(image)
     level = (np.asarray(key) & (2**bits - 1)) * (255 // (2**bits - 1) or 1)
     clear = (levels == level).reshape(image.height, image.width, -1).all(-1)
     return Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
 
 
-def _deep_levels(image: ImageFile) -> np.ndarray:
+def _levels(image: Image.Image) -> tuple[np.ndarray, int]:
+    """The pixels [H, W] or [H, W, 3] as numbers, and the bits of a level in the file."""
+    rawmode = image.mode
+    if isinstance(image, ImageFile) and image.tile and image.fp:
+        rawmode = str(image.tile[0].args)
+        if rawmode == "RGB;16B":
+            return _deep_levels(image, image.fp), 16
+    return np.asarray(image.convert("L") if image.mode == "1" else image), BITS.get(rawmode, 8)
+
+
+def _deep_levels(image: ImageFile, file: IO[bytes]) -> np.ndarray:
     """The levels [H, W, 3] of an RGB picture with 16 bits, of which Pillow keeps the upper eight."""
-    file = image.fp
     file.seek(0)
     lower = Image.open(file, formats=("PNG",))
     lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # as if the bytes came in the other order

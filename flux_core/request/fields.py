@@ -109,7 +109,11 @@ THREADS = Field(
 )
 FILES = (
     Field(
-        "model", str, "your own weights: a safetensors file or a folder; or as --name", flags=("-m",), metavar="PATH",
+        "model",
+        str,
+        "your own weights: a safetensors file or a folder; or as --name",
+        flags=("-m",),
+        metavar="PATH",
         path=True,
     ),
     Field("ae", str, "your own autoencoder: a file or a folder", metavar="PATH", path=True),

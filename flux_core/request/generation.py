@@ -21,6 +21,7 @@ from pydantic import (
 
 from ..errors import UsageError, nearest
 from ..hooks import Intervention, Plan, check_plan, parse_plan
+from ..jsonfile import first_finding
 from ..strength import highest_strength, skipped_steps
 from ..variants import Variant, get_variant
 from ..version import __version__
@@ -278,7 +279,7 @@ def _left_out(key: str, value: object) -> bool:
 
 def _one_line(error: pydantic.ValidationError) -> str:
     """The first finding, by the flag's name and with what would be right."""
-    first = error.errors()[0]
+    first = first_finding(error)
     name = str(first["loc"][0]) if first["loc"] else "request"
     field = FIELDS.get(name)
     if first["type"] == "extra_forbidden" and field is None:
