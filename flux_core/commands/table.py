@@ -216,11 +216,14 @@ class Command:
 
     def run(self, **flags: Any) -> None:
         """Import the function and call it with the flags, `~` in paths expanded. UsageError where that is no folder."""
-        paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
-        flags |= {key: expand_home(flags[key], flag) for key, flag in paths.items() if isinstance(flags.get(key), str)}
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
-        function(**flags)
+        function(**self.with_whole_paths(flags))
+
+    def with_whole_paths(self, flags: dict[str, Any]) -> dict[str, Any]:
+        """The flags, those that are paths without `~`."""
+        paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
+        return flags | {key: expand_home(flags[key], flag) for key, flag in paths.items() if key in flags}
 
 
 COMMANDS = {

@@ -126,7 +126,9 @@ def test_lab_becomes_rgb(given):
     assert close(opened(encoded(lab, "TIFF", **options)).getpixel((0, 0)), (200, 28, 30))
 
 
-@pytest.mark.parametrize("given", [b"", b"garbage", SRGB[:200], SRGB[:-40], b"\0" * 1000, grey_profile(2), ink_profile()])
+@pytest.mark.parametrize(
+    "given", [b"", b"garbage", SRGB[:200], SRGB[:-40], b"\0" * 1000, grey_profile(2), ink_profile()]
+)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_a_profile_that_cannot_be_used_is_ignored_and_told(given, kind, capsys):
     image = Image.new("RGB", (4, 4), RED)

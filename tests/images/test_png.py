@@ -77,7 +77,7 @@ def test_texts_are_bounded_all_together():
 def test_pillow_keeps_its_own_limits():
     before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     parse_picture(plain(before=ztxt("k", LONG)), "p.png").load()
-    assert (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY) == before
+    assert before == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -153,7 +153,7 @@ def test_a_grey_key_of_16_bits_is_no_neighbour():
 def test_an_rgb_colour_key_is_clear_at_every_depth(depth, filtered):
     rows = np.random.default_rng(0).integers(0, 2**depth - 300 if depth == 16 else 250, (5, 7, 3))
     key = rows[1, 2].copy()
-    rows[3, 4], rows[3, 5] = key, key + [0, 0, 1]
+    rows[3, 4], rows[3, 5] = key, key + np.array([0, 0, 1])
     found = white(keyed(depth, RGB, rows, struct.pack(">HHH", *key), filtered))
     assert np.array_equal(found, (rows == key).all(-1)) and found.sum() == 2
 
