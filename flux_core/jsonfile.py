@@ -1,10 +1,15 @@
 """JSON that a user wrote: read up to a limit, and what is wrong with the file told in words."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import FileError, UsageError
+from .errors import FileError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 1 << 20
 
@@ -22,3 +27,17 @@ def read_json(path: str | Path, what: str, limit: int = MAX_BYTES) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}") from None
+
+
+def first_finding(error: "ValidationError") -> "ErrorDetails":
+    """The finding to tell of several: a misspelt key comes before the missing one that it was meant to be."""
+    return min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+
+
+def in_words(finding: "ErrorDetails", subject: str, key: str = "", known: Iterable[str] = ()) -> str:
+    """`subject` has no such key (with the nearest of the known ones), lacks it, or what is wrong with its value."""
+    if finding["type"] == "extra_forbidden":
+        return f"{subject} has no key {key[:60]!r}.{nearest(key, known)}"
+    if finding["type"] == "missing":
+        return f"{subject} lacks {key!r}"
+    return f"{subject}{': ' + key if key else ''}: {finding['msg'].removeprefix('Value error, ')}"

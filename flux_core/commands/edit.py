@@ -11,7 +11,7 @@ from ..device.threads import set_threads
 from ..errors import UsageError
 from ..files import prepare_folder
 from ..images.output import save_picture
-from ..images.pictures import grid, open_source
+from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import FILES, THREADS, take
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
@@ -34,6 +34,7 @@ def edit(
     source_guidance: str | None = None,
     nudge: str | None = None,
     replay: str = str(_FIELDS["replay"].default),
+    fit: str | None = None,
     output_dir: str = str(_FIELDS["output_dir"].default),
     device: str = "auto",
     offload: bool = False,
@@ -52,7 +53,10 @@ def edit(
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
     variant = with_files(fields.pop("name", None), **take(fields, FILES))
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
-    for line in request.notes():
+    fitting = _FIELDS["fit"].parse(fit, "crop")
+    shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
+    unused = ["--fit does nothing without --image"] if photo is None and fit else []
+    for line in [*request.notes(), *unused, *([shape] if shape else [])]:
         note(line)
     strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
     factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
@@ -67,7 +71,7 @@ def edit(
 
     set_threads(number)
     pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
-    job = Editing(pipeline, request, edit, chosen, strength, origin)
+    job = Editing(pipeline, request, edit, chosen, strength, origin, fitting)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
     return _save(job, _draw(job, photo, factor, way), folder)
 

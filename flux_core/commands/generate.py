@@ -21,7 +21,7 @@ from ..files import prepare_folder
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
-from ..images.pictures import grid, open_source
+from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import FILES, THREADS, take
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.prompt_lines import Line, obey, read_lines, typed_lines
@@ -175,7 +175,7 @@ def _draw_all(
     from ..device.memory import CACHED_PROMPTS
 
     first, ahead = requests[0], CACHED_PROMPTS // 2  # a request has at most two texts
-    _introduce(pipeline, requests, notes)
+    _introduce(pipeline, requests, [*notes, *_fit_notes(source, requests)])
     paths, images = [], []
     for number, request in enumerate(requests):
         if number % ahead == 0:
@@ -186,6 +186,12 @@ def _draw_all(
     if len(images) > 1:
         tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))
     return paths
+
+
+def _fit_notes(source: Image.Image | None, requests: list[GenerationRequest]) -> list[str]:
+    """What becomes of an init image of another shape than the pictures'."""
+    shapes = dict.fromkeys((one.width, one.height, one.fit or "crop") for one in requests)
+    return [line for shape in shapes if source is not None and (line := fit_note(source, *shape))]
 
 
 def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:

@@ -4,11 +4,13 @@ What several commands take is in `request/fields.py`; a command's own rows are h
 and wrong flags are answered before pydantic or torch are imported; the function is imported when its command runs.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+from ..errors import UsageError
 from ..request.fields import (
     DEVICE,
     FIELDS,
@@ -18,7 +20,9 @@ from ..request.fields import (
     MAX_SEEDS,
     MEMORY,
     NAME,
+    NUDGE,
     OUTPUT_DIR,
+    PICTURES,
     REQUEST,
     STEPWISE_DIR,
     THREADS,
@@ -32,8 +36,14 @@ def of_request(*names: str) -> tuple[Field, ...]:
 
 
 RUN = (
-    Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE"),
-    Field("prompt_file", str, "draw every line of a text file (-: standard input), a CSV or JSONL", metavar="FILE"),
+    Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),
+    Field(
+        "prompt_file",
+        str,
+        "draw every line of a text file (-: standard input), a CSV, TSV, JSON or JSONL",
+        metavar="FILE",
+        path=True,
+    ),
     Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
     OUTPUT_DIR,
     STEPWISE_DIR,
@@ -43,15 +53,15 @@ RUN = (
     THREADS,
 )
 PLAN = (
-    Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", metavar="FILE"),
+    Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", metavar="FILE", path=True),
     Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", multiple=True, metavar="BLOCKS"),
 )
-_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength")
+_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength", "fit")
 EXPLORE = (
     NAME,
     *FILES,
     Field("prompt", str, "what to draw", flags=("-p",)),
-    Field("prompts", str, "explore every line of a text file (-: standard input)", metavar="FILE"),
+    Field("prompts", str, "explore every line of a text file (-: standard input)", metavar="FILE", path=True),
     Field("seeds", str, "as in 1,2,3; auto:8 draws eight (default: auto:1)", multiple=True, metavar="LIST"),
     Field(
         "steps", str, "numbers of denoising steps, as in 4,8,28", flags=("--num-steps",), multiple=True, metavar="LIST"
@@ -69,7 +79,7 @@ EXPLORE = (
     ),
     STEPWISE_DIR,
     Field("no_metadata", bool, "no metadata.csv, and pictures that do not say how they were made", default=False),
-    Field("resume", str, "finish what is missing in a session's folder", metavar="FOLDER"),
+    Field("resume", str, "finish what is missing in a session's folder", metavar="FOLDER", path=True),
     OUTPUT_DIR,
     *MACHINE,
 )
@@ -87,8 +97,20 @@ EDIT = (
     *FILES,
     Field("source", str, "what the source shows (with --image: what the photograph shows)"),
     Field("edit", str, "what an edit shall show; several make several edits", multiple=True),
-    Field("image", str, "photograph to edit (PNG, JPEG, WebP); without it the source is drawn", metavar="FILE"),
-    Field("layers", str, "blocks to inject in: vital, non-vital, all, none, a JSON file, or blocks as in layer.3-5"),
+    Field(
+        "image",
+        str,
+        f"photograph to edit ({', '.join(PICTURES)}); without it the source is drawn",
+        metavar="FILE",
+        path=True,
+    ),
+    *of_request("fit"),
+    Field(
+        "layers",
+        str,
+        "blocks to inject in: vital, non-vital, all, none, a JSON file, or blocks as in layer.3-5",
+        path=True,
+    ),
     Field(
         "source_guidance",
         float,
@@ -102,7 +124,7 @@ EDIT = (
         "what a photograph's latent is multiplied by before its inversion",
         minimum=0,
         maximum=10,
-        default=1.15,
+        default=NUDGE,
     ),
     Field(
         "replay",
@@ -120,13 +142,21 @@ EDIT = (
 IMPORTANCE = (
     NAME,
     *FILES,
-    Field("prompts", str, "what to draw: JSON, a list of prompt and seed (default: 64 that ship)", metavar="FILE"),
+    Field(
+        "prompts",
+        str,
+        "what to draw: JSON, a list of prompt and seed (default: 64 that ship)",
+        metavar="FILE",
+        path=True,
+    ),
     Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
     Field("seeds", int, "seeds of each prompt: its own and those behind it", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
     *of_request("width", "height", "guidance", "dtype", "force"),
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
-    Field("scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME"),
+    Field(
+        "scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME", path=True
+    ),
     Field("pooling", str, "the picture's feature: cls or mean", choices=("cls", "mean"), default="cls", metavar="NAME"),
     Field("top", int, "call so many blocks vital (default: a sixth, as Stable Flow)", minimum=1, maximum=1000),
     Field("threshold", float, "call the blocks above this importance vital", minimum=0, maximum=2),
@@ -138,8 +168,14 @@ SAVE = (
     *FILES,
     Field("format", str, "official (single files) or diffusers (a folder; default, but for fp8)", metavar="NAME"),
     Field("dtype", str, "precision of the saved weights: bf16, fp16, fp32 or fp8", default="bf16", metavar="NAME"),
-    Field("calibrate", str, "with --dtype fp8: draw these prompts and round by what is seen (GPTQ)", metavar="FILE"),
-    Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", metavar="FOLDER"),
+    Field(
+        "calibrate",
+        str,
+        "with --dtype fp8: draw these prompts and round by what is seen (GPTQ)",
+        metavar="FILE",
+        path=True,
+    ),
+    Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", metavar="FOLDER", path=True),
 )
 DOWNLOAD = (
     Field(
@@ -160,6 +196,14 @@ DOWNLOAD = (
 )
 
 
+def expand_home(path: str, flag: str) -> str:
+    """The path with the home folder for a `~` at its beginning. UsageError where nobody knows that folder."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~") and not os.path.lexists(whole):
+        raise UsageError(f"{flag} {path}: there is no such home folder. Next: write the whole path, or ./{path}")
+    return whole
+
+
 @dataclass(frozen=True)
 class Command:
     """A first word of the command line."""
@@ -171,10 +215,15 @@ class Command:
     positional: str | None = None
 
     def run(self, **flags: Any) -> None:
-        """Import the function and call it with the flags."""
+        """Import the function and call it with the flags, `~` in paths expanded. UsageError where that is no folder."""
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
-        function(**flags)
+        function(**self.with_whole_paths(flags))
+
+    def with_whole_paths(self, flags: dict[str, Any]) -> dict[str, Any]:
+        """The flags, those that are paths without `~`."""
+        paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
+        return flags | {key: expand_home(flags[key], flag) for key, flag in paths.items() if key in flags}
 
 
 COMMANDS = {

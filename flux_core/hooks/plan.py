@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import UsageError, nearest
-from ..jsonfile import read_json
+from ..jsonfile import first_finding, in_words, read_json
 from ..params import FluxParams
 from .attention_maps import AttentionMaps
 from .capture import Capture
@@ -60,7 +60,7 @@ def read_plan(path: str | Path) -> Plan:
 def _finding(error: ValidationError | TypeError, entries: Any) -> str:
     if isinstance(error, TypeError):
         return f"a plan is a list of interventions, not {type(entries).__name__}"
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing one
+    first = first_finding(error)
     where = [part for part in first["loc"] if part not in KINDS]
     number = int(where[0]) + 1 if where and isinstance(where[0], int) else 1
     entry = entries[number - 1] if isinstance(entries, Sequence) and len(entries) >= number else None
@@ -69,20 +69,17 @@ def _finding(error: ValidationError | TypeError, entries: Any) -> str:
     if first["type"].startswith("union_tag"):
         hint = nearest(str(kind), list(KINDS))
         return f"{start}: there is no intervention {kind!r}; kinds are {', '.join(KINDS)}.{hint}"
-    start, key = f"{start} ({kind})", str(where[1]) if len(where) > 1 else ""
-    keys = list(KINDS[kind].model_fields) if kind in KINDS else []
-    if first["type"] == "extra_forbidden":
-        return f"{start} has no key {key!r}.{nearest(key, keys)}"
-    if first["type"] == "missing":
-        return f"{start} lacks {key!r}"
-    return f"{start}{': ' + key if key else ''}: {first['msg'].removeprefix('Value error, ')}"
+    key = str(where[1]) if len(where) > 1 else ""
+    return in_words(first, f"{start} ({kind})", key, KINDS[kind].model_fields if kind in KINDS else ())
 
 
 def short_form(kind: str, text: str) -> dict[str, Any]:
-    """The plan's entry for `single_blocks.9,layer.3@0-14`: blocks, and after @ the steps."""
-    blocks, _, steps = text.partition("@")
-    entry: dict[str, Any] = {"kind": kind, "blocks": blocks}
-    return {**entry, "steps": steps} if steps else entry
+    """`single_blocks.9,layer.3@0-14` as a plan's entry: the blocks, and behind @ the steps, which must not be empty."""
+    meant, at, steps = text.partition("@")
+    if at and not steps.strip():
+        raise UsageError(f"--{kind} {text}: no steps behind the @. Next: {text}0-14, or leave the @ out for all steps")
+    entry: dict[str, Any] = {"kind": kind, "blocks": meant}
+    return {**entry, "steps": steps} if at else entry
 
 
 def check_plan(

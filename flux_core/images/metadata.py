@@ -21,7 +21,8 @@ from ..errors import UsageError
 from ..request.fields import REQUEST
 from ..request.generation import MAX_PROMPT, GenerationRequest
 from ..version import __version__
-from .pictures import open_picture
+from . import png
+from .pictures import parse_picture, read_bytes
 
 KEY = "flux_core"
 MAX_JSON = 14 * MAX_PROMPT
@@ -88,9 +89,10 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG. FileError when it is none."""
-    image, _ = open_picture(path, formats=("PNG",))
-    return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    """The text chunks of a PNG, wherever in the file they are. FileError when it is none."""
+    data = read_bytes(path)
+    parse_picture(data, str(path), formats=("PNG",))
+    return png.texts(data)
 
 
 def read_request(path: str | Path) -> GenerationRequest:
@@ -124,6 +126,8 @@ def _fields(text: str) -> dict[str, Any]:
     granted = sorted(fields.keys() & {field.name for field in REQUEST if field.kind is bool})
     if granted:
         raise ValueError(f"a file cannot grant {', '.join(granted)}")
+    if fields.get("init_image"):
+        fields.setdefault("fit", "stretch")  # as version 0.1 did, which had no other way
     return fields
 
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..errors import FileError, UsageError, nearest
+from ..errors import FileError, UsageError
 from ..files import disk_errors, write_whole
 from ..hooks import Skip
 from ..hooks.sites import block_names
 from ..images.metadata import png_bytes
 from ..images.pictures import as_rgb, open_picture
-from ..jsonfile import read_json
+from ..jsonfile import first_finding, in_words, read_json
 from ..request.fields import MAX_SEED, MAX_SEEDS
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
@@ -65,17 +65,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         return TypeAdapter(list[Prompt]).validate_python(entries)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_finding(error)}") from None
-
-
-def _finding(error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing one
-    number, key = int(first["loc"][0]) + 1, str(first["loc"][-1])
-    if first["type"] == "extra_forbidden":
-        return f"entry {number} has no key {key[:60]!r}.{nearest(key, list(Prompt.model_fields))}"
-    if first["type"] == "missing":
-        return f"entry {number} lacks {key!r}"
-    return f"entry {number}: {key if len(first['loc']) > 1 else 'it'}: {first['msg']}"
+        first = first_finding(error)
+        number, *keys = first["loc"]
+        finding = in_words(first, f"entry {int(number) + 1}", str([*keys, "it"][0]), Prompt.model_fields)
+        raise UsageError(f"{path}: {finding}") from None
 
 
 # The study -----------------------------------------------------------------------------------------

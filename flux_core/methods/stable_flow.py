@@ -21,10 +21,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..hooks import HookRun, ShareKV
 from ..pipeline import Pipeline
+from ..request.fields import NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
 from ..sampling import OnStep, Step, euler, get_noise, get_schedule, invert, pack
 
-NUDGE = 1.15
 SOURCE = "source"
 Replay = Literal["exact", "released"]
 
@@ -40,10 +40,12 @@ class Editing:
         layers: Sequence[str],
         source_guidance: float | None = None,
         origin: InitImage | None = None,
+        fit: str = "crop",
     ) -> None:
         """request: of the source, but with the edits' guidance. source_guidance: the source's; None: the same.
 
-        origin: the photograph as recorded in the pictures' metadata. UsageError.
+        origin: the photograph as recorded in the pictures' metadata. fit: how it gets their shape (`fields.FITS`).
+        UsageError.
         """
         if not edits:
             raise UsageError("nothing to edit. Next: describe at least one edit with --edit")
@@ -57,7 +59,7 @@ class Editing:
         self.size = request.padded_size
         tokens = self.size[0] * self.size[1] // PATCH**2
         self.sigmas = get_schedule(request.num_steps, tokens, shift=pipeline.variant.shift)
-        self.origin, self.layers = origin, tuple(layers)
+        self.origin, self.fit, self.layers = origin, fit, tuple(layers)
         strength = request.guidance or 0.0
         self.guidance = [strength if source_guidance is None else source_guidance, *([strength] * len(edits))]
 
@@ -87,7 +89,7 @@ class Editing:
     @torch.no_grad()
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's tokens at every sigma, up to noise; source prompt, guidance 1 (see `sampling.invert`)."""
-        latent = nudge * self.pipeline.codec.encode(photo, *self.size)
+        latent = nudge * self.pipeline.codec.encode(photo, *self.size, self.fit)
         velocity = self.pipeline.denoiser.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
         what = f"inverting {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, lambda: invert(velocity, latent, self.sigmas), "offload")
@@ -109,4 +111,5 @@ class Editing:
         prompt = (self.request.prompt, *self.edits)[row]
         what = f"Stable Flow, {self.branches[row]} of {self.request.prompt!r}, {len(self.layers)} blocks shared"
         changes = {"prompt": prompt, "functions": (what,), "init_image": self.origin}
+        changes |= {"fit": self.fit} if self.origin else {}
         return self.pipeline.picture(x[None], self.request.model_copy(update=changes))

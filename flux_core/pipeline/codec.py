@@ -8,6 +8,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..images.pictures import fitted
 from ..model import strips
 from ..sampling import pack, unpack
 from .nonfinite import is_finite, lost
@@ -21,10 +22,10 @@ class Codec:
     def __init__(self, placement: Placement, dtype: torch.dtype) -> None:
         self.placement, self.dtype = placement, dtype
 
-    def encode(self, image: Image.Image, width: int, height: int) -> Tensor:
-        """An RGB picture, resized to width x height, as the tokens of its latent: [1, L, 64]."""
+    def encode(self, image: Image.Image, width: int, height: int, fit: str = "crop") -> Tensor:
+        """An RGB picture, brought to width x height, as the tokens of its latent: [1, L, 64]. fit: of `fields.FITS`."""
         ae, device = self.placement.components.ae, self.placement.device
-        pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.LANCZOS)))
+        pixels = torch.from_numpy(np.array(fitted(image, width, height, fit)))
         x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w").to(device, self.dtype)
         what = f"encoding {width}x{height} pixels"
         return pack(self._with_ae(what, lambda: ae.encode(x), lambda: strips.encode(ae, x)))

@@ -116,7 +116,8 @@ class Denoiser:
         x = pack(torch.cat(noise))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
-            x, sigmas = start_from_image(self.codec.encode(source, width, height), x, sigmas, first.strength or 0.0)
+            latent = self.codec.encode(source, width, height, first.fit or "crop")
+            x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
         velocity = partial(self._guided, requests, sigmas, conditions, together)

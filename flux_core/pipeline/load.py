@@ -46,7 +46,9 @@ def load_pipeline(
     with memory_errors(f"trying {place}", place):
         kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    if "torch._dynamo" in sys.modules:  # a compiled block is in a cycle: a model that was here may still hold its memory
+    if (
+        "torch._dynamo" in sys.modules
+    ):  # a compiled block is in a cycle: a model that was here may still hold its memory
         gc.collect()
     empty_device_cache(place)
     fallback = OomFallback(place, offload)

@@ -18,7 +18,7 @@ from ..device.oom import OomFallback
 from ..errors import UsageError
 from ..hooks import Custom, Intervention
 from ..images.metadata import describe
-from ..images.pictures import crop_centre, open_source
+from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.fp8 import is_quantized
 from ..model import AutoEncoder, Flux
 from ..request.generation import GenerationRequest
@@ -107,7 +107,9 @@ class Pipeline:
         fields |= {"seed": seed, "init_image": origin}
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
-        for line in [*request.notes(), *(line for text in request.texts for line in self.text_notes(text))]:
+        fit = source and fit_note(source, request.width, request.height, request.fit or "crop")
+        texts = [line for text in request.texts for line in self.text_notes(text)]
+        for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)
         return [self.draw(one, source, on_step, functions) for one in request.images()]
 

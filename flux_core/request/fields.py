@@ -20,6 +20,12 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 """accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it. fp8 is bfloat16 with
 most of the transformer's Linears in eight bits"""
 
+PICTURES = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF", "AVIF")
+"""kinds of picture files that are opened, AVIF where Pillow can"""
+FITS = {"crop": "its edges are cut off", "pad": "it gets black edges", "stretch": "it is stretched"}
+"""what happens to a given picture of another shape than the one to be drawn"""
+NUDGE = 1.15
+"""what a photograph's latent is multiplied by before its inversion (Stable Flow's released code)"""
 PERCENTILE = 99.5
 """of dynamic thresholding, as in Imagen"""
 CFG_SCHEDULES = ("constant", "linear", "cosine")
@@ -47,6 +53,8 @@ class Field:
     """whether the flag takes several values"""
     metavar: str = ""
     """how help calls the value; empty: N, X or TEXT, by the kind"""
+    path: bool = False
+    """whether the value is, or may be, a file or folder: then a `~` at its beginning is the home folder"""
     const: str = ""
     """the value of a flag without a value; empty: a value has to follow"""
 
@@ -101,11 +109,16 @@ THREADS = Field(
 )
 FILES = (
     Field(
-        "model", str, "your own weights: a safetensors file or a folder; or as --name", flags=("-m",), metavar="PATH"
+        "model",
+        str,
+        "your own weights: a safetensors file or a folder; or as --name",
+        flags=("-m",),
+        metavar="PATH",
+        path=True,
     ),
-    Field("ae", str, "your own autoencoder: a file or a folder", metavar="PATH"),
-    Field("clip_l", str, "your own CLIP text encoder: a file or a folder", metavar="PATH"),
-    Field("t5xxl", str, "your own T5 text encoder: a file or a folder", metavar="PATH"),
+    Field("ae", str, "your own autoencoder: a file or a folder", metavar="PATH", path=True),
+    Field("clip_l", str, "your own CLIP text encoder: a file or a folder", metavar="PATH", path=True),
+    Field("t5xxl", str, "your own T5 text encoder: a file or a folder", metavar="PATH", path=True),
 )
 """the parts of a model; keys of `Variant.files`"""
 
@@ -164,8 +177,16 @@ REQUEST = (
         maximum=MAX_SEED,
         multiple=True,
     ),
-    Field("init_image", str, "picture to start from (PNG, JPEG, WebP)", metavar="FILE"),
+    Field("init_image", str, f"picture to start from ({', '.join(PICTURES)})", metavar="FILE", path=True),
     Field("strength", float, "how far to leave the init image; 1: all the way (default: 0.8)", minimum=0, maximum=1),
+    Field(
+        "fit",
+        str,
+        f"where the given picture has another shape: {', '.join(f'{name} ({what})' for name, what in FITS.items())} "
+        "(default: crop)",
+        choices=tuple(FITS),
+        metavar="NAME",
+    ),
     Field(
         "dtype",
         str,
@@ -182,9 +203,9 @@ MEMORY = (
 )
 """also taken by themselves where memory runs out"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
-OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER")
+OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(
-    "stepwise_dir", str, "also write the picture after every step, and a sheet of them", metavar="FOLDER"
+    "stepwise_dir", str, "also write the picture after every step, and a sheet of them", metavar="FOLDER", path=True
 )
 MACHINE = (DEVICE, *MEMORY, THREADS)
 """where and how a model is loaded"""

@@ -21,6 +21,8 @@ from pydantic import (
 
 from ..errors import UsageError, nearest
 from ..hooks import Intervention, Plan, check_plan, parse_plan
+from ..jsonfile import first_finding
+from ..strength import highest_strength, skipped_steps
 from ..variants import Variant, get_variant
 from ..version import __version__
 from .fields import DTYPES, FIELDS, MAX_SEED
@@ -43,6 +45,10 @@ def _guidance(data: dict[str, Any]) -> float | None:
 
 def _strength(data: dict[str, Any]) -> float | None:
     return DEFAULT_STRENGTH if data["init_image"] else None
+
+
+def _fit(data: dict[str, Any]) -> str | None:
+    return "crop" if data["init_image"] else None
 
 
 def _of(name: str, factory: Any = None) -> Any:
@@ -109,6 +115,9 @@ class GenerationRequest(BaseModel):
     init_image: InitImage | None = None
     strength: float | None = _of("strength", _strength)
     """None: there is no init image"""
+    fit: Literal["crop", "pad", "stretch"] | None = _of("fit", _fit)
+    """how the init image gets this picture's shape; None: there is none. A file without it is of version 0.1, which
+    stretched (`images/metadata.py`)"""
     dtype: Annotated[Literal["bfloat16", "float32", "fp8"] | None, BeforeValidator(_dtype)] = _of("dtype")
     """None until the pipeline that draws says which"""
     plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
@@ -210,7 +219,7 @@ class GenerationRequest(BaseModel):
     def num_forward_steps(self) -> int:
         """Forwards that this request takes: image-to-image enters the schedule late."""
         strength = 1.0 if self.init_image is None or self.strength is None else self.strength
-        return self.num_steps - int((1 - strength) * self.num_steps)
+        return self.num_steps - skipped_steps(self.num_steps, strength)
 
     def recorded(self, functions: Sequence[Intervention] = ()) -> Self:
         """The request as a picture's metadata hold it: no intervention that names a file or is a function."""
@@ -254,8 +263,14 @@ class GenerationRequest(BaseModel):
                 notes.append("true CFG steers away from the empty prompt: --negative-prompt names another")
         if (self.mimic_scale or 1) > (self.true_cfg_scale or 1):
             notes.append(f"--mimic-scale {self.mimic_scale:g} is above --true-cfg-scale: it bounds next to nothing")
-        if self.init_image is None and "strength" in given:
-            notes.append("--strength does nothing without --init-image")
+        for name in ("strength", "fit") if self.init_image is None else ():
+            if name in given:
+                notes.append(f"--{name} does nothing without --init-image")
+        if self.init_image is not None and self.num_forward_steps == self.num_steps:
+            notes.append(
+                f"strength {self.strength:g} draws all of {self.num_steps} step(s), from noise alone: the init image "
+                f"has no effect. Next: --strength {highest_strength(self.num_steps):g} or lower, or more --num-steps"
+            )
         if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
             notes.append(f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt")
         return notes
@@ -270,7 +285,7 @@ def _left_out(key: str, value: object) -> bool:
 
 def _one_line(error: pydantic.ValidationError) -> str:
     """The first finding, by the flag's name and with what would be right."""
-    first = error.errors()[0]
+    first = first_finding(error)
     name = str(first["loc"][0]) if first["loc"] else "request"
     field = FIELDS.get(name)
     if first["type"] == "extra_forbidden" and field is None:

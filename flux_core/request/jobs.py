@@ -2,7 +2,8 @@
 
     {"command": "generate", "prompt": "a castle", "seed": 7, "skip": ["layer.6"]}
 
-Keys are the flags' names, with `_` or `-`. A list of such objects runs one after the other.
+Keys are the flags' names, with `_` or `-`, or their other spellings, as in "steps". A list of such objects runs one
+after the other.
 """
 
 from pathlib import Path
@@ -24,16 +25,24 @@ def read_jobs(path: str | Path) -> list[dict[str, Any]]:
 
 def flags_of(job: dict[str, Any], fields: tuple[Field, ...], where: str) -> dict[str, Any]:
     """A job's flags as the command line would give them. UsageError names the key and the nearest right one."""
-    known = {field.name: field for field in fields}
+    known = {_word(flag): field for field in fields for flag in (field.flag, *field.flags)}
     flags: dict[str, Any] = {}
     for key, value in job.items():
-        name = key.replace("-", "_")
-        if name == "command" or value is None or value is False:
+        word = _word(key)
+        if word == "command" or value is None or value is False:
             continue
-        if name not in known:
-            raise UsageError(f"{where}: there is no {key[:60]!r} here.{nearest(name, list(known))}")
-        flags[name] = _as_given(value, known[name], f"{where}: {key}")
+        if word not in known:
+            raise UsageError(f"{where}: there is no {key[:60]!r} here.{nearest(word, list(known))}")
+        name = known[word].name
+        if name in flags:
+            raise UsageError(f"{where}: {key} says {name} a second time")
+        flags[name] = _as_given(value, known[word], f"{where}: {key}")
     return flags
+
+
+def _word(flag: str) -> str:
+    """`--num-steps` -> `num_steps`"""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _as_given(value: Any, field: Field, where: str) -> Any:

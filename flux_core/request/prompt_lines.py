@@ -1,18 +1,25 @@
 """Prompts that come as lines: those of a file, and those that somebody types between two pictures.
 
-A file's lines are prompts; those of a `.csv` (under a header) and of a `.jsonl` may say more than a prompt:
+A file's lines are prompts; those of a table (`.csv` or `.tsv`, under a header) and of JSON (`.json`: a list; `.jsonl`,
+`.ndjson`: line by line) may say more than a prompt:
 
     prompt,negative-prompt,cfg-scale,seed
     a flower,a red flower,3,7
+
+Spreadsheets write `;` for `,`, a first line `sep=;`, UTF-16, and other line ends: all of that is read.
 
 What is typed follows the official command: a line is the next prompt, an empty line the last one again, and a line that
 begins with `/` changes a setting.
 """
 
+import codecs
 import csv
+import io
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -25,6 +32,7 @@ from .generation import GenerationRequest
 
 MAX_BYTES = 1 << 20
 """of a file of prompts, and of a typed line"""
+csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # by itself 131,072 characters
 OF_A_RUN = ("name", "dtype", "init_image", "force", "allow_empty_prompt")
 """what a line cannot say: one model is loaded, from one picture, and no file grants permissions"""
 COLUMNS = {
@@ -35,6 +43,16 @@ COLUMNS = {
     if flag.startswith("--")
 }
 """what a line can say, by the names of flags"""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins as UTF-16 does
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+"""encodings by what a file begins with"""
+UNREAD = (".yaml", ".yml", ".toml", ".xml", ".html", ".xls", ".xlsx", ".ods", ".parquet")
+"""suffixes of files whose lines are no prompts"""
 SETTINGS = {
     "/w": "width",
     "/h": "height",
@@ -60,76 +78,136 @@ class Line:
 
 
 def read_lines(path: str) -> list[Line]:
-    """The pictures of a UTF-8 file (`-`: standard input): CSV or JSONL by its suffix, else a prompt on each line.
+    """The pictures of a file (`-`: standard input), by its suffix a table or JSON, else a prompt on each line.
 
     FileError when it cannot be read or holds nothing, UsageError for a line that cannot be understood.
     """
     name = "standard input" if path == "-" else path
-    reader = {".csv": _of_csv, ".jsonl": _of_jsonl}.get(path[path.rfind(".") :].lower(), _of_text)
-    lines = list(reader(name, _numbered(name, _bytes_of(path, name))))
+    suffix = path[path.rfind(".") :].lower()
+    if suffix in UNREAD:
+        raise FileError(f"{name}: prompts cannot be read from {suffix}. Next: save them as .txt, {', '.join(READERS)}")
+    lines = list(READERS.get(suffix, _of_text)(name, _decoded(name, _bytes_of(path, name))))
     if not lines:
         raise FileError(f"{name} holds no prompt: write one on each line")
     return lines
 
 
-def _numbered(name: str, data: bytes) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError:
-            raise FileError(f"{name}, line {number} is no UTF-8 text: save the file as UTF-8") from None
+def _decoded(name: str, data: bytes) -> str:
+    """The text of a file in UTF-8, or as its byte order mark says, with "\n" for every line's end. FileError.
 
-
-def _of_text(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Line]:
-    """All but blank lines and comments (#)."""
-    for number, line in lines:
-        if (text := line.strip()) and not text.startswith("#"):
-            yield Line(f"{name}, line {number}", {"prompt": text})
-
-
-def _of_csv(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Line]:
-    """Rows under a header that names columns; an empty cell says nothing."""
-    rows = csv.reader((line + "\n" for _, line in lines), strict=True)
-    header: list[str] | None = None
+    A mark further on is where two files were put together.
+    """
+    mark, encoding = next((one for one in MARKS.items() if data.startswith(one[0])), (b"", "utf-8"))
+    data = data.removeprefix(mark)
     try:
-        for row in rows:
-            where = f"{name}, line {rows.line_num}"
-            if not any(cell.strip() for cell in row):
-                continue
-            if header is None:
-                header = _columns(row, where)
-                continue
-            if len(row) != len(header):
-                raise UsageError(f"{where} has {len(row)} cell(s), the header {len(header)}: put quotes around commas")
-            yield Line(where, {key: cell.strip() for key, cell in zip(header, row, strict=True) if cell.strip()})
+        text, valid = data.decode(encoding), True
+    except UnicodeDecodeError as error:
+        text, valid = data[: error.start].decode(encoding, errors="replace"), False
+    text = re.sub("\r\n?", "\n", text)
+    if not valid or "\0" in text:  # every other byte of UTF-16 without a mark is a NUL
+        line = text.partition("\0")[0].count("\n") + 1
+        kinds = "UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark"
+        raise FileError(f"{name}, line {line} is no {kinds}. Next: save the file as UTF-8")
+    return re.sub("\n?\ufeff", "\n", text.lstrip("\ufeff"))
+
+
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    """All but blank lines, stripped, by their numbers."""
+    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _of_text(name: str, text: str) -> Iterator[Line]:
+    """All lines but comments (#)."""
+    for number, line in _numbered(text):
+        if not line.startswith("#"):
+            yield Line(f"{name}, line {number}", {"prompt": line})
+
+
+def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
+    """Rows under a header that names columns; an empty cell says nothing. delimiter: where the header has none."""
+    if declared := re.match(r'"?sep=([^\w\s"]|\t)"?(?=\n|$)', text, re.IGNORECASE):
+        delimiter, text = declared[1], text[declared.end() :]
+    else:  # no name of a column has one in it
+        delimiter = max((delimiter, *",;\t|"), key=next(_numbered(text), (0, ""))[1].count)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = ((f"{name}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row))
+    try:
+        where, header = next(rows, ("", []))
+        columns = _columns(header, where)
+        for where, row in rows:
+            if row != header:  # which tables that were put together have twice
+                yield Line(where, _cells(columns, row, where, delimiter))
     except csv.Error as error:
-        raise UsageError(f"{name}, line {rows.line_num} is no CSV: {error}") from None
+        advice = "put quotes around a whole cell, and double those in it"
+        raise UsageError(f"{name}, line {reader.line_num} is no CSV: {error}. Next: {advice}") from None
 
 
-def _of_jsonl(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Line]:
-    """Objects, or strings that are prompts."""
-    for number, line in lines:
+def _cells(columns: Sequence[str], row: Sequence[str], where: str, delimiter: str) -> dict[str, str]:
+    """What a row says. UsageError where it has other columns than the header."""
+    cells = [cell.strip() for cell in row]
+    found = f"{where} has {len(cells)} cell(s), the header {len(columns)}"
+    if any(cells[len(columns) :]):
+        raise UsageError(f"{found}. Next: put quotes around a cell that holds {delimiter!r}")
+    if len(cells) < len(columns):
+        raise UsageError(f"{found}. Next: write {delimiter!r} also before a cell that is empty")
+    return {column: cell for column, cell in zip(columns, cells, strict=False) if cell}
+
+
+def _of_json(name: str, text: str) -> Iterator[Line]:
+    """The entries of a list, or one by itself."""
+    found = _json(text, name) if text.strip() else []
+    for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
+        where = f"{name}, entry {number}"
+        yield Line(where, _entry(entry, where))
+
+
+def _of_jsonl(name: str, text: str) -> Iterator[Line]:
+    """An entry on each line."""
+    for number, line in _numbered(text):
         where = f"{name}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            found = pydantic_core.from_json(line)  # unlike json.loads it bounds the depth
-        except ValueError as error:
-            raise UsageError(f"{where} is no JSON: {error}") from None
-        found = {"prompt": found} if isinstance(found, str) else found
-        if not isinstance(found, dict):
-            raise UsageError(f'{where} is neither an object nor a string: say {{"prompt": "a red apple", "seed": 1}}')
-        values = zip(_columns(found, where), found.values(), strict=True)
-        yield Line(where, {key: value for key, value in values if value is not None})
+        yield Line(where, _entry(_json(line, where), where))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return pydantic_core.from_json(text)  # unlike json.loads it bounds the depth
+    except ValueError as error:
+        advice = "a list is named .json, entries on lines of their own .jsonl"
+        raise UsageError(f"{where} is no JSON: {error}. Next: {advice}") from None
+
+
+def _entry(found: Any, where: str) -> dict[str, Any]:
+    """What an object says, or a string, which is a prompt."""
+    found = {"prompt": found} if isinstance(found, str) else found
+    if not isinstance(found, dict):
+        raise UsageError(f'{where} is neither an object nor a string: say {{"prompt": "a red apple", "seed": 1}}')
+    values = zip(_columns(found, where), found.values(), strict=True)
+    return {key: value for key, value in values if value is not None}
+
+
+READERS: dict[str, Callable[[str, str], Iterator[Line]]] = {
+    ".csv": _of_table,
+    ".tsv": partial(_of_table, delimiter="\t"),
+    ".json": _of_json,
+    ".jsonl": _of_jsonl,
+    ".ndjson": _of_jsonl,
+}
+"""of files that say more than prompts, by the suffix of their names"""
 
 
 def _columns(names: Iterable[str], where: str) -> list[str]:
-    """The request's fields of those names. UsageError for one that is none, with the nearest, and for one twice."""
+    """The request's fields of those names, but for empty ones at the end.
+
+    UsageError for one that is none, with the nearest, and for one twice.
+    """
     columns: list[str] = []
-    for name in names:
-        word = name.strip().lower().replace("-", "_").replace(" ", "_")
+    words = [name.strip().lower().replace("-", "_").replace(" ", "_") for name in names]
+    while words and not words[-1]:
+        words.pop()
+    for word, name in zip(words, names, strict=False):
         if word not in COLUMNS:
-            raise UsageError(f"{where}: there is no column {name[:60]!r}.{nearest(word, list(COLUMNS))}")
+            hint = nearest(word, list(COLUMNS)) or f" There are {', '.join(COLUMNS)}."
+            raise UsageError(f"{where}: there is no column {name[:60]!r}.{hint}")
         if COLUMNS[word] in columns:
             raise UsageError(f"{where} names {COLUMNS[word]} twice")
         columns.append(COLUMNS[word])

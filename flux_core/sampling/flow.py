@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..model import Flux, Modulations, ModulationTable, Run
 from ..model.transformer import Fetch
+from ..strength import skipped_steps
 from .graph import GraphedVelocity, is_worth_it
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -226,8 +227,8 @@ def denoise(
 def start_from_image(latent: Tensor, noise: Tensor, sigmas: list[float], strength: float) -> tuple[Tensor, list[float]]:
     """Image-to-image: the latent mixed with noise where the schedule enters, and the rest of the schedule.
 
-    strength 1 starts from pure noise, 0 changes nothing (official `demo_st.py`: step `int((1 - strength) * steps)`).
+    strength 1 starts from pure noise, 0 changes nothing (see `strength.skipped_steps`).
     """
-    first = int((1 - strength) * (len(sigmas) - 1))
+    first = skipped_steps(len(sigmas) - 1, strength)
     sigma = sigmas[first]
     return sigma * noise + (1 - sigma) * latent, sigmas[first:]

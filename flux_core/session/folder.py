@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ..errors import DiskError, FileError, UsageError
 from ..files import disk_errors, write_whole
-from ..jsonfile import read_json
+from ..jsonfile import first_finding, read_json
 from .exploration import Drawn, Exploration, Point
 from .record import NAME, append, mend, row_of
 from .sharing import claim, end_claims, lock
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Exploration:
     try:
         session = Exploration(**found)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key before a missing
+        first = first_finding(error)
         key = str(first["loc"][0]) if first["loc"] else "prompts"
         raise UsageError(f"{path}, line {_line(path, key)}: {key}: {first['msg']}") from None
     try:

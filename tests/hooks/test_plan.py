@@ -108,6 +108,18 @@ def test_the_short_form_is_an_entry():
     )
 
 
+@pytest.mark.parametrize("text", ["layer.6@", "layer.3,layer.6@ "])
+def test_a_short_form_without_its_steps_is_refused(text):
+    with pytest.raises(UsageError, match=r"--skip layer.*: no steps behind the @. Next: "):
+        short_form("skip", text)
+
+
+@pytest.mark.parametrize("text", ["@3", "layer.6@0@1", "layer.6@x"])
+def test_a_short_form_of_anything_else_is_refused(text):
+    with pytest.raises(UsageError):
+        check_plan(parse_plan([short_form("skip", text)]), DEV, 28)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "finding"),
     [(None, FileError, "could not be read"), ("{", UsageError, "is no JSON"), ("3", UsageError, "a plan is a list"),

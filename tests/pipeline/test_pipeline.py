@@ -93,7 +93,7 @@ INIT = Image.radial_gradient("L").convert("RGB")
 
 def test_strength_reaches_from_the_picture_to_pure_noise(pipeline):
     def with_strength(strength):
-        return draw(pipeline, init_image=INIT, strength=strength, num_steps=4)
+        return draw(pipeline, init_image=INIT, strength=strength, num_steps=4, fit="stretch")
 
     latent = pipeline.ae.encode
     with torch.no_grad():

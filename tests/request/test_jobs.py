@@ -17,6 +17,28 @@ def test_a_job_gives_the_flags_of_the_same_command_line():
     assert flags_of(job, COMMANDS["generate"].fields, "job") == parse(line)[1]
 
 
+def test_a_job_takes_every_spelling_of_a_flag():
+    job = {"p": "a", "steps": 2, "cfg-scale": 3, "W": 64, "--seed": 1, "n": "b", "m": "own.safetensors"}
+    line = [
+        "-p",
+        "a",
+        "--steps",
+        "2",
+        "--cfg-scale",
+        "3",
+        "-W",
+        "64",
+        "--seed",
+        "1",
+        "-n",
+        "b",
+        "-m",
+        "own.safetensors",
+    ]
+    assert flags_of(job, COMMANDS["generate"].fields, "job") == parse(line)[1]
+    assert flags_of({"num_steps": [4, 8]}, COMMANDS["explore"].fields, "job") == {"steps": ["4", "8"]}
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_the_jobs_that_ship_are_right(path):
     for job in read_jobs(path):
@@ -38,6 +60,8 @@ def test_jobs_run_one_after_the_other(small, one_thread, tmp_path, capsys):
         ('{"promt": "a"}', 2, "job 1: there is no 'promt' here. Did you mean prompt?"),
         ('[{"prompt": "a"}, {"command": "draw"}]', 2, "job 2: no command 'draw'"),
         ('{"command": "run"}', 2, "no command 'run'"),
+        ('{"prompt": "a", "steps": 2, "num-steps": 3}', 2, "job 1: num-steps says num_steps a second time"),
+        ('{"prompt": "a", "stps": 2}', 2, "Did you mean steps?"),
         ('{"prompt": ["a", "b"]}', 2, "prompt must be text"),
         ('{"force": 1}', 2, "force must be true or false"),
         ('{"seed": {"a": 1}}', 2, "seed must be a whole number"),
