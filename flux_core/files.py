@@ -39,19 +39,26 @@ def disk_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
         raise UsageError(f"{str(path)!a} is no path: {error}") from None
 
 
-def user_path(path: str | Path) -> Path:
-    """The path with `~` and `~name` expanded. UsageError where there is no such home folder."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UsageError(
-            f"{path}: there is no home folder for ~ here. Next: write the path out, or set HOME."
-        ) from None
+def expand_home(path: str, named: str = "") -> str:
+    """The path with the home folder for a `~` or `~name` at its beginning. UsageError where nobody knows that folder.
+
+    named: the flag or variable that named the path.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~") and not os.path.lexists(whole):
+        text = f"{named} {path}".strip()
+        raise UsageError(f"{text}: there is no such home folder. Next: write the whole path, or ./{path}")
+    return whole
+
+
+def user_path(path: str | Path, named: str = "") -> Path:
+    """`expand_home` as a Path."""
+    return Path(expand_home(str(path), named))
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """The folder, with `~` expanded, made if need be and proven writable before minutes are spent on a picture."""
-    folder = user_path(folder)
+    """The folder, made if need be and proven writable before minutes are spent on a picture."""
+    folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(folder)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
-from ..files import prepare_folder, user_path, write_whole
+from ..files import prepare_folder, write_whole
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
@@ -56,17 +56,17 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     threads = THREADS.parse(flags.pop("threads", None))
     with ExitStack() as stack:
         if rank == 0:
-            asked = read_manifest(user_path(resume)) if resume else _asked(flags, files)
+            asked = read_manifest(Path(resume)) if resume else _asked(flags, files)
             check_files(with_files(asked.request["name"], **files))
             if steps_dir:
                 prepare_folder(steps_dir)
-            folder = user_path(resume) if resume else new_folder(prepare_folder(parent))
+            folder = Path(resume) if resume else new_folder(prepare_folder(parent))
             stack.enter_context(only_session(folder))
             Session(folder, asked).begin()
         if world > 1:
             name, store = broadcast_name(rank, world, folder.name if rank == 0 else "")
             stack.callback(lambda: store)  # the first process keeps it while others may still listen
-            folder = user_path(resume) if resume else user_path(parent) / name
+            folder = Path(resume) if resume else Path(parent, name)
             asked = wait_for_manifest(folder)
         session, stop = Session(folder, asked), stack.enter_context(Stop().listening())
         work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import DiskError, UsageError
-from ..files import prepare_folder, user_path, write_whole
+from ..files import prepare_folder, write_whole
 from ..hub.places import SCORER
 from ..methods.importance import (
     REFERENCE,
@@ -87,7 +87,7 @@ def importance(
     fields |= {"num_steps": num_steps, "seed": 0}
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     study = Study(
-        user_path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
+        Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
     check_files(variant)
     prepare_folder(study.folder)

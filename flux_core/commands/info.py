@@ -8,14 +8,13 @@ from ..checkpoint.check import fits
 from ..checkpoint.identify import identify
 from ..checkpoint.source import SUFFIXES, find_source
 from ..errors import FileError
-from ..files import user_path
 from ..images.metadata import KEY, found, printable, read_texts
 from ..terminal import tell
 
 
 def info(file: str) -> str:
     """A picture's request, as JSON in lines, and the text for other tools; or weights in a few lines. FileError."""
-    path = user_path(file)
+    path = Path(file)
     if path.suffix in SUFFIXES or path.is_dir():
         return _of_weights(path)
     texts = read_texts(path)

@@ -4,13 +4,12 @@ What several commands take is in `request/fields.py`; a command's own rows are h
 and wrong flags are answered before pydantic or torch are imported; the function is imported when its command runs.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from ..errors import UsageError
+from ..files import expand_home
 from ..request.fields import (
     DEVICE,
     FIELDS,
@@ -194,14 +193,6 @@ DOWNLOAD = (
     ),
     replace(OUTPUT_DIR, help="with --source modelscope: the folder (default: beside the hub's cache)", default=None),
 )
-
-
-def expand_home(path: str, flag: str) -> str:
-    """The path with the home folder for a `~` at its beginning. UsageError where nobody knows that folder."""
-    whole = os.path.expanduser(path)
-    if whole.startswith("~") and not os.path.lexists(whole):
-        raise UsageError(f"{flag} {path}: there is no such home folder. Next: write the whole path, or ./{path}")
-    return whole
 
 
 @dataclass(frozen=True)

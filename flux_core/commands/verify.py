@@ -1,16 +1,17 @@
 """`verify FILE`: check that a file of weights is complete and all its numbers are finite."""
 
+from pathlib import Path
+
 from tqdm import tqdm
 
 from ..checkpoint.source import find_source
 from ..errors import FileError
-from ..files import user_path
 from ..terminal import no_bars, tell
 
 
 def verify(file: str) -> str:
     """A line on a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
-    source = find_source(user_path(file))
+    source = find_source(Path(file))
 
     from ..checkpoint.tensors import opened  # and with it torch
 

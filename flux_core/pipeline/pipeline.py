@@ -107,7 +107,8 @@ class Pipeline:
         fields |= {"seed": seed, "init_image": origin}
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
-        fit = source and fit_note(source, request.width, request.height, request.fit or "crop")
+        size = request.width, request.height
+        fit = None if source is None else fit_note(source, *size, request.fit or "crop")
         texts = [line for text in request.texts for line in self.text_notes(text)]
         for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)

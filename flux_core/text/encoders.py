@@ -57,26 +57,28 @@ class TextEncoder(nn.Module):
         ids = self.tokens(prompts).to(next(self.model.parameters()).device)
         return getattr(self.model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
 
+    def unread(self, prompt: str) -> tuple[str, list[str]]:
+        """What of a prompt does not reach the model, as written: the end that does not fit, and unknown words.
+
+        Words are unknown that the tokenizer has no token for, as T5 has none for emoji, Chinese or Cyrillic; each once.
+        """
+        pieces = self._pieces(prompt)
+        kept = pieces[: self.max_length - 1]  # the last place is for the end-of-text token
+        dropped = prompt[pieces[len(kept)][1] :].strip() if len(pieces) > self.max_length else ""
+        unknown = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
+        return dropped, list(dict.fromkeys(_word_around(prompt, start, end) for start, end in unknown))
+
     def truncated(self, prompt: str) -> str | None:
         """The end of the prompt that does not fit into `max_length` tokens, as written; None if all of it fits."""
-        pieces = self._pieces(prompt)
-        if len(pieces) <= self.max_length:
-            return None
-        _, first_cut, _ = pieces[self.max_length - 1]  # the last place is kept for the end-of-text token
-        return prompt[first_cut:].strip() or None
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words that the tokenizer has no token for, as written, each once: emoji, Chinese, Cyrillic for T5."""
-        kept = self._pieces(prompt)[: self.max_length - 1]
-        unread = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
-        return list(dict.fromkeys(_word_around(prompt, start, end) for start, end in unread))
+        return self.unread(prompt)[0] or None
 
     def notes(self, prompt: str) -> list[str]:
         """For people: a line on what is dropped of a prompt, and a line on words that cannot be read; often none."""
         lines = []
-        if dropped := self.truncated(prompt):
+        dropped, words = self.unread(prompt)
+        if dropped:
             lines.append(f"the prompt is longer than {self.max_length} tokens; dropped: {_shortened(dropped, 60)!r}")
-        if words := self.unknown(prompt):
+        if words:
             listed = ", ".join(repr(_shortened(word, 30)) for word in words[:5]) + (", …" if len(words) > 5 else "")
             lines.append(f"the text encoder cannot read {listed}; say it in English words")
         return lines

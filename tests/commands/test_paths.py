@@ -7,8 +7,9 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 import flux_core.pipeline
-from flux_core.commands.table import COMMANDS, expand_home
+from flux_core.commands.table import COMMANDS
 from flux_core.errors import UsageError
+from flux_core.files import expand_home
 from flux_core.main import main
 
 PATHS = [(name, field) for name, command in COMMANDS.items() for field in command.fields if field.path]

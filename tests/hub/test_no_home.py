@@ -99,7 +99,7 @@ def test_what_needs_no_cache_works_without_a_home(nobody):
 
 def test_a_tilde_without_a_home_is_a_line(nobody):
     code, told = nobody("--prompt", "a", "--model", "~/x.safetensors")
-    assert code == 2 and "error: ~/x.safetensors: there is no home folder for ~ here. Next: " in told
+    assert code == 2 and "error: --model ~/x.safetensors: there is no such home folder. Next: " in told
 
 
 # `~` -----------------------------------------------------------------------------------------------
@@ -168,5 +168,5 @@ def test_a_scorers_folder(home):
     assert scorer_folder("~/scorer") == home / "scorer"
     with pytest.raises(FileError, match="there is no scorer '~/other'"):
         scorer_folder("~/other")
-    with pytest.raises(UsageError, match="~nobody-of-that-name/x: there is no home folder"):
+    with pytest.raises(UsageError, match="~nobody-of-that-name/x: there is no such home folder"):
         scorer_folder("~nobody-of-that-name/x")

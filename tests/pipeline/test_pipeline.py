@@ -223,6 +223,9 @@ class Counted:
     def __init__(self, tokenizer, lengths):
         self.tokenizer, self.lengths = tokenizer, lengths
 
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
     def __call__(self, text, **kwargs):
         self.lengths.append(len(text) if isinstance(text, str) else sum(map(len, text)))
         return self.tokenizer(text, **kwargs)
