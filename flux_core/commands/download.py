@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.files import PARTS, text_files
 from ..checkpoint.source import find_source
 from ..errors import DiskError, FileError, UsageError
+from ..files import user_path
 from ..hub import client as hub
 from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
 from ..hub.parts import HubFile, fetch, listing
@@ -109,7 +110,7 @@ def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_d
     It is not the cache of ModelScope's own client, which ignores files that it has not registered.
     """
     source = Repository(repo, hub.checked_address(endpoint or "", "--endpoint", ADDRESS))
-    folder = Path(output_dir) if output_dir else hub.cache_folder().parent / "modelscope" / repo
+    folder = user_path(output_dir) if output_dir else hub.cache_folder().parent / "modelscope" / repo
     folder = folder.absolute()
     note(f"from {source.page} to {folder}")
     try:
