@@ -124,7 +124,7 @@ def test_a_replayed_picture_is_the_same_to_the_bit(draws, monkeypatch):
 @pytest.mark.parametrize("steering", [{"cfg_zero": 1}, {"mimic_scale": 1.5}])
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_so_is_a_steered_one(draws, monkeypatch, steering, one_batch):
-    monkeypatch.setattr(draws.pipeline, "one_batch", one_batch)
+    monkeypatch.setattr(draws.pipeline.denoiser, "one_batch", one_batch)
     fields = {"negative_prompt": "a blue car", "true_cfg_scale": 3.0, **steering}
     replayed = draws(**fields)
     monkeypatch.setattr(replay, "TOKENS", 0)
