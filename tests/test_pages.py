@@ -10,19 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import tiny_pipeline
 
+from flux_core.commands.info import info
 from flux_core.commands.table import COMMANDS
 from flux_core.device.memory import LIBRARIES, fit, shares
+from flux_core.errors import FluxError
 from flux_core.hooks.plan import check_plan, parse_plan
-from flux_core.main import parse
-from flux_core.request.fields import REQUEST
+from flux_core.hub.client import TOKENS
+from flux_core.main import BROKEN_PIPE, INTERRUPTED, UNEXPECTED, parse
+from flux_core.request.fields import FITS, PICTURES, REQUEST
 from flux_core.request.generation import GenerationRequest
 from flux_core.request.jobs import flags_of
-from flux_core.request.prompt_lines import read_lines
+from flux_core.request.prompt_lines import READERS, UNREAD, read_lines
 from flux_core.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
-README, COMMANDS_PAGE = ROOT / "README.md", ROOT / "docs" / "commands.md"
+README, COMMANDS_PAGE, WEIGHTS_PAGE = ROOT / "README.md", ROOT / "docs" / "commands.md", ROOT / "docs" / "weights.md"
 PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md"))]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -192,6 +196,34 @@ def test_a_command_is_described_with_exactly_its_flags(name):
     spelled = {word: field.flag for field in (*REQUEST, *fields) for word in (field.flag, *field.flags)}
     described, absent = ({spelled.get(flag, flag) for flag in some} for some in (offered, left_out))
     assert described - absent == {field.flag for field in fields}
+
+
+def test_the_page_of_commands_names_what_is_read():
+    pictures, prompts = sections()["init-images"], sections()["prompt-files"]
+    assert all(re.search(rf"\b{kind}", pictures) for kind in (*PICTURES, *FITS))
+    named = set(re.findall(r"`(\.\w+)`", prompts))
+    assert set(READERS) <= named <= {*READERS, *UNREAD}
+
+
+def test_the_page_of_commands_has_all_of_the_environment():
+    request = GenerationRequest(prompt="a red apple")
+    keys = re.findall(r"^\| `(\w+)` \|", sections()["metadata"], re.MULTILINE)
+    assert keys == list(tiny_pipeline().complete(request).environment)
+
+
+def test_the_page_of_commands_has_the_exit_codes():
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", sections()["exit-codes"], re.MULTILINE)}
+    errors = {kind.exit_code for kind in FluxError.__subclasses__()}
+    assert codes == {0, UNEXPECTED, *errors, INTERRUPTED, BROKEN_PIPE}
+
+
+def test_the_page_of_weights_names_tokens_in_their_order_and_shows_what_info_prints(monkeypatch):
+    text = read(WEIGHTS_PAGE)
+    named = re.findall(r"`(\w*TOKEN)`", text.split("The token is the first of")[1])
+    assert named[:3] == list(TOKENS)
+    monkeypatch.chdir(ROOT)
+    (shown,) = blocks(WEIGHTS_PAGE, "")
+    assert shown.strip() == info(shown.split(":")[0])
 
 
 def test_every_command_is_in_the_list_of_commands():
