@@ -105,7 +105,7 @@ def _recorded_fields(old: GenerationRequest, origin: InitImage | None) -> dict[s
     if old.init_image is not None and origin is None:
         raise UsageError(f"that picture was made from {old.init_image.file!r}: give it with --init-image")
     if old.init_image is not None and origin is not None and old.init_image.sha256 != origin.sha256:
-        note(f"{origin.file!r} is not the {old.init_image.file!r} that the picture was made from")
+        note(f"{origin.file!r} is another picture than the {old.init_image.file!r} that was used")
     if old.functions:
         note(f"interventions that the picture's file cannot hold are missing: {'; '.join(old.functions)}")
     return old.model_dump(exclude={*DRAWN_BY, "init_image"})

@@ -9,6 +9,7 @@ from ..checkpoint.identify import identify
 from ..checkpoint.source import find_source
 from ..device.threads import set_threads
 from ..errors import UsageError
+from ..files import user_path
 from ..request.generation import GenerationRequest
 from ..request.prompt_lines import read_lines
 from ..terminal import note, tell
@@ -47,7 +48,7 @@ def save(
     if calibrate is not None and not fp8:
         raise UsageError("--calibrate says how fp8 is rounded. Next: add --dtype fp8, or leave it out.")
     requests = _calibration_requests(variant, calibrate) if calibrate is not None else []
-    folder = Path(output) if output else Path("output") / f"{variant.name}-{format}-{dtype}"
+    folder = user_path(output) if output else Path("output") / f"{variant.name}-{format}-{dtype}"
 
     check_files(variant)
     if requests and _is_fp8(flow_path(variant)):

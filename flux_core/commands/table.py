@@ -71,7 +71,7 @@ EXPLORE = (
     Field(
         "save_latents",
         str,
-        "keep each picture's latents in a file of its name: of the last step, or of every one",
+        "keep each picture's latents in a file of its name: of the last step, or of every step",
         choices=("last", "every"),
         metavar="STEPS",
         const="last",

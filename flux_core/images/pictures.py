@@ -194,7 +194,7 @@ def fit_note(image: Image.Image, width: int, height: int, how: str) -> str | Non
     scale = max(width / image.width, height / image.height)
     if (round(image.width * scale), round(image.height * scale)) == (width, height):
         return None
-    shapes = f"the given picture is {image.width}x{image.height}, not the shape of {width}x{height}"
+    shapes = f"the input picture is {image.width}x{image.height}, not the shape of {width}x{height}"
     others = " or ".join(f"--fit {other}" for other in FITS if other != how)
     return f"{shapes}: {FITS[how]} ({others} changes that)"
 

@@ -144,7 +144,7 @@ class Study:
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         shared = ("name", "width", "height", "num_steps", "guidance", "dtype")
         values = {key: getattr(request, key) for key in shared}
-        return {**values, "weights": request.weights or None, "prompts": [one.prompt for one in self.prompts]}
+        return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:
         """The RGB picture of a task that was drawn."""
@@ -177,7 +177,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def _merge(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings `now`; where they have none, and for prompts behind them, those of `then`."""
+    """The settings `now`; where they have none, and for further prompts, those of `then`."""
     merged = {key: then.get(key) if value is None else value for key, value in now.items()}
     return merged | {"prompts": now["prompts"] + then["prompts"][len(now["prompts"]) :]}
 

@@ -170,7 +170,7 @@ def read_manifest(folder: Path) -> Exploration:
         requests = [session.request_of(point) for point in session.places]
     except (UsageError, TypeError) as error:
         raise UsageError(f"{path}, line {_line(path, 'request')}: {error}") from None
-    if any(not one.portable for one in requests[0].plan):
+    if any(not entry.portable for entry in requests[0].plan):
         raise UsageError(f"{path}, line {_line(path, 'plan')}: a file cannot make us read or write other files")
     return session
 

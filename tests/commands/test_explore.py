@@ -388,7 +388,7 @@ def test_damaged_latents_are_told(session, capsys):
         (["metadata.csv", "--row", "4"], 2, "has 3 row(s)"),
         (["metadata.csv", "--row", "0"], 2, "--row must be a whole number from 1"),
         (["metadata.csv", "--row", "1"], 2, "--width 32 is not among"),
-        (["metadata.csv", "--row", "1", "--from-latents", "--force"], 4, "seed_1.safetensors is not there"),
+        (["metadata.csv", "--row", "1", "--from-latents", "--force"], 4, "seed_1.safetensors does not exist"),
         (["exploration_grid.png"], 2, "was not made by flux_core"),
         (["exploration_grid.png", "--row", "1"], 2, "--row goes with a metadata.csv"),
         (["none.csv", "--row", "1"], 4, "none.csv could not be read"),
