@@ -1,6 +1,6 @@
-"""FLUX.1 as one transparent core: `load_pipeline("flux-mini").generate("a red apple", seed=0)` draws.
+"""FLUX.1 in pure PyTorch: `load_pipeline("flux-mini").generate("a red apple", seed=0)` returns pictures.
 
-Names are looked up when they are first used, so that `import flux_core` costs no torch.
+Names are imported when they are first used, so that `import flux_core` does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

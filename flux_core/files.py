@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what a disk answers, in words with a next step."""
+"""Writing files whole or not at all, `~` in paths, and disk errors with a next step."""
 
 import errno
 import os
@@ -24,9 +24,9 @@ _REASONS = {
 
 @contextmanager
 def disk_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
-    """A context in which OSErrors become DiskErrors, with the path and the next step, and a bad path a UsageError.
+    """A context that turns OSErrors into DiskErrors with the path and the next step, and a bad path into a UsageError.
 
-    flag: names another folder.
+    flag: the flag that chooses another folder.
     """
     try:
         yield
@@ -35,14 +35,14 @@ def disk_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {reason.replace('{flag}', flag)}") from None
     except ValueError as error:
         if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
-            raise  # not the path's
+            raise  # the path is not the cause
         raise UsageError(f"{str(path)!a} is no path: {error}") from None
 
 
 def expand_home(path: str, named: str = "") -> str:
-    """The path with the home folder for a `~` or `~name` at its beginning. UsageError where nobody knows that folder.
+    """The path with the home folder in place of a leading `~` or `~name`. UsageError if there is no such home folder.
 
-    named: the flag or variable that named the path.
+    named: the flag or variable that holds the path, for the error.
     """
     whole = os.path.expanduser(path)
     if whole.startswith("~") and not os.path.lexists(whole):
@@ -57,7 +57,7 @@ def user_path(path: str | Path, named: str = "") -> Path:
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """The folder, made if need be and proven writable before minutes are spent on a picture."""
+    """Create a folder if it is missing, check that files can be written to it, and return it. DiskError."""
     folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def prepare_folder(folder: str | Path) -> Path:
 
 
 def write_whole(path: Path, data: bytes | str) -> Path:
-    """Write a file that is there whole or not at all, in the place of an older one of that name. DiskError."""
+    """Write a file whole or not at all, replacing an older file of that name. Returns its path. DiskError."""
     temporary = temporary_beside(path.parent)
     with disk_errors(path):
         try:
@@ -80,12 +80,12 @@ def write_whole(path: Path, data: bytes | str) -> Path:
 
 
 def temporary_beside(folder: Path) -> Path:
-    """A name in that folder for a file that is still being written."""
+    """A new temporary path in a folder, for a file that is still being written."""
     return folder / f".flux_core.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """A new file, on the disk when this returns."""
+    """Write a new file and flush it to the disk. FileExistsError."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()

@@ -1,4 +1,4 @@
-"""JSON that a user wrote: read up to a limit, and what is wrong with the file told in words."""
+"""Reading a user's JSON up to a size limit, and error texts for what is wrong with it."""
 
 import json
 from collections.abc import Iterable
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_BYTES = 1 << 20
+"""of a text that a user wrote: a file of JSON or of prompts, or a typed line"""
 
 
 def read_json(path: str | Path, what: str, limit: int = MAX_BYTES) -> Any:
-    """What a file holds; `what` is it called in errors. FileError if it can't be read, UsageError if it is no JSON."""
+    """The value in a JSON file. FileError if the file can't be read, UsageError if it is no JSON.
+
+    what: the file's name in errors, as in "the job". limit: bytes.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -30,14 +34,23 @@ def read_json(path: str | Path, what: str, limit: int = MAX_BYTES) -> Any:
 
 
 def first_finding(error: "ValidationError") -> "ErrorDetails":
-    """The finding to tell of several: a misspelt key comes before the missing one that it was meant to be."""
-    return min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    """The finding to report: an unknown key before a missing key, which it may be a misspelling of."""
+    return min(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
 
 
 def in_words(finding: "ErrorDetails", subject: str, key: str = "", known: Iterable[str] = ()) -> str:
-    """`subject` has no such key (with the nearest of the known ones), lacks it, or what is wrong with its value."""
+    """The error text of a finding: an unknown key (with the nearest known key), a missing key, or a wrong value.
+
+    subject: what has the key, as in "entry 3".
+    """
     if finding["type"] == "extra_forbidden":
         return f"{subject} has no key {key[:60]!r}.{nearest(key, known)}"
     if finding["type"] == "missing":
         return f"{subject} lacks {key!r}"
     return f"{subject}{': ' + key if key else ''}: {finding['msg'].removeprefix('Value error, ')}"
+
+
+def quoted(value: object) -> str:
+    """A value as ASCII text of at most 61 characters, for an error message."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:60] + "…"

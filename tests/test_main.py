@@ -94,7 +94,7 @@ def test_help_shows_every_flag_and_the_defaults_of_the_rows():
         (["--prom", "x"], "unknown flag --prom."),
         (["--num_stepz=3"], "Did you mean --num-steps?"),
         (["--prompt"], "expected one argument"),
-        (["a", "red", "apple"], "a prompt goes behind --prompt"),
+        (["a", "red", "apple"], "a prompt follows --prompt"),
         (["--prompt", "x", "info"], "unexpected 'info'"),
         ([], "--prompt is missing"),
         (["--prompt", "x", "--width", "big"], "--width must be a whole number"),

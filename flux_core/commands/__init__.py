@@ -1,1 +1,1 @@
-"""One request in, files out: each module is what one command does. Commands do not import each other."""
+"""The commands, a module each. Commands do not import each other."""

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has and what would fit, to read or to put into a bug report.
+"""`doctor`: print what this machine has and which models fit, also for bug reports.
 
 No network, no secrets, no errors.
 """
@@ -30,8 +30,8 @@ PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
 
 
 def doctor() -> Iterator[str]:
-    """Lines to print, one after the other: versions, devices, what fits, token's origin, endpoint, cache, models."""
-    for title, rows in (
+    """The report's lines: versions, devices, what fits, the token's origin, endpoint, cache, each model's files."""
+    for title, section in (
         ("versions", _versions),
         ("devices", _devices),
         ("fits", _fits),
@@ -39,27 +39,28 @@ def doctor() -> Iterator[str]:
         ("endpoint", _endpoint),
         ("cache", _cache),
     ):
-        yield from _guarded(title, rows)
+        yield from _guarded(title, section)
     for variant in VARIANTS.values():
         yield from _guarded(variant.name, lambda variant=variant: _files(variant))  # type: ignore[misc]
 
 
-def _guarded(title: str, rows: Callable[[], list[str]]) -> list[str]:
+def _guarded(title: str, section: Callable[[], list[str]]) -> list[str]:
+    """The lines of a section beside its title; the error, where it fails."""
     try:
-        found = rows()
-    except Exception as error:  # the other lines may still help
-        found = [f"could not be found out: {type(error).__name__}: {error}"]
-    return [f"{title if i == 0 else '':<14}{row}" for i, row in enumerate(found)]
+        lines = section()
+    except Exception as error:  # the other sections may still help
+        lines = [f"unknown: {type(error).__name__}: {error}"]
+    return [f"{title if i == 0 else '':<14}{line}" for i, line in enumerate(lines)]
 
 
 def _versions() -> list[str]:
-    rows = [f"flux_core {__version__}", f"python {platform.python_version()}, {sys.platform} {platform.machine()}"]
+    lines = [f"flux_core {__version__}", f"python {platform.python_version()}, {sys.platform} {platform.machine()}"]
     for package in PACKAGES:
         try:
-            rows.append(f"{package} {version(package)}")
+            lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            rows.append(f"{package} is not installed")
-    return rows
+            lines.append(f"{package} is not installed")
+    return lines
 
 
 def _devices() -> list[str]:
@@ -68,22 +69,22 @@ def _devices() -> list[str]:
     from ..device.choice import available_devices, dtype_name, pick_dtype
 
     set_threads(None)
-    rows = []
+    lines = []
     for name in available_devices():
         device = torch.device(name)
         dtypes = [dtype_name(torch.float32)]
         try:
             dtypes.insert(0, dtype_name(pick_dtype("bfloat16", device)))
-        except Exception:  # this device has none
+        except Exception:  # the device has no bfloat16
             dtypes.append("no bfloat16")
-        row = f"{name}: {', '.join(dtypes)} (by itself {dtype_name(pick_dtype(None, device))})"
+        line = f"{name}: {', '.join(dtypes)} (default {dtype_name(pick_dtype(None, device))})"
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            row += f", {torch.cuda.get_device_name(device)}, {_gb(free)} of {_gb(total)} free"
+            line += f", {torch.cuda.get_device_name(device)}, {_gb(free)} of {_gb(total)} free"
         elif device.type == "cpu":
-            row += f", {torch.get_num_threads()} threads{_memory()}"
-        rows.append(row)
-    return rows
+            line += f", {torch.get_num_threads()} threads{_memory()}"
+        lines.append(line)
+    return lines
 
 
 def _memory() -> str:
@@ -92,7 +93,7 @@ def _memory() -> str:
 
 
 def _ram() -> int:
-    """Bytes of this machine's memory, 0 if it does not say."""
+    """Bytes of this machine's memory; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -100,13 +101,13 @@ def _ram() -> int:
 
 
 def _fits() -> list[str]:
-    """For each official model its sizes, and how each device holds it."""
+    """For each official model the sizes of its parts, and whether it fits on each device, with which flags."""
     import torch
 
     from ..device.choice import available_devices
 
     devices, ram = [torch.device(name) for name in available_devices()], _ram()
-    rows = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
+    lines = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
     for variant in (variant for variant in VARIANTS.values() if not variant.embedded):
         parts = shares(variant)
         verdicts = [
@@ -115,24 +116,24 @@ def _fits() -> list[str]:
         ]
         sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
         total = sum(part.weights for part in parts)
-        rows.append(f"{variant.name:<14}{sizes} = {_gb(total)}: {', '.join(verdicts)}")
-    return rows
+        lines.append(f"{variant.name:<14}{sizes} = {_gb(total)}: {', '.join(verdicts)}")
+    return lines
 
 
 def _dtypes(device: "torch.device") -> dict[str, str]:
-    """Those that the device computes in, its own choice first, and the flag for each other."""
+    """The dtypes that a device computes in, its default first, and the flag for each of the others."""
     import torch
 
     from ..device.choice import pick_dtype
 
     if pick_dtype(None, device) == torch.bfloat16:
         return {"bfloat16": "", "fp8": "--dtype fp8"}
-    # a card without bf16 has neither; on a CPU fp8 is weights alone, and slow
+    # a card without bf16 has no fp8 either; on a CPU fp8 saves memory only, and is slow
     return {"float32": ""} if device.type == "cuda" else {"float32": "", "bfloat16": "--dtype bfloat16"}
 
 
 def _size(device: "torch.device", ram: int) -> int:
-    """Bytes of a device's memory, 0 if it does not say."""
+    """Bytes of a device's memory; 0 if unknown."""
     import torch
 
     if device.type == "cuda":
@@ -149,7 +150,7 @@ def _token() -> list[str]:
 
 def _endpoint() -> list[str]:
     origin = ", from .env" if hub.endpoint_of_env_file() else ""
-    return [hub.endpoint() + origin + (", and HF_HUB_OFFLINE forbids to ask it" if hub.offline() else "")]
+    return [hub.endpoint() + origin + (", not used: HF_HUB_OFFLINE is set" if hub.offline() else "")]
 
 
 def _cache() -> list[str]:
@@ -173,13 +174,14 @@ def _files(variant: Variant) -> list[str]:
 
 
 def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
+    """Where a part would come from: a file that a variable names, the user's own, the cache, or nowhere."""
     for name in variables:
         if value := os.environ.get(name):
-            there = "" if user_path(value).exists() else ", which does not exist"
-            return f"{name}={value}{there}"
+            missing = "" if user_path(value).exists() else ", which does not exist"
+            return f"{name}={value}{missing}"
     try:
-        own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts, too
-    except FluxError:  # FLUX_MODEL names a file that does not exist, which the transformer's line says
+        own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts too
+    except FluxError:  # FLUX_MODEL names a file that does not exist: the transformer's line says so
         own = None
     return str(own) if own else "in the cache" if in_cache else "not on this disk"
 
@@ -189,6 +191,6 @@ def _gb(count: int) -> str:
 
 
 def print_report() -> None:
-    """`doctor` on standard output, line by line as they are found out."""
+    """Print the lines of `doctor`, each as soon as it is known."""
     for line in doctor():
         tell(line)

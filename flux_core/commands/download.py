@@ -1,4 +1,4 @@
-"""`download`: the files of a model from the hub or from ModelScope, as they will be loaded, and no others."""
+"""`download`: fetch the files of a model that will be loaded, and no others, from the hub or from ModelScope."""
 
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ..variants import DEFAULT, Variant, get_variant
 from .table import DOWNLOAD
 
 RESERVE = 2**28
-"""bytes that stay free beside a download, for everything else on that disk"""
+"""bytes that a download leaves free on the disk"""
 _FIELDS = {field.name: field for field in DOWNLOAD}
 _ALL_THERE = "all files are on this disk already, nothing is downloaded"
 
@@ -27,13 +27,12 @@ _ALL_THERE = "all files are on this disk already, nothing is downloaded"
 def download(
     name: str = DEFAULT, endpoint: str | None = None, source: str | None = None, output_dir: str | None = None
 ) -> list[Path]:
-    """Fetch transformer, autoencoder and text encoders of that model. Returns and prints their paths, or the folder's.
+    """Fetch a model's transformer, autoencoder and text encoders. Returns and prints their paths, or the folder's.
 
-    source: `hub`, into its cache, or `modelscope`, into the folder `output_dir`, which FLUX_MODEL or --model then
-    names. endpoint: the source's address, instead of HF_ENDPOINT's or its own. What is whole on this disk is not
-    fetched again, and for a cache that has all the hub is not asked: that works without a network. A run that was
-    cut or stopped is continued by the next. UsageError, AccessError, FileError, or DiskError before anything
-    is fetched.
+    source: `hub`, into its cache, or `modelscope`, into the folder `output_dir`, for FLUX_MODEL or --model. endpoint:
+    the source's address, instead of HF_ENDPOINT's or its own. Files that are whole on this disk are not fetched again;
+    if all are in the cache, no network is needed. A run that was stopped is continued by the next run. UsageError,
+    AccessError, FileError, or DiskError before anything is fetched.
     """
     variant, origin = get_variant(name), _FIELDS["source"].parse(source, "hub")
     if output_dir is not None and origin == "hub":
@@ -56,7 +55,7 @@ def download(
 
 
 def _from_hub(variant: Variant, repo: str) -> list[Path]:
-    """Paths in the cache. The variant has no variables, so that FLUX_MODEL is not among them."""
+    """Paths in the cache, after fetching what is missing. variant: without variables, so that FLUX_MODEL is ignored."""
     note(f"from {hub.endpoint()} to {hub.cache_folder()}")
     try:
         with hub.without_network():
@@ -69,8 +68,8 @@ def _from_hub(variant: Variant, repo: str) -> list[Path]:
         if not hub.offline():
             free = hub.free_bytes(hub.cache_folder())
             files = _listed(variant)
-            rows = [(f"{file.repo}/{file.name}", file.size, file.missing()) for file in files]
-            _check_room(rows, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
+            sizes = [(f"{file.repo}/{file.name}", file.size, file.missing()) for file in files]
+            _check_room(sizes, hub.cache_folder(), free, f"set {hub.cache_variable()} to a folder")
             for file in files:
                 if file.sha256:
                     fetch(file.repo, file.name)
@@ -79,12 +78,12 @@ def _from_hub(variant: Variant, repo: str) -> list[Path]:
 
 
 def _hub_paths(variant: Variant, repo: str) -> list[Path]:
-    """Transformer, autoencoder, T5, its tokenizer, CLIP and its tokenizer, fetched where they are not there."""
+    """Paths of transformer, autoencoder, T5, its tokenizer, CLIP and its tokenizer; fetches missing files."""
     return [hub_file(repo, variant.flow_file), hub_file(repo, variant.ae_file), *text_files(variant)]
 
 
 def _whole(paths: Sequence[Path]) -> bool:
-    """Whether those six are all there, by the headers of their weights: a folder may lack a shard or more."""
+    """Whether these six paths are complete, by the headers of their weights: a folder may lack shards."""
     try:
         flow, ae, t5, t5_tokenizer, clip, clip_tokenizer = paths
         for weights in (flow, ae, t5, clip):
@@ -95,7 +94,7 @@ def _whole(paths: Sequence[Path]) -> bool:
 
 
 def _listed(variant: Variant) -> list[HubFile]:
-    """The files that `resolve` and `text_files` will ask for. Errors as in `hub_file`."""
+    """The files that `_hub_paths` fetches, with their sizes. Errors as in `hub_file`."""
     assert variant.repo is not None
     files = listing(variant.repo, [variant.flow_file, variant.ae_file]) + listing(variant.clip, TEXT_FILES)
     t5 = listing(variant.t5, TEXT_FILES)
@@ -105,9 +104,9 @@ def _listed(variant: Variant) -> list[HubFile]:
 
 
 def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_dir: str | None) -> Path:
-    """The folder with official files and text encoders, by default beside the hub's cache, on whose disk there is room.
+    """Fetch what is missing and return the folder of official files and text encoders, by default beside the cache.
 
-    It is not the cache of ModelScope's own client, which ignores files that it has not registered.
+    It is not the cache of ModelScope's own client, which ignores files that it did not fetch itself.
     """
     source = Repository(repo, hub.checked_address(endpoint or "", "--endpoint", ADDRESS))
     folder = user_path(output_dir) if output_dir else hub.cache_folder().parent / "modelscope" / repo
@@ -122,8 +121,8 @@ def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_d
         files = []
     missing = [source.missing(file, folder) for file in files]
     if any(missing):
-        rows = [(f"{repo}/{file.path}", file.size, left) for file, left in zip(files, missing, strict=True)]
-        _check_room(rows, folder, hub.free_bytes(folder, "--output-dir"), "name a folder with --output-dir")
+        sizes = [(f"{repo}/{file.path}", file.size, left) for file, left in zip(files, missing, strict=True)]
+        _check_room(sizes, folder, hub.free_bytes(folder, "--output-dir"), "name a folder with --output-dir")
     else:
         note(_ALL_THERE)
     for file in sorted(files, key=lambda file: file.size):
@@ -138,7 +137,7 @@ def _text_folders() -> list[tuple[str, str]]:
 
 
 def _needed(variant: Variant, source: Repository) -> list[RemoteFile]:
-    """The files of the repository that are loaded: one layout, no pickles. FileError where it lacks a part."""
+    """The repository's files that are loaded: a single layout, no pickles. FileError where it lacks a part."""
     needed = [("", [variant.flow_file]), ("", [variant.ae_file])]
     for encoder, tokenizer in _text_folders():
         needed += [(encoder, ["*.safetensors"]), (encoder, ["*.json"]), (tokenizer, TOKENIZER_FILES)]
@@ -152,14 +151,14 @@ def _needed(variant: Variant, source: Repository) -> list[RemoteFile]:
     return listed
 
 
-def _check_room(rows: Sequence[tuple[str, int, int]], folder: Path, free: int, advice: str) -> None:
-    """Print rows of (file, bytes, bytes still to come), their sum and what is free; DiskError if that is too little."""
-    for file, size, left in rows:
+def _check_room(sizes: Sequence[tuple[str, int, int]], folder: Path, free: int, advice: str) -> None:
+    """Print each (file, bytes, bytes to download), the sum, and the free space. DiskError if that is too small."""
+    for file, size, left in sizes:
         part = f"{(size - left) / 1e9:.3f} GB " if left else ""
         there = f"  {part}on this disk" if left < size else ""
         if size >= 10**6 or there:
             note(f"  {size / 1e9:8.3f} GB  {file}{there}")
-    missing = sum(left for *_, left in rows)
+    missing = sum(left for *_, left in sizes)
     note(f"  {missing / 1e9:8.3f} GB  to download; {free / 1e9:.1f} GB free in {folder}")
     if missing and missing + RESERVE > free:
         raise DiskError(

@@ -1,4 +1,4 @@
-"""`edit`: draw a source and its edits by Stable Flow, as a strip and as single pictures."""
+"""`edit`: draw a source and its edits by Stable Flow, and save them as single pictures and as a strip."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..files import prepare_folder
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import FILES, THREADS, take
+from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
 from .table import EDIT
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _FIELDS = {field.name: field for field in EDIT}
 PHOTO_GUIDANCE = (1.0, 3.0)
-"""guidance of the source and of the edits of a photograph, as in the released code"""
+"""guidance of a photograph as the source, and of its edits, as in the released code"""
 
 
 def edit(
@@ -33,10 +33,10 @@ def edit(
     layers: str | None = None,
     source_guidance: str | None = None,
     nudge: str | None = None,
-    replay: str = str(_FIELDS["replay"].default),
+    replay: str = _FIELDS["replay"].default,
     fit: str | None = None,
-    output_dir: str = str(_FIELDS["output_dir"].default),
-    device: str = "auto",
+    output_dir: str = OUTPUT_DIR.default,
+    device: str = DEVICE.default,
     offload: bool = False,
     vae_tiling: bool = False,
     threads: str | None = None,
@@ -51,16 +51,16 @@ def edit(
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
-    variant = with_files(fields.pop("name", None), **take(fields, FILES))
+    variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
-    fitting = _FIELDS["fit"].parse(fit, "crop")
+    fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
     unused = ["--fit does nothing without --image"] if photo is None and fit else []
     for line in [*request.notes(), *unused, *([shape] if shape else [])]:
         note(line)
-    strength = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
-    factor, way = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
-    chosen, number = choose_layers(layers, request), THREADS.parse(threads)
+    guidance = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
+    factor, mode = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
+    blocks, num_threads = choose_layers(layers, request), THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     check_files(variant)
     if not variant.embedded:
@@ -69,15 +69,15 @@ def edit(
     from ..methods.stable_flow import Editing  # and with it torch
     from ..pipeline import load_pipeline
 
-    set_threads(number)
+    set_threads(num_threads)
     pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
-    job = Editing(pipeline, request, edit, chosen, strength, origin, fitting)
-    tell(f"{job.request.settings()}, seed {request.seed}, {len(chosen)} blocks shared, on {pipeline.device}")
-    return _save(job, _draw(job, photo, factor, way), folder)
+    job = Editing(pipeline, request, edit, blocks, guidance, origin, fitting)
+    tell(f"{job.request.settings()}, seed {request.seed}, {len(blocks)} blocks shared, on {pipeline.device}")
+    return _save(job, _draw(job, photo, factor, mode), folder)
 
 
 def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
-    """The blocks selected by --layers; without it the vital blocks if they are known, else all."""
+    """The blocks of --layers; without it the vital blocks if they are known, else all, with a note."""
     from ..hooks.layers import VITAL, layers_of
 
     if layers is None and request.name not in VITAL:
@@ -87,6 +87,7 @@ def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
 
 
 def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) -> list[Image.Image]:
+    """The source and the edits, drawn with a progress bar."""
     steps = job.request.num_steps
     with tqdm(total=steps, desc="edits", unit="step", disable=no_bars()) as bar:
 
@@ -94,10 +95,11 @@ def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) 
             bar.update(step.index + 1 - bar.n)
 
         x = job.generated(on_step) if photo is None else job.of_photo(photo, nudge, replay, on_step)  # type: ignore
-    return [job.picture(row, i) for i, row in enumerate(x)]
+    return [job.picture(tokens, i) for i, tokens in enumerate(x)]
 
 
 def _save(job: "Editing", pictures: list[Image.Image], folder: Path) -> list[Path]:
+    """Save the strip and the pictures, print their paths and return them."""
     stem = f"{job.request.name}_seed{job.request.seed}"
     strip = save_picture(grid(pictures, len(pictures)), folder, f"{stem}_strip")
     named = zip(pictures, job.branches, strict=True)

@@ -1,6 +1,6 @@
-"""`importance`: which blocks matter, as a table, a chart, sheets to look at, and the layers that the editor reads.
+"""`importance`: measure which blocks matter; writes a table, a chart, contact sheets, and the layers for `edit`.
 
-Started by torchrun, every process draws the next pictures that no other process has claimed. Rank 0 also draws what a
+With torchrun, every process draws the next pictures that no other process has claimed. Rank 0 also draws what a
 process that died had claimed, and writes the results.
 """
 
@@ -33,8 +33,9 @@ from ..methods.importance import (
     rows_of,
     similarities,
 )
-from ..request.fields import FILES, THREADS, take
+from ..request.fields import DEVICE, FILES, THREADS, pop_fields
 from ..request.generation import PATCH, GenerationRequest
+from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
 from ..terminal import no_bars, note, tell
 from .table import IMPORTANCE
@@ -46,27 +47,25 @@ if TYPE_CHECKING:
 _FIELDS = {field.name: field for field in IMPORTANCE}
 HUB_SCORER = "facebook/dinov2-base"
 TOKENS = 4096
-"""image tokens in a batch, by itself: one picture of 1024x1024"""
+"""image tokens in a batch by default: a picture of 1024x1024"""
 PROMPTS_ON_A_SHEET = 8
 WAIT = 5.0
 """seconds between two looks at what other processes are drawing"""
-BYTES_PER_PIXEL = 1.5
-"""of a PNG, about"""
 
 
 def importance(
     name: str | None = None,
     prompts: str | None = None,
     limit: str | None = None,
-    seeds: str = "1",
+    seeds: str = str(_FIELDS["seeds"].default),
     num_steps: str = str(_FIELDS["num_steps"].default),
     batch: str | None = None,
     scorer: str | None = None,
-    pooling: str = "cls",
+    pooling: str = _FIELDS["pooling"].default,
     top: str | None = None,
     threshold: str | None = None,
     output_dir: str | None = None,
-    device: str = "auto",
+    device: str = DEVICE.default,
     offload: bool = False,
     vae_tiling: bool = False,
     threads: str | None = None,
@@ -74,15 +73,15 @@ def importance(
 ) -> Path:
     """Draw what is missing of a study, score it and write its results. Returns its folder.
 
-    UsageError for what cannot be asked, FileError for files that cannot be read, DiskError.
+    UsageError for wrong flags, FileError for files that cannot be read, DiskError.
     """
     if top is not None and threshold is not None:
         raise UsageError("--top and --threshold are two ways to choose: give one of them")
-    how, how_many, cut = (
+    pool, count, cut = (
         _FIELDS[key].parse(text) for key, text in (("pooling", pooling), ("top", top), ("threshold", threshold))
     )
-    number = THREADS.parse(threads)
-    variant = with_files(name, **take(fields, FILES))
+    num_threads = THREADS.parse(threads)
+    variant = with_files(name, **pop_fields(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     fields |= {"num_steps": num_steps, "seed": 0}
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
@@ -91,9 +90,9 @@ def importance(
     )
     check_files(variant)
     prepare_folder(study.folder)
-    study.settle(request)
+    study.check_settings(request)
     rank = int(os.environ.get("RANK", "0"))
-    rows = _FIELDS["batch"].parse(batch)
+    batch_size = _FIELDS["batch"].parse(batch)
     if rank == 0:
         _announce(study)
         for line in ([] if variant.embedded else [variant.licence_line]) + request.notes():
@@ -103,35 +102,35 @@ def importance(
     from ..methods.scoring import load_scorer
     from ..pipeline import load_pipeline
 
-    set_threads(number)
+    set_threads(num_threads)
     place = pick_device(own_gpu(device))
-    judge = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, how)
+    dino = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, pool)
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling)
-    groups = study.groups(rows or _rows_that_fill(place.type, request))
-    study.settle(pipeline.complete(request))
+    groups = study.groups(batch_size or _default_batch(place.type, request))
+    study.check_settings(pipeline.complete(request))
     Work(study, pipeline, rank).draw(groups)
     if rank == 0:
         study.end()
-        _report(study, judge, how_many, cut)
+        _report(study, dino, count, cut)
     return study.folder
 
 
-def _rows_that_fill(device: str, request: GenerationRequest) -> int:
-    """Two CPU cores are busy with one picture: a batch takes as long for each, and loses more when it is ended."""
+def _default_batch(device: str, request: GenerationRequest) -> int:
+    """The pictures that fill a device. On a CPU 1: larger batches are no faster, and lose more when stopped."""
     width, height = request.padded_size
     return 1 if device == "cpu" else max(1, TOKENS * PATCH**2 // (width * height))
 
 
 def _announce(study: Study) -> None:
-    """Say what will be drawn. DiskError when the pictures would not fit."""
-    every = [task for group in study.groups(batch=1) for task in group]
-    missing = study.missing(every)
-    size = len(missing) * study.request.width * study.request.height * BYTES_PER_PIXEL
+    """Print what will be drawn. DiskError when the pictures would not fit."""
+    tasks = [task for group in study.groups(batch=1) for task in group]
+    missing = study.missing(tasks)
+    size = len(missing) * study.request.width * study.request.height * PNG_BYTES
     free = shutil.disk_usage(study.folder).free
     tell(
-        f"{len(study.prompts)} prompts, {study.seeds} seed(s) each, {len(study.blocks)} blocks: {len(every):,} pictures"
-        f" ({study.request.settings()}); {len(every) - len(missing):,} are there, "
-        f"{len(missing):,} are drawn, about {size / 1e9:.2f} GB of {free / 1e9:.0f} GB free, into {study.folder}"
+        f"{len(study.prompts)} prompts, {study.seeds} seed(s) each, {len(study.blocks)} blocks: {len(tasks):,} pictures"
+        f" ({study.request.settings()}); {len(tasks) - len(missing):,} exist, "
+        f"{len(missing):,} will be drawn, about {size / 1e9:.2f} GB of {free / 1e9:.0f} GB free, into {study.folder}"
     )
     if size > free:
         raise DiskError(f"{study.folder}: the pictures take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -139,14 +138,14 @@ def _announce(study: Study) -> None:
 
 @dataclass
 class Work:
-    """One process's part in drawing a study. Rank 0 shows the progress, and stays until all pictures exist."""
+    """A process's part in drawing a study. Rank 0 shows the progress, and stays until all pictures exist."""
 
     study: Study
     pipeline: Any
     rank: int
 
     def draw(self, groups: list[list[Task]]) -> None:
-        """Draw what no process has drawn. Rank 0 waits for the others, and draws what those that died had claimed."""
+        """Draw what is missing. Rank 0 waits for the others, and draws what those that died had claimed."""
         drawn, start = 0, time.monotonic()
         with tqdm(desc="pictures", unit="picture", disable=self.rank > 0 or no_bars()) as bar:
             while todo := [missing for group in groups if (missing := self.study.missing(group))]:
@@ -154,9 +153,9 @@ class Work:
                 bar.total = bar.n + left
                 for tasks in todo:
                     mine = self._draw_free(tasks)
-                    bar.update(len(tasks) - len(self.study.missing(tasks)))  # whoever has drawn them
+                    bar.update(len(tasks) - len(self.study.missing(tasks)))  # also those of other processes
                     if mine and not drawn and self.rank == 0:
-                        _tell_time((time.monotonic() - start) / mine, left - mine)
+                        _print_estimate((time.monotonic() - start) / mine, left - mine)
                     drawn += mine
                 if drawn == before:
                     if self.rank > 0:
@@ -165,42 +164,26 @@ class Work:
                     time.sleep(WAIT)
 
     def _draw_free(self, tasks: list[Task]) -> int:
-        """Draw those of a group that no other process is drawing. Returns how many."""
+        """Draw those pictures of a group that no other process is drawing. Returns how many."""
         with self.study.claimed(tasks) as mine:
             if mine:
                 self.study.draw(self.pipeline, mine)
         return len(mine)
 
 
-def _tell_time(seconds: float, left: int) -> None:
+def _print_estimate(seconds: float, left: int) -> None:
     tell(f"{seconds:.2f} s a picture: about {max(1, round(seconds * left / 60))} min to go")
 
 
 def _report(study: Study, scorer: "Scorer", top: int | None, threshold: float | None) -> None:
+    """Score the pictures, write the results, and print the table and the files."""
     with tqdm(total=len(study.pairs), desc="scores", unit="prompt", disable=no_bars()) as bar:
         similar = similarities(study, scorer, bar.update)
     rows, other = rows_of(study, similar), other_seeds(study, scorer)
     vital, cut = choose(rows, top, threshold)
-    name, pictures = study.request.name, len(study.pairs)
-    settings = {"model": name, "scorer": scorer.name, "pooling": scorer.pooling, "num_steps": study.request.num_steps}
-    whole = {
-        **settings,
-        "prompts": len(study.prompts),
-        "seeds": study.seeds,
-        "other_seed": other,
-        "cut": cut,
-        "vital": vital,
-        "blocks": list(json_rows(rows)),
-        "similarities": [
-            {"prompt": study.prompts[number].prompt, "seed": seed, **found}
-            for (number, seed), found in zip(study.pairs, similar, strict=True)
-        ],
-    }
-    write_whole(study.folder / "importance.csv", csv_of(rows))
-    write_whole(study.folder / "importance.json", json.dumps(whole, indent=1) + "\n")
-    layers = {"model": name, "layers": vital, "cut": cut, "prompts": len(study.prompts), "seeds": study.seeds}
-    write_whole(study.folder / "vital.json", json.dumps({**layers, "scorer": scorer.name}, indent=2) + "\n")
+    _write_tables(study, scorer, rows, similar, {"other_seed": other, "cut": cut, "vital": vital})
 
+    name, pictures = study.request.name, len(study.pairs)
     title = f"{name}: each block left out, {pictures} pictures, {scorer.name} ({scorer.pooling})"
     _write_chart(study.folder / "importance.png", rows, vital, cut, title, other)
     _write_sheets(study, rows)
@@ -210,8 +193,25 @@ def _report(study: Study, scorer: "Scorer", top: int | None, threshold: float | 
             tell(str(study.folder / file))
 
 
+def _write_tables(
+    study: Study, scorer: "Scorer", rows: list["Row"], similar: list[dict[str, float]], results: dict[str, Any]
+) -> None:
+    """Write `importance.csv`, `importance.json` with all settings and results, and `vital.json` for `edit --layers`."""
+    model, counts = {"model": study.request.name}, {"prompts": len(study.prompts), "seeds": study.seeds}
+    settings = {"scorer": scorer.name, "pooling": scorer.pooling, "num_steps": study.request.num_steps}
+    pairs = [
+        {"prompt": study.prompts[number].prompt, "seed": seed, **values}
+        for (number, seed), values in zip(study.pairs, similar, strict=True)
+    ]
+    whole = {**model, **settings, **counts, **results, "blocks": list(json_rows(rows)), "similarities": pairs}
+    layers = {**model, "layers": results["vital"], "cut": results["cut"], **counts, "scorer": scorer.name}
+    write_whole(study.folder / "importance.csv", csv_of(rows))
+    write_whole(study.folder / "importance.json", json.dumps(whole, indent=1) + "\n")
+    write_whole(study.folder / "vital.json", json.dumps(layers, indent=2) + "\n")
+
+
 def _write_chart(path: Path, rows: list["Row"], vital: list[str], cut: float, title: str, other: float | None) -> None:
-    """The chart, where matplotlib is installed; a study of hours ends with all the rest where it is not."""
+    """Write the chart; without matplotlib print a note, so that hours of drawing still end with all other results."""
     from ..methods.charts import importance_chart
 
     try:
@@ -221,18 +221,19 @@ def _write_chart(path: Path, rows: list["Row"], vital: list[str], cut: float, ti
 
 
 def _table(rows: list["Row"], vital: list[str], other: float | None) -> str:
+    """The results as a Markdown table."""
     lines = ["| block | layer | importance | 95 % | between seeds | |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         seeds = "" if row.seed_spread is None else f"{row.seed_spread:.3f}"
         mark = "vital" if row.block in vital else ""
-        wide = "" if math.isnan(row.ci95) else f"±{row.ci95:.3f}"  # one prompt has no spread
+        wide = "" if math.isnan(row.ci95) else f"±{row.ci95:.3f}"  # a single prompt has no spread
         lines.append(f"| {row.block} | {row.layer} | {row.importance:.3f} | {wide} | {seeds} | {mark} |")
     lines += [] if other is None else [f"another seed of the same prompt: {other:.3f}"]
     return "\n".join(lines)
 
 
 def _write_sheets(study: Study, rows: list["Row"]) -> None:
-    """The first seed's pictures: prompts as columns, the reference and each block's as rows."""
+    """Write sheets of the first seed's pictures: a column for each prompt, a row for the reference and each block."""
     from io import BytesIO
 
     from ..methods.charts import contact_sheet
@@ -242,8 +243,8 @@ def _write_sheets(study: Study, rows: list["Row"]) -> None:
     for first in range(0, len(study.prompts), PROMPTS_ON_A_SHEET):
         shown = list(enumerate(study.prompts))[first : first + PROMPTS_ON_A_SHEET]
         pictures = [
-            (label, [study.picture(Task(number, one.seed, block)) for number, one in shown]) for block, label in labels
+            (label, [study.picture(Task(i, prompt.seed, block)) for i, prompt in shown]) for block, label in labels
         ]
         data = BytesIO()
-        contact_sheet(pictures, [one.prompt for _, one in shown]).save(data, "PNG")
+        contact_sheet(pictures, [prompt.prompt for _, prompt in shown]).save(data, "PNG")
         write_whole(folder / f"prompts_{first + 1:03}-{first + len(shown):03}.png", data.getvalue())

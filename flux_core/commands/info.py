@@ -1,4 +1,4 @@
-"""`info FILE`: the record in a picture that flux_core made, or what a file of weights is and which models it fits."""
+"""`info FILE`: print the record in a picture that flux_core made, or what weights are and which models they fit."""
 
 import json
 from collections import Counter
@@ -8,31 +8,31 @@ from ..checkpoint.check import fits
 from ..checkpoint.identify import identify
 from ..checkpoint.source import SUFFIXES, find_source
 from ..errors import FileError
-from ..images.metadata import KEY, found, printable, read_texts
+from ..images.metadata import KEY, describe_foreign, printable, read_texts
 from ..terminal import tell
 
 
 def info(file: str) -> str:
-    """A picture's request, as JSON in lines, and the text for other tools; or weights in a few lines. FileError."""
+    """A picture's request as indented JSON and its `parameters` text; or a few lines about weights. FileError."""
     path = Path(file)
     if path.suffix in SUFFIXES or path.is_dir():
-        return _of_weights(path)
+        return _describe_weights(path)
     texts = read_texts(path)
     if KEY not in texts:
-        raise FileError(f"{file} was not made by flux_core: {found(texts)}")
+        raise FileError(f"{file} was not made by flux_core: {describe_foreign(texts)}")
     return printable(f"{_pretty(texts[KEY])}\n\n{texts.get('parameters', '')}".rstrip())
 
 
 def _pretty(text: str) -> str:
-    """JSON in lines. Other text stays as it is."""
+    """JSON, indented. Other text is returned unchanged."""
     try:
         return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         return text
 
 
-def _of_weights(path: Path) -> str:
-    """What a header says. Nothing of the weights is read."""
+def _describe_weights(path: Path) -> str:
+    """Part, layout, tensors and metadata, from the headers alone."""
     source = find_source(path)
     kind, shapes = identify(source.shapes), source.shapes
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(source.dtypes.values()).most_common())

@@ -1,7 +1,7 @@
-"""`repeat`: a recorded picture once more, from a row of metadata.csv, from the picture itself, or from its latents.
+"""`repeat`: draw a recorded picture again, from a row of metadata.csv, from the picture itself, or from its latents.
 
-The same request, weights and machine give the same pixels; whether they are the same is looked at and told. From
-latents nothing is denoised: only the autoencoder is loaded.
+The same request, weights and machine give the same pixels; a line says whether they are the same. Latents are only
+decoded, and only the autoencoder is loaded.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ..files import prepare_folder
 from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
-from ..request.fields import FILES, THREADS, take
+from ..request.fields import DEVICE, FILES, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..session.record import read_rows
 from ..terminal import note, tell
@@ -30,7 +30,7 @@ _FIELDS = {field.name: field for field in REPEAT}
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is known of a picture: its file, which may be gone, its request if the record holds it, its SHA-256."""
+    """A recorded picture: its file, which may be missing, its request (None: in the latents), its SHA-256."""
 
     picture: Path
     request: GenerationRequest | None = None
@@ -41,8 +41,8 @@ def repeat(
     file: str,
     row: str | None = None,
     from_latents: bool = False,
-    output_dir: str = str(_FIELDS["output_dir"].default),
-    device: str = "auto",
+    output_dir: str = OUTPUT_DIR.default,
+    device: str = DEVICE.default,
     offload: bool = False,
     vae_tiling: bool = False,
     threads: str | None = None,
@@ -50,29 +50,29 @@ def repeat(
     allow_empty_prompt: bool = False,
     **files: Any,
 ) -> Path:
-    """Draw what a file records. Returns the new picture's file.
+    """Draw the picture that a file records. Returns the new picture's file.
 
-    UsageError for what cannot be asked, FileError for what cannot be read, DiskError.
+    UsageError for wrong flags or records, FileError for files that cannot be read, DiskError.
     """
     recorded = _recorded(Path(file), _FIELDS["row"].parse(row))
     latents = recorded.picture.parent / (recorded.picture.name.removesuffix(".png") + ".safetensors")
     if from_latents and not latents.is_file():
-        raise FileError(f"{latents} is not there: leave out --from-latents, and the picture is denoised again")
+        raise FileError(f"{latents} does not exist. Next: leave out --from-latents, and the picture is denoised again")
     request = recorded.request or _request_in(latents)
     if request.init_image is not None:
         raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
     for line in request.functions:
-        note(f"what also worked on that picture is not in the file: {line}")
+        note(f"an intervention that the picture's file cannot hold is missing: {line}")
     fields = request.model_dump(exclude=set(DRAWN_BY))
-    asked = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
-    variant = with_files(request.name, **take(files, FILES))
-    folder, number = prepare_folder(output_dir), THREADS.parse(threads)
-    set_threads(number)
+    new = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
+    variant = with_files(request.name, **pop_fields(files, FILES))
+    folder, num_threads = prepare_folder(output_dir), THREADS.parse(threads)
+    set_threads(num_threads)
     if from_latents or recorded.request is None:
         image = _decode(latents, variant, device, vae_tiling)
     else:
         check_files(variant)
-        image = _draw(asked, request, variant, device, offload, vae_tiling)
+        image = _draw(new, request, variant, device, offload, vae_tiling)
     path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
     tell(str(path))
     _compare(path, recorded)
@@ -80,15 +80,16 @@ def repeat(
 
 
 def _recorded(file: Path, row: int | None) -> Recorded:
+    """The picture that a table's row, a latents file or a PNG records. UsageError, FileError."""
     if file.suffix == ".csv":
         rows = read_rows(file)
         if row is None or row > len(rows):
             raise UsageError(f"{file} has {len(rows)} row(s): say which with --row, as in --row 1")
-        found = rows[row - 1]
-        request = parse_request(found["Request"], f"{file}, row {row}")
-        return Recorded(file.parent / found["File"], request, found["SHA256"])
+        cells = rows[row - 1]
+        request = parse_request(cells["Request"], f"{file}, row {row}")
+        return Recorded(file.parent / cells["File"], request, cells["SHA256"])
     if row is not None:
-        raise UsageError(f"--row goes with a metadata.csv, and {file} is none")
+        raise UsageError(f"--row goes with a metadata.csv, and {file} is not a CSV file")
     if file.suffix == ".safetensors":
         return Recorded(file.parent / (file.name.removesuffix(".safetensors") + ".png"))
     return Recorded(file, read_request(file))
@@ -101,21 +102,22 @@ def _request_in(latents: Path) -> GenerationRequest:
 
 
 def _draw(
-    asked: GenerationRequest, old: GenerationRequest, variant: Variant, device: str, offload: bool, vae_tiling: bool
+    request: GenerationRequest, old: GenerationRequest, variant: Variant, device: str, offload: bool, vae_tiling: bool
 ) -> Image.Image:
+    """The picture of a request. Notes say why its pixels may differ from those of the `old` request."""
     from ..pipeline import load_pipeline  # and with it torch
 
     if not variant.embedded:
         note(variant.licence_line)
-    pipeline = load_pipeline(variant, device, asked.dtype, offload, vae_tiling)
-    for reason in differences(old, pipeline.complete(asked)):
+    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
+    for reason in differences(old, pipeline.complete(request)):
         note(f"pixels may differ: {reason}")
-    tell(f"{asked.settings()}, seed {asked.seed}, {asked.dtype} on {pipeline.device}")
-    return pipeline.draw(asked)
+    tell(f"{request.settings()}, seed {request.seed}, {request.dtype} on {pipeline.device}")
+    return pipeline.draw(request)
 
 
 def _decode(file: Path, variant: Variant, device: str, vae_tiling: bool) -> Image.Image:
-    """The picture of those latents, with the autoencoder alone."""
+    """The picture that a latents file decodes to; loads only the autoencoder."""
     from ..device.choice import pick_device, pick_dtype
     from ..pipeline.load import load_codec
     from ..session.latents import read_latents
@@ -128,12 +130,12 @@ def _decode(file: Path, variant: Variant, device: str, vae_tiling: bool) -> Imag
 
 
 def _compare(path: Path, recorded: Recorded) -> None:
-    """Say whether it is the recorded picture again: by the file's bytes, else by its pixels."""
+    """Print whether the new file has the bytes, or else the pixels, of the recorded picture."""
     old, data = recorded.picture, path.read_bytes()
     if recorded.sha256 == hashlib.sha256(data).hexdigest() or (old.is_file() and old.read_bytes() == data):
         tell("the same picture, byte for byte")
     elif not old.is_file():
-        note("another file than the recorded one, whose picture is not there to compare pixels with")
+        note("other bytes than the recorded file, which is missing, so that pixels cannot be compared")
     elif _pixels(old) == _pixels(path):
         tell(f"the same pixels as {old}")
     else:

@@ -6,7 +6,7 @@ from .table import COMMANDS
 
 
 def run(file: str) -> None:
-    """Run the jobs of a file. UsageError names the job whose command or flag does not exist; then none is run."""
+    """Run the jobs of a file. UsageError for an unknown command or flag, with the job's number, before any job runs."""
     runnable = [word for word, command in COMMANDS.items() if command.fields and not command.positional]
     checked = []
     for number, job in enumerate(read_jobs(file), 1):

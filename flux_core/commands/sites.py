@@ -1,4 +1,4 @@
-"""`sites`: list the names that a plan can use, for a model."""
+"""`sites`: list the named values of a model's forward, which plans use."""
 
 from ..hooks.sites import GLOBAL, KINDS, OF_BLOCK, SITES, site_names
 from ..terminal import tell
@@ -39,5 +39,5 @@ def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
 
 
 def print_sites(**flags: str) -> None:
-    """Print `sites`."""
+    """Print the result of `sites`."""
     tell(sites(**flags))

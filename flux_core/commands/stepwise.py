@@ -1,4 +1,4 @@
-"""Save the decoded latents after every step, and a sheet of them: noise at first, at last the finished picture."""
+"""Save the decoded latents after every step, and a sheet of them: from noise to the finished picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Stepwise:
-    """A step callback for the single image of `request`; file names are those of mflux."""
+    """A step callback for the single image of `request`. File names as in mflux."""
 
     def __init__(self, pipeline: "Pipeline", request: GenerationRequest, folder: Path) -> None:
         self.pipeline, self.request, self.folder = pipeline, request, folder
@@ -23,7 +23,7 @@ class Stepwise:
 
     def __call__(self, step: "Step") -> None:
         if step.index < len(self.pictures):
-            return  # the picture is drawn again after memory ran out
+            return  # drawn again after out of memory
         picture = self.pipeline.picture(step.x, self.request)
         self.pictures.append(picture)
         self._save(picture, f"step{step.index + 1}of{self.request.num_forward_steps}")
@@ -33,5 +33,5 @@ class Stepwise:
         if self.pictures:
             self._save(grid(self.pictures), "composite")
 
-    def _save(self, picture: Image.Image, what: str) -> None:
-        save_picture(picture, self.folder, f"seed_{self.request.seed}_{what}")
+    def _save(self, picture: Image.Image, name: str) -> None:
+        save_picture(picture, self.folder, f"seed_{self.request.seed}_{name}")

@@ -1,7 +1,7 @@
 """The commands: for each its help, the function that runs it, and its flags.
 
-What several commands take is in `request/fields.py`; a command's own rows are here. This is plain data, so that help
-and wrong flags are answered before pydantic or torch are imported; the function is imported when its command runs.
+Flags of several commands are in `request/fields.py`, a command's own flags here. This is plain data, so that help and
+errors in flags appear before pydantic or torch are imported; the function is imported when its command runs.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from ..request.fields import (
 
 
 def of_request(*names: str) -> tuple[Field, ...]:
-    """The request's fields of these names."""
+    """These fields of the request."""
     return tuple(FIELDS[name] for name in names)
 
 
@@ -71,20 +71,20 @@ EXPLORE = (
     Field(
         "save_latents",
         str,
-        "keep each picture's latents in a file of its name: of the last step, or of every one",
+        "keep each picture's latents in a file of its name: of the last step, or of every step",
         choices=("last", "every"),
         metavar="STEPS",
         const="last",
     ),
     STEPWISE_DIR,
-    Field("no_metadata", bool, "no metadata.csv, and pictures that do not say how they were made", default=False),
-    Field("resume", str, "finish what is missing in a session's folder", metavar="FOLDER", path=True),
+    Field("no_metadata", bool, "no metadata.csv, and pictures without their request", default=False),
+    Field("resume", str, "draw what is missing in a session's folder", metavar="FOLDER", path=True),
     OUTPUT_DIR,
     *MACHINE,
 )
 REPEAT = (
-    Field("row", int, "row of the table; 1 is the first one below the head", minimum=1, maximum=1_000_000),
-    Field("from_latents", bool, "decode the latents that lie beside the picture: nothing is denoised", default=False),
+    Field("row", int, "row of the table; 1 is the first below the header", minimum=1, maximum=1_000_000),
+    Field("from_latents", bool, "decode the latents beside the picture; nothing is denoised", default=False),
     *FILES,
     *of_request("force", "allow_empty_prompt"),
     OUTPUT_DIR,
@@ -95,7 +95,7 @@ EDIT = (
     NAME,
     *FILES,
     Field("source", str, "what the source shows (with --image: what the photograph shows)"),
-    Field("edit", str, "what an edit shall show; several make several edits", multiple=True),
+    Field("edit", str, "what an edit should show; several texts make several edits", multiple=True),
     Field(
         "image",
         str,
@@ -120,7 +120,7 @@ EDIT = (
     Field(
         "nudge",
         float,
-        "what a photograph's latent is multiplied by before its inversion",
+        "factor for a photograph's latent before its inversion",
         minimum=0,
         maximum=10,
         default=NUDGE,
@@ -128,7 +128,7 @@ EDIT = (
     Field(
         "replay",
         str,
-        "where the photograph is held: exact, or as the released code",
+        "the path that the photograph follows: exact, or released as in the released code",
         choices=("exact", "released"),
         default="exact",
         metavar="NAME",
@@ -144,12 +144,12 @@ IMPORTANCE = (
     Field(
         "prompts",
         str,
-        "what to draw: JSON, a list of prompt and seed (default: 64 that ship)",
+        "JSON, a list of prompt and seed (default: 64 that are included)",
         metavar="FILE",
         path=True,
     ),
     Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
-    Field("seeds", int, "seeds of each prompt: its own and those behind it", minimum=1, maximum=MAX_SEEDS, default=1),
+    Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
     *of_request("width", "height", "guidance", "dtype", "force"),
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
@@ -157,20 +157,35 @@ IMPORTANCE = (
         "scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME", path=True
     ),
     Field("pooling", str, "the picture's feature: cls or mean", choices=("cls", "mean"), default="cls", metavar="NAME"),
-    Field("top", int, "call so many blocks vital (default: a sixth, as Stable Flow)", minimum=1, maximum=1000),
+    Field("top", int, "call N blocks vital (default: a sixth, as Stable Flow)", minimum=1, maximum=1000),
     Field("threshold", float, "call the blocks above this importance vital", minimum=0, maximum=2),
     replace(OUTPUT_DIR, help="the study's folder (default: output/importance-NAME)", default=None),
     *MACHINE,
 )
+SAVED_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
+"""values of `save --dtype` -> torch's dtype of the saved weights; for fp8, of those that are not quantized"""
 SAVE = (
     NAME,
     *FILES,
-    Field("format", str, "official (single files) or diffusers (a folder; default, but for fp8)", metavar="NAME"),
-    Field("dtype", str, "precision of the saved weights: bf16, fp16, fp32 or fp8", default="bf16", metavar="NAME"),
+    Field(
+        "format",
+        str,
+        "official (single files) or diffusers (a folder; default, except for fp8)",
+        choices=("official", "diffusers"),
+        metavar="NAME",
+    ),
+    Field(
+        "dtype",
+        str,
+        f"precision of the saved weights: {', '.join(SAVED_DTYPES)}",
+        choices=tuple(SAVED_DTYPES),
+        default="bf16",
+        metavar="NAME",
+    ),
     Field(
         "calibrate",
         str,
-        "with --dtype fp8: draw these prompts and round by what is seen (GPTQ)",
+        "with --dtype fp8: draw these prompts and round by GPTQ",
         metavar="FILE",
         path=True,
     ),
@@ -197,7 +212,7 @@ DOWNLOAD = (
 
 @dataclass(frozen=True)
 class Command:
-    """A first word of the command line."""
+    """A command: the first word of the command line."""
 
     help: str
     function: str
@@ -206,13 +221,13 @@ class Command:
     positional: str | None = None
 
     def run(self, **flags: Any) -> None:
-        """Import the function and call it with the flags, `~` in paths expanded. UsageError where that is no folder."""
+        """Import the function and call it with the flags, `~` in paths expanded. UsageError for an unknown home."""
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
         function(**self.with_whole_paths(flags))
 
     def with_whole_paths(self, flags: dict[str, Any]) -> dict[str, Any]:
-        """The flags, those that are paths without `~`."""
+        """The flags, with `~` in paths expanded."""
         paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
         return flags | {key: expand_home(flags[key], flag) for key, flag in paths.items() if key in flags}
 
@@ -226,14 +241,14 @@ COMMANDS = {
         "draw a recorded picture again: a row of metadata.csv, a PNG, latents", "repeat:repeat", REPEAT, "file"
     ),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", "edit:edit", EDIT),
-    "importance": Command("measure what each block is worth, by DINOv2", "importance:importance", IMPORTANCE),
+    "importance": Command("measure how important each block is, by DINOv2", "importance:importance", IMPORTANCE),
     "info": Command(
-        "print what a picture of flux_core, or a file of weights, says of itself", "info:print_info", positional="file"
+        "print the request that drew a picture, or what a file of weights holds", "info:print_info", positional="file"
     ),
     "verify": Command(
-        "look for damage and non-finite numbers in a file of weights", "verify:print_verdict", positional="file"
+        "check a file of weights for damage, NaN and infinity", "verify:print_verdict", positional="file"
     ),
-    "sites": Command("list the places where a plan can reach into a model", "sites:print_sites", SITES),
+    "sites": Command("list the named values of a model's forward, which plans use", "sites:print_sites", SITES),
     "run": Command("run the commands in a job file (JSON)", "run:run", positional="file"),
     "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
     "download": Command(

@@ -10,7 +10,7 @@ from ..terminal import no_bars, tell
 
 
 def verify(file: str) -> str:
-    """A line on a sound file or folder of shards. FileError names the first tensors that hold NaN or infinity."""
+    """A line that says a file or folder of shards is sound. FileError names the first tensors with NaN or infinity."""
     source = find_source(Path(file))
 
     from ..checkpoint.tensors import opened  # and with it torch
@@ -32,5 +32,5 @@ def verify(file: str) -> str:
 
 
 def print_verdict(file: str) -> None:
-    """Print `verify`."""
+    """Print the result of `verify`."""
     tell(verify(file))

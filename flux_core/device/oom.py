@@ -1,8 +1,8 @@
-"""Out of memory: take one measure, do the same work once more, and say so in a line.
+"""Retry after out of memory, with less memory in use: a measure is switched on, and a line says so.
 
-There are two measures. With `offload` the parts take turns on the device, which changes no bit of a picture; with
-`vae_tiling` the autoencoder works strip by strip (`model/strips.py`), the same but for rounding. A measure is taken
-once, and stays for all that follows. Both can be asked for from the start, by the flags of their names.
+There are two measures, and a flag for each. With `offload` the parts take turns on the device, which changes no bit of
+a picture; with `vae_tiling` the autoencoder works strip by strip (`model/strips.py`), the same but for rounding. A
+measure that is on stays on.
 """
 
 import gc
@@ -18,32 +18,33 @@ from ..terminal import note
 from .choice import empty_device_cache, memory_errors
 
 CPU = torch.device("cpu")
-"""where parts are when it is not their turn"""
+"""where `offload` keeps the parts that do not compute"""
 Measure = Literal["offload", "vae_tiling"]
+"""a way to use less memory: an attribute of `OomFallback`, and a flag"""
 T = TypeVar("T")
 
-_MEANS: dict[Measure, str] = {
+_EFFECTS: dict[Measure, str] = {
     "offload": "text encoders, transformer and autoencoder take turns there",
     "vae_tiling": "the autoencoder works strip by strip",
 }
-_FLAGS = {row.name: row.flag for row in MEMORY}
+_FLAGS = {field.name: field.flag for field in MEMORY}
 
 
 @dataclass
 class OomFallback:
-    """Where a pipeline stands."""
+    """Runs work on a device; where memory runs out, switches a measure on and runs it again."""
 
     device: torch.device
     offload: bool = False
     vae_tiling: bool = False
 
     def run(self, what: str, work: Callable[[], T], *measures: Measure) -> T:
-        """`work()`, from its start again behind each of these measures, until memory suffices.
+        """The result of `work()`. Out of memory: switch the next of `measures` on, and call it again from its start.
 
-        what: as in "drawing 64x64 pixels". MemoryShortage when none is left.
+        what: the work for messages, as in "drawing 64x64 pixels". MemoryShortage when no measure is left.
         """
         for measure in measures:
-            if getattr(self, measure) or (measure == "offload" and self.device == CPU):
+            if not self._can_add(measure):
                 continue
             try:
                 return work()
@@ -51,9 +52,13 @@ class OomFallback:
                 if not is_out_of_memory(error):
                     raise
             setattr(self, measure, True)
-            gc.collect()  # behind the except clause: up to its end the error holds all that was alive
+            gc.collect()  # after the except clause: until its end the error keeps the work's tensors alive
             empty_device_cache(self.device)
-            told = f"once more from its start, and from now on {_MEANS[measure]}"
-            note(f"out of memory on {self.device} while {what}: {told} ({_FLAGS[measure]} asks for that)")
+            change = f"from now on {_EFFECTS[measure]} ({_FLAGS[measure]})"
+            note(f"out of memory on {self.device} while {what}: starting again, and {change}")
         with memory_errors(what, self.device):
             return work()
+
+    def _can_add(self, measure: Measure) -> bool:
+        """Whether a measure is off and would free memory: on a CPU, offloading to the CPU would not."""
+        return not getattr(self, measure) and not (measure == "offload" and self.device == CPU)

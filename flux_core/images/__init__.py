@@ -1,1 +1,1 @@
-"""Pictures in and out of files: opening them, their metadata, and writing them whole."""
+"""Picture files: reading, converting and writing them, and their metadata."""

@@ -1,12 +1,11 @@
-"""What a picture says of itself, and how a file is asked.
+"""The metadata of a picture: writing it into a PNG, and reading a request back.
 
-Three things ride in a PNG. `flux_core` is the request as compact JSON, the truth from which a picture is
-repeated. `parameters` is the text that Automatic1111 began and most tools read. The XMP packet holds IPTC's
-mark for media made by a trained model. None of them names a folder, a user or a token.
+A PNG carries three texts. `flux_core` is the request as compact JSON, from which the picture is repeated. `parameters`
+is the text that Automatic1111 introduced and most tools read. The XMP packet holds IPTC's mark for media made by a
+trained model. None of them names a folder, a user or a token.
 
-A file is never trusted: its JSON is bounded, validated as any request, grants no permissions, and names no
-path that would be opened. The keys `prompt` and `workflow` are not ours to write: tools take them for a
-ComfyUI graph.
+A file is never trusted: its JSON is limited in size and depth, validated as any request, grants no permissions, and
+cannot make us open a path. We never write the keys `prompt` and `workflow`, which tools read as a ComfyUI graph.
 """
 
 import io
@@ -26,7 +25,7 @@ from .pictures import parse_picture, read_bytes
 
 KEY = "flux_core"
 MAX_JSON = 14 * MAX_PROMPT
-"""a character of a prompt, and of a negative one, may take six as a JSON escape"""
+"""characters: two prompts, each character up to six as a JSON escape, and the other fields"""
 _XMP_KEY = "XML:com.adobe.xmp"
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -37,7 +36,7 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def describe(image: Image.Image, request: GenerationRequest) -> Image.Image:
-    """Attach to `image.info` what its request says; `png_bytes` writes it. Returns the same image."""
+    """Put a request's metadata into `image.info`, for `png_bytes` to write. Returns the same image."""
     negative = request.negative_prompt and cut(request.negative_prompt)
     short = request.model_copy(update={"prompt": cut(request.prompt), "negative_prompt": negative})
     image.info[KEY] = short.model_dump_json(exclude_none=True)
@@ -47,7 +46,7 @@ def describe(image: Image.Image, request: GenerationRequest) -> Image.Image:
 
 
 def source_type(request: GenerationRequest) -> str:
-    """IPTC's word for a picture made by a model, or by a model from another picture."""
+    """IPTC's digital source type: made by a model, or by a model from another picture."""
     return "trainedAlgorithmicMedia" if request.init_image is None else "compositeWithTrainedAlgorithmicMedia"
 
 
@@ -57,7 +56,7 @@ def cut(prompt: str) -> str:
 
 
 def parameters(request: GenerationRequest) -> str:
-    """The A1111 text. Their `CFG scale` is true guidance; ours is distilled, as Forge calls it."""
+    """The `parameters` text of A1111. Its `CFG scale` is true CFG; learned guidance has Forge's name."""
     texts = [request.prompt] + ([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])
     values: dict[str, Any] = {"Steps": request.num_steps, "Sampler": "Euler"}
     if request.uses_true_cfg:
@@ -72,12 +71,12 @@ def parameters(request: GenerationRequest) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters but newline and tab: PNG text forbids some, and terminals obey others."""
+    """The text with a space for each control character but newline and tab, which PNG forbids or terminals act on."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """The whole file: pixels and what `describe` attached."""
+    """The bytes of a PNG file: the pixels, and the metadata that `describe` put into `image.info`."""
     chunks = PngImagePlugin.PngInfo()
     for key in (KEY, "parameters"):
         if key in image.info:
@@ -89,17 +88,17 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG, wherever in the file they are. FileError when it is none."""
+    """The text chunks of a PNG, anywhere in the file. FileError when it is no PNG."""
     data = read_bytes(path)
     parse_picture(data, str(path), formats=("PNG",))
     return png.texts(data)
 
 
 def read_request(path: str | Path) -> GenerationRequest:
-    """The request in a picture's metadata. UsageError when it holds none, or one that cannot be used."""
+    """The request in a picture's metadata. UsageError when there is none, or it cannot be used."""
     texts = read_texts(path)
     if KEY not in texts:
-        raise UsageError(f"{path} was not made by flux_core: {found(texts)}. Say what to draw with --prompt")
+        raise UsageError(f"{path} was not made by flux_core: {describe_foreign(texts)}. Say what to draw with --prompt")
     return parse_request(texts[KEY], str(path))
 
 
@@ -108,8 +107,8 @@ def parse_request(text: str, source: str) -> GenerationRequest:
     try:
         fields = _fields(text)
         request = GenerationRequest(**fields, force=True, allow_empty_prompt=True)
-        if foreign := [one.kind for one in request.plan if not one.portable]:
-            raise ValueError(f"a file cannot make us read or write others ({', '.join(foreign)})")
+        if unsafe := [entry.kind for entry in request.plan if not entry.portable]:
+            raise ValueError(f"a file cannot make us read or write other files ({', '.join(unsafe)})")
         return request
     except (UsageError, ValueError) as error:
         writer = re.search(r'"version": ?"([\w.]{1,20})"', text[-MAX_JSON:])
@@ -118,6 +117,7 @@ def parse_request(text: str, source: str) -> GenerationRequest:
 
 
 def _fields(text: str) -> dict[str, Any]:
+    """The fields in a recorded request. ValueError when it is too long, no object, or grants a permission."""
     if len(text) > MAX_JSON:
         raise ValueError(f"it has {len(text):,} characters, at most {MAX_JSON:,} are read")
     fields = pydantic_core.from_json(text)  # unlike json.loads it bounds the depth
@@ -127,12 +127,12 @@ def _fields(text: str) -> dict[str, Any]:
     if granted:
         raise ValueError(f"a file cannot grant {', '.join(granted)}")
     if fields.get("init_image"):
-        fields.setdefault("fit", "stretch")  # as version 0.1 did, which had no other way
+        fields.setdefault("fit", "stretch")  # version 0.1 always stretched, and recorded no fit
     return fields
 
 
-def found(texts: dict[str, str]) -> str:
-    """What foreign metadata is, in words."""
+def describe_foreign(texts: dict[str, str]) -> str:
+    """A description of the texts in a file that flux_core did not write, for an error message."""
     if "workflow" in texts or "prompt" in texts:
         return "it holds a ComfyUI graph"
     if "parameters" in texts:
@@ -141,13 +141,13 @@ def found(texts: dict[str, str]) -> str:
 
 
 def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
-    """Why the pixels of a repeated picture may differ, for people."""
+    """Reasons why a repeated picture may have other pixels, a line each."""
     if old.name != new.name:
         return []
     before, now = old.environment or {}, new.environment or {}
     return [
         *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
-        *(["its weights were others"] if old.weights != new.weights else []),
+        *(["it was drawn with other weights"] if old.weights != new.weights else []),
         *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
         *(f"{key} was {then}, now it is {now[key]}" for key, then in before.items() if now.get(key, then) != then),
     ]

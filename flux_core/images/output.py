@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, and never in the place of another.
+"""Writing pictures whole or not at all, and never over another file.
 
-A picture is written beside its final name, flushed to the disk, and then linked to it. `link` fails when the
-name is taken, also when another process took it a moment ago; then the next number is tried. Names hold the
-model and the seed, never the prompt: no prompt can choose where a file goes.
+A picture is written under a temporary name, flushed to the disk, and then linked to its final name. `link` fails when
+the name is taken, even if another process took it a moment ago; then the next number is tried. Names hold the model and
+the seed, never the prompt, so no prompt can choose a file's path.
 """
 
 import os
@@ -27,6 +27,7 @@ def save_picture(image: Image.Image, folder: Path, stem: str) -> Path:
 
 
 def _publish(temporary: Path, folder: Path, stem: str) -> Path:
+    """Give a file the first free name of `stem.png`, `stem_1.png`, … and return its path."""
     for number in count():
         path = folder / (f"{stem}_{number}.png" if number else f"{stem}.png")
         try:
@@ -38,13 +39,13 @@ def _publish(temporary: Path, folder: Path, stem: str) -> Path:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    """Give a file its final name. FileExistsError when that is taken."""
+    """Rename a file. FileExistsError when the new name is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
     except OSError:
-        # No hard links here (FAT, some network mounts): hold the name with an empty file, replaced at once.
+        # No hard links here (FAT, some network mounts): reserve the name with an empty file, then replace it.
         path.touch(exist_ok=False)
         try:
             os.replace(temporary, path)

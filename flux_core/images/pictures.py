@@ -1,7 +1,7 @@
-"""Pictures in and out of tensors and files: what an init image may be, its colours, shapes, crops, grids.
+"""Opening picture files as upright sRGB images, and resizing, cropping and arranging images.
 
-Only the formats that people have are opened, without the decoders that keep being exploited. A picture is first
-measured by its header, so that a bomb costs nothing.
+Only common formats are opened, because rare decoders have security holes. The size is read from the header before any
+pixel is decoded, so that a decompression bomb costs nothing.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ..errors import FileError
-from ..request.fields import FITS, PICTURES
+from ..request.fields import FIT, FITS, PICTURES
 from ..request.generation import InitImage
 from ..terminal import note
 from . import png
 
 FORMATS = tuple(kind for kind in PICTURES if kind not in ("WebP", "AVIF") or features.check(kind.lower()))
-"""those of the table that this Pillow reads"""
+"""the formats of `PICTURES` that this Pillow reads"""
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
-TURNS = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,21 +35,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""what makes a picture upright, by EXIF's orientation"""
-SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-"""the mode of the pixels that a colour profile is for, by what it says of itself"""
+"""EXIF orientation -> what makes the picture upright"""
+MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""a colour profile's colour space -> the mode of its pixels"""
 
 
 def open_picture(path: str | Path, formats: tuple[str, ...] = FORMATS) -> tuple[Image.Image, str]:
-    """A picture file, opened but not yet decoded, and its SHA-256. FileError for whatever is not one."""
+    """A picture file, opened but not yet decoded, and its SHA-256. FileError when it is no readable picture."""
     data = read_bytes(path)
     return parse_picture(data, str(path), formats), hashlib.sha256(data).hexdigest()
 
 
 def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The picture in a file's bytes, opened but not yet decoded. FileError calls it `name`."""
+    """The picture in a file's bytes, opened but not yet decoded. name: for the FileError."""
     is_png = data.startswith(png.SIGNATURE)
-    file = io.BytesIO(png.pixels_alone(data) if is_png else data)
+    file = io.BytesIO(png.without_metadata(data) if is_png else data)
     with _damage(name):
         try:
             image = Image.open(file, formats=[kind.upper() for kind in formats])
@@ -67,7 +67,7 @@ def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) ->
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A picture file's bytes. FileError where there is none, or one that is too large."""
+    """A picture file's bytes. FileError when there is no such file, or it is too large."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -82,9 +82,9 @@ def read_bytes(path: str | Path) -> bytes:
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """FileError for whatever a decoder raises over a strange file; what it warns of is not shown."""
+    """A context that turns every error of a decoder into a FileError, and hides its warnings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of bombs, too: MAX_PIXELS is lower
+        warnings.simplefilter("ignore")  # also of decompression bombs: MAX_PIXELS is lower
         try:
             yield
         except (FileError, MemoryError):
@@ -94,7 +94,7 @@ def _damage(name: str) -> Iterator[None]:
 
 
 def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """Any picture as upright 8-bit sRGB: its colour profile applied, the first frame of several, alpha over white.
+    """A picture as upright 8-bit sRGB: the first frame, its colour profile applied, transparency over white.
 
     FileError when the pixels turn out to be damaged.
     """
@@ -103,21 +103,21 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         image.load()
         if opacity is None and image.has_transparency_data:
             opacity = image.convert("RGBA").getchannel("A")
-        rgb = _in_srgb(_plain(image, name), image.info.get("icc_profile"), name)
+        rgb = _to_srgb(_to_8_bits(image, name), image.info.get("icc_profile"), name)
         if opacity is not None:
             rgb.putalpha(opacity)
             rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-        turn = TURNS.get(_orientation(image))
-        rgb = rgb if turn is None else rgb.transpose(turn)
+        transpose = TRANSPOSES.get(_orientation(image))
+        rgb = rgb if transpose is None else rgb.transpose(transpose)
     rgb.info = {"xmp": image.info["xmp"]} if "xmp" in image.info else {}
     return rgb
 
 
-def _plain(image: Image.Image, name: str) -> Image.Image:
-    """The colours in eight bits and without alpha: as L, RGB, CMYK or LAB. FileError where they have no such range."""
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """The picture in mode L, RGB, CMYK or LAB, without alpha. FileError for levels of 32 bits."""
     if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 0xFFFF):
         raise FileError(f"{name} has levels of 32 bits: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("L", "RGB", "CMYK", "LAB"):
         return image
@@ -126,64 +126,62 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
-    """The picture as RGB, by its ICC profile where it has one; one that cannot be used is ignored, and told."""
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """The picture as RGB, converted by its ICC profile. A profile that cannot be used is ignored, with a note."""
     if profile is not None:
         from PIL import ImageCms
 
         try:
-            given = ImageCms.ImageCmsProfile(io.BytesIO(profile[: png.MAX_PROFILE]))
-            mode = SPACES[given.profile.xcolor_space.strip()]
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile[: png.MAX_PROFILE]))
+            mode = MODES[source.profile.xcolor_space.strip()]
             if mode != image.mode and not (mode == "RGB" and image.mode == "L"):
                 raise ValueError(f"it is for {mode}, the picture is {image.mode}")
             image = image.convert(mode)
-            changed = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            return changed or image
-        except Exception as error:  # Pillow without littlecms, or whatever that says of a damaged profile
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return converted or image
+        except Exception as error:  # Pillow without littlecms, or any error of littlecms over a damaged profile
             note(f"{name}: its colour profile is ignored: {error}")
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> Any:
-    """EXIF's or XMP's number for the rotation of a loaded picture; 1 where what holds it is damaged."""
+    """The orientation of a loaded picture by EXIF or XMP, 1 to 8; 1 (upright) where these are damaged."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)  # this tag alone: any other may be damaged
+        return image.getexif().get(ExifTags.Base.Orientation, 1)  # this tag alone: others may be damaged
     except Exception:
         return 1
 
 
-def open_source(
-    picture: str | Path | Image.Image | None,
-) -> tuple[Image.Image | None, InitImage | None]:
-    """An init image in RGB, and as a request names it: file name and SHA-256 (no file: of the pixels)."""
+def open_source(picture: str | Path | Image.Image | None) -> tuple[Image.Image | None, InitImage | None]:
+    """An init image in RGB, and its record for a request: file name and SHA-256 (of the pixels if it is no file)."""
     if picture is None:
         return None, None
     if isinstance(picture, Image.Image):
         image = as_rgb(picture)
         return image, InitImage(file="", sha256=hashlib.sha256(image.tobytes()).hexdigest())
     opened, sha256 = open_picture(picture)
-    name = Path(picture).name.encode(errors="replace").decode()  # a name may hold bytes that are no text
+    name = Path(picture).name.encode(errors="replace").decode()  # a file name may hold bytes that are not UTF-8
     return as_rgb(opened, str(picture)), InitImage(file=name, sha256=sha256)
 
 
 # Shapes --------------------------------------------------------------------------------------------
 
 
-def fitted(image: Image.Image, width: int, height: int, how: str = "crop") -> Image.Image:
-    """An RGB picture at width x height pixels, by one of `request.fields.FITS`; one of that shape is only resized."""
+def fitted(image: Image.Image, width: int, height: int, how: str = FIT) -> Image.Image:
+    """An RGB picture resized to width x height pixels; `how`, of `request.fields.FITS`, if its shape differs."""
     if how == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     if how == "pad":
         return _padded(image, width, height)
     scale = min(image.width / width, image.height / height)
-    across, down = min(width * scale, image.width), min(height * scale, image.height)
-    left, top = (image.width - across) / 2, (image.height - down) / 2
-    box = (left, top, min(left + across, image.width), min(top + down, image.height))
+    inner = min(width * scale, image.width), min(height * scale, image.height)
+    left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
+    box = (left, top, min(left + inner[0], image.width), min(top + inner[1], image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box)
 
 
 def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole picture in the middle, black around it."""
+    """The whole picture, centred on black."""
     scale = min(width / image.width, height / image.height)
     inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     sheet = Image.new("RGB", (width, height))
@@ -192,28 +190,28 @@ def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def fit_note(image: Image.Image, width: int, height: int, how: str) -> str | None:
-    """A line for people where a picture has another shape than the one to be drawn, and what is done about it."""
+    """A line for the user that says how a picture of another shape is fitted; None if its shape is the same."""
     scale = max(width / image.width, height / image.height)
     if (round(image.width * scale), round(image.height * scale)) == (width, height):
         return None
-    shapes = f"the given picture is {image.width}x{image.height}, not the shape of {width}x{height}"
+    shapes = f"the input picture is {image.width}x{image.height}, not the shape of {width}x{height}"
     others = " or ".join(f"--fit {other}" for other in FITS if other != how)
-    return f"{shapes}: {FITS[how]} ({others} does otherwise)"
+    return f"{shapes}: {FITS[how]} ({others} changes that)"
 
 
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle width x height pixels."""
+    """The central width x height pixels."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All images on one sheet, in rows, by itself as square as it gets; empty places stay black."""
+    """The images on a sheet, row by row, as square as possible by default; empty cells are black."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     sheet = Image.new("RGB", (columns * width, rows * height))
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
-    sheet.info["xmp"] = images[0].info["xmp"]  # the mark of its pictures
+    sheet.info["xmp"] = images[0].info["xmp"]  # IPTC's mark for media made by a model
     return sheet

@@ -1,7 +1,7 @@
-"""PNG chunks: the pixels without what else is in the file, and its texts, each within a limit of our own.
+"""PNG chunks: a file without its metadata, and its texts, profile and EXIF, each up to a limit of our own.
 
 Pillow reads texts and colour profiles when it opens a file, and refuses the whole picture when one of them is long.
-So it gets the chunks that make the pixels alone; the others are read here, wherever in the file they are.
+So Pillow gets only the chunks that define the pixels; the others are read here, anywhere in the file.
 Source: PNG (third edition), sections 5 and 11.
 """
 
@@ -19,18 +19,18 @@ PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 XMP, RAW_EXIF = "XML:com.adobe.xmp", "Raw profile type exif"
 KEYS = {XMP: "xmp", RAW_EXIF: RAW_EXIF}
-"""texts that may say how a picture is rotated (the second is ImageMagick's), and what Pillow calls them in its info"""
+"""keywords of texts that may hold the orientation (the second is ImageMagick's) -> keys of Pillow's `image.info`"""
 BITS = {"L;2": 2, "L;4": 4, "I;16": 16, "I;16B": 16}
-"""of a level, by what Pillow calls the pixels of a file"""
+"""Pillow's raw mode -> bits of a level, where these are not 8"""
 MAX_TEXT = 8 << 20
-"""bytes of one text once it is unpacked; what is longer is cut"""
+"""bytes of a text after decompression; a longer text is cut"""
 MAX_TEXTS = 64 << 20
-"""of all texts of a file"""
+"""bytes of all texts of a file together"""
 MAX_PROFILE = 16 << 20
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
-    """Kind, content and the whole of every chunk, up to IEND; the last one may be cut off."""
+    """Type, data and all bytes of each chunk, up to IEND; the last chunk may be cut off."""
     view, at, kind = memoryview(data), len(SIGNATURE), b""
     while at + 8 <= len(data) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -38,17 +38,17 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
         at += 12 + length
 
 
-def pixels_alone(data: bytes) -> bytes:
-    """The same picture with no chunk but those that make its pixels; of an animation the still picture."""
+def without_metadata(data: bytes) -> bytes:
+    """The file with only the chunks that define the pixels; of an animation, the still picture."""
     return b"".join((data[: len(SIGNATURE)], *(whole for kind, _, whole in chunks(data) if kind in PIXELS)))
 
 
 def texts(data: bytes) -> dict[str, str]:
-    """The texts of a PNG by their keys, cut at MAX_TEXT bytes. What is damaged is left out."""
+    """The texts of a PNG: keyword -> text, cut at MAX_TEXT bytes. Damaged chunks are skipped."""
     found: dict[str, str] = {}
     left = MAX_TEXTS
     for kind, content, whole in chunks(data):
-        if kind in TEXTS and _is_whole(whole):
+        if kind in TEXTS and _is_intact(whole):
             try:
                 key, text = _text(kind, bytes(content), min(left, MAX_TEXT))
             except (ValueError, IndexError, zlib.error):
@@ -58,12 +58,13 @@ def texts(data: bytes) -> dict[str, str]:
     return found
 
 
-def _is_whole(chunk: memoryview) -> bool:
+def _is_intact(chunk: memoryview) -> bool:
+    """Whether a chunk is complete and its CRC is right."""
     return len(chunk) >= 12 and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _text(kind: bytes, content: bytes, limit: int) -> tuple[bytes, bytes]:
-    """Key and text of a chunk's content, the text at most so many bytes. ValueError, IndexError, zlib.error."""
+    """Keyword and text in a chunk's data, the text cut at `limit` bytes. ValueError, IndexError, zlib.error."""
     key, rest = content.split(b"\0", 1)
     packed = kind == b"zTXt"
     if packed:
@@ -74,17 +75,17 @@ def _text(kind: bytes, content: bytes, limit: int) -> tuple[bytes, bytes]:
     else:
         text = rest
     if packed and method != 0:
-        raise ValueError("an unknown compression")
+        raise ValueError("unknown compression method")
     return key, _unpack(text, limit) if packed else text[:limit]
 
 
 def _unpack(data: bytes, limit: int) -> bytes:
-    """At most so many bytes of what was packed, whatever it would grow to. zlib.error."""
+    """The first `limit` bytes of compressed data; the rest is not decompressed. zlib.error."""
     return zlib.decompressobj().decompress(data, limit) if limit > 0 else b""
 
 
 def info(data: bytes) -> dict[str, Any]:
-    """What Pillow's `image.info` would hold of rotation and colours: EXIF, XMP and the profile, damaged or not."""
+    """EXIF, XMP and ICC profile under their keys in Pillow's `image.info`, damaged or not."""
     found: dict[str, Any] = {}
     for key, text in texts(data).items():
         if key in KEYS:
@@ -98,7 +99,7 @@ def info(data: bytes) -> dict[str, Any]:
 
 
 def _profile(content: bytes) -> bytes:
-    """The ICC profile of an iCCP chunk; no bytes when it is damaged or longer than any."""
+    """The ICC profile in an iCCP chunk; empty when it is damaged or longer than MAX_PROFILE."""
     try:
         profile = _unpack(content.split(b"\0", 1)[1][1:], MAX_PROFILE + 1)
     except (IndexError, zlib.error):
@@ -107,10 +108,10 @@ def _profile(content: bytes) -> bytes:
 
 
 def colour_key(image: Image.Image) -> Image.Image | None:
-    """The opacity ("L", 0 or 255) of a grey or RGB picture one of whose colours is clear; None where none is.
+    """The opacity (mode L, 0 or 255) of a grey or RGB picture with a transparent colour (tRNS); None without it.
 
-    Pillow compares the key with levels of eight bits, whatever the file's are. How many those are it forgets when it
-    loads the pixels, which this does.
+    Pillow compares the colour with levels of 8 bits, whatever the bits of a level in the file. It forgets that number
+    when it loads the pixels, which this function does.
     """
     key, mode = image.info.get("transparency"), image.mode
     if key is None or not (mode in ("1", "L", "RGB") or mode.startswith("I;16")):
@@ -122,19 +123,19 @@ def colour_key(image: Image.Image) -> Image.Image | None:
 
 
 def _levels(image: Image.Image) -> tuple[np.ndarray, int]:
-    """The pixels [H, W] or [H, W, 3] as numbers, and the bits of a level in the file."""
+    """The levels [H, W] or [H, W, 3] as in the file, and the bits of a level."""
     rawmode = image.mode
     if isinstance(image, ImageFile) and image.tile and image.fp:
         rawmode = str(image.tile[0].args)
         if rawmode == "RGB;16B":
-            return _deep_levels(image, image.fp), 16
+            return _levels_16(image, image.fp), 16
     return np.asarray(image.convert("L") if image.mode == "1" else image), BITS.get(rawmode, 8)
 
 
-def _deep_levels(image: ImageFile, file: IO[bytes]) -> np.ndarray:
-    """The levels [H, W, 3] of an RGB picture with 16 bits, of which Pillow keeps the upper eight."""
+def _levels_16(image: ImageFile, file: IO[bytes]) -> np.ndarray:
+    """The 16-bit levels [H, W, 3] of an RGB picture, of which Pillow keeps the upper eight bits."""
     file.seek(0)
     lower = Image.open(file, formats=("PNG",))
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # as if the bytes came in the other order
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # bytes swapped: Pillow keeps the lower eight bits
     lower.load()
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)

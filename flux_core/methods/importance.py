@@ -1,12 +1,12 @@
-"""How important each block is: pictures drawn without it, compared with those of the whole model.
+"""The importance of each block: pictures drawn without it are compared with those of the whole model.
 
-After Stable Flow (arXiv 2411.14430, section 3.1): for every prompt and seed a reference is drawn by the whole model,
-and a picture with each block left out, what enters it leaving it unchanged. The importance of a block is 1 minus the
-mean similarity, by DINOv2, of its pictures to their references.
+After Stable Flow (arXiv 2411.14430, section 3.1): for every prompt and seed the whole model draws a reference, and a
+picture is drawn without each block, whose output is then its input. The importance of a block is 1 minus the mean
+similarity, by DINOv2, of its pictures to their references.
 
-A study is a folder. Every picture is a file that is written once and found again; `study.json` holds the settings that
-all of them share. So a study can be resumed after any end, with more prompts, and by several processes at once: each
-draws the pictures that no other process has claimed.
+A study is a folder: a file for every picture, written once, and `study.json` with the settings that all share. So a
+study can be resumed after any end, with more prompts, and by several processes at once: each draws the pictures that no
+other process has claimed.
 """
 
 import csv
@@ -28,7 +28,7 @@ from ..hooks import Skip
 from ..hooks.sites import block_names
 from ..images.metadata import png_bytes
 from ..images.pictures import as_rgb, open_picture
-from ..jsonfile import first_finding, in_words, read_json
+from ..jsonfile import first_finding, in_words, quoted, read_json
 from ..request.fields import MAX_SEED, MAX_SEEDS
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
@@ -44,7 +44,7 @@ PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
 
 
 class Prompt(BaseModel):
-    """An entry of a prompts file. `seed` is the first of its seeds; a study of several counts up from it."""
+    """An entry of a file of prompts. `seed` is the first of its seeds, the others follow it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     prompt: str = Field(min_length=1)
@@ -52,7 +52,7 @@ class Prompt(BaseModel):
 
 
 def default_prompts(name: str) -> Path:
-    """The file of the 64 prompts that ship for a model: its own, or those for all models."""
+    """The included file of 64 prompts for a model: its own, or that for all models."""
     own = PROMPTS / f"{name}.json"
     return own if own.is_file() else PROMPTS / "prompts.json"
 
@@ -76,7 +76,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Task:
-    """One picture: a prompt by its number, a seed, and the block left out, or REFERENCE."""
+    """A picture: a prompt's number, a seed, and the block that is left out, or REFERENCE."""
 
     number: int
     seed: int
@@ -90,7 +90,7 @@ class Study:
         """seeds: how many for each prompt. request: what all pictures share."""
         self.folder, self.prompts, self.request = folder, tuple(prompts), request
         self.blocks = block_names(request.variant.params)
-        self.pairs = [(i, one.seed + j) for i, one in enumerate(prompts) for j in range(seeds)]
+        self.pairs = [(i, prompt.seed + j) for i, prompt in enumerate(prompts) for j in range(seeds)]
         self.seeds = seeds
 
     def path(self, task: Task) -> Path:
@@ -99,22 +99,22 @@ class Study:
     def groups(self, batch: int) -> list[list[Task]]:
         """All pictures in batches of at most `batch`, prompt by prompt: a study that ends early has whole prompts."""
         chunks = [self.pairs[i : i + batch] for i in range(0, len(self.pairs), batch)]
-        every = (REFERENCE, *self.blocks)
-        return [[Task(number, seed, block) for number, seed in chunk] for chunk in chunks for block in every]
+        blocks = (REFERENCE, *self.blocks)
+        return [[Task(number, seed, block) for number, seed in chunk] for chunk in chunks for block in blocks]
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
-        """Those whose pictures do not exist yet."""
+        """The tasks whose pictures do not exist yet."""
         return [task for task in tasks if not self.path(task).is_file()]
 
     @contextmanager
     def claimed(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
-        """Those of the missing tasks that no other process draws, claimed for this one while the block runs."""
+        """The missing tasks that no other process draws, claimed for this process while the block runs."""
         with ExitStack() as stack:
-            mine = [one for one in self.missing(tasks) if stack.enter_context(claim(self.folder, _name(one)))]
+            mine = [task for task in self.missing(tasks) if stack.enter_context(claim(self.folder, _name(task)))]
             yield self.missing(mine)  # another process may have drawn them before they were claimed
 
     def end(self) -> None:
-        """Remove what was needed only while pictures were drawn."""
+        """Remove the claims, once all pictures exist."""
         end_claims(self.folder)
 
     def request_of(self, task: Task) -> GenerationRequest:
@@ -130,35 +130,24 @@ class Study:
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, png_bytes(image))
 
-    def settle(self, request: GenerationRequest) -> None:
-        """Write the study's settings, or compare them with those it was begun with: UsageError where they differ."""
-        path, now, then = self.folder / "study.json", self._settings(request), None
+    def check_settings(self, request: GenerationRequest) -> None:
+        """Write the study's settings, or compare them with those in its folder: UsageError where they differ."""
+        path, settings, then = self.folder / "study.json", self._settings(request), None
         if path.is_file():
             then = _read_settings(path)
-            now["prompts"] += then["prompts"][len(now["prompts"]) :]
-            for key in (key for key in now if now[key] is not None and then.get(key) is not None):
-                if key != "prompts" and then[key] != now[key]:
-                    raise UsageError(
-                        f"{self.folder} holds a study with {key} {_short(then[key])}, this one has {_short(now[key])}: "
-                        "ask for the same, or choose another folder with --output-dir"
-                    )
-            for i, (old, new) in enumerate(zip(then["prompts"], now["prompts"], strict=False), 1):
-                if old != new:
-                    raise UsageError(
-                        f"{self.folder} holds a study whose prompt {i} is {_short(old)}, this one's is {_short(new)}: "
-                        "give the same prompts, or choose another folder with --output-dir"
-                    )
-            now = {key: then.get(key) if value is None else value for key, value in now.items()}
-        if now != then:  # so that no process replaces what another is reading, which Windows refuses
-            write_whole(path, json.dumps(now, indent=2) + "\n")
+            for difference in _differences(then, settings):
+                raise UsageError(f"{self.folder} holds {difference}, or choose another folder with --output-dir")
+            settings = _merge(then, settings)
+        if settings != then:  # so that no process replaces what another is reading, which Windows refuses
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         shared = ("name", "width", "height", "num_steps", "guidance", "dtype")
         values = {key: getattr(request, key) for key in shared}
-        return {**values, "weights": request.weights or None, "prompts": [one.prompt for one in self.prompts]}
+        return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:
-        """A picture that exists, RGB."""
+        """The RGB picture of a task that was drawn."""
         return as_rgb(open_picture(self.path(task), formats=("PNG",))[0], str(self.path(task)))
 
 
@@ -167,18 +156,30 @@ def _name(task: Task) -> str:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings in `study.json`. FileError when it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("prompts"), list):
-            return found
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and isinstance(settings.get("prompts"), list):
+            return settings
     except (OSError, ValueError):
         pass
-    raise FileError(f"{path} is no study's settings: delete it if the pictures beside it may be taken as they are")
+    raise FileError(f"{path} does not hold a study's settings. Next: delete it, if the pictures beside it are right")
 
 
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Texts for the settings and prompts that both have and that differ."""
+    for key in now:
+        if key != "prompts" and None not in (then.get(key), now[key]) and then[key] != now[key]:
+            yield f"a study with {key} {quoted(then[key])}, this one has {quoted(now[key])}: use the same"
+    for i, (old, new) in enumerate(zip(then["prompts"], now["prompts"], strict=False), 1):
+        if old != new:
+            yield f"a study whose prompt {i} is {quoted(old)}, this one's is {quoted(new)}: give the same prompts"
+
+
+def _merge(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings `now`; where they have none, and for further prompts, those of `then`."""
+    merged = {key: then.get(key) if value is None else value for key, value in now.items()}
+    return merged | {"prompts": now["prompts"] + then["prompts"][len(now["prompts"]) :]}
 
 
 # Results -------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One block's result. `spread` and `seed_spread` are standard deviations of 1 - similarity."""
+    """The result for a block, a row of the table. `spread` and `seed_spread`: standard deviations of 1 - similarity."""
 
     block: str
     layer: int
@@ -196,33 +197,33 @@ class Row:
     ci95: float
     """half the width of a 95 % confidence interval of the importance, from the spread over the prompts"""
     seed_spread: float | None
-    """over the seeds of one prompt, pooled; None: there is one seed"""
+    """over the seeds of a prompt, pooled over the prompts; None with a single seed"""
 
 
 def similarities(study: Study, scorer: "Scorer", on_pair: Callable[[], Any] = lambda: None) -> list[dict[str, float]]:
     """For each pair of prompt and seed: block -> cosine similarity of its picture to the reference."""
-    found = []
+    results = []
     for number, seed in study.pairs:
         tasks = [Task(number, seed, block) for block in (REFERENCE, *study.blocks)]
         reference, *others = scorer.features([study.picture(task) for task in tasks])
-        found.append({block: float(reference @ one) for block, one in zip(study.blocks, others, strict=True)})
+        results.append({block: float(reference @ other) for block, other in zip(study.blocks, others, strict=True)})
         on_pair()
-    return found
+    return results
 
 
 def other_seeds(study: Study, scorer: "Scorer") -> float | None:
-    """1 - similarity of the references of two seeds of one prompt, on average: the effect of another start noise."""
+    """The effect of another start noise: mean 1 - similarity of two seeds' references. None with a single seed."""
     changes = []
-    for number, one in enumerate(study.prompts):
-        tasks = [Task(number, one.seed + j, REFERENCE) for j in range(study.seeds)]
+    for number, prompt in enumerate(study.prompts):
+        tasks = [Task(number, prompt.seed + j, REFERENCE) for j in range(study.seeds)]
         features = scorer.features([study.picture(task) for task in tasks])
         changes += [1 - float(a @ b) for i, a in enumerate(features) for b in features[:i]]
     return _mean(changes) if changes else None
 
 
 def rows_of(study: Study, similar: Sequence[dict[str, float]]) -> list[Row]:
-    """The rows of the table, in the order of the blocks."""
-    return [_row(i, block, study.seeds, [1 - one[block] for one in similar]) for i, block in enumerate(study.blocks)]
+    """The rows of the table, in the order of the blocks. similar: of `similarities`."""
+    return [_row(i, block, study.seeds, [1 - pair[block] for pair in similar]) for i, block in enumerate(study.blocks)]
 
 
 def _row(layer: int, block: str, seeds: int, values: list[float]) -> Row:
@@ -246,9 +247,9 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def choose(rows: Sequence[Row], top: int | None = None, threshold: float | None = None) -> tuple[list[str], float]:
-    """The vital blocks, in their order, and the threshold that they exceed: `threshold`, or that of the `top` blocks.
+    """The vital blocks, in order, and the threshold that they exceed: `threshold`, or a value below the `top` blocks.
 
-    With neither, as large a share of the blocks as Stable Flow takes of FLUX.1-dev's.
+    With neither, `top` is Stable Flow's share of FLUX.1-dev's blocks.
     """
     ranked = sorted(rows, key=lambda row: -row.importance)
     if threshold is None:
@@ -259,6 +260,7 @@ def choose(rows: Sequence[Row], top: int | None = None, threshold: float | None 
 
 
 def csv_of(rows: Sequence[Row]) -> str:
+    """The table as CSV, with six decimals."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()

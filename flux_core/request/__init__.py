@@ -1,6 +1,6 @@
-"""What can be asked: the table of fields, and `GenerationRequest`, the one description of a picture.
+"""Requests: the table of fields, `GenerationRequest`, and the files and lines that requests are read from.
 
-Names are looked up when first used, so that the table costs no pydantic.
+Names are imported when first used, so that the table does not import pydantic.
 """
 
 from typing import TYPE_CHECKING, Any

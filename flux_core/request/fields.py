@@ -1,40 +1,46 @@
-"""The table of what can be asked: every flag of the command line and every field of a request, one row each.
+"""The table of a request's fields and of the flags that several commands take.
 
-The parser, its help, the request's bounds and the error texts all read this table, so they cannot disagree.
-It holds plain data: a wrong flag is answered from here, before pydantic or torch are imported.
+The parser, its help, the request's bounds and the error texts all read this table, so they cannot disagree. It holds
+plain data: errors in flags are found with it before pydantic or torch are imported.
 """
 
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import UsageError
 from ..variants import DEFAULT, VARIANTS
 
 MAX_SEED = 2**32 - 1
-"""torch's CPU generator reads the low 32 bits of a seed; larger ones would silently repeat smaller ones"""
+"""torch's CPU generator reads the low 32 bits of a seed; larger seeds would silently repeat smaller seeds"""
 MAX_SEEDS = 1000
-"""pictures or seeds that one flag may ask for"""
+"""the largest number of pictures or seeds in a flag"""
 
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32", "fp8": "fp8"}
-"""accepted spellings of a dtype, and the name that is recorded; no float16: FLUX overflows in it. fp8 is bfloat16 with
-most of the transformer's Linears in eight bits"""
+"""accepted spellings of a dtype -> the recorded name; no float16, in which FLUX overflows. fp8 is bfloat16 with most of
+the transformer's Linears in 8 bits"""
 
 PICTURES = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF", "AVIF")
-"""kinds of picture files that are opened, AVIF where Pillow can"""
-FITS = {"crop": "its edges are cut off", "pad": "it gets black edges", "stretch": "it is stretched"}
-"""what happens to a given picture of another shape than the one to be drawn"""
+"""formats of picture files that are opened, AVIF where Pillow can"""
+STRENGTH = 0.8
+"""default strength of image-to-image"""
+Fit = Literal["crop", "pad", "stretch"]
+FIT: Fit = "crop"
+FITS: dict[str, str] = {"crop": "its edges are cut off", "pad": "it gets black edges", "stretch": "it is stretched"}
+"""what happens to an init image of another shape than the picture's; `FIT` is the default"""
 NUDGE = 1.15
-"""what a photograph's latent is multiplied by before its inversion (Stable Flow's released code)"""
+"""factor for a photograph's latent before its inversion (Stable Flow's released code)"""
 PERCENTILE = 99.5
-"""of dynamic thresholding, as in Imagen"""
-CFG_SCHEDULES = ("constant", "linear", "cosine")
-"""as it is, or down to 1 at the last step: in a line, or by a quarter of a cosine"""
+"""default percentile of dynamic thresholding, as in Imagen"""
+CfgSchedule = Literal["constant", "linear", "cosine"]
+CFG_SCHEDULES: tuple[CfgSchedule, ...] = get_args(CfgSchedule)
+"""how the scale of true CFG changes over the steps: not (the default), or down to 1 at the last step, linearly or by a
+quarter of a cosine"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One value that can be asked for, as a flag and as a field of a request."""
+    """A value that the user can set: a flag, and a field of a request."""
 
     name: str = dataclass_field(kw_only=False)
     kind: type = dataclass_field(kw_only=False)
@@ -44,19 +50,19 @@ class Field:
     """other spellings on the command line"""
     minimum: int | None = None
     maximum: int | None = None
-    default: object = None
-    """a value; None: found out when the request is built"""
+    default: Any = None
+    """a value; None: chosen when the request is built"""
     from_variant: bool = False
     """whether the default is the variant's attribute of the same name"""
     choices: tuple[str, ...] = ()
     multiple: bool = False
     """whether the flag takes several values"""
     metavar: str = ""
-    """how help calls the value; empty: N, X or TEXT, by the kind"""
+    """the value's name in help; empty: N, X or TEXT, by the kind"""
     path: bool = False
-    """whether the value is, or may be, a file or folder: then a `~` at its beginning is the home folder"""
+    """whether the value is, or may be, a file or folder, in which a leading `~` is the home folder"""
     const: str = ""
-    """the value of a flag without a value; empty: a value has to follow"""
+    """the value of the flag when none follows; empty: a value has to follow"""
 
     @property
     def flag(self) -> str:
@@ -64,23 +70,23 @@ class Field:
 
     @property
     def expected(self) -> str:
-        """What a value has to be, for error texts: "a whole number from 1 to 10000"."""
+        """What a value must be, for error texts: "a whole number from 1 to 10000"."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         noun = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}[self.kind]
         return noun if self.minimum is None else f"{noun} from {self.minimum} to {self.maximum}"
 
-    def parse(self, given: str | None, default: Any = None) -> Any:
-        """The value of a flag's text, or `default` where it was not given. UsageError says what it has to be."""
-        if given is None:
+    def parse(self, text: str | None, default: Any = None) -> Any:
+        """The value of a flag's text, or `default` if that is None. UsageError says what the value must be."""
+        if text is None:
             return default
         try:
-            value = self.kind(given)
-            right = self.minimum is None or self.maximum is None or self.minimum <= value <= self.maximum
+            value = self.kind(text)
+            valid = self.minimum is None or self.maximum is None or self.minimum <= value <= self.maximum
         except ValueError:
-            right = False
-        if not right or (self.choices and given not in self.choices):
-            raise UsageError(f"{self.flag} must be {self.expected}, not {given!a}")
+            valid = False
+        if not valid or (self.choices and text not in self.choices):
+            raise UsageError(f"{self.flag} must be {self.expected}, not {text!a}")
         return value
 
     @property
@@ -90,7 +96,7 @@ class Field:
 
     @property
     def default_text(self) -> str:
-        """The default as help shows it; several where the variants differ."""
+        """The default as help shows it, with those of the variants that differ."""
         if not self.from_variant:
             return "" if self.default in (None, False) else f" (default: {self.default})"
         values = {name: getattr(variant, self.name) for name, variant in VARIANTS.items()}
@@ -120,7 +126,7 @@ FILES = (
     Field("clip_l", str, "your own CLIP text encoder: a file or a folder", metavar="PATH", path=True),
     Field("t5xxl", str, "your own T5 text encoder: a file or a folder", metavar="PATH", path=True),
 )
-"""the parts of a model; keys of `Variant.files`"""
+"""the user's own files for the parts of a model; keys of `Variant.files`"""
 
 REQUEST = (
     NAME,
@@ -141,7 +147,7 @@ REQUEST = (
     Field(
         "cfg_zero",
         int,
-        "CFG-Zero*: true CFG at its best scale, after N steps (1) that stand still",
+        "CFG-Zero*: the best scale for each step, after N first steps (1) without a change",
         minimum=0,
         maximum=9999,
         const="1",
@@ -163,7 +169,7 @@ REQUEST = (
     Field(
         "cfg_schedule",
         str,
-        f"how the scales of true CFG go over the steps: {', '.join(CFG_SCHEDULES)} (default: constant)",
+        f"how the scale changes over the steps: {', '.join(CFG_SCHEDULES)} (default: {CFG_SCHEDULES[0]})",
         choices=CFG_SCHEDULES,
         metavar="NAME",
     ),
@@ -178,12 +184,18 @@ REQUEST = (
         multiple=True,
     ),
     Field("init_image", str, f"picture to start from ({', '.join(PICTURES)})", metavar="FILE", path=True),
-    Field("strength", float, "how far to leave the init image; 1: all the way (default: 0.8)", minimum=0, maximum=1),
+    Field(
+        "strength",
+        float,
+        f"how far to leave the init image; 1 ignores it (default: {STRENGTH})",
+        minimum=0,
+        maximum=1,
+    ),
     Field(
         "fit",
         str,
-        f"where the given picture has another shape: {', '.join(f'{name} ({what})' for name, what in FITS.items())} "
-        "(default: crop)",
+        f"where the init image has another shape: {', '.join(f'{name} ({what})' for name, what in FITS.items())} "
+        f"(default: {FIT})",
         choices=tuple(FITS),
         metavar="NAME",
     ),
@@ -198,10 +210,10 @@ REQUEST = (
     Field("allow_empty_prompt", bool, "allow a prompt without words", default=False),
 )
 MEMORY = (
-    Field("offload", bool, "keep on the device only the part that is at work: less memory, slower", default=False),
+    Field("offload", bool, "keep on the device only the part that computes: less memory, slower", default=False),
     Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),
 )
-"""also taken by themselves where memory runs out"""
+"""switched on automatically where memory runs out"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
 OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(
@@ -211,9 +223,14 @@ MACHINE = (DEVICE, *MEMORY, THREADS)
 """where and how a model is loaded"""
 
 
-def take(given: dict[str, Any], rows: tuple[Field, ...]) -> dict[str, Any]:
-    """The values of those rows, taken out of what was given."""
-    return {row.name: given.pop(row.name) for row in rows if row.name in given}
+def key_of(flag: str) -> str:
+    """A flag as a key of JSON or the name of a column: `--num-steps` -> `num_steps`."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def pop_fields(flags: dict[str, Any], fields: tuple[Field, ...]) -> dict[str, Any]:
+    """Remove the values of these fields from `flags` and return them."""
+    return {field.name: flags.pop(field.name) for field in fields if field.name in flags}
 
 
 FIELDS = {field.name: field for field in REQUEST}

@@ -1,12 +1,11 @@
-"""`GenerationRequest`: the one description of a picture, on the command line, in Python and in a file.
+"""`GenerationRequest`: the description of a picture, the same for the command line, Python and files.
 
-It is validated once, when it is built. What was left out is filled from the variant's row there and then, and
-an absent seed is drawn, so that a request always says what will happen. Every failure is a UsageError of one
-line.
+It is validated once, when it is built. Missing fields are filled from the variant there, and a missing seed is drawn,
+so that a request always says what will happen. Every failure is a UsageError of one line.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -21,15 +20,14 @@ from pydantic import (
 
 from ..errors import UsageError, nearest
 from ..hooks import Intervention, Plan, check_plan, parse_plan
-from ..jsonfile import first_finding
+from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
 from ..variants import Variant, get_variant
 from ..version import __version__
-from .fields import DTYPES, FIELDS, MAX_SEED
+from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Fit
 
 PATCH = 16
 """pixels that one image token covers along each side"""
-DEFAULT_STRENGTH = 0.8
 MAX_PROMPT = 64 * 1024
 """bytes of a prompt that metadata keeps"""
 
@@ -39,20 +37,20 @@ def _random_seed(data: dict[str, Any]) -> int:
 
 
 def _guidance(data: dict[str, Any]) -> float | None:
-    row = get_variant(data["name"])
-    return row.guidance if row.params.guidance_embed else None
+    variant = get_variant(data["name"])
+    return variant.guidance if variant.params.guidance_embed else None
 
 
 def _strength(data: dict[str, Any]) -> float | None:
-    return DEFAULT_STRENGTH if data["init_image"] else None
+    return STRENGTH if data["init_image"] else None
 
 
 def _fit(data: dict[str, Any]) -> str | None:
-    return "crop" if data["init_image"] else None
+    return FIT if data["init_image"] else None
 
 
 def _of(name: str, factory: Any = None) -> Any:
-    """The pydantic field of that row of the table; `factory` computes a default from the fields before it."""
+    """The pydantic field for a field of the table. factory: computes the default from the fields before it."""
     field = FIELDS[name]
     options: dict[str, Any] = {"description": field.help}
     if field.minimum is not None:
@@ -75,11 +73,11 @@ def _no_folder(file: str) -> str:
 
 
 DRAWN_BY = frozenset({"version", "weights", "compiled", "functions", "environment"})
-"""fields that say who drew a picture, not what was asked for"""
+"""fields that record how a picture was drawn, not what was requested"""
 
 
 class InitImage(BaseModel):
-    """The picture that image-to-image starts from: its file's name without a folder, and its SHA-256."""
+    """The record of an init image: its file's name without a folder, and its SHA-256."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     file: Annotated[str, AfterValidator(_no_folder)]
@@ -91,47 +89,47 @@ def _dtype(value: object) -> object:
 
 
 class GenerationRequest(BaseModel):
-    """One picture, or `num_images` of them with consecutive seeds."""
+    """A picture, or `num_images` pictures with consecutive seeds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, AfterValidator(lambda name: get_variant(name).name)] = _of("name")
     prompt: str = pydantic.Field(description=FIELDS["prompt"].help)
     negative_prompt: str | None = _of("negative_prompt")
-    """None: the empty one, where there is true CFG"""
+    """None: the empty prompt, with true CFG"""
     width: int = _of("width")
     height: int = _of("height")
     num_steps: int = _of("num_steps")
     guidance: float | None = _of("guidance", _guidance)
     """None: the model takes none"""
     true_cfg_scale: float | None = _of("true_cfg_scale")
-    """None or 1: off, and with it all that follows (see `sampling/guidance.py`)"""
+    """None or 1: no true CFG; the negative prompt and the four fields below must be None (`sampling/guidance.py`)"""
     cfg_zero: int | None = _of("cfg_zero")
     mimic_scale: float | None = _of("mimic_scale")
     threshold_percentile: float | None = _of("threshold_percentile")
-    cfg_schedule: Literal["constant", "linear", "cosine"] | None = _of("cfg_schedule")
+    cfg_schedule: CfgSchedule | None = _of("cfg_schedule")
     num_images: int = _of("num_images")
     seed: int = _of("seed", _random_seed)
     init_image: InitImage | None = None
     strength: float | None = _of("strength", _strength)
-    """None: there is no init image"""
-    fit: Literal["crop", "pad", "stretch"] | None = _of("fit", _fit)
-    """how the init image gets this picture's shape; None: there is none. A file without it is of version 0.1, which
-    stretched (`images/metadata.py`)"""
+    """None: no init image"""
+    fit: Fit | None = _of("fit", _fit)
+    """how the init image gets this picture's shape; None: no init image. Version 0.1 recorded none and stretched
+    (`images/metadata.py`)"""
     dtype: Annotated[Literal["bfloat16", "float32", "fp8"] | None, BeforeValidator(_dtype)] = _of("dtype")
-    """None until the pipeline that draws says which"""
+    """None: the pipeline's, which fills it when it draws"""
     plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
-    """interventions, in the order in which they work"""
+    """interventions, in the order in which they are applied"""
     functions: tuple[str, ...] = ()
-    """what else worked on the picture: Python functions and tensors from files, which metadata can only name"""
+    """names of other interventions: Python functions and tensors from files, which metadata cannot hold"""
     compiled: bool = False
-    """whether the pipeline that draws has compiled its blocks, which changes last bits"""
+    """whether the pipeline's blocks are compiled, which changes last bits; filled when it draws"""
     environment: dict[str, str] | None = None
-    """what last bits depend on besides, filled by the pipeline that draws: torch, device, attention, kernels, replay"""
+    """what else changes last bits, filled when the pipeline draws: torch, device, attention, kernels, replay"""
     version: str = __version__
     weights: dict[str, str] = pydantic.Field(default_factory=dict)
-    """short hash of every weight file, filled by the pipeline that draws"""
-    # What the person at the machine permits. It is no property of the picture, and no file may grant it.
+    """short hash of every weight file, filled when the pipeline draws"""
+    # Permissions of the user, no properties of the picture: not recorded, and no file may grant them.
     force: bool = pydantic.Field(default=False, exclude=True)
     allow_empty_prompt: bool = pydantic.Field(default=False, exclude=True)
 
@@ -139,11 +137,11 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _build(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if isinstance(data, dict):
-            data = {key: value for key, value in data.items() if not _left_out(key, value)}
+            data = {key: value for key, value in data.items() if not _means_default(key, value)}
         try:
             request = handler(data)
         except pydantic.ValidationError as error:
-            raise UsageError(_one_line(error)) from None
+            raise UsageError(_error_text(error)) from None
         check_plan(request.plan, request.variant.params, request.num_forward_steps, request.branches)
         request._check_prompt()
         request._check_true_cfg()
@@ -164,27 +162,27 @@ class GenerationRequest(BaseModel):
                 ) from None
 
     def _check_true_cfg(self) -> None:
-        """What would have no effect is an error that says what to add."""
-        needs = ("negative_prompt", "cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
-        idle = [FIELDS[name].flag for name in needs if getattr(self, name) is not None]
+        """UsageError for fields that would have no effect."""
+        dependent = ("negative_prompt", "cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
+        idle = [FIELDS[name].flag for name in dependent if getattr(self, name) is not None]
         if idle and not self.uses_true_cfg:
             scale = "without --true-cfg-scale" if self.true_cfg_scale is None else "at --true-cfg-scale 1"
-            raise UsageError(f"{idle[0]} does nothing {scale}. Next: add one above 1, as in --true-cfg-scale 2")
+            raise UsageError(f"{idle[0]} does nothing {scale}. Next: add a scale above 1, as in --true-cfg-scale 2")
         if self.threshold_percentile is not None and self.mimic_scale is None:
             raise UsageError("--threshold-percentile does nothing without --mimic-scale. Next: add --mimic-scale 1")
         if (self.cfg_zero or 0) >= self.num_forward_steps > 0:
             raise UsageError(
-                f"--cfg-zero {self.cfg_zero} leaves none of {self.num_forward_steps} step(s). Next: say fewer"
+                f"--cfg-zero {self.cfg_zero} leaves none of {self.num_forward_steps} step(s). Next: a smaller number"
             )
 
     def _check_size(self) -> None:
-        row = self.variant
+        variant = self.variant
         for flag, side in (("--width", self.width), ("--height", self.height)):
-            if not row.min_side <= side <= row.max_side and not self.force:
+            if not variant.min_side <= side <= variant.max_side and not self.force:
                 tokens = self.padded_size[0] * self.padded_size[1] // PATCH**2
                 raise UsageError(
-                    f"{flag} {side} is not among the {row.min_side} to {row.max_side} pixels {row.name} is "
-                    f"made for: choose another, or add --force ({tokens:,} image tokens)"
+                    f"{flag} {side} is not among the {variant.min_side} to {variant.max_side} pixels {variant.name} "
+                    f"is made for: choose another, or add --force ({tokens:,} image tokens)"
                 )
 
     def _check_seeds(self) -> None:
@@ -197,94 +195,106 @@ class GenerationRequest(BaseModel):
 
     @property
     def uses_true_cfg(self) -> bool:
-        """Whether there is true CFG."""
+        """Whether a step takes two forwards, for the prompt and the negative prompt."""
         return (self.true_cfg_scale or 1) > 1
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What is encoded for a picture: the prompt, and with true CFG what it steers away from."""
+        """The texts to encode: the prompt, and with true CFG the negative prompt."""
         return (self.prompt, self.negative_prompt or "") if self.uses_true_cfg else (self.prompt,)
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """How a plan calls them."""
+        """The names of these texts' forwards in a plan."""
         return ("positive", "negative") if self.uses_true_cfg else ("image",)
 
     @property
     def padded_size(self) -> tuple[int, int]:
-        """Width and height at which the model draws: the next multiples of 16. The rest is cropped off."""
+        """Width and height that the model draws: the next multiples of 16. The picture is cropped from it."""
         return -(-self.width // PATCH) * PATCH, -(-self.height // PATCH) * PATCH
 
     @property
     def num_forward_steps(self) -> int:
-        """Forwards that this request takes: image-to-image enters the schedule late."""
+        """The steps that are computed: `num_steps` without those that image-to-image skips."""
         strength = 1.0 if self.init_image is None or self.strength is None else self.strength
         return self.num_steps - skipped_steps(self.num_steps, strength)
 
     def recorded(self, functions: Sequence[Intervention] = ()) -> Self:
-        """The request as a picture's metadata hold it: no intervention that names a file or is a function."""
-        every = (*self.plan, *functions)
-        named = tuple(one.label for one in every if one.changes_pixels and not one.portable)
-        return self.model_copy(update={"plan": tuple(one for one in every if one.portable), "functions": named})
+        """The request for a picture's metadata: interventions that are functions or name a file only as labels.
+
+        functions: interventions beside those of the plan.
+        """
+        entries = (*self.plan, *functions)
+        labels = tuple(entry.label for entry in entries if entry.changes_pixels and not entry.portable)
+        return self.model_copy(update={"plan": tuple(x for x in entries if x.portable), "functions": labels})
 
     def images(self) -> list["GenerationRequest"]:
-        """The request of every single picture: seeds s, s+1, …"""
+        """A request for each picture: seeds s, s+1, …"""
         seeds = range(self.seed, self.seed + self.num_images)
         return [self.model_copy(update={"seed": seed, "num_images": 1}) for seed in seeds]
 
     def settings(self) -> str:
-        """The effective values, for people."""
+        """The main settings, in a line for the user."""
         parts = [f"{self.name}: {self.width}x{self.height}", f"{self.num_steps} steps"]
         parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
         parts += [f"true CFG {self.true_cfg_scale:g}"] if self.uses_true_cfg else []
         parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
         parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
         if self.plan:
-            parts.append("plan: " + ", ".join(one.kind for one in self.plan))
+            parts.append("plan: " + ", ".join(entry.kind for entry in self.plan))
         if self.init_image is not None:
             parts.append(f"from {self.init_image.file} at strength {self.strength:g}")
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """What the user should know before it is drawn, one line each."""
-        row, given, notes = self.variant, self.model_fields_set, []
+        """What the user should know before drawing, a line each."""
+        return [*self._model_notes(), *self._true_cfg_notes(), *self._init_image_notes(), *self._prompt_notes()]
+
+    def _model_notes(self) -> Iterator[str]:
+        variant = self.variant
         if self.padded_size != (self.width, self.height):
-            made = "{}x{}".format(*self.padded_size)
-            notes.append(f"{self.width}x{self.height} is drawn at {made}, multiples of {PATCH}, and cropped")
-        if not row.shift and self.num_steps > 8:
-            notes.append(f"{row.name} is made for {row.num_steps} steps; more than 8 rarely help")
-        if not row.params.guidance_embed and "guidance" in given:
-            notes.append(f"{row.name} takes no guidance: --guidance is ignored")
+            padded = "{}x{}".format(*self.padded_size)
+            yield f"{self.width}x{self.height} is drawn at {padded}, multiples of {PATCH}, and cropped"
+        if not variant.shift and self.num_steps > 8:
+            yield f"{variant.name} is made for {variant.num_steps} steps; more than 8 rarely help"
+        if not variant.params.guidance_embed and "guidance" in self.model_fields_set:
+            yield f"{variant.name} takes no guidance: --guidance is ignored"
         elif self.guidance is not None and self.guidance > 10:
-            notes.append(f"guidance {self.guidance:g} is high: above 10 pictures look burnt")
+            yield f"guidance {self.guidance:g} is high: above 10 pictures look burnt"
+
+    def _true_cfg_notes(self) -> Iterator[str]:
         if self.uses_true_cfg:
-            notes.append("true CFG takes two forwards a step, about twice the time")
+            yield "true CFG takes two forwards a step, about twice the time"
             if not self.negative_prompt:
-                notes.append("true CFG steers away from the empty prompt: --negative-prompt names another")
+                yield "true CFG steers away from the empty prompt: --negative-prompt names another"
         if (self.mimic_scale or 1) > (self.true_cfg_scale or 1):
-            notes.append(f"--mimic-scale {self.mimic_scale:g} is above --true-cfg-scale: it bounds next to nothing")
-        for name in ("strength", "fit") if self.init_image is None else ():
-            if name in given:
-                notes.append(f"--{name} does nothing without --init-image")
-        if self.init_image is not None and self.num_forward_steps == self.num_steps:
-            notes.append(
+            yield f"--mimic-scale {self.mimic_scale:g} is above --true-cfg-scale: it bounds next to nothing"
+
+    def _init_image_notes(self) -> Iterator[str]:
+        if self.init_image is None:
+            for name in ("strength", "fit"):
+                if name in self.model_fields_set:
+                    yield f"--{name} does nothing without --init-image"
+        elif self.num_forward_steps == self.num_steps:
+            yield (
                 f"strength {self.strength:g} draws all of {self.num_steps} step(s), from noise alone: the init image "
                 f"has no effect. Next: --strength {highest_strength(self.num_steps):g} or lower, or more --num-steps"
             )
+
+    def _prompt_notes(self) -> Iterator[str]:
         if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
-            notes.append(f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt")
-        return notes
+            yield f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt"
 
 
-def _left_out(key: str, value: object) -> bool:
-    """None stands for the default everywhere, seed -1 for a random one (a habit of many tools), no words for none."""
+def _means_default(key: str, value: object) -> bool:
+    """Whether a value means the field's default: None, seed -1 (as in many tools), a negative prompt without words."""
     if key == "negative_prompt" and isinstance(value, str) and not value.strip():
         return True
     return value is None or (key == "seed" and str(value).strip() == "-1")
 
 
-def _one_line(error: pydantic.ValidationError) -> str:
-    """The first finding, by the flag's name and with what would be right."""
+def _error_text(error: pydantic.ValidationError) -> str:
+    """A line with the flag's name, the finding, and what the value must be."""
     first = first_finding(error)
     name = str(first["loc"][0]) if first["loc"] else "request"
     field = FIELDS.get(name)
@@ -294,5 +304,4 @@ def _one_line(error: pydantic.ValidationError) -> str:
         return f"{field.flag if field else name}: {first['msg']}"
     if first["type"] == "missing":
         return f'{field.flag} is missing, as in {field.flag} "a red apple"'
-    given = ascii(first["input"])
-    return f"{field.flag} must be {field.expected}, not {given if len(given) <= 60 else given[:60] + '…'}"
+    return f"{field.flag} must be {field.expected}, not {quoted(first['input'])}"

@@ -1,15 +1,12 @@
-"""Prompts that come as lines: those of a file, and those that somebody types between two pictures.
+"""Reading files of prompts.
 
-A file's lines are prompts; those of a table (`.csv` or `.tsv`, under a header) and of JSON (`.json`: a list; `.jsonl`,
-`.ndjson`: line by line) may say more than a prompt:
+In a text file each line is a prompt. The rows of a table (`.csv` or `.tsv`, with a header) and the entries of JSON
+(`.json`: a list; `.jsonl`, `.ndjson`: line by line) may set other fields of a request too:
 
     prompt,negative-prompt,cfg-scale,seed
     a flower,a red flower,3,7
 
-Spreadsheets write `;` for `,`, a first line `sep=;`, UTF-16, and other line ends: all of that is read.
-
-What is typed follows the official command: a line is the next prompt, an empty line the last one again, and a line that
-begins with `/` changes a setting.
+Spreadsheets write `;` for `,`, a first line `sep=;`, UTF-16, and other line ends: all of these are read.
 """
 
 import codecs
@@ -20,29 +17,26 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import pydantic_core
 
 from ..errors import FileError, UsageError, nearest
-from ..terminal import note
-from .fields import REQUEST
+from ..jsonfile import MAX_BYTES
+from .fields import REQUEST, key_of
 from .generation import GenerationRequest
 
-MAX_BYTES = 1 << 20
-"""of a file of prompts, and of a typed line"""
-csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # by itself 131,072 characters
+csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
 OF_A_RUN = ("name", "dtype", "init_image", "force", "allow_empty_prompt")
-"""what a line cannot say: one model is loaded, from one picture, and no file grants permissions"""
+"""fields that a line cannot set: a run has one model and one init image, and no file grants permissions"""
 COLUMNS = {
-    flag.lstrip("-").replace("-", "_"): field.name
+    key_of(flag): field.name
     for field in REQUEST
     if field.name not in OF_A_RUN
     for flag in (field.flag, *field.flags)
     if flag.startswith("--")
 }
-"""what a line can say, by the names of flags"""
+"""keys and column names, which are the names of flags -> the fields that a line can set"""
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",  # begins as UTF-16 does
@@ -50,54 +44,49 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-"""encodings by what a file begins with"""
-UNREAD = (".yaml", ".yml", ".toml", ".xml", ".html", ".xls", ".xlsx", ".ods", ".parquet")
-"""suffixes of files whose lines are no prompts"""
-SETTINGS = {
-    "/w": "width",
-    "/h": "height",
-    "/g": "guidance",
-    "/s": "seed",
-    "/n": "num_steps",
-    "/c": "true_cfg_scale",
-    "/np": "negative_prompt",
-}
-QUESTION = "Next prompt (empty: the last one again with another seed; /h: help; /q: quit)"
-HELP = (
-    "/w WIDTH, /h HEIGHT, /g GUIDANCE, /n STEPS, /s SEED (of the next picture), /c TRUE CFG SCALE, /np NEGATIVE PROMPT "
-    "(the whole line) and then a prompt; /q quits"
-)
+"""byte order mark -> encoding"""
+UNSUPPORTED = (".yaml", ".yml", ".toml", ".xml", ".html", ".xls", ".xlsx", ".ods", ".parquet")
+"""suffixes of files that are refused, because their lines are no prompts"""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one line of a file says of a picture, by the names of a request's fields, and where it stands."""
+    """A line of a file of prompts."""
 
     where: str
+    """file and line, for errors"""
     fields: dict[str, Any]
+    """the fields of a request that the line sets"""
+
+    def request(self, defaults: dict[str, Any]) -> GenerationRequest:
+        """The request of this line; `defaults` are for fields that it does not set. UsageError with file and line."""
+        try:
+            return GenerationRequest(**{**defaults, **self.fields})
+        except UsageError as error:
+            raise UsageError(f"{self.where}: {error}") from None
 
 
 def read_lines(path: str) -> list[Line]:
-    """The pictures of a file (`-`: standard input), by its suffix a table or JSON, else a prompt on each line.
+    """The lines of a file (`-`: standard input): by its suffix a table or JSON, else a prompt on each line.
 
-    FileError when it cannot be read or holds nothing, UsageError for a line that cannot be understood.
+    FileError when it cannot be read or holds no prompt, UsageError for a line that is wrong.
     """
     name = "standard input" if path == "-" else path
     suffix = path[path.rfind(".") :].lower()
-    if suffix in UNREAD:
+    if suffix in UNSUPPORTED:
         raise FileError(f"{name}: prompts cannot be read from {suffix}. Next: save them as .txt, {', '.join(READERS)}")
-    lines = list(READERS.get(suffix, _of_text)(name, _decoded(name, _bytes_of(path, name))))
+    lines = list(READERS.get(suffix, _read_text)(name, _decode(name, _read_bytes(path, name))))
     if not lines:
         raise FileError(f"{name} holds no prompt: write one on each line")
     return lines
 
 
-def _decoded(name: str, data: bytes) -> str:
-    """The text of a file in UTF-8, or as its byte order mark says, with "\n" for every line's end. FileError.
+def _decode(name: str, data: bytes) -> str:
+    """The text of a file in UTF-8, or by its byte order mark, with "\n" for every line end. FileError.
 
-    A mark further on is where two files were put together.
+    A mark inside the text, where two files were joined, ends a line.
     """
-    mark, encoding = next((one for one in MARKS.items() if data.startswith(one[0])), (b"", "utf-8"))
+    mark, encoding = next((item for item in MARKS.items() if data.startswith(item[0])), (b"", "utf-8"))
     data = data.removeprefix(mark)
     try:
         text, valid = data.decode(encoding), True
@@ -106,28 +95,28 @@ def _decoded(name: str, data: bytes) -> str:
     text = re.sub("\r\n?", "\n", text)
     if not valid or "\0" in text:  # every other byte of UTF-16 without a mark is a NUL
         line = text.partition("\0")[0].count("\n") + 1
-        kinds = "UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark"
-        raise FileError(f"{name}, line {line} is no {kinds}. Next: save the file as UTF-8")
+        encodings = "UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark"
+        raise FileError(f"{name}, line {line} is no {encodings}. Next: save the file as UTF-8")
     return re.sub("\n?\ufeff", "\n", text.lstrip("\ufeff"))
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    """All but blank lines, stripped, by their numbers."""
+    """Number and stripped text of every line that is not blank."""
     return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _of_text(name: str, text: str) -> Iterator[Line]:
-    """All lines but comments (#)."""
+def _read_text(name: str, text: str) -> Iterator[Line]:
+    """Each line that is no comment (#), as a prompt."""
     for number, line in _numbered(text):
         if not line.startswith("#"):
             yield Line(f"{name}, line {number}", {"prompt": line})
 
 
-def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
-    """Rows under a header that names columns; an empty cell says nothing. delimiter: where the header has none."""
+def _read_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
+    """The rows below a header of column names; an empty cell sets no field. delimiter: if the header shows none."""
     if declared := re.match(r'"?sep=([^\w\s"]|\t)"?(?=\n|$)', text, re.IGNORECASE):
         delimiter, text = declared[1], text[declared.end() :]
-    else:  # no name of a column has one in it
+    else:  # column names contain none of these
         delimiter = max((delimiter, *",;\t|"), key=next(_numbered(text), (0, ""))[1].count)
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows = ((f"{name}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row))
@@ -135,7 +124,7 @@ def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
         where, header = next(rows, ("", []))
         columns = _columns(header, where)
         for where, row in rows:
-            if row != header:  # which tables that were put together have twice
+            if row != header:  # joined tables repeat it
                 yield Line(where, _cells(columns, row, where, delimiter))
     except csv.Error as error:
         advice = "put quotes around a whole cell, and double those in it"
@@ -143,62 +132,62 @@ def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
 
 
 def _cells(columns: Sequence[str], row: Sequence[str], where: str, delimiter: str) -> dict[str, str]:
-    """What a row says. UsageError where it has other columns than the header."""
+    """The fields that a row sets. UsageError if its number of cells is not that of the header."""
     cells = [cell.strip() for cell in row]
-    found = f"{where} has {len(cells)} cell(s), the header {len(columns)}"
+    finding = f"{where} has {len(cells)} cell(s), the header {len(columns)}"
     if any(cells[len(columns) :]):
-        raise UsageError(f"{found}. Next: put quotes around a cell that holds {delimiter!r}")
+        raise UsageError(f"{finding}. Next: put quotes around a cell that holds {delimiter!r}")
     if len(cells) < len(columns):
-        raise UsageError(f"{found}. Next: write {delimiter!r} also before a cell that is empty")
+        raise UsageError(f"{finding}. Next: write {delimiter!r} also before an empty cell")
     return {column: cell for column, cell in zip(columns, cells, strict=False) if cell}
 
 
-def _of_json(name: str, text: str) -> Iterator[Line]:
-    """The entries of a list, or one by itself."""
-    found = _json(text, name) if text.strip() else []
-    for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
+def _read_json(name: str, text: str) -> Iterator[Line]:
+    """The entries of a list, or a single entry."""
+    value = _parse_json(text, name) if text.strip() else []
+    for number, entry in enumerate(value if isinstance(value, list) else [value], 1):
         where = f"{name}, entry {number}"
-        yield Line(where, _entry(entry, where))
+        yield Line(where, _fields_of(entry, where))
 
 
-def _of_jsonl(name: str, text: str) -> Iterator[Line]:
+def _read_jsonl(name: str, text: str) -> Iterator[Line]:
     """An entry on each line."""
     for number, line in _numbered(text):
         where = f"{name}, line {number}"
-        yield Line(where, _entry(_json(line, where), where))
+        yield Line(where, _fields_of(_parse_json(line, where), where))
 
 
-def _json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return pydantic_core.from_json(text)  # unlike json.loads it bounds the depth
     except ValueError as error:
-        advice = "a list is named .json, entries on lines of their own .jsonl"
+        advice = "name a list .json, entries on lines of their own .jsonl"
         raise UsageError(f"{where} is no JSON: {error}. Next: {advice}") from None
 
 
-def _entry(found: Any, where: str) -> dict[str, Any]:
-    """What an object says, or a string, which is a prompt."""
-    found = {"prompt": found} if isinstance(found, str) else found
-    if not isinstance(found, dict):
+def _fields_of(entry: Any, where: str) -> dict[str, Any]:
+    """The fields that an entry sets: an object, or a string, which is a prompt. UsageError."""
+    entry = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict):
         raise UsageError(f'{where} is neither an object nor a string: say {{"prompt": "a red apple", "seed": 1}}')
-    values = zip(_columns(found, where), found.values(), strict=True)
+    values = zip(_columns(entry, where), entry.values(), strict=True)
     return {key: value for key, value in values if value is not None}
 
 
 READERS: dict[str, Callable[[str, str], Iterator[Line]]] = {
-    ".csv": _of_table,
-    ".tsv": partial(_of_table, delimiter="\t"),
-    ".json": _of_json,
-    ".jsonl": _of_jsonl,
-    ".ndjson": _of_jsonl,
+    ".csv": _read_table,
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
 }
-"""of files that say more than prompts, by the suffix of their names"""
+"""suffix -> reader, for files that are not plain text"""
 
 
 def _columns(names: Iterable[str], where: str) -> list[str]:
-    """The request's fields of those names, but for empty ones at the end.
+    """The request's fields for column names or keys; empty names at the end are dropped.
 
-    UsageError for one that is none, with the nearest, and for one twice.
+    UsageError for an unknown name, with the nearest known name, and for a field that occurs twice.
     """
     columns: list[str] = []
     words = [name.strip().lower().replace("-", "_").replace(" ", "_") for name in names]
@@ -214,7 +203,8 @@ def _columns(names: Iterable[str], where: str) -> list[str]:
     return columns
 
 
-def _bytes_of(path: str, name: str) -> bytes:
+def _read_bytes(path: str, name: str) -> bytes:
+    """The bytes of a file or of standard input. FileError."""
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin is not None else b""
@@ -225,46 +215,5 @@ def _bytes_of(path: str, name: str) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"{name}: the prompts could not be read: {reason}") from None
     if len(data) > MAX_BYTES:
-        raise FileError(f"{name}: a file of prompts has at most {MAX_BYTES:,} bytes; make several of it")
+        raise FileError(f"{name}: a file of prompts has at most {MAX_BYTES:,} bytes. Next: split it")
     return data
-
-
-def typed_lines() -> Iterator[str]:
-    """What comes over standard input, until `/q` or its end; a line that is no text is told and left out.
-
-    The question goes to stderr, where no script reads results, and only to somebody who sits at a terminal.
-    """
-    while sys.stdin is not None:
-        if sys.stdin.isatty():
-            note(QUESTION)
-        data = sys.stdin.buffer.readline(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"a line has at most {MAX_BYTES:,} bytes")
-        try:
-            line = data.decode().strip()
-        except UnicodeDecodeError:
-            note("error: that line is no UTF-8 text")
-            continue
-        if not data or (line.startswith("/") and line.split()[-1] == "/q"):
-            return
-        yield line
-
-
-def obey(line: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A request's fields after a typed line. UsageError, as a request words it, for a wrong command or value."""
-    if not line.startswith("/"):
-        return {**fields, "prompt": line} if line else fields
-    if line == "/h":
-        note(HELP)
-        return fields
-    words, changes = line.split(), {}
-    if words[0] == "/np":
-        words = ["/np", line.removeprefix("/np").strip()]
-    for command, value in zip_longest(words[::2], words[1::2]):
-        if command not in SETTINGS:
-            raise UsageError(f"there is no {command[:60]!a} here: {HELP}")
-        if value is None:
-            raise UsageError(f"{command} needs a value")
-        changes[SETTINGS[command]] = value
-    GenerationRequest(**{**fields, **changes})
-    return {**fields, **changes}

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UsageError
 from ..images.metadata import printable
+from ..jsonfile import first_finding
 from ..request.fields import FIELDS, MAX_SEED, Field
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..terminal import note
@@ -111,7 +112,7 @@ class Exploration(BaseModel):
         for view in self.views:
             for point in self.points(view):
                 found.setdefault(point, []).append(f"{view.folder}/{self._stem(point, view.axes)}")
-        return dict(sorted(found.items(), key=lambda one: one[0].prompt))  # stable: a prompt is encoded once
+        return dict(sorted(found.items(), key=lambda item: item[0].prompt))  # stable: a prompt is encoded once
 
     def _stem(self, point: Point, axes: Sequence[str]) -> str:
         return "_".join(f"{axis}_{self._value(point, axis)}" for axis in axes)
@@ -130,7 +131,7 @@ class Exploration(BaseModel):
             for row in rows:
                 sheets.setdefault(self._stem(row[0], view.axes[:-2]), []).append(row)
             name = view.folder.replace("images", "grid")
-            yield from (Sheet("_".join(filter(None, (name, one))), view.axes, rows) for one, rows in sheets.items())
+            yield from (Sheet("_".join(filter(None, (name, stem))), view.axes, rows) for stem, rows in sheets.items())
 
     def label(self, point: Point, axis: str) -> str:
         """A value as a grid shows it; empty where the model takes none."""
@@ -162,22 +163,22 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-# What was asked ------------------------------------------------------------------------------------
+# From flags to an exploration -----------------------------------------------------------------------
 
 
-def numbers(row: Field, flag: str, given: Sequence[str] | None) -> list[Any]:
+def numbers(field: Field, flag: str, texts: Sequence[str] | None) -> list[Any]:
     """The values of a list as in "4,8,28", without duplicates; [] without a list. UsageError by the field's bounds."""
-    parts = [part.strip() for text in given or () for part in text.split(",")]
-    values = [replace(row, name=flag, multiple=False).parse(part) for part in parts]
+    parts = [part.strip() for text in texts or () for part in text.split(",")]
+    values = [replace(field, name=flag, multiple=False).parse(part) for part in parts]
     unique = list(dict.fromkeys(values))
     if len(unique) < len(values):
         note(f"--{flag}: repeated values are drawn once")
     return unique
 
 
-def seeds_of(given: Sequence[str] | None) -> list[int]:
+def seeds_of(texts: Sequence[str] | None) -> list[int]:
     """The seeds of a list, as `numbers`; `auto:8` gives eight random seeds, and -1, as in many tools, a single one."""
-    text = ",".join(given or ("auto:1",)).strip()
+    text = ",".join(texts or ("auto:1",)).strip()
     text = "auto:1" if text == "-1" else text
     if text.startswith("auto:"):
         how_many = replace(FIELDS["num_images"], name="seeds auto:N").parse(text.removeprefix("auto:"))
@@ -193,7 +194,7 @@ def plan_exploration(
     guidance: Sequence[str] | None = None,
     **options: Any,
 ) -> Exploration:
-    """The exploration that the flags ask for. fields: of every request; options: `cross`, `save_latents`, `metadata`.
+    """The exploration that the flags describe. fields: of every request; options: `cross`, `save_latents`, `metadata`.
 
     UsageError for anything that is wrong with any of its requests. Their notes are printed, once each.
     """
@@ -221,7 +222,7 @@ def plan_exploration(
             **options,
         )
     except ValidationError as error:
-        raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise UsageError(first_finding(error)["msg"].removeprefix("Value error, ")) from None
 
 
 _OWN = {"prompt", "seed", "num_steps", "guidance", "num_images", *DRAWN_BY} - {"compiled"}

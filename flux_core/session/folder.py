@@ -38,18 +38,18 @@ PICTURE, LATENTS = ".png", ".safetensors"
 class Session:
     """The files of an exploration."""
 
-    def __init__(self, folder: Path, asked: Exploration) -> None:
-        self.folder, self.asked = folder, asked
-        self.numbers = {point: number for number, point in enumerate(asked.places)}
+    def __init__(self, folder: Path, exploration: Exploration) -> None:
+        self.folder, self.exploration = folder, exploration
+        self.numbers = {point: number for number, point in enumerate(exploration.places)}
 
     def path(self, stem: str, suffix: str = PICTURE) -> Path:
         return self.folder / (stem + suffix)  # not `with_suffix`: "guidance_3.5" would lose its 5
 
     def first(self, point: Point) -> Path:
-        return self.path(self.asked.places[point][0])
+        return self.path(self.exploration.places[point][0])
 
     def there(self) -> set[Point]:
-        return {point for point in self.asked.places if self.first(point).is_file()}
+        return {point for point in self.exploration.places if self.first(point).is_file()}
 
     def begin(self) -> None:
         """Write the manifest, make all folders, and mend what an earlier end left, before other processes join.
@@ -57,8 +57,8 @@ class Session:
         DiskError, also where the pictures would not fit.
         """
         if not (self.folder / MANIFEST).is_file():
-            write_whole(self.folder / MANIFEST, self.asked.text())
-        for folder in (self.folder, *(self.folder / view.folder for view in self.asked.views)):
+            write_whole(self.folder / MANIFEST, self.exploration.text())
+        for folder in (self.folder, *(self.folder / view.folder for view in self.exploration.views)):
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
                 for temporary in folder.glob(".flux_core.*.tmp"):
@@ -73,22 +73,22 @@ class Session:
 
     def _bytes_missing(self) -> float:
         """Bytes that are still to be written, about."""
-        there, request = self.there(), self.asked.request_of(next(iter(self.numbers)))
-        missing = [point for point in self.asked.places if point not in there]
+        there, request = self.there(), self.exploration.request_of(next(iter(self.numbers)))
+        missing = [point for point in self.exploration.places if point not in there]
         latents = {None: 0, "last": len(missing), "every": sum(point.steps for point in missing)}
-        per_pixel = len(missing) * PNG_BYTES + latents[self.asked.save_latents] * LATENT_BYTES
+        per_pixel = len(missing) * PNG_BYTES + latents[self.exploration.save_latents] * LATENT_BYTES
         return per_pixel * request.width * request.height
 
     def mend(self) -> None:
         """Make the missing other paths and rows of every picture that exists."""
         with self.recording():
-            for point, (first, *others) in self.asked.places.items():
+            for point, (first, *others) in self.exploration.places.items():
                 for suffix in (LATENTS, PICTURE) if self.first(point).is_file() else ():
                     for other in others:
                         if self.path(first, suffix).is_file() and not self.path(other, suffix).is_file():
                             _link(self.path(first, suffix), self.path(other, suffix))
-            if self.asked.metadata:
-                mend(self.folder, [stems[0] + PICTURE for stems in self.asked.places.values()])
+            if self.exploration.metadata:
+                mend(self.folder, [stems[0] + PICTURE for stems in self.exploration.places.values()])
 
     def recording(self) -> AbstractContextManager[None]:
         """The lock under which the folder's record is changed."""
@@ -99,8 +99,8 @@ class Session:
         with self.recording():
             then = read_manifest(self.folder).drawn
             if then is None:
-                self.asked = self.asked.model_copy(update={"drawn": now})
-                write_whole(self.folder / MANIFEST, self.asked.text())
+                self.exploration = self.exploration.model_copy(update={"drawn": now})
+                write_whole(self.folder / MANIFEST, self.exploration.text())
             elif then != now:
                 raise UsageError(
                     f"{self.folder} was begun with {then.dtype} and {then.weights}, these are {now.dtype} and "
@@ -113,14 +113,14 @@ class Session:
 
     def keep(self, point: Point, picture: bytes, latents: bytes | None) -> None:
         """Write a picture to all its paths, then its row. After a DiskError the picture is missing or whole."""
-        first, *others = self.asked.places[point]
+        first, *others = self.exploration.places[point]
         with self.recording():  # so that no other process finds the picture without its row
             for suffix, data in ((LATENTS, latents), (PICTURE, picture)):
                 if data is not None:
                     write_whole(self.path(first, suffix), data)
                     for other in others:
                         _link(self.path(first, suffix), self.path(other, suffix))
-            if self.asked.metadata:
+            if self.exploration.metadata:
                 append(self.folder / NAME, row_of(self.folder, first + PICTURE))
 
     def end(self) -> None:
@@ -170,8 +170,8 @@ def read_manifest(folder: Path) -> Exploration:
         requests = [session.request_of(point) for point in session.places]
     except (UsageError, TypeError) as error:
         raise UsageError(f"{path}, line {_line(path, 'request')}: {error}") from None
-    if any(not one.portable for one in requests[0].plan):
-        raise UsageError(f"{path}, line {_line(path, 'plan')}: a file cannot make us read or write others")
+    if any(not entry.portable for entry in requests[0].plan):
+        raise UsageError(f"{path}, line {_line(path, 'plan')}: a file cannot make us read or write other files")
     return session
 
 

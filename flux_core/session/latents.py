@@ -1,4 +1,4 @@
-"""Latents as safetensors files: those that a picture was decoded from, and those after every step if asked for.
+"""Latents as safetensors files: those that a picture was decoded from, and on request those after every step.
 
 Tensors [1, 16, 2*ceil(height/16), 2*ceil(width/16)] in the dtype of the drawing: `latents` was decoded, `step_1`,
 `step_2`, … are the latents after those steps. The metadata holds the picture's request, under the key of pictures.

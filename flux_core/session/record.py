@@ -37,20 +37,20 @@ def row_of(folder: Path, file: str) -> Row:
     text = read_texts(folder / file).get(KEY)
     if text is None:
         raise UsageError(f"{folder / file} does not say how it was made: move it away, and it is drawn again")
-    asked: dict[str, Any] = json.loads(text)
+    recorded: dict[str, Any] = json.loads(text)
     values = {
         "Time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime((folder / file).stat().st_mtime)),
-        "Seed": asked["seed"],
-        "Width": asked["width"],
-        "Height": asked["height"],
-        "Steps": asked["num_steps"],
-        "Guidance": asked.get("guidance", ""),
+        "Seed": recorded["seed"],
+        "Width": recorded["width"],
+        "Height": recorded["height"],
+        "Steps": recorded["num_steps"],
+        "Guidance": recorded.get("guidance", ""),
         "LoraScale": "",
-        "Prompt": printable(asked["prompt"]),
+        "Prompt": printable(recorded["prompt"]),
         "File": file,
         "SHA256": hashlib.sha256((folder / file).read_bytes()).hexdigest(),
-        "Model": asked["name"],
-        "Version": asked["version"],
+        "Model": recorded["name"],
+        "Version": recorded["version"],
         "Request": text,
     }
     return {column: str(values[column]) for column in COLUMNS}

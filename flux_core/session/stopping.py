@@ -15,11 +15,11 @@ class Stop:
     """SIGINT and SIGTERM as a request, inside `finishing`; outside it they raise KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.asked = self._finishing = False
+        self.requested = self._finishing = False
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has come. Call it where nothing is half done."""
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -45,9 +45,9 @@ class Stop:
             self._finishing = False
 
     def _handle(self, number: int, frame: FrameType | None) -> Any:
-        if not self._finishing or (self.asked and number == signal.SIGINT):
+        if not self._finishing or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
-        if not self.asked:
+        if not self.requested:
             with suppress(OSError):  # not `note`: a signal may come while stderr is being written
                 os.write(2, b"\nthis picture is finished first; interrupt again to stop at once\n")
-        self.asked = True
+        self.requested = True

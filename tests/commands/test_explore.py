@@ -207,7 +207,7 @@ WRONG = [
     (["--prompt", " "], "--prompt has no words"),
     (["--prompt", "a", "--seeds", "auto:1000", "--steps", "1,2,3,4,5,6,7,8,9,10,11", "--cross"], "11,000 pictures"),
     (["--prompt", "a", "--name", "flux-schnell", "--guidance", "1,2"], "flux-schnell takes no guidance"),
-    (["--resume", "x", "--prompt", "a"], "--resume goes on with what was asked: leave out --prompt"),
+    (["--resume", "x", "--prompt", "a"], "--resume draws what the session's folder says: leave out --prompt"),
 ]
 
 
@@ -350,7 +350,8 @@ def test_it_is_told_when_the_pixels_are_others(session, monkeypatch, capsys):
         assert main(["repeat", str(session / words[0]), *words[1:], "--force"]) == 0
         err = capsys.readouterr().err
         assert (
-            "pixels may differ: its weights were others" in err and f"other pixels than {session / PICTURES[0]}" in err
+            "pixels may differ: it was drawn with other weights" in err
+            and f"other pixels than {session / PICTURES[0]}" in err
         )
 
 
@@ -387,7 +388,7 @@ def test_damaged_latents_are_told(session, capsys):
         (["metadata.csv", "--row", "4"], 2, "has 3 row(s)"),
         (["metadata.csv", "--row", "0"], 2, "--row must be a whole number from 1"),
         (["metadata.csv", "--row", "1"], 2, "--width 32 is not among"),
-        (["metadata.csv", "--row", "1", "--from-latents", "--force"], 4, "seed_1.safetensors is not there"),
+        (["metadata.csv", "--row", "1", "--from-latents", "--force"], 4, "seed_1.safetensors does not exist"),
         (["exploration_grid.png"], 2, "was not made by flux_core"),
         (["exploration_grid.png", "--row", "1"], 2, "--row goes with a metadata.csv"),
         (["none.csv", "--row", "1"], 4, "none.csv could not be read"),
@@ -433,7 +434,7 @@ def test_other_weights_do_not_go_on_with_a_session(session, monkeypatch, capsys)
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", retrained)
     assert main(["explore", "--resume", str(session)]) == 2
     err = capsys.readouterr().err
-    assert "was begun with float32" in err and "2 of 3 pictures are there. Next: explore --resume" in err
+    assert "was begun with float32" in err and "2 of 3 pictures are drawn. Next: explore --resume" in err
 
 
 def test_a_disk_that_is_full_again_and_again_costs_nothing_but_time(whole, monkeypatch, capsys):
@@ -516,7 +517,7 @@ def test_a_signal_ends_it_after_the_picture_and_a_second_one_at_once(workshop, t
     code, log = workshop.wait(pid, tmp_path)
     folder = only(tmp_path / "output")
     assert code == 130 and "interrupted" in log and "Traceback" not in log, log
-    assert f"{kept} of 3 pictures are there. Next: explore --resume {folder.relative_to(tmp_path)}" in log
+    assert f"{kept} of 3 pictures are drawn. Next: explore --resume {folder.relative_to(tmp_path)}" in log
     assert len(read_rows(folder / "metadata.csv")) == kept and not list(folder.rglob("*.tmp"))
 
 
@@ -626,7 +627,7 @@ MANIFESTS = [
     (lambda text: text.replace('"width": 32', '"width": 0'), "--width must be", "line 21"),
     (
         lambda text: text.replace('"plan": []', '"plan": [{"kind": "capture", "sites": ["vec"], "to": "x"}]'),
-        "a file cannot make us read or write others",
+        "a file cannot make us read or write other files",
         "line 25",
     ),
     (lambda text: "[]", "line 1: no session at all", ""),

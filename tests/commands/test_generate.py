@@ -160,7 +160,7 @@ def test_other_weights_are_told(monkeypatch, capsys):
 
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", retrained)
     generate(from_image=str(first), force=True)
-    assert "pixels may differ: its weights were others" in capsys.readouterr().err
+    assert "pixels may differ: it was drawn with other weights" in capsys.readouterr().err
 
 
 def test_image_to_image_and_its_repetition(tmp_path, capsys):

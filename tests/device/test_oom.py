@@ -88,8 +88,8 @@ def test_while_denoising_the_parts_take_turns_and_no_bit_changes(pipeline, pictu
     assert draw(pipeline).tobytes() == pictures["words"].tobytes()
     err = capsys.readouterr().err
     assert err == (
-        "out of memory on cpu:0 while drawing 64x48 pixels: once more from its start, and from now on text encoders, "
-        "transformer and autoencoder take turns there (--offload asks for that)\n"
+        "out of memory on cpu:0 while drawing 64x48 pixels: starting again, and from now on text encoders, "
+        "transformer and autoencoder take turns there (--offload)\n"
     )
     assert (pipeline.fallback.offload, pipeline.fallback.vae_tiling) == (True, False)
     assert short.calls == call + 1 + (3 if part == "model" else 1)

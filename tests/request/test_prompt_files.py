@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flux_core.commands.generate import ask
+from flux_core.commands.generate import build_requests
 from flux_core.errors import FileError, UsageError
+from flux_core.jsonfile import MAX_BYTES
 from flux_core.methods.importance import default_prompts
-from flux_core.request.prompt_lines import MAX_BYTES, read_lines
+from flux_core.request.prompt_lines import read_lines
 
 APPLE, PEAR = {"prompt": "a red apple", "seed": "7"}, {"prompt": "pears, two", "seed": "8"}
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le with a mark", "utf-16-be with a mark"]
@@ -73,7 +74,7 @@ def test_a_list_in_json_is_so_many_prompts():
 
 def test_the_prompts_of_a_study_are_a_file_of_prompts():
     lines = read_lines(str(default_prompts("flux-mini")))
-    assert len(lines) == 64 and ask(None, {}, lines[:2])[0].seed == lines[0].fields["seed"]
+    assert len(lines) == 64 and build_requests(None, {}, lines[:2])[0].seed == lines[0].fields["seed"]
 
 
 @pytest.mark.parametrize("between", ["", "\n", "\n\n"])
@@ -123,7 +124,7 @@ def test_one_column_needs_no_delimiter():
         ("a.csv", ",prompt\n0,x\n", "line 1: there is no column ''"),
         ("a.json", '{"prompts": ["a"]}', "entry 1: there is no column 'prompts'. Did you mean prompt?"),
         ("a.json", '["a", 7]', "entry 2 is neither an object nor a string"),
-        ("a.json", '"a"\n"b"\n', "is no JSON: trailing characters at line 2 column 1. Next: a list is named .json"),
+        ("a.json", '"a"\n"b"\n', "is no JSON: trailing characters at line 2 column 1. Next: name a list .json"),
         ("a.json", '[["a"]]', "entry 1 is neither"),
         ("a.json", "[" * 100_000, "is no JSON"),
         ("a.ndjson", '"a"\n["b"]\n', "line 2 is neither an object nor a string"),

@@ -17,9 +17,11 @@ import flux_core.pipeline
 from flux_core.commands.generate import generate
 from flux_core.errors import FileError, UsageError
 from flux_core.images.metadata import read_request
+from flux_core.jsonfile import MAX_BYTES
 from flux_core.main import COMMANDS, main, parse
 from flux_core.request.jobs import flags_of
-from flux_core.request.prompt_lines import HELP, MAX_BYTES, QUESTION, obey, read_lines
+from flux_core.request.loop import HELP, QUESTION, apply_command
+from flux_core.request.prompt_lines import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = {"width": "32", "height": "48", "num_steps": "2", "force": True}
@@ -295,10 +297,10 @@ def test_a_wrong_line_is_told_and_the_loop_goes_on(line, finding, say, capsys):
     assert second == first.model_copy(update={"seed": second.seed})
 
 
-def test_a_line_is_obeyed_whole_or_not_at_all():
+def test_a_line_is_applied_whole_or_not_at_all():
     fields = {"prompt": "x", **SIZE}
     with pytest.raises(UsageError):
-        obey("/w 64 /h big", fields)
+        apply_command("/w 64 /h big", fields)
     assert fields == {"prompt": "x", **SIZE}
 
 
