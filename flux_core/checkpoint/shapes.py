@@ -7,13 +7,11 @@ CLIPTextModel; a test compares them.
 from collections.abc import Mapping
 from typing import Any
 
-from ..params import AutoEncoderParams, FluxParams
+from ..params import TIME_DIM, AutoEncoderParams, FluxParams
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
-TIME_DIM = 256
-"""features of the sinusoidal embedding that `time_in` and `guidance_in` take"""
 T5_DEFAULTS = {
     "vocab_size": 32_128,
     "d_model": 512,
