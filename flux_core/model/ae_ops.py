@@ -1,6 +1,6 @@
 """The functions around the autoencoder's convolutions, in plain PyTorch; `ops.py` says why they are functions.
 
-A convolution or norm that a fused function computes together with its neighbour is an argument of one function for both.
+A convolution or norm that a fused function computes with its neighbour is an argument of one function for both.
 All feature maps are [B, C, H, W], in any memory format.
 """
 

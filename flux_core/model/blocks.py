@@ -4,8 +4,8 @@ A double block has an image and a text stream with weights of their own and one 
 A single block works on the joined sequence, with attention and MLP side by side between two wide Linears.
 
 A block receives tensors only: its modulation is computed before the blocks run, and the functions around its Linears
-are `self.ops`. So all blocks of a kind share one compiled graph. `tap` receives the named values (`hooks/sites.py` lists
-them); the default tap returns them unchanged.
+are `self.ops`. So all blocks of a kind share one compiled graph. `tap` receives the named values (`hooks/sites.py`
+lists them); the default tap returns them unchanged.
 """
 
 from einops import rearrange
