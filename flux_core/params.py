@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TIME_DIM = 256
+"""features of the sinusoidal embedding that `time_in` and `guidance_in` take"""
+
 
 @dataclass(frozen=True)
 class FluxParams:

@@ -1,4 +1,4 @@
-"""Reading and writing weights. Names are looked up when first used, so that importing this costs no torch."""
+"""Read, check and write weights. Names are imported when first used, so that importing this costs no torch."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Check that the files of a model hold just its tensors, by their headers, before torch is imported. No torch."""
+"""Check that the files of a model hold exactly its tensors, by their headers, before torch is imported. No torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ POSITIONS = "embeddings.position_embedding.weight"
 
 
 def check_files(variant: Variant) -> None:
-    """FileError if a part's header has not just the tensors of that model; in a tenth of a second, and without torch.
+    """FileError if a part's header has not exactly the tensors of that model; in a tenth of a second, without torch.
 
-    Text encoders are checked where they are the user's own; those of the hub are fetched only when they are loaded.
+    Text encoders are checked if they are the user's own; those of the hub are fetched only when they are loaded.
     """
     _check(flow_path(variant), "transformer", variant)
     _check(ae_path(variant), "autoencoder", variant)
@@ -41,7 +41,7 @@ def _check(path: Path, part: Part, variant: Variant) -> None:
 
 
 def fits(path: Path) -> str:
-    """A line with the names of the models that a file or folder fits, or with what keeps it from the likeliest."""
+    """A line with the names of the models that a file or folder fits, or why it does not fit the likeliest."""
     part = identify(find_source(path).shapes).part
     if part not in PARTS:
         return "fits: no model, as it is no part of one"
@@ -58,12 +58,12 @@ def fits(path: Path) -> str:
 
 
 def _alike(contents: Contents, variant: Variant) -> int:
-    """How many tensors have the name and shape that they have in that variant."""
+    """The number of tensors with the name and shape that the variant has."""
     return len(contents.shapes.items() & expected_shapes(contents, variant).items())
 
 
 def check_part(contents: Contents, variant: Variant) -> None:
-    """FileError if the tensors are not just those of that part of the model, by names and shapes."""
+    """FileError if the tensors are not exactly those of that part of the model, by names and shapes."""
     if contents.part in TABLES:
         _check_encoder(contents, variant)
     else:
@@ -86,7 +86,7 @@ def expected_shapes(contents: Contents, variant: Variant) -> Shapes:
 
 
 def check_network(contents: Contents, params: Params) -> None:
-    """FileError if the tensors are not just those of a transformer or autoencoder of these sizes."""
+    """FileError if the tensors are not exactly those of a transformer or autoencoder of these sizes."""
     advice = f"check --name and {PARTS[contents.part].spelled}"
     check_fit(contents, network_shapes(params, contents.found.layout), advice)
 

@@ -1,4 +1,4 @@
-"""What a file or folder holds of one network, and whether that fits the network, by its headers alone. No torch."""
+"""The tensors of one network in a file or folder, and whether they fit the network, by headers alone. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from .shapes import Shape, Shapes
 from .source import Source, find_source
 
 OTHERS = (*WHOLE.values(), "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
-"""beginnings of the names of other networks, which may be in the same file"""
+"""prefixes of other networks' names, which may be in the same file"""
 TEXT_NAMES: dict[Part, tuple[str, ...]] = {
     "t5": ("shared.", "encoder.block.", "encoder.final_layer_norm."),
     "clip": ("embeddings.token_embedding.", "embeddings.position_embedding.", "encoder.", "final_layer_norm."),
 }
-"""beginnings of a text encoder's names. Files have much beside them: decoders, vision models, positions, projections"""
+"""prefixes of a text encoder's names. Files also have others: decoders, vision models, positions, projections"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Contents:
 
     source: Source
     part: Part
-    """the one that was looked for"""
+    """the network that was looked for"""
     found: Identity
     scales: Scales
     names: Mapping[str, str]
@@ -46,7 +46,7 @@ class Contents:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the file has these tensors under just these names, and no others."""
+        """Whether the file has these tensors under these names, and no others."""
         return set(self.source.shapes) == set(self.names)
 
 
@@ -69,7 +69,7 @@ def _belongs(name: str, part: Part) -> bool:
 
 
 def check_fit(contents: Contents, expected: Mapping[str, Shape], advice: str) -> None:
-    """FileError, with the advice behind "Next:", if the file does not hold just these tensors in a readable dtype."""
+    """FileError, with the advice as "Next:", if the file does not hold exactly these tensors in a readable dtype."""
     path = contents.source.path
     if findings := misfits(contents.shapes, expected):
         raise FileError(
@@ -82,7 +82,7 @@ def check_fit(contents: Contents, expected: Mapping[str, Shape], advice: str) ->
 
 
 def misfits(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
-    """What differs between a file's tensors and those expected, for people; nothing if they are the same."""
+    """The differences between a file's tensors and those expected, for people; empty if they are the same."""
     other = [
         f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
@@ -97,5 +97,5 @@ def misfits(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[
 
 
 def listing(what: str, names: list[str]) -> str:
-    """How many, of what, and the first five; an empty text for none."""
+    """The number of names, `what` they are, and the first five; empty for none."""
     return f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""

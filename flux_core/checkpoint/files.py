@@ -1,7 +1,7 @@
-"""Which file holds which part of a model, whether it fits the model, and a short name for what is in it. No torch.
+"""Find the files of a model's parts, and hash them for a picture's metadata. No torch.
 
-A part is searched in this order: the file that its flag names (`Variant.files`); its environment variable; the folder
-or all-in-one file that is named as the model, if the part is in it; then what ships, or the hub.
+A part is searched in this order: the file that its flag names (`Variant.files`); its environment variable; the
+model's folder or all-in-one file, if the part is in it; then the weights that ship, or the hub.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from .identify import WHOLE, Identity, Part, identify
 from .source import SUFFIXES, find_source
 
 LARGE = 2**28
-"""bytes above which a file is known by its header and size instead of by every byte"""
+"""bytes above which a file's hash is of its header and size instead of every byte"""
 
 
 @dataclass(frozen=True)
 class PartSpec:
-    """How a part is named, and what it is called inside a folder."""
+    """The names of a part: its flag, and its folders inside a model's folder."""
 
     flag: str
     """the key of `Variant.files`"""
     folders: tuple[str, ...]
-    """as diffusers calls it, then as `save --format official`"""
+    """in diffusers' layout, then in that of `save --format official`"""
     tokenizer: str = ""
     """the folder of a text encoder's tokenizer, in diffusers' layout"""
 
@@ -46,7 +46,7 @@ PARTS: dict[Part, PartSpec] = {
 }
 
 
-# What a config.json says besides the sizes in `Variant.t5_config` and `clip_config`.
+# The entries of a config.json besides the sizes in `Variant.t5_config` and `clip_config`.
 T5_KIND = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
 CLIP_KIND = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
@@ -103,7 +103,7 @@ def _is_named(path: Path, file: str) -> bool:
 
 
 def features_of(variant: Variant) -> tuple[int, ...]:
-    """What `Identity.features` is for that variant's transformer."""
+    """`Identity.features` of that variant's transformer."""
     params = variant.params
     return params.hidden_size, params.in_channels, params.guidance_embed
 
@@ -207,7 +207,7 @@ def own_path(variant: Variant, part: Part) -> Path | None:
 
 
 def _named(variant: Variant, part: Part) -> tuple[Path, str] | None:
-    """The path that a flag or a variable names for that part, and the words that named it."""
+    """The path that a flag or a variable gives for that part, and the flag or variable with it, for errors."""
     spec = PARTS[part]
     variables = {"transformer": variant.variables, "autoencoder": AE_VARIABLES}.get(part, ())
     if (named := variant.files.get(spec.flag)) is not None:
@@ -230,7 +230,7 @@ def _inside(path: Path, variant: Variant, part: Part) -> Path:
 
 
 def advice_on(found: Identity) -> str:
-    """The next step where such a file was given for another part."""
+    """The next step where such a file was given for a wrong part."""
     if found.part in PARTS:
         return f"Next: give it with {PARTS[found.part].spelled}."
     return "Next: give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)."
@@ -244,11 +244,11 @@ def _existing(path: Path, origin: str, advice: str) -> Path:
 
 
 def weights_hashes(variant: Variant) -> dict[str, str]:
-    """File name -> what its weights are known by, for the record that goes into a picture.
+    """File name -> hash of its weights, for a picture's metadata.
 
     A file of up to 256 MB: the first 16 hex digits of its SHA-256. A larger one would take seconds to
-    minutes, so it is known by `header:` and the same digits over its safetensors header and its size:
-    names, shapes and offsets, not values. Text encoders are named, too, where they ship or are the user's own;
+    minutes, so its hash is `header:` and the same digits over its safetensors header and its size:
+    names, shapes and offsets, not values. Text encoders are included where they ship or are the user's own;
     those from the hub are not.
     """
     flow, ae = resolve(variant)
@@ -263,7 +263,7 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    """See `weights_hashes`. A folder of shards is known by the hashes of all of them."""
+    """See `weights_hashes`. The hash of a folder of shards is that of all their hashes."""
     if not path.is_dir():
         return file_hash(path)
     parts = "".join(file_hash(header.path) for header in find_source(path).headers)

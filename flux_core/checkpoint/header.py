@@ -1,9 +1,9 @@
 """The header of a safetensors file, read and checked in plain Python, before torch is imported.
 
 The format: eight bytes with the header's length, little-endian; the header, JSON, a tensor's dtype, shape and place for
-each name; the tensors' bytes, one behind the other without a hole (github.com/huggingface/safetensors). Everything that
-the library refuses is refused here, and also a name that comes twice and more tensors than any FLUX file has. An error
-says what the file is instead, where its first bytes show it.
+each name; the tensors' bytes without holes (github.com/huggingface/safetensors). Everything that the library refuses is
+refused here, and also a name that comes twice and more tensors than any FLUX file has. An error says what the file is
+instead, where its first bytes show it.
 """
 
 import io
@@ -31,7 +31,7 @@ WEIGHT_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-"""the dtypes that weights may have, the file's word -> torch's; `scales.py` finds what fp8 is multiplied with"""
+"""the dtypes that weights may have, the file's name -> torch's; `scales.py` finds what fp8 is multiplied with"""
 MAX_HEADER = 100_000_000
 """bytes, as in the library"""
 MAX_TENSORS = 20_000
@@ -40,7 +40,7 @@ MOST = 2**30
 METADATA = "__metadata__"
 AGAIN = "Next: fetch it again."
 
-_KINDS = (  # first bytes, lower case -> what such a file is, and what to do
+_KINDS = (  # first bytes, lower case -> what the file is, and the next step
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the file itself. Next: run `git lfs pull` in its repository",
@@ -100,7 +100,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def _kind_of(start: bytes) -> str:
-    """What a file is that is no safetensors file, by its first bytes."""
+    """The kind of a file that is no safetensors file, by its first bytes."""
     first = start.lower().lstrip()
     known = (text for mark, text in _KINDS if first.startswith(mark))
     return next(known, "is no safetensors file, or its first bytes are damaged. Next: fetch it again")

@@ -1,6 +1,6 @@
-"""What the weights in a file are, by the names and shapes in its header: which network, which layout, which model.
+"""Identify the weights in a file by the names and shapes in its header: which network, which layout, which model.
 
-One table of marks, read from the top: the first whose tensor is in the header decides. Whether all tensors fit is
+A table of marks, read from the top: the first whose tensor is in the header decides. Whether all tensors fit is
 checked in `check.py`. Nothing here opens a file or needs torch.
 """
 
@@ -74,7 +74,7 @@ MODELS: dict[tuple[int, ...], str] = {
 
 
 def identify(shapes: Shapes, part: Part = "transformer") -> Identity:
-    """What a file holds. part: the one to find in a file that holds several."""
+    """The network in a file. part: which to find in a file that holds several."""
     if any("lora" in name.lower() for name in shapes):
         return Identity("lora", "a LoRA, which goes on top of a model")
     prefixes = ("", WHOLE[part], *WHOLE.values()) if part in WHOLE else ("", *WHOLE.values())

@@ -1,16 +1,16 @@
-"""The same weights in Black Forest Labs' (our) layout and in diffusers'.
+"""Convert weights between Black Forest Labs' (our) layout and diffusers'.
 
 The names are a table of rows for each network (`names.py`); both directions read the same rows. Almost all is renaming.
-What is more:
+Besides:
 
 - diffusers keeps q, k, v (and a single block's MLP input) as Linears of their own: official rows are cut;
 - its last modulation gives (scale, shift) where the official one gives (shift, scale): halves are swapped;
 - its autoencoder's attention has Linears [C, C] where the official one has 1x1 convolutions [C, C, 1, 1];
 - its decoder counts levels from the coarsest, the official one from the finest;
-- its MLPs are always 4 times as wide as the block. A narrower one is widened with zeros, which add nothing
-  since GELU(0) = 0, and is cut off on the way back.
+- its MLPs are always 4 times as wide as the block. A narrower MLP is padded with zeros, which add nothing
+  since GELU(0) = 0, and cut off in the other direction.
 
-Going there and back gives the same bytes. Tensors are views of what was given wherever no values had to move.
+A round trip gives the same bytes. Tensors are views of the input where no values have to move.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +33,7 @@ def to_diffusers(state: State, params: Params) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for pair in pairs:
         parts = _cut(state[pair.official], len(pair.diffusers), params)
-        parts[-1] = _there(parts[-1], pair.how, params)
+        parts[-1] = _diffusers_values(parts[-1], pair.how, params)
         out.update(zip(pair.diffusers, parts, strict=True))
     return out
 
@@ -71,12 +71,12 @@ def _cut(x: Tensor, count: int, params: Params) -> list[Tensor]:
 
 
 def _joined(parts: list[Tensor], how: str, params: Params) -> Tensor:
-    """The official tensor, joined of those that it is cut into. A function, so that the parts are freed at its end."""
-    parts[-1] = _back(parts[-1], how, params)
+    """The official tensor, concatenated from its parts. A function, so that the parts are freed at its end."""
+    parts[-1] = _official_values(parts[-1], how, params)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _there(x: Tensor, how: str, params: Params) -> Tensor:
+def _diffusers_values(x: Tensor, how: str, params: Params) -> Tensor:
     match how:
         case "swap halves":
             return _swap_halves(x)
@@ -89,7 +89,7 @@ def _there(x: Tensor, how: str, params: Params) -> Tensor:
     return x
 
 
-def _back(x: Tensor, how: str, params: Params) -> Tensor:
+def _official_values(x: Tensor, how: str, params: Params) -> Tensor:
     match how:
         case "swap halves":
             return _swap_halves(x)

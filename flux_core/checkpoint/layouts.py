@@ -1,6 +1,6 @@
 """Write a whole model to a folder: in the official files, or as diffusers' FluxPipeline reads it.
 
-Files that have the names, layout and dtype that are asked for are copied, to the byte; the rest is loaded and written.
+Files that already have the requested names, layout and dtype are copied, byte for byte; others are loaded and written.
 
 diffusers itself is not needed to write its layout: seven small JSON files, the weights under its names
 (`keymaps.py`), and the text encoders, which are in transformers' format in both.
@@ -33,7 +33,7 @@ SINCE = "0.30.0"
 """the diffusers version that first had FluxPipeline"""
 
 NOT_OURS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-"""prefixes of what full T5 and CLIP files hold besides the text encoders"""
+"""prefixes of the other tensors in full T5 and CLIP files"""
 
 
 def write_official(
@@ -47,8 +47,8 @@ def write_official(
 ) -> None:
     """Write two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
 
-    fp8: the transformer as `linears.fp8` has it, a `weight_scale` beside each weight that it quantizes. codes: others
-    for the same scales, by the names of weights, and `rounding` says in the file how they were found.
+    fp8: the transformer in the format of `linears.fp8`, with a `weight_scale` beside each quantized weight. codes:
+    replace its codes for the same scales, by weight name; the metadata's `rounding` says how they were found.
     """
     if fp8:
         state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | dict(codes or {})
@@ -63,7 +63,7 @@ def write_official(
 
 
 def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
-    """Write what `FluxPipeline.from_pretrained(folder)` opens."""
+    """Write a folder for `FluxPipeline.from_pretrained(folder)`."""
     configs = {"transformer": transformer_config(variant.params), "vae": vae_config(variant.ae_params)}
     parts: dict[str, Part] = {"transformer": "transformer", "vae": "autoencoder"}
     for name, config in configs.items():
@@ -78,25 +78,26 @@ def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torc
 
 
 def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: torch.dtype) -> None:
-    """Write transformer or autoencoder in that layout. Files that are so already are copied, to the byte."""
+    """Write transformer or autoencoder in that layout. Files that have it already are copied, byte for byte."""
     flow = part == "transformer"
     path = flow_path(variant) if flow else ae_path(variant)
     params: Params = variant.params if flow else variant.ae_params
     contents = find_contents(path, part)
     check_network(contents, params)
     source, same = contents.source, contents.found.layout == layout and contents.is_exact
-    if same and _is_all(source, dtype) and _may_be_cut(source, target, layout):
+    if same and _has_dtype(source, dtype) and _shards_fit(source, target, layout):
         _copy(source, target)
         return
     state = (load_flux if flow else load_autoencoder)(variant, "cpu", dtype).state_dict()
     write_safetensors(target, state if layout == "official" else to_diffusers(state, params))
 
 
-def _is_all(source: Source, dtype: torch.dtype) -> bool:
+def _has_dtype(source: Source, dtype: torch.dtype) -> bool:
+    """Whether all tensors have that dtype."""
     return {DTYPES.get(kind) for kind in source.dtypes.values()} == {dtype}
 
 
-def _may_be_cut(source: Source, target: Path, layout: Layout) -> bool:
+def _shards_fit(source: Source, target: Path, layout: Layout) -> bool:
     """Whether the weights are in one file, or in shards that the layout finds: by an index of the target's name."""
     indexed = layout == "diffusers" and source.index is not None and source.index.name == f"{target.name}.index.json"
     return len(source.headers) == 1 or indexed
@@ -189,16 +190,16 @@ def _index(text: TextFiles) -> dict[str, Any]:
 def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype: torch.dtype) -> None:
     """Write a text encoder's configuration, and its weights in `dtype`, without other networks in its file.
 
-    A folder that is so already is copied, to the byte.
+    A folder that has both already is copied, byte for byte.
     """
     source, word = find_source(path), str(dtype).removeprefix("torch.")
     found, config = identify(source.shapes, part), encoder_config(variant, part, path)
     names = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
     scales = find_scales(source, found.prefix)
     mine = {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales.names}
-    stays = path.is_dir() and len(mine) == len(source.shapes) and _is_all(source, dtype)
+    stays = path.is_dir() and len(mine) == len(source.shapes) and _has_dtype(source, dtype)
     file = target / "model.safetensors"
-    if stays and config.get("dtype", config.get("torch_dtype")) == word and _may_be_cut(source, file, "diffusers"):
+    if stays and config.get("dtype", config.get("torch_dtype")) == word and _shards_fit(source, file, "diffusers"):
         _copy(source, file)
         shutil.copyfile(path / "config.json", target / "config.json")
         return

@@ -1,7 +1,7 @@
-"""What a tensor is called: official names, what other tools call them, and diffusers' layout. No torch.
+"""Names of tensors: official ones, those of other tools, and diffusers' layout. No torch.
 
-Two tables. `RENAMES` has other names of the same tensors, which are read as ours. The rows below it are the modules of
-a network by Black Forest Labs' (our) names and by diffusers', which also cuts and joins weights (`keymaps.py`).
+Two tables. `RENAMES` has other names of the same tensors, which are read as ours. The rows below are the modules of a
+network by Black Forest Labs' (our) names and by diffusers', which also cuts and joins weights (`keymaps.py`).
 """
 
 import re
@@ -21,7 +21,7 @@ RENAMES: tuple[tuple[Part, str, str], ...] = (
     ("t5", r"encoder\.embed_tokens\.weight", "shared.weight"),  # one tensor by two names
     ("clip", r"text_model\.(.+)", r"\1"),  # transformers before 5
 )
-"""part, the whole of a name that some tool gives a tensor, our name for it"""
+"""part, another tool's name for a tensor (a pattern for all of it), our name"""
 
 
 def renamed(names: Iterable[str], part: Part) -> dict[str, str]:
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     diffusers: str
     """several, divided by spaces, where the official rows are cut"""
     how: str = ""
-    """what happens besides: see `_there` and `_back`"""
+    """how values or shapes change: see `_diffusers_shape`, and `keymaps.py`"""
 
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
@@ -124,7 +124,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(params: Params) -> list[Pair]:
-    """The rows written out for a network of these sizes, in the order of the table. FileError as `network_shapes`."""
+    """The rows expanded for a network of these sizes, in the order of the table. FileError as in `network_shapes`."""
     _check_representable(params)
     table, blocks, parts = _table(params)
     names, pairs = set(network_shapes(params)), []
@@ -156,11 +156,13 @@ def _parts(shape: Shape, pair: Pair, params: Params) -> list[Shape]:
     if len(pair.diffusers) > 1:
         assert isinstance(params, FluxParams)
         rows -= (len(pair.diffusers) - 1) * params.hidden_size
-        return [(params.hidden_size, *rest)] * (len(pair.diffusers) - 1) + [_there((rows, *rest), pair.how, params)]
-    return [_there(shape, pair.how, params)]
+        return [(params.hidden_size, *rest)] * (len(pair.diffusers) - 1) + [
+            _diffusers_shape((rows, *rest), pair.how, params)
+        ]
+    return [_diffusers_shape(shape, pair.how, params)]
 
 
-def _there(shape: Shape, how: str, params: Params) -> Shape:
+def _diffusers_shape(shape: Shape, how: str, params: Params) -> Shape:
     match how:
         case "square":
             return shape[:2]
@@ -172,13 +174,13 @@ def _there(shape: Shape, how: str, params: Params) -> Shape:
 
 
 def added_width(params: Params) -> int:
-    """By how much diffusers' MLP is wider than the official one, in features."""
+    """Features by which diffusers' MLP is wider than the official MLP."""
     assert isinstance(params, FluxParams)
     return 4 * params.hidden_size - params.mlp_hidden_dim
 
 
 def _table(params: Params) -> tuple[tuple[Row, ...], int, int]:
-    """A network's table, and how far {i} and {j} count."""
+    """A network's table, and the ranges of {i} and {j}."""
     if isinstance(params, AutoEncoderParams):
         return AUTOENCODER, len(params.ch_mult), params.num_res_blocks + 1
     return TRANSFORMER, max(params.depth, params.depth_single_blocks), 1

@@ -1,9 +1,9 @@
-"""From files to a model: built on `meta`, filled tensor by tensor, each at once on its device and in its dtype.
+"""Load a model from files: built on `meta`, filled tensor by tensor, each directly on its device and in its dtype.
 
 So there is never a second copy of the model in memory; on the CPU, tensors that keep their dtype stay mapped from the
-file until they are used. What becomes fp8 is quantized as it is read: the model is never there in bf16. Official names,
-ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the header
-before a tensor is read.
+file until they are used. fp8 weights are quantized as they are read: the whole model never exists in bf16. Official
+names, ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the
+header before a tensor is read.
 """
 
 import sys
@@ -40,7 +40,7 @@ def load_flux(
 ) -> Flux:
     """The transformer of that name, weights loaded and frozen. FileError says what does not fit.
 
-    fp8: most of its Linears as `linears.fp8` has them, the rest in `dtype`.
+    fp8: most of its Linears in the format of `linears.fp8`, the rest in `dtype`.
     """
     return _load(Flux, "transformer", variant.params, flow_path(variant), device, dtype, fp8)
 
@@ -95,16 +95,16 @@ def _load(
         reserve(device, _sizes(state, coded, dtype))
         modules = dict(model.eval().named_modules())
         for name, tensor in _tensors(contents, get, pairs, params, dtype, coded):
-            module, _, leaf = name.rpartition(".")
-            _put(modules[module], leaf, tensor)
-    for one in modules.values():
-        if isinstance(one, Fp8Linear):
-            one.choose_matmul()
+            owner, _, leaf = name.rpartition(".")
+            _put(modules[owner], leaf, tensor)
+    for module in modules.values():
+        if isinstance(module, Fp8Linear):
+            module.choose_matmul()
     return model
 
 
 def _in_order(contents: Contents, params: Params) -> list[Pair]:
-    """Official tensors and those of the file that they are made of, in the order in which the first of these lie."""
+    """Official tensors and the file's tensors they are made of, in the order of the first of these in the file."""
     if contents.found.layout == "diffusers":
         pairs = pairs_of(params)
     else:
@@ -113,9 +113,8 @@ def _in_order(contents: Contents, params: Params) -> list[Pair]:
 
 
 def _sizes(state: Mapping[str, Tensor], coded: Collection[str], dtype: torch.dtype) -> list[int]:
-    """Bytes of each tensor, and of what the largest takes while it is quantized.
-
-    That is bf16 as read, its absolute values, and its quotients in fp32.
+    """Bytes of each tensor, and of the temporaries of the largest quantization: bf16 as read, absolute values, and
+    quotients in fp32.
     """
     sizes = [x.numel() * (1 if name in coded else dtype.itemsize) for name, x in state.items()]
     return [*sizes, 8 * max(state[name].numel() for name in coded)] if coded else sizes
@@ -131,8 +130,8 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a network by their official names, in `dtype`.
 
-    coded: the weights that come as e4m3, with a `weight_scale` behind each. No more than one of them is there
-    unquantized at a time.
+    coded: the weights to yield in e4m3, with a `weight_scale` after each. At most one of them exists unquantized at
+    a time.
     """
     source = contents.source
     quiet = source.size < 10**9 or not sys.stderr.isatty()
@@ -159,7 +158,7 @@ def _tensors(
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """A parameter, frozen, or a buffer, in the place of the one on `meta`."""
+    """Replace a parameter (frozen) or buffer on `meta` by that tensor."""
     is_parameter = isinstance(getattr(module, name), nn.Parameter)
     setattr(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 

@@ -32,20 +32,20 @@ METADATA = {"quantization": "float8_e4m3fn, fp32 weight_scale for each row"}
 
 
 class Scales(NamedTuple):
-    """The tensors of a file that are no weights, but say how to read them."""
+    """The tensors of a file that say how to read its quantized weights."""
 
     of: dict[str, str]
     """a weight's name in the file -> its scale's"""
     names: frozenset[str]
-    """all such tensors: scales, and those that are left out"""
+    """all such tensors: scales, and those that are not used"""
 
     def among(self, names: Iterable[str]) -> list[str]:
-        """Those names, and behind each its scale, if it has one."""
+        """Those names, each followed by its scale's, if there is one."""
         return [found for name in names for found in (name, self.of.get(name)) if found]
 
 
 def find_scales(source: Source, prefix: str = "") -> Scales:
-    """The scales of weights under that prefix. FileError where they are of a kind that is not known."""
+    """The scales of weights under that prefix. FileError for an unknown kind."""
     shapes, dtypes = source.shapes, source.dtypes
     stems = {
         name.removesuffix("weight"): name for name in shapes if name.startswith(prefix) and name.endswith(".weight")
@@ -84,7 +84,7 @@ def to_dense(weight: "Tensor", scale: "Tensor | None", dtype: "torch.dtype") -> 
 
 
 def as_fp8(weight: "Tensor", scale: "Tensor | None") -> "tuple[Tensor, Tensor]":
-    """e4m3 [N, K] and fp32 [N]. What is e4m3 already keeps its codes; else bf16 is quantized, by rows."""
+    """The weight in e4m3 [N, K], and scales fp32 [N]. e4m3 keeps its codes; else bf16 is quantized, by rows."""
     import torch
 
     from ..linears.fp8 import E4M3, quantize_rows

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of the four networks, by their sizes, to hold a file's header against. No torch.
+"""Names and shapes of the tensors of the four networks, by their sizes, to check a file's header. No torch.
 
 They are those of the state dicts of `model.Flux`, `model.AutoEncoder` and transformers' T5EncoderModel and
 CLIPTextModel; a test compares them.
@@ -7,13 +7,11 @@ CLIPTextModel; a test compares them.
 from collections.abc import Mapping
 from typing import Any
 
-from ..params import AutoEncoderParams, FluxParams
+from ..params import TIME_DIM, AutoEncoderParams, FluxParams
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
-TIME_DIM = 256
-"""features of the sinusoidal embedding that `time_in` and `guidance_in` take"""
 T5_DEFAULTS = {
     "vocab_size": 32_128,
     "d_model": 512,
@@ -30,13 +28,13 @@ CLIP_DEFAULTS = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 77,
 }
-"""what a config.json that leaves a size out means, as transformers has it"""
+"""sizes that a config.json may leave out, as in transformers"""
 LARGEST, DEEPEST = 2**20, 1000
-"""no size and no number of layers in a config.json is above these"""
+"""bounds of a size and of a number of layers in a config.json"""
 
 
 def flux_shapes(params: FluxParams) -> Shapes:
-    """Of the transformer, by official names."""
+    """The transformer's tensors, by official names."""
     dim, hidden = params.hidden_size, params.mlp_hidden_dim
     shapes = _dense({"img_in": (dim, params.in_channels), "txt_in": (dim, params.context_in_dim)})
     embedders = {"time_in": TIME_DIM, "vector_in": params.vec_in_dim}
@@ -59,7 +57,7 @@ def flux_shapes(params: FluxParams) -> Shapes:
 
 
 def autoencoder_shapes(params: AutoEncoderParams) -> Shapes:
-    """Of the autoencoder, by official names."""
+    """The autoencoder's tensors, by official names."""
     widths, z = [params.ch * mult for mult in params.ch_mult], params.z_channels
     first, last, levels = widths[0], widths[-1], len(widths)
     modules: Shapes = {"encoder.conv_in": (params.ch, params.in_channels, 3, 3)}
@@ -77,7 +75,7 @@ def autoencoder_shapes(params: AutoEncoderParams) -> Shapes:
 
 
 def t5_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Of T5's encoder, by a config.json. ValueError for what is no size."""
+    """The tensors of T5's encoder, by a config.json. ValueError for what is no size."""
     size = _sizes(config, T5_DEFAULTS)
     dim, heads, hidden = size["d_model"], size["num_heads"], size["d_ff"]
     inner = heads * size["d_kv"]
@@ -93,7 +91,7 @@ def t5_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def clip_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Of CLIP's text encoder, by a config.json. ValueError likewise."""
+    """The tensors of CLIP's text encoder, by a config.json. ValueError likewise."""
     size = _sizes(config, CLIP_DEFAULTS)
     dim, hidden = size["hidden_size"], size["intermediate_size"]
     layer: Shapes = {f"self_attn.{x}_proj": (dim, dim) for x in ("q", "k", "v", "out")}
@@ -105,13 +103,13 @@ def clip_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _dense(modules: Mapping[str, Shape], bias: bool = True) -> Shapes:
-    """Weights, and beside each a bias as long as its first axis."""
+    """Weights, each with a bias as long as its first axis."""
     ends = {"weight": None, "bias": 1} if bias else {"weight": None}
     return {f"{name}.{end}": shape[:axes] for name, shape in modules.items() for end, axes in ends.items()}
 
 
 def _repeated(name: str, count: int, inner: Mapping[str, Shape]) -> Shapes:
-    """`inner` in each of so many blocks."""
+    """`inner` in each of `count` blocks."""
     return {f"{name}.{i}.{key}": shape for i in range(count) for key, shape in inner.items()}
 
 
@@ -141,7 +139,7 @@ def _middle(name: str, width: int) -> Shapes:
 
 
 def _sizes(config: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of these names. ValueError for the first that is none."""
+    """The sizes by name. ValueError for the first that is no size."""
     sizes = {key: config.get(key, default) for key, default in defaults.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 0 < value <= (DEEPEST if key.endswith("layers") else LARGEST):

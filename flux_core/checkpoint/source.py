@@ -21,7 +21,7 @@ MAX_INDEX = 16 << 20
 
 
 class Span(NamedTuple):
-    """The place of a tensor's bytes. Spans sort by file, then by place."""
+    """The file and range of a tensor's bytes. Spans sort by file, then by start."""
 
     path: Path
     start: int
@@ -60,7 +60,7 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """The files behind a path: itself, or a folder's one set of weights. FileError where it has none, or several.
+    """The files of a path: itself, or a folder's only set of weights. FileError where it has none, or several.
 
     A set is one file, or the shards that an index names or that are numbered. A variant (`model.fp16`) is ignored where
     the folder has the plain set (`model`), too.
@@ -97,7 +97,7 @@ def _sets(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path]]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without hidden files (macOS leaves `._model.safetensors` on foreign disks)."""
+    """The files in a folder, sorted, without hidden ones (macOS leaves `._model.safetensors` on foreign disks)."""
     try:
         return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
@@ -106,7 +106,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _plain(sets: dict[str, T], names: set[str]) -> dict[str, T]:
-    """Those sets that are no variants of another."""
+    """The sets that are no variants of another."""
     return {name: files for name, files in sets.items() if not any(name.startswith(f"{x}.") for x in names)}
 
 

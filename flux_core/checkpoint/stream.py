@@ -1,10 +1,10 @@
-"""Bytes of files onto a device as fast as its bus takes them: threads read ahead into pinned memory.
+"""Copy bytes of files to a device at the speed of its bus: threads read ahead into pinned memory.
 
 A copy out of a mapped file waits for one thread that faults in page after page, and goes through pinned memory of the
 driver's own. Here threads read into pinned memory themselves, and the device copies from it while they read on.
 
-The bytes of all tensors, in the order in which they are asked for, are cut into chunks of equal size: a chunk has a
-part of a large tensor, or many small ones. A thread reads a chunk into a buffer; from there it is copied into its
+The bytes of all tensors, in the order of the requests, are cut into chunks of equal size: a chunk has a part of a
+large tensor, or many small tensors. A thread reads a chunk into a buffer; from there it is copied into its
 tensors. The copies are queued on the device's current stream with all other work, so memory that torch's allocator
 reuses is free by then, and an event behind a buffer's last copy says when the buffer may be filled again.
 """
@@ -32,7 +32,7 @@ THREADS = 12
 
 @contextmanager
 def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A context with a function that fills a tensor on `device` with the next of the spans' bytes. FileError."""
+    """A context with a function that fills a tensor on `device` with the next bytes of the spans. FileError."""
     pieces = list(chunks(spans))
     results: list[SimpleQueue[Buffer | BaseException]] = [SimpleQueue() for _ in pieces]
     todo = deque(zip(pieces, results, strict=True))
@@ -58,7 +58,7 @@ def stream_to_device(spans: Iterable[Span], device: torch.device) -> Iterator[Ca
             free.put(None)
 
     def arriving() -> Iterator[Buffer]:
-        """The chunks in order. A buffer returns to the readers when the next is asked for."""
+        """The chunks in order. A buffer returns to the readers when the next is requested."""
         for result in results:
             buffer = result.get()
             if isinstance(buffer, BaseException):
@@ -120,7 +120,7 @@ class Buffer:
 
     def read(self, chunk: list[Span]) -> None:
         """Fill the memory with a chunk's bytes, once those before them have been copied. FileError."""
-        if not len(self.memory):  # to pin it takes milliseconds, in which other threads read
+        if not len(self.memory):  # pinning takes milliseconds, while other threads read
             self.memory = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=self.copied is not None)
             self.view = self.memory.numpy().data
         elif self.copied:

@@ -18,7 +18,7 @@ from .source import Source
 from .stream import stream_to_device
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name) for word, name in WEIGHT_DTYPES.items()}
-"""the dtypes that weights may have, by the file's word"""
+"""the dtypes that weights may have, by the file's name"""
 READABLE = DTYPES | {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -27,7 +27,7 @@ READABLE = DTYPES | {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-"""and the dtypes of what files of text encoders hold beside weights: positions, most often"""
+"""and those of other tensors in files of text encoders: mostly positions"""
 ROUND = 512
 """bytes: torch's allocator rounds up to a multiple of them on CUDA"""
 SMALL = 2**30
@@ -39,7 +39,7 @@ and CPU kernels round by alignment: the same weights in two files gave pictures 
 def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
     """A context with a function from names to tensors on `device`. FileError.
 
-    names: all that will be asked for, in that order, so that they can be read ahead.
+    names: all to be read, in that order, so that they can be read ahead.
     """
     if torch.device(device).type == "cuda":
         with streamed(source, device, names) as get:
@@ -54,7 +54,7 @@ def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> 
 
 @contextmanager
 def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-    """The same, each tensor read directly into new memory on the device, while threads read ahead."""
+    """`opened` for CUDA: each tensor is read directly into new memory on the device, while threads read ahead."""
     names = list(names)
     order = iter(names)
     with stream_to_device([source.spans[name] for name in names], torch.device(device)) as fill:

@@ -1,7 +1,7 @@
-"""The way to the hub: settings, token, endpoint, and its errors in our words. The client is imported where it is used.
+"""Access to the hub: settings, token, endpoint, and its errors as ours. The client is imported where it is used.
 
-The client reads its settings when it is imported, so `read_env` comes first. It is given token and endpoint with every
-call, so that none but those found here are used. `login()` is never called: it writes to the disk.
+The client reads its settings when it is imported, so `read_env` comes first. Every call passes token and endpoint, so
+that only those found here are used. `login()` is never called: it writes to the disk.
 """
 
 import errno
@@ -22,23 +22,23 @@ from ..terminal import note
 
 HUB = "https://huggingface.co"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
-"""variables that may hold the token, the first that is set counts"""
+"""variables for the token; the first that is set counts"""
 ENV = Path(".env")
 _KNOWN = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "FLUX_")
-"""beginnings of the names that are taken from a .env; a file in a strange folder should set nothing else"""
+"""prefixes of the variables that are read from .env; a file in an unknown folder must set nothing else"""
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _BROKEN = ("RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead")
-"""names of what the transports raise (requests, httpx, as the client's version has it) when an answer is cut short"""
+"""names of the transports' errors (requests, httpx, by the client's version) for a response that is cut short"""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
-"""errors of a file system where nothing, or no more, can be written"""
+"""errors of a file system that cannot be written to, or is full"""
 
 _from_env_file: set[str] = set()
-"""names of the variables that were taken from .env"""
+"""names of the variables that were read from .env"""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token and where it comes from; its value is in no repr."""
+    """A token and its origin; the value is in no repr."""
 
     value: str = field(repr=False)
     origin: str
@@ -46,26 +46,13 @@ class Token:
 
 
 def read_env() -> None:
-    """Take the hub's and our own variables from `.env` in the current folder, where the environment has none.
+    """Set the hub's and our own variables from `.env` in the current folder, where the environment has none.
 
     Has to run before huggingface_hub is imported. HF_ENDPOINT is normalised; a file that cannot be read is a line on
     stderr, without any value.
     """
     if ENV.is_file():
-        from dotenv import dotenv_values
-
-        try:
-            values = dotenv_values(ENV, encoding="utf-8-sig", interpolate=False)
-        except (OSError, ValueError) as error:  # UnicodeDecodeError quotes the bytes, so only its name is shown
-            return _once(f"warning: .env could not be read ({type(error).__name__}); it should be text in UTF-8")
-        has_token = any(name in os.environ for name in TOKENS)  # any name in the environment beats all in the file
-        for name, value in values.items():
-            taken = name in os.environ or (has_token and name in TOKENS)
-            if value and "\0" not in value and not taken and name.startswith(_KNOWN):
-                os.environ[name] = value
-                _from_env_file.add(name)
-        if _tracked_by_git():
-            _once("warning: .env is tracked by git, so a token in it is published: git rm --cached .env")
+        _read_env_file()
     if (cache := os.environ.get("HF_HUB_CACHE")) and not _has_home():
         os.environ["HF_HOME"] = cache  # else the client would make a folder called ~ for other files
     if "HF_ENDPOINT" in os.environ:  # the client takes blanks for an address
@@ -74,8 +61,25 @@ def read_env() -> None:
             del os.environ["HF_ENDPOINT"]
 
 
+def _read_env_file() -> None:
+    from dotenv import dotenv_values
+
+    try:
+        values = dotenv_values(ENV, encoding="utf-8-sig", interpolate=False)
+    except (OSError, ValueError) as error:  # UnicodeDecodeError quotes the bytes, so only its name is shown
+        return _once(f"warning: .env could not be read ({type(error).__name__}); it should be text in UTF-8")
+    has_token = any(name in os.environ for name in TOKENS)  # any name in the environment beats all in the file
+    for name, value in values.items():
+        taken = name in os.environ or (has_token and name in TOKENS)
+        if value and "\0" not in value and not taken and name.startswith(_KNOWN):
+            os.environ[name] = value
+            _from_env_file.add(name)
+    if _tracked_by_git():
+        _once("warning: .env is tracked by git, so a token in it is published: git rm --cached .env")
+
+
 def _has_home() -> bool:
-    """Whether the hub's files that are not in HF_HUB_CACHE have a folder."""
+    """Whether there is a folder for the hub's files outside HF_HUB_CACHE."""
     try:
         return bool(_home())
     except UsageError:
@@ -97,7 +101,7 @@ def _once(warning: str) -> None:
 
 
 def find_token() -> Token | None:
-    """The token in one of `TOKENS`, in the environment or in .env, else in the file that a login wrote. No network."""
+    """The token in one of `TOKENS`, in the environment or in .env, else that of a login's file. No network."""
     for name in TOKENS:
         if value := os.environ.get(name, "").strip():
             if name in _from_env_file:
@@ -112,12 +116,12 @@ def find_token() -> Token | None:
 
 
 def endpoint() -> str:
-    """The hub's address without a slash behind it: HF_ENDPOINT, or huggingface.co. UsageError if it is no address."""
+    """The hub's address without a trailing slash: HF_ENDPOINT, or huggingface.co. UsageError if it is no address."""
     return checked_address(os.environ.get("HF_ENDPOINT", ""), "HF_ENDPOINT", HUB)
 
 
 def checked_address(given: str, name: str, otherwise: str) -> str:
-    """An address without a slash behind it, or `otherwise` for none. UsageError that says what named it."""
+    """The address without a trailing slash, or `otherwise` if empty. UsageError with `name`, what it was read from."""
     address = given.strip().rstrip("/") or otherwise
     try:
         parts = urlsplit(address)
@@ -143,8 +147,8 @@ def offline() -> bool:
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """A context in which the hub is not asked: functions return what is in the cache, or raise FileError."""
-    from huggingface_hub import constants  # the client has read the environment by now, and does not look again
+    """A context without requests to the hub: functions return what is in the cache, or raise FileError."""
+    from huggingface_hub import constants  # the client has read the environment by now, and only once
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
@@ -178,9 +182,9 @@ def cache_variable() -> str:
 
 
 def free_bytes(folder: Path, setting: str | None = None) -> int:
-    """Bytes free where that folder is or would be. DiskError if nothing can be written there.
+    """Free bytes where that folder is or would be. DiskError if nothing can be written there.
 
-    setting: what names another folder, by itself the cache's variable.
+    setting: the flag or variable that sets another folder, by default the cache's variable.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -209,9 +213,14 @@ def settings(**variables: str | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def repo_folder(repo: str) -> Path:
+    """The repository's folder in the cache."""
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
 def cached(repo: str, pattern: str) -> list[Path]:
-    """The repository's files of that pattern that are on this disk, in any revision. No network."""
-    found = cache_folder().glob(f"models--{repo.replace('/', '--')}/snapshots/*/{pattern}")
+    """The repository's files of that pattern in the cache, of any revision. No network."""
+    found = repo_folder(repo).glob(f"snapshots/*/{pattern}")
     return sorted(path for path in found if path.exists())  # a link without its file is none
 
 
@@ -252,11 +261,11 @@ def hub_errors(repo: str, wanted: str) -> Iterator[dict[str, Any]]:
     except FluxError:
         raise
     except Exception as error:  # whatever the hub's client raises, its own or its transport's
-        raise _in_our_words(error, repo, wanted) from error
+        raise _as_flux_error(error, repo, wanted) from error
 
 
-def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
-    """Our error for one of the hub's. Gated is a kind of not found, so the order matters."""
+def _as_flux_error(error: BaseException, repo: str, wanted: str) -> FluxError:
+    """Our error for an error of the hub's. Gated is a subclass of not found, so the order matters."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -272,6 +281,11 @@ def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
         return _unreachable(repo, wanted)
     if isinstance(error, hub.EntryNotFoundError):
         return FileError(f"{repo} has no {wanted}. Next: look at {HUB}/{repo}/tree/main.")
+    return _refused(status, repo, wanted) if status is not None else _broken_off(error, repo, wanted)
+
+
+def _refused(status: int, repo: str, wanted: str) -> FluxError:
+    """The error for an HTTP status."""
     if status == 401:
         return _bad_token(repo)
     if status == 403:
@@ -281,11 +295,14 @@ def _in_our_words(error: BaseException, repo: str, wanted: str) -> FluxError:
             f"{endpoint()} answered 429 for {wanted} of {repo}: too many requests from here. "
             "Next: wait five minutes and run this again; what has come is kept."
         )
-    if status is not None:
-        return FileError(
-            f"the hub answered {status} for {wanted} of {repo} ({endpoint()}). Next: try again later; "
-            "what has come is kept."
-        )
+    return FileError(
+        f"the hub answered {status} for {wanted} of {repo} ({endpoint()}). Next: try again later; "
+        "what has come is kept."
+    )
+
+
+def _broken_off(error: BaseException, repo: str, wanted: str) -> FluxError:
+    """The error for a transport or disk that failed."""
     if isinstance(error, OSError) and error.errno in DISK:
         return DiskError(
             f"{wanted} of {repo} could not be stored in {cache_folder()}: {error.strerror}. "

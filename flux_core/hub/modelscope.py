@@ -1,7 +1,7 @@
-"""ModelScope, for those who cannot reach the hub: the same repositories, by plain HTTP and the standard library.
+"""Download from ModelScope where the hub cannot be reached: the same repositories, by the standard library's HTTP.
 
 Two addresses, as ModelScope's own client has them: `/api/v1/models/OWNER/NAME/repo/files` lists the files with their
-sizes and sums, and `/models/OWNER/NAME/resolve/master/PATH` gives one, or says where a content network has it. No token
+sizes and sums, and `/models/OWNER/NAME/resolve/master/PATH` gives a file, or redirects to a content network. No token
 is ever sent: the repositories are open there, and urllib, unlike the hub's transports, reads no login and no .netrc.
 """
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PureWindowsPath
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import quote
 
@@ -30,9 +31,9 @@ LISTING = "the list of files"
 TIMEOUT = 60.0
 """seconds without a byte after which a connection counts as cut"""
 TRIES, PAUSE = 5, 1.0
-"""how often a file is taken up again where nothing much comes, and the seconds before each time"""
+"""how often a download is resumed without much progress, and the seconds before each time"""
 MUCH = 2**24
-"""bytes that make a try worth another: a long download is cut more than five times, and gets there"""
+"""bytes of progress that reset the tries: a long download may be cut more than five times"""
 CHUNK = 2**20
 MAX_LISTING = 2**24
 
@@ -84,7 +85,7 @@ class Repository:
         return sorted(found, key=lambda file: file.path)
 
     def missing(self, file: RemoteFile, folder: Path) -> int:
-        """Bytes that `fetch` will ask for. FileError if something else lies in the file's place."""
+        """Bytes that `fetch` will download. FileError if another file is in its place."""
         target, part = _places(file, folder)
         with _disk_errors(target):
             if not target.exists():
@@ -98,8 +99,9 @@ class Repository:
         )
 
     def fetch(self, file: RemoteFile, folder: Path) -> Path:
-        """The file's path in that folder. It gets its name when it is whole and its sum is right; until then it ends in
-        .part. A part that a cut connection or a stopped run left is continued at the byte where it broke.
+        """Download the file into that folder; its path. Until it is complete and its sum is right, it ends in .part.
+
+        A part that a cut connection or a stopped run left is continued at the byte where it broke.
         """
         target, part = _places(file, folder)
         self.missing(file, folder)
@@ -112,7 +114,7 @@ class Repository:
         return target
 
     def _fill(self, part: Path, file: RemoteFile) -> None:
-        """Fetch what the part lacks."""
+        """Download the bytes that the part lacks. FileError after `TRIES` tries with less than `MUCH` progress."""
         if part.exists() and part.stat().st_size > file.size:
             part.unlink()
         with part.open("ab") as out, _bar(file, out.tell()) as bar:
@@ -120,18 +122,8 @@ class Repository:
             left = TRIES
             broke: Exception | None = None
             while have < file.size:
-                try:
-                    with self._open(f"{self.page}/resolve/master/{quote(file.path)}", file.path, have) as answer:
-                        if have and answer.status != 206:  # it begins anew, whatever was asked
-                            have = bar.n = out.truncate(0)
-                        # read1 gives what is there: read would lose up to a CHUNK of it when the connection breaks
-                        while have < file.size and (data := answer.read1(min(CHUNK, file.size - have))):
-                            have += out.write(data)
-                            bar.update(len(data))
-                except (OSError, HTTPException) as error:
-                    if isinstance(error, OSError) and error.errno in DISK:
-                        raise
-                    broke = error
+                have, error = self._append(file, out, have, bar)
+                broke = error or broke
                 if have < file.size:
                     left = TRIES if have - most >= MUCH else left - 1
                     most = max(most, have)
@@ -143,6 +135,22 @@ class Repository:
                     time.sleep(PAUSE)
             out.flush()
             os.fsync(out.fileno())
+
+    def _append(self, file: RemoteFile, out: BinaryIO, have: int, bar: "tqdm[None]") -> tuple[int, Exception | None]:
+        """Append the bytes from `have` on, as far as one answer goes: the bytes there now, and what cut it off."""
+        try:
+            with self._open(f"{self.page}/resolve/master/{quote(file.path)}", file.path, have) as answer:
+                if have and answer.status != 206:  # it begins anew, whatever was asked
+                    have = bar.n = out.truncate(0)
+                # read1 gives what is there: read would lose up to a CHUNK of it when the connection breaks
+                while have < file.size and (data := answer.read1(min(CHUNK, file.size - have))):
+                    have += out.write(data)
+                    bar.update(len(data))
+        except (OSError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise
+            return have, error
+        return have, None
 
     def _check_sum(self, part: Path, file: RemoteFile) -> None:
         """FileError if a part has another sum than the list says; the part is deleted."""
@@ -156,7 +164,7 @@ class Repository:
             )
 
     def _open(self, url: str, what: str, start: int = 0) -> HTTPResponse:
-        """The answer, from that byte on where the server can. FluxErrors for its refusals; transport errors pass."""
+        """The response, from that byte on where the server can. FluxErrors for its refusals; transport errors pass."""
         if offline():
             raise self._unreachable(what, "HF_HUB_OFFLINE is set")
         headers = {"User-Agent": f"flux_core/{__version__}"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -193,7 +201,7 @@ class Repository:
 
 
 def _check_path(file: RemoteFile, repository: Repository) -> None:
-    path = PureWindowsPath(file.path)  # it takes both kinds of slashes for what they are
+    path = PureWindowsPath(file.path)  # which splits at both kinds of slashes
     if path.drive or path.root or ".." in path.parts or not path.name or "\0" in file.path or file.size < 0:
         raise FileError(
             f"the list of files of {repository.name} at {repository.address} names {file.path[:80]!a}, which is not a "

@@ -1,8 +1,8 @@
-"""The hub's large files on their way into its client's cache, in a part that outlives the run.
+"""Download the hub's large files into its client's cache, resuming where an earlier run ended.
 
-The client takes up a broken connection, but deletes its part where a run ends (huggingface_hub 2.4), and a file of
-24 GB would begin anew. Here a file grows under the name of its sum and `.part`, is held against that sum when it is
-whole, and then is where the client finds it and has only to link it. Requests, redirects and bar are the client's.
+The client resumes a broken connection, but deletes its partial file at the end of a run (huggingface_hub 2.4), and a
+file of 24 GB would begin anew. Here a file is written under its sum and `.part`, checked against that sum when it is
+complete, and then moved to where the client finds it and only links it. Requests, redirects and bar are the client's.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from typing import Any
 
 from ..errors import FileError, FluxError
 from ..terminal import note
-from .client import cache_folder, cached, hub_errors
+from .client import cache_folder, cached, hub_errors, repo_folder
 
 LARGE = 2**30
-"""bytes whose sum takes long enough to say so"""
+"""bytes from which checking a sum is announced, as it takes long"""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a hub repository. `sha256` is empty for a small one: the hub keeps that in git, by another sum."""
+    """A file of a hub repository. `sha256` is empty for a small file: the hub keeps those in git, by another sum."""
 
     repo: str
     name: str
@@ -33,7 +33,7 @@ class HubFile:
     sha256: str
 
     def missing(self) -> int:
-        """Bytes that are still to come."""
+        """Bytes still to be downloaded."""
         if cached(self.repo, self.name) or _twins(self):
             return 0
         have = _size(_part(self))
@@ -52,14 +52,14 @@ def listing(repo: str, patterns: list[str]) -> list[HubFile]:
 
 
 def fetch_all(repo: str, patterns: list[str]) -> None:
-    """`fetch` the large files of these patterns, if the cache has none of them yet, or only a part.
+    """`fetch` the large files of these patterns, if the cache has none of them yet, or a partial file.
 
-    Otherwise the list is not asked for: the client may be content with the cache, and need no network.
+    Otherwise the list is not requested: the cache may be enough for the client, without network.
     """
-    begun = any(_home(repo).glob("blobs/*.part"))
+    begun = any(repo_folder(repo).glob("blobs/*.part"))
     if begun or not any(cached(repo, pattern) for pattern in patterns):
         files: list[HubFile] = []
-        with suppress(FluxError):  # the client meets the same, and may still be content
+        with suppress(FluxError):  # the client gets the same error, and the cache may be enough
             files = listing(repo, patterns)
         for file in files:
             if file.sha256:
@@ -67,45 +67,57 @@ def fetch_all(repo: str, patterns: list[str]) -> None:
 
 
 def fetch(repo: str, name: str) -> None:
-    """Download a large file that is missing into the cache, from the byte on where an earlier run ended.
+    """Download a large file that the cache lacks, from the byte on where an earlier run ended.
 
-    Small files are left to the client, and those that the hub does not answer for: the client tries again.
+    Small files are left to the client, and those for which the hub gives no answer: the client tries again.
     AccessError, FileError or DiskError.
     """
     if cached(repo, name):
         return
     with hub_errors(repo, name) as access:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.file_download import are_symlinks_supported
-        from huggingface_hub.utils import WeakFileLock
+        if found := _large_file(repo, name, access):
+            _download(*found, access)
 
-        try:
-            head = get_hf_file_metadata(hf_hub_url(repo, name, endpoint=access["endpoint"]), **access)
-        except Exception:  # whatever the transport raises
+
+def _large_file(repo: str, name: str, access: dict[str, Any]) -> tuple[HubFile, str] | None:
+    """The file and its commit, as the hub has them; None for a small file, and where the hub gives no answer."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        head = get_hf_file_metadata(hf_hub_url(repo, name, endpoint=access["endpoint"]), **access)
+    except Exception:  # whatever the transport raises
+        return None
+    if head.size is None or head.commit_hash is None or not _SHA256.fullmatch(head.etag or ""):
+        return None
+    return HubFile(repo, name, head.size, str(head.etag)), head.commit_hash
+
+
+def _download(file: HubFile, commit: str, access: dict[str, Any]) -> None:
+    """Download a file to where the client looks for it, under the client's own lock."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import are_symlinks_supported
+    from huggingface_hub.utils import WeakFileLock
+
+    part, home = _part(file), repo_folder(file.repo)
+    # where there are no links, the client would copy a blob that it finds
+    blobs = are_symlinks_supported(cache_folder())
+    target = part.with_suffix("") if blobs else home / "snapshots" / commit / file.name
+    lock = home.parent / ".locks" / home.name / f"{file.sha256}.lock"
+    if not Path(os.path.abspath(target)).is_relative_to(os.path.abspath(home)):
+        return  # a name that leads elsewhere, which the client refuses
+    for path in (part, target, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if target.exists() or _link_twin(target, file):
+            part.unlink(missing_ok=True)
             return
-        if head.size is None or head.commit_hash is None or not _SHA256.fullmatch(head.etag or ""):
-            return
-        file = HubFile(repo, name, head.size, str(head.etag))
-        part, home = _part(file), _home(repo)
-        # where there are no links, the client would copy a blob that it finds
-        blobs = are_symlinks_supported(cache_folder())
-        target = part.with_suffix("") if blobs else home / "snapshots" / head.commit_hash / name
-        lock = home.parent / ".locks" / home.name / f"{file.sha256}.lock"  # the client's own
-        if not Path(os.path.abspath(target)).is_relative_to(os.path.abspath(home)):
-            return  # a name that leads elsewhere, which the client refuses
-        for path in (part, target, lock):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            if target.exists() or _link_twin(target, file):
-                part.unlink(missing_ok=True)
-                return
-            _fill(part, file, hf_hub_url(repo, name, revision=head.commit_hash, endpoint=access["endpoint"]), access)
-            _check_sum(part, file)
-            part.replace(target)
+        _fill(part, file, hf_hub_url(file.repo, file.name, revision=commit, endpoint=access["endpoint"]), access)
+        _check_sum(part, file)
+        part.replace(target)
 
 
 def _fill(part: Path, file: HubFile, url: str, access: dict[str, Any]) -> None:
-    """Fetch what the part lacks. Where the hub redirects to another host, the client does not send the token there."""
+    """Download what the part lacks. Where the hub redirects to another host, the client does not send the token."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -130,7 +142,7 @@ def _check_sum(part: Path, file: HubFile) -> None:
 
 
 def file_sha256(path: Path, name: str) -> str:
-    """The SHA-256 in hex digits. For a large file a line on stderr says so, by that name."""
+    """The SHA-256 in hex digits. For a large file a line on stderr announces it, by that name."""
     if path.stat().st_size >= LARGE:
         note(f"checking the sum of {name}")
     with path.open("rb") as data:
@@ -152,13 +164,8 @@ def _twins(file: HubFile) -> list[Path]:
     return [path for path in found if _size(path) == file.size]
 
 
-def _home(repo: str) -> Path:
-    """The repository's folder in the cache."""
-    return cache_folder() / f"models--{repo.replace('/', '--')}"
-
-
 def _part(file: HubFile) -> Path:
-    return _home(file.repo) / "blobs" / f"{file.sha256}.part"
+    return repo_folder(file.repo) / "blobs" / f"{file.sha256}.part"
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Folders and files of weights on this disk: shipped beside the package, in the clone around it, or from the hub.
 
-What is not there is an error with the next step.
+A missing folder or file is an error with the next step.
 """
 
 from pathlib import Path

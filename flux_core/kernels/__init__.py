@@ -1,14 +1,15 @@
 """Fast versions of `model/ops` and `model/ae_ops` for devices that Triton compiles for, installed at load time.
 
-A block calls `self.ops`, a static tuple of functions. Which tuple that is, is decided here, once, by what the device
-can do; `tests/kernels` compares every other with the plain one. Triton is imported only where it is used: nothing below
-imports it on a CPU, on MPS, or on a card older than Ampere.
+A block calls `self.ops`, a static tuple of functions. It is chosen here, once, by what the device supports;
+`tests/kernels` compares each with the plain one. Triton is imported only where it is used: never on a CPU, on MPS, or
+on a card older than Ampere.
 """
 
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 from ..errors import is_out_of_memory
 from ..linears.fp8 import Fp8Linear, Quantize
@@ -21,24 +22,24 @@ from .attention import BACKENDS, attention_for
 __all__ = ["can_fuse", "describe", "fused_ops", "install", "install_decode"]
 
 OLDEST = (8, 0)
-"""compute capability from which bf16 is in hardware and the kernels are worth having"""
+"""the lowest compute capability with bf16 in hardware, where the kernels pay"""
 
 
 def can_fuse(device: torch.device | str) -> bool:
-    """Whether Triton is here, and made for this device."""
+    """Whether Triton is installed and supports this device."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
         return False
     if torch.version.hip:
-        return False  # nobody has seen them there
+        return False  # not tested there
     return torch.cuda.get_device_capability(device) >= OLDEST
 
 
 @cache
 def compiles(device: torch.device | str) -> bool:
-    """Whether Triton does compile for it: tried on one small row, since it needs a C compiler and the driver, too.
+    """Whether Triton compiles for the device: tried on one small row, since it needs a C compiler and the driver, too.
 
-    A shortage of memory during the trial is raised and says nothing about Triton: the next call tries again.
+    Running out of memory in the trial is raised and not cached: the next call tries again.
     """
     row = torch.linspace(-1, 1, 16, dtype=torch.float32, device=device).expand(1, 1, 16)
     try:
@@ -53,16 +54,16 @@ def compiles(device: torch.device | str) -> bool:
 
 
 def fused_ops(device: torch.device | str) -> Ops:
-    """The fastest functions that the device has: the fused ones, or PLAIN."""
+    """The fastest functions for the device: the fused ones, or PLAIN."""
     return _triton() if can_fuse(device) and compiles(device) else PLAIN
 
 
 def install(model: Flux, device: torch.device | str) -> Ops:
-    """Put the functions of that device into every part of a model that has `ops`; returns them.
+    """Set the functions for that device in every part of a model that has `ops`; returns them.
 
-    A shortage of memory while they are chosen is raised. All blocks get one and the same tuple, so compiled blocks of a
-    kind go on sharing a graph (dynamo guards on its functions, which are module-level ones). Blocks that were compiled
-    before compile once more at their next call.
+    Running out of memory in the choice is raised. All blocks get the same tuple, so compiled blocks of a kind still
+    share a graph (dynamo guards on its functions, which are module-level). Blocks that were compiled before compile
+    once more at their next call.
     """
     device = torch.device(device)
     ops = fused_ops(device)
@@ -76,8 +77,8 @@ def install(model: Flux, device: torch.device | str) -> Ops:
     return ops
 
 
-def put(model: Flux, ops: Ops) -> None:
-    """These functions into every part of a model that has `ops`."""
+def put(model: nn.Module, ops: Ops | AeOps) -> None:
+    """Set these functions in every part of a model that has `ops`."""
     for part in model.modules():
         if hasattr(part, "ops"):
             part.ops = ops  # type: ignore[assignment]
@@ -88,13 +89,13 @@ KERNELS = {
     f"{__name__}.fused": "triton",
     f"{__name__}.quantized": "triton fp8",
 }
-"""the name of a tuple of functions, by the module of its `modulate`"""
+"""names of tuples of functions, by the module of their `modulate`"""
 
 
 def describe(model: Flux) -> dict[str, str]:
-    """The names of what computes in the blocks: `attention`, a key of `BACKENDS`, and `kernels`, a value of `KERNELS`.
+    """The names of the blocks' functions: `attention`, a key of `BACKENDS`, and `kernels`, a value of `KERNELS`.
 
-    "other" for functions that are not ours. The last bits of a picture depend on both.
+    "other" if they are not ours. The last bits of a picture depend on both.
     """
     ops = next(iter((*model.double_blocks, *model.single_blocks))).ops
     attention = {backend: name for name, backend in BACKENDS.items()}
@@ -105,7 +106,7 @@ def describe(model: Flux) -> dict[str, str]:
 
 
 def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
-    """Likewise the autoencoder's, which may be elsewhere yet; returned. Its weights then lie as cuDNN wants them."""
+    """`install` for the autoencoder, which may still be on another device. Its weights become channels_last."""
     if not (can_fuse(device) and compiles(device)):
         return ae_ops.PLAIN
     from .decode import OPS
@@ -115,16 +116,14 @@ def install_decode(ae: AutoEncoder, device: torch.device | str) -> AeOps:
 
 
 def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
-    """These functions into every part of an autoencoder, and its weights with channels side by side."""
+    """Set these functions in every part of an autoencoder, and make its weights channels_last, as cuDNN wants them."""
     ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for part in ae.modules():
-        if hasattr(part, "ops"):
-            part.ops = ops  # type: ignore[assignment]
+    put(ae, ops)
 
 
 @cache
 def _triton() -> Ops:
-    from . import fused, products  # they define kernels, for which they need Triton
+    from . import fused, products  # which import Triton
 
     return PLAIN._replace(
         modulation=products.modulation,
@@ -140,7 +139,7 @@ def _triton() -> Ops:
 
 @cache
 def _triton_fp8() -> tuple[Ops, Quantize]:
-    """The same for models with layers that take quantized tokens, and what quantizes where no other kernel has."""
+    """The same for models with layers that take quantized tokens, and the function that quantizes other inputs."""
     from . import quantized
 
     ops = _triton()._replace(modulate=quantized.modulate, mlp=quantized.mlp, linear2=quantized.linear2)

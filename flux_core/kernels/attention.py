@@ -1,10 +1,10 @@
-"""Attention by the fastest of PyTorch's kernels, found by trying them where the model is.
+"""Attention by the fastest of PyTorch's kernels, found by a trial on the model's device.
 
-`F.scaled_dot_product_attention` decides by the card's generation and the library's version which of its kernels it
-takes. Here each runs a few times on numbers of FLUX's shape when a model is loaded, some tens of milliseconds in all,
-and the function that a block calls is the fastest one. Another than PyTorch's own choice only where it is clearly
-faster, so that the same machine chooses the same next time: the last bits of a picture depend on it. Where memory does
-not suffice for the trial the shortage is raised, and nothing is chosen.
+`F.scaled_dot_product_attention` chooses one of its kernels by the card's generation and the library's version.
+Here each runs a few times on tensors of FLUX's shape when a model is loaded, some tens of milliseconds in all, and the
+fastest becomes `ops.attend`. It replaces PyTorch's own choice only where it is clearly faster, so that the same machine
+chooses the same next time: the last bits of a picture depend on it. Running out of memory in the trial is raised, and
+nothing is chosen.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from ..model.ops import attend
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SWITCH_BELOW = 0.9
-"""of the time of PyTorch's own choice, below which another kernel takes its place"""
+"""of the time of PyTorch's own choice, below which another kernel replaces it"""
 TOKENS = 4608
 """of a megapixel and its prompt: where attention counts most"""
 CALLS = 3
@@ -43,7 +43,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def joined(found: tuple[Tensor, ...]) -> Tensor:
-    """The output of such a kernel with heads side by side: [B, H, L, D] -> [B, L, H*D]."""
+    """The output of such a kernel with heads concatenated: [B, H, L, D] -> [B, L, H*D]."""
     return rearrange(found[0], "B H L D -> B L (H D)")
 
 
@@ -61,8 +61,8 @@ def attention_for(model: Flux, device: torch.device) -> Attend:
 
 @cache
 def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> Attend:
-    """The same by sizes; tried once in a process, or again after a shortage of memory."""
-    draw = torch.Generator(device).manual_seed(0)  # its own, so that nobody's seed changes
+    """The fastest backend for these sizes; tried once in a process, and again after running out of memory."""
+    draw = torch.Generator(device).manual_seed(0)  # leaves global seeds alone
     q, k, v = (
         torch.randn(1, TOKENS, heads, head_dim, device=device, dtype=dtype, generator=draw).transpose(1, 2)
         for _ in range(3)
@@ -73,7 +73,7 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int)
 
 
 def milliseconds(backend: Attend, q: Tensor, k: Tensor, v: Tensor) -> float | None:
-    """The time of the fastest of a few calls; None where the kernel does not take such tensors."""
+    """The time of the fastest of a few calls; None if the kernel does not support such tensors."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(CALLS + 1)]
     try:
         backend(q, k, v)

@@ -1,20 +1,20 @@
-"""The autoencoder's functions between its convolutions (`model/ae_ops`), on feature maps with channels side by side.
+"""The functions between the autoencoder's convolutions (`model/ae_ops`) as Triton kernels, on channels_last maps.
 
-cuDNN's convolutions want a pixel's channels side by side in memory (`channels_last`), and would permute every map there
-and back; here they stay so, and what lies between two convolutions goes over a map as seldom as it can:
+cuDNN's convolutions want a pixel's channels contiguous in memory (`channels_last`), and would permute every map there
+and back; here maps stay so, and as few passes as possible are made over a map between two convolutions:
 
-group norm   one pass for the moments, one to normalize and activate. Of every channel, over a chunk of pixels: mean and
-             summed squared deviation, from sums of differences to the chunk's first pixel, so that nothing is lost far
-             from zero; merged for a group in a fixed order (Chan, Golub, LeVeque 1983), so the same bits every time
-bias         PyTorch adds a convolution's bias in a pass of its own. The norm behind a convolution takes it in, and so
-             does the residual sum
+group norm   one pass for the moments, one to normalize and activate. Moments are a channel's mean and summed squared
+             deviation over a chunk of pixels, from sums of differences to the chunk's first pixel, so that nothing is
+             lost far from zero; merged for a group in a fixed order (Chan, Golub, LeVeque 1983), so deterministic
+bias         PyTorch adds a convolution's bias in a pass of its own. Here the norm after a convolution, or the residual
+             sum, adds it
 upsampling   a 3x3 convolution of a map with every pixel repeated four times sees 2x2 different ones: it is four 2x2
              convolutions of the small map, one for each pixel of four, with weights added up. 4/9 of the work
-attention    one head of 512 features is more than the flash kernels hold: plain products, a few thousand rows at a
+attention    one head of 512 features is more than flash kernels support: plain products, a few thousand rows at a
              time, with fp32 scores between
 
-Between a load and a store everything is fp32. There is no backward: where a gradient is wanted, or a layer has to be
-called (`is_bare`), the plain function computes, as for channels and groups that are no powers of two (FLUX's all are).
+Between a load and a store everything is fp32. There is no backward: where a gradient is needed, or a layer has to be
+called (`is_bare`), the plain function is used, as for channels and groups that are no powers of two (FLUX's all are).
 """
 
 import torch
@@ -39,7 +39,7 @@ SOFTMAX_WARPS = 16
 
 
 def dense(x: Tensor) -> Tensor:
-    """The same values with channels side by side."""
+    """x in channels_last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -53,7 +53,7 @@ def pixels_of(channels: int) -> int:
 
 
 def product(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution without its bias; the result is new, so it may be written to."""
+    """A convolution without its bias, in new memory that may be written to."""
     return dense(conv._conv_forward(x, conv.weight, None))
 
 
@@ -90,7 +90,7 @@ def merge_kernel(
     means, squares, bias, weight, centre, scale, HW, chunk, T, eps,
     C: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """For each channel what to take off, and what to multiply by then. bias: of the convolution before, or None."""
+    """For each channel, the centre to subtract and the scale to multiply by. bias: the convolution's, or None."""
     batch = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     t = tl.arange(0, CHUNKS)
@@ -130,7 +130,7 @@ def normalize_kernel(x, centre, scale, shift, out, HW, C: tl.constexpr, PIXELS: 
 def launch_norm(
     x: Tensor, out: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> None:
-    """out = GroupNorm(x + before); x and out in channels_last, and may be one."""
+    """out = GroupNorm(x + before); x and out in channels_last; they may be the same."""
     B, C, H, W = x.shape
     chunk = max(32, triton.cdiv(H * W, CHUNKS))
     T, PIXELS = triton.cdiv(H * W, chunk), pixels_of(C)
@@ -221,7 +221,7 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def takes_bias(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether its bias may be added by a kernel."""
+    """Whether a kernel may add the bias of this convolution."""
     power = conv.out_channels & (conv.out_channels - 1) == 0
     return power and conv.bias is not None and is_bare(conv, nn.Conv2d, x)
 
@@ -229,11 +229,11 @@ def takes_bias(conv: nn.Conv2d, x: Tensor) -> bool:
 # Upsampling and its convolution -------------------------------------------------------------------------
 
 
-def quarters(weight: Tensor) -> Tensor:
-    """A 3x3 convolution's weights [O, I, 3, 3] -> those of four 2x2 ones, [4 * O, I, 2, 2].
+def quarter_weights(weight: Tensor) -> Tensor:
+    """A 3x3 convolution's weights [O, I, 3, 3] as those of four 2x2 convolutions, [4 * O, I, 2, 2].
 
-    The even one of two repeated pixels sees its left neighbour once and itself twice, the odd one itself twice and its
-    right neighbour once; rows likewise. Parities (row, column) are outermost.
+    Of two repeated pixels, the even sees its left neighbour once and itself twice, the odd itself twice and its right
+    neighbour once; rows likewise. Parities (row, column) are outermost.
     """
     w = weight.float()
     for dim in (2, 4):  # each becomes two: parity and tap
@@ -272,7 +272,7 @@ def weave_op(x: Tensor, bias: Tensor) -> Tensor:
 def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if not takes_bias(conv, x):
         return ae_ops.upsample_conv(conv, x)
-    return weave_op(nn.functional.conv2d(x, quarters(conv.weight), padding=1), conv.bias)
+    return weave_op(nn.functional.conv2d(x, quarter_weights(conv.weight), padding=1), conv.bias)
 
 
 # Attention --------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def softmax_kernel(scores, out, L, scale, BLOCK: tl.constexpr):
 
 @operator("softmax")
 def softmax_op(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Of the last axis of scale * scores, fp32 and contiguous, rounded to that dtype."""
+    """Softmax over the last axis of scale * scores (fp32, contiguous), rounded to that dtype."""
     out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     L = scores.shape[-1]
     wrap_triton(softmax_kernel)[(scores.numel() // L,)](
@@ -298,7 +298,7 @@ def softmax_op(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def products(q: Tensor, k: Tensor) -> Tensor:
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
     """q @ k.T in fp32, [B, L, L']: scores rounded to bf16 would be off by up to 1/256 of themselves, in an exponent."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)
@@ -310,7 +310,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ae_ops.attend(q, k, v)
     _, C, H, W = q.shape
     q, k, v = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (q, k, v))
-    rows = [torch.bmm(softmax_op(products(part, k), C**-0.5, v.dtype), v) for part in q.split(QUERIES, dim=1)]
+    rows = [torch.bmm(softmax_op(scores_of(part, k), C**-0.5, v.dtype), v) for part in q.split(QUERIES, dim=1)]
     return torch.cat(rows, dim=1).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 

@@ -1,22 +1,22 @@
-"""What a block does around its Linears, in one pass over memory each: Triton kernels and what launches them.
+"""The functions around a block's Linears as Triton kernels, with one pass over memory each.
 
 All of it is bound by memory: a tensor of [4608, 3072] in bf16 is 28 MB, 7 µs of an H200's traffic to read, and what
-counts is how often it is read and written. So each kernel reads what the Linear before it wrote, where it lies, and
-writes what the next one reads:
+counts is how often it is read and written. So each kernel reads the output of the Linear before it in place, and writes
+the input of the next:
 
 modulate        (1 + scale) * (x - mean) / sqrt(var + eps) + shift; one program holds a row, so x is read once
 gated_sum       x + gate * y, three passes where the plain function takes five
 norm_rope       R (x / rms(x) * scale) for q and k, read from the qkv product as `split_heads` sees it; a program has
                 some heads of one token. Written with the tokens outside, [B, L, H, D] in memory, seen as [B, H, L, D]:
-                attention gives its output the layout of q, so its heads then lie side by side and nothing is permuted
-norm_rope_join  the same for the two streams of a double block, straight into the joined sequence, v along with them
+                attention gives its output the layout of q, so its heads are then contiguous and nothing is permuted
+norm_rope_join  the same for both streams of a double block, written into the joined sequence together with v
 
 Rounding: everything between a load and a store is fp32, so a result rounds once. The plain functions round after each
 operation in bf16 (and `rms_norm` before its scale); compiled, they round about as seldom as these. In bf16 the two
-differ by at most some units in the last place of the terms of a sum, and against fp32 these are the closer ones.
+differ by at most some units in the last place of the terms of a sum, and the kernels are closer to fp32.
 
-For a compiler the kernels are `triton_op`s: it does not trace into them, and inductor launches what is inside, with no
-dispatch in between. There is no backward; where a gradient is wanted, the plain function computes. No autotuning: it
+For a compiler the kernels are `triton_op`s: it does not trace into them, and inductor launches the kernels directly,
+without dispatch. There is no backward; where a gradient is needed, the plain function is used. No autotuning: it
 would cost every first image seconds; the sizes below were the fastest of a few on an H200, for [4608, 3072].
 """
 
@@ -41,9 +41,9 @@ JOINED_HEADS, JOINED_WARPS = 8, 1
 
 
 def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A `triton_op` of that name where something traces; else the function itself, past the dispatcher.
+    """A decorator: a `triton_op` of that name under tracing; else the function itself, without the dispatcher.
 
-    The way through it costs 50 to 100 µs of the host's time, more than most of these kernels take for a small picture.
+    Dispatch costs 50 to 100 µs of the host's time, more than most of these kernels take for a small picture.
     changes: arguments that it writes into.
     """
 
@@ -72,7 +72,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def normed(row, col, D: tl.constexpr):
-    """A row of D features without its mean, over its standard deviation; fp32, zero from D on."""
+    """A row of D features normalized to mean 0 and variance 1; fp32, zero from D on."""
     v = tl.load(row + col, mask=col < D, other=0.0).to(tl.float32)
     centred = tl.where(col < D, v - tl.sum(v, axis=0) / D, 0.0)
     return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + 1e-6)
@@ -154,9 +154,9 @@ def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 @triton.jit
 def matrix_of(pe, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The four entries of the rotation of each pair of features [BLOCK / 2], of the 2 D numbers of one token.
+    """The four entries of each feature pair's rotation matrix, [1, BLOCK / 2] each, from the 2 D numbers of one token.
 
-    Read in one piece and taken apart in registers: four loads of every fourth number would cost as much as q and k.
+    Loaded in one piece and split in registers: four loads of every fourth number would cost as much as q and k.
     """
     entry = tl.arange(0, 2 * BLOCK)
     first, second = tl.split(tl.reshape(tl.load(pe + entry, mask=entry < 2 * D, other=0.0), (BLOCK // 2, 2, 2)))
@@ -166,8 +166,8 @@ def matrix_of(pe, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def normed_turned(x, scale, a, b, c, d, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """x [HEADS, BLOCK] fp32, zero from D on; the rotation turns (even, odd) to (a even + b odd, c even + d odd)."""
+def norm_rotate(x, scale, a, b, c, d, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """x normalized, scaled and rotated, (even, odd) -> (a even + b odd, c even + d odd). x: fp32, zero from D on."""
     x = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + 1e-6)[:, None] * scale[None, :]
     even, odd = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
     return tl.reshape(tl.join(a * even + b * odd, c * even + d * odd), (HEADS, BLOCK))
@@ -189,8 +189,8 @@ def norm_rope_kernel(
     x_scale = tl.load(q_scale + col, mask=col < D, other=0.0).to(tl.float32)
     y_scale = tl.load(k_scale + col, mask=col < D, other=0.0).to(tl.float32)
     a, b, c, d = matrix_of(pe + batch * pe_batch + row * pe_row, D, BLOCK)
-    x = normed_turned(x.to(tl.float32), x_scale, a, b, c, d, D, HEADS, BLOCK)
-    y = normed_turned(y.to(tl.float32), y_scale, a, b, c, d, D, HEADS, BLOCK)
+    x = norm_rotate(x.to(tl.float32), x_scale, a, b, c, d, D, HEADS, BLOCK)
+    y = norm_rotate(y.to(tl.float32), y_scale, a, b, c, d, D, HEADS, BLOCK)
     place = ((batch * L + row) * H + head) * D + col[None, :]
     tl.store(q_out + place, x.to(q_out.dtype.element_ty), mask=inside)
     tl.store(k_out + place, y.to(k_out.dtype.element_ty), mask=inside)
@@ -211,12 +211,12 @@ def norm_rope_op(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Ten
 
 
 def dense_pe(pe: Tensor) -> Tensor:
-    """pe with each token's matrices in one piece, as `embed_nd` makes them and slices of tokens leave them."""
+    """pe with each token's matrices contiguous, as in the output of `embed_nd` and its slices of tokens."""
     return pe if pe[0, 0, 0].is_contiguous() else pe.contiguous()
 
 
 def batch_stride(pe: Tensor) -> int:
-    """pe may have one row for all of the batch."""
+    """The stride of pe over the batch: 0 for one row that all share."""
     return pe.stride(0) if pe.shape[0] > 1 else 0
 
 
@@ -254,8 +254,8 @@ def norm_rope_join_kernel(
         x_scale = tl.load(img_q_scale + col, mask=col < D, other=0.0)
         y_scale = tl.load(img_k_scale + col, mask=col < D, other=0.0)
     a, b, c, d = matrix_of(pe + batch * pe_batch + row * pe_row, D, BLOCK)
-    x = normed_turned(x.to(tl.float32), x_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
-    y = normed_turned(y.to(tl.float32), y_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
+    x = norm_rotate(x.to(tl.float32), x_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
+    y = norm_rotate(y.to(tl.float32), y_scale.to(tl.float32), a, b, c, d, D, HEADS, BLOCK)
     place = ((batch * L + row) * H + head) * D + col[None, :]
     tl.store(q_out + place, x.to(q_out.dtype.element_ty), mask=inside)
     tl.store(k_out + place, y.to(k_out.dtype.element_ty), mask=inside)
@@ -269,8 +269,8 @@ def norm_rope_join_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, T, D = txt_q.shape
     L = T + img_q.shape[2]
-    txt_q, txt_k, txt_v = alike(txt_q, txt_k, txt_v)
-    img_q, img_k, img_v = alike(img_q, img_k, img_v)
+    txt_q, txt_k, txt_v = same_strides(txt_q, txt_k, txt_v)
+    img_q, img_k, img_v = same_strides(img_q, img_k, img_v)
     pe = dense_pe(pe)
     q_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
     k_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
@@ -284,8 +284,8 @@ def norm_rope_join_op(
     return q_out.transpose(1, 2), k_out.transpose(1, 2), v_out.transpose(1, 2)
 
 
-def alike(q: Tensor, k: Tensor, v: Tensor) -> Heads:
-    """q, k, v with the same strides: those of one product have them, where nothing came in between."""
+def same_strides(q: Tensor, k: Tensor, v: Tensor) -> Heads:
+    """q, k, v with equal strides, as three slices of one product have them."""
     if q.stride(-1) == 1 and q.stride() == k.stride() == v.stride():
         return q, k, v
     return q.contiguous(), k.contiguous(), v.contiguous()

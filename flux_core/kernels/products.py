@@ -1,11 +1,11 @@
-"""A block's products, with the work between them taken in: cuBLASLt's, and one kernel for a table of modulation.
+"""A block's matrix products, fused with the work between them: by cuBLASLt, and one kernel for modulation tables.
 
 mlp, linear1    GELU in the epilogue of the product; for it `linear1` is two products, qkv and the MLP's part
-linear2         a product of attention and one of the MLP's part, added up: they need not be joined
+linear2         the sum of a product for attention and one for the MLP's part, without concatenation
 modulation      the projections of all steps of a schedule read their weights once
 
-Each needs a dense weight. A layer that has none to give, or that has to be called (`linears/contract.py`), is called,
-and the plain function computes around it.
+Each needs a dense weight. A layer without one, or that has to be called (`linears/contract.py`), is called as in the
+plain functions.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
 
 class Activated(NamedTuple):
-    """Hidden features behind their GELU: how `linear1` tells `linear2` that it has applied it."""
+    """Hidden features after their GELU, which `linear2` then does not apply."""
 
     hidden: Tensor
 
@@ -37,7 +37,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def is_mlp(layers: nn.Module) -> bool:
-    """Whether it is a layer, a GELU and a layer, and nothing but the two layers has to be called."""
+    """Whether it is a layer, a GELU and a layer, and only the two layers may have to be called."""
     if not is_bare(layers, nn.Sequential) or len(layers) != 3:  # type: ignore[arg-type]
         return False
     gelu = layers[1]  # type: ignore[index]
@@ -45,14 +45,14 @@ def is_mlp(layers: nn.Module) -> bool:
 
 
 def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens) -> Tensor:
-    """`ops.mlp` without a pass for the GELU."""
+    """`ops.mlp` with the GELU in the first product."""
     if isinstance(x, QuantizedTokens) or not is_mlp(layers) or (found := dense(layers[0], x)) is None:
         return layers(x)
     return layers[2](linear_gelu(x, *found))
 
 
 def linear1(linear: nn.Module, x: Tensor | QuantizedTokens, split: list[int]) -> tuple[Tensor, Tensor | Activated]:
-    """`ops.linear1`, with the hidden features activated already where a product of their own can do that."""
+    """`ops.linear1`, with the hidden features `Activated` where they are a product of their own."""
     if isinstance(x, QuantizedTokens) or (found := dense(linear, x)) is None:
         qkv, hidden = linear(x).split(split, dim=-1)
         return qkv, hidden
@@ -61,7 +61,7 @@ def linear1(linear: nn.Module, x: Tensor | QuantizedTokens, split: list[int]) ->
 
 
 def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tensor:
-    """`ops.linear2` of what `linear1` returns, as two products into one sum: nothing is joined before."""
+    """`ops.linear2` of what `linear1` returns, as a sum of two products, without concatenation."""
     if isinstance(hidden, Activated):
         return multiply_columns(linear, attn, hidden.hidden)
     return multiply_columns(linear, attn, F.gelu(hidden, approximate="tanh"))
@@ -100,7 +100,7 @@ def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
-    """`ops.modulation`, of all steps in one pass over the weights. The sum of a row is independent of the others."""
+    """`ops.modulation`, of all steps in one pass over the weights. The sum of a step is independent of the others."""
     found = dense(linear, vec)
     if found is None:
         return ops.modulation(linear, vec)

@@ -1,16 +1,16 @@
-"""The same for layers that take quantized tokens: what leads to one leaves as e4m3 tokens and their scales.
+"""The fused ops for layers that take quantized tokens: their inputs are written as e4m3 tokens with scales.
 
-Quantizing a token needs the largest of its features first, so it takes a pass of its own over what a kernel before it
-has just had in registers. Here that kernel does both: a program holds a whole token, finds its largest number in fp32,
+Quantizing a token needs the largest of its features first, so alone it is a second pass over what another kernel just
+had in registers. Here that kernel does both: a program holds a whole token, finds its largest number in fp32,
 and writes half the bytes that bf16 would take.
 
-quantize   tokens as they come (attention's, and whatever a hook returned): one read where the plain function takes two
+quantize   all other tokens (attention's, a hook's results): one read where the plain function takes two
 modulate   LayerNorm and modulation -> the input of qkv, of an MLP, of `linear1`
 mlp        GELU between the two Linears of an MLP
 linear2    [attn | gelu(hidden)] -> the input of `linear2`
 
-Each asks whether its consumer takes such tokens now (`linears/contract.py`), so a model may mix formats, and wrapped
-layers get tensors. Where the answer is no, or a gradient is wanted, the functions of `fused` and `products` compute.
+Each checks whether its consumer takes such tokens now (`linears/contract.py`), so a model may mix formats, and wrapped
+layers get tensors. Where it does not, or a gradient is needed, the functions of `fused` and `products` are used.
 All but `quantize` skip a rounding to bf16, and so are closer to fp32 than the plain functions.
 """
 
@@ -50,7 +50,7 @@ def scale_of(largest, LARGEST: tl.constexpr):
 
 @triton.jit
 def code(y, scale, codes):
-    """y / scale, by the reciprocal: an exact division for each number would take longer than its way from memory."""
+    """y / scale, by the reciprocal: an exact division of each number would take longer than reading it."""
     return (y * (1.0 / scale)).to(codes.dtype.element_ty)
 
 
@@ -108,7 +108,7 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor | QuantizedTokens:
-    """`ops.modulate`, quantized where the consumer takes that. x: [B, L, D]; shift, scale: [B, 1, D]."""
+    """`ops.modulate`, quantized where the consumer takes tokens. x: [B, L, D]; shift, scale: [B, 1, D]."""
     if consumer is None or needs_grad(x, shift, scale) or not takes_tokens(consumer):
         return fused.modulate(x, shift, scale, consumer)
     return QuantizedTokens(*modulate_op(x, shift, scale))

@@ -1,1 +1,1 @@
-"""What may stand behind an nn.Linear of the transformer, put in place when weights are loaded."""
+"""Layers that replace the transformer's nn.Linears when weights are loaded, and their contract with fused code."""

@@ -1,8 +1,8 @@
-"""What a layer in the place of an nn.Linear promises, and when fused code may reach inside one instead of calling it.
+"""The contract of a layer that replaces an nn.Linear, and when fused code may read its weight instead of calling it.
 
-A block calls its Linears, or hands them to its `ops`. The plain ops (`model/ops.py`) only call them, so every module
-with `in_features`, `out_features` and a forward will do. The fused ones (`kernels/`) are faster where they may read a
-weight, or pass tokens that are quantized already. They ask the functions below, and else call the layer, too.
+A block calls its Linears, or passes them to its `ops`. The plain ops (`model/ops.py`) only call them, so every module
+with `in_features`, `out_features` and a forward will do. The fused ops (`kernels/`) are faster where they may read a
+weight, or pass quantized tokens. The functions below say where; elsewhere fused ops call the layer, too.
 
 |                                      | nn.Linear            | `fp8.Fp8Linear`           | any other module         |
 | ------------------------------------ | -------------------- | ------------------------- | ------------------------ |
@@ -14,12 +14,12 @@ weight, or pass tokens that are quantized already. They ask the functions below,
 | `multiply_columns`: [x \\| y] apart   | a product for each   | by `dense`, else joined   | joined                   |
 | a slice of its rows                  | of `dense`           | of `dense`, or its output | of its output            |
 
-A new format is one file with one class, a direct subclass of `Leaf`, that overrides what it has:
+A new format is one file with one class, a direct subclass of `Leaf`, that overrides what it supports:
 
 - a LoRA around any layer: a forward that adds its branch, and `multiply_columns` of the layer and of its branch;
 - GGUF, NF4: a forward that dequantizes, and `dense`, which does so for one call. No parameter needs to be dense.
 
-A class that derives from such a format is called and never looked into: it may have changed the forward.
+A class derived from such a format is only called: it may have changed the forward.
 """
 
 from typing import Any, NamedTuple, cast
@@ -30,7 +30,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 class QuantizedTokens(NamedTuple):
-    """Tokens x ~ codes * scale, which some leaves take in the place of x."""
+    """Tokens x ~ codes * scale, which some leaves take instead of x."""
 
     codes: Tensor
     """e4m3 [..., K]"""
@@ -39,40 +39,40 @@ class QuantizedTokens(NamedTuple):
 
 
 class Leaf(nn.Module):
-    """A layer in the place of an nn.Linear, with the answers of one that can only be called."""
+    """Base of layers that replace an nn.Linear. The defaults are those of a layer that can only be called."""
 
     in_features: int
     out_features: int
 
     def takes_tokens(self) -> bool:
-        """Whether its forward takes `QuantizedTokens` on the device where it is now."""
+        """Whether its forward takes `QuantizedTokens` on its current device."""
         return False
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """Weight [N, K] and bias [N] for a product in that dtype, or None: it has none, or a faster way of its own."""
+        """Weight [N, K] and bias [N] for a product in that dtype; None without one, or where its forward is faster."""
         return None
 
     def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
-        """Its forward of [x | y], features side by side."""
+        """Its forward of [x | y], features concatenated."""
         return self(torch.cat((x, y), dim=-1))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward follows."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
-    """Whether fused code may do the work of a module on these inputs itself, without calling it.
+    """Whether fused code may compute a module on these inputs itself, without calling it.
 
-    So it is where the call computes that class's forward of the module's own parameters, nothing else (`is_untouched`),
-    and no gradient is wanted.
+    True where the call computes that class's forward of the module's own parameters and nothing else (`is_untouched`),
+    and no gradient is needed.
     """
     return is_untouched(module, kind) and not needs_grad(*inputs, *module._parameters.values())
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Not so: a subclass, a `forward` of the instance's own, hooks of any kind, parameters of a class of their own."""
+    """Whether it is no subclass, without a `forward` of the instance's own, hooks, or subclasses of parameters."""
     if type(module) is not kind or is_patched(module) or is_hooked(module):
         return False
     return all(x is None or type(x) is nn.Parameter for x in module._parameters.values())
@@ -85,18 +85,18 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """What nn.Module.__call__ asks. In a compiled block, as ever, hooks that were registered later do not count."""
+    """Whether nn.Module.__call__ runs any hook. As always, a compiled block ignores hooks that are registered later."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
 
 
 def is_leaf(linear: nn.Module, *inputs: Tensor) -> bool:
-    """Whether the methods of `Leaf` speak for this layer."""
+    """Whether the layer is a `Leaf` whose methods fused code may use instead of calling it."""
     return Leaf in type(linear).__bases__ and is_bare(linear, type(linear), *inputs)
 
 
 def takes_tokens(consumer: nn.Module) -> bool:
-    """Whether `QuantizedTokens` may be passed to a layer, or to the first layer of a Sequential, here and now."""
+    """Whether a layer, or the first layer of a Sequential, takes `QuantizedTokens` on its current device."""
     if is_bare(consumer, nn.Sequential) and len(consumer):  # type: ignore[arg-type]
         consumer = consumer[0]  # type: ignore[index]
     return is_leaf(consumer) and cast(Leaf, consumer).takes_tokens()
@@ -112,7 +112,7 @@ def dense(linear: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def multiply_columns(linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """`linear` of [x | y], by a product for each with its columns where it can. [B, L, K], [B, L, M] -> [B, L, N]"""
+    """`linear` of [x | y], as the sum of a product for each where possible. [B, L, K], [B, L, M] -> [B, L, N]"""
     if found := dense(linear, x, y):
         add_up = torch.ops.flux_core.sum_of_products if torch.compiler.is_compiling() else sum_of_products
         return add_up(x, y, *found)

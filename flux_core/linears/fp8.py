@@ -17,13 +17,13 @@ accumulation, which sums with fewer bits than fp32, is far below that.
 
 The trade-off. A scale for each row and token costs no time over one for the whole tensor, and an outlier spoils its own
 row only; a scale for each block of 128 would be finer, and slower. Scales of tokens are found in every call, one pass
-over x where no kernel did it before (`QuantizedTokens` are what one has quantized). Static scales from a calibration
+over x unless a kernel has quantized it before (`QuantizedTokens`). Static scales from a calibration
 would save the pass and clip what was not calibrated for, so those in ComfyUI's files are not used.
 
 Where a device has no fp8 units the weights are dequantized in the forward, w = c s, and the product runs in the dtype
 of x: as small in memory, no faster. Then only the weights are rounded.
 
-Gradients pass through to x, by dequantized weights, so that what lies below can be trained; the weights are frozen.
+Gradients pass through to x, by dequantized weights, so that layers below can be trained; the weights are frozen.
 
 Not here: fp8 attention, training of the weights, e5m2 (which has the range of gradients), other blocks than rows.
 """
@@ -47,33 +47,33 @@ Quantize = Callable[[Tensor], QuantizedTokens]
 """[..., K] -> e4m3 [..., K] with a scale for each token"""
 
 BF16 = {
-    "img_in": "64 features of each token: under 0.1 % of the arithmetic, and every pixel comes through it",
-    "txt_in": "once a step, and all that the picture knows of its prompt comes through it",
-    "time_in.*": "one vector a step, not a row of tokens: nothing to win",
+    "img_in": "64 features of each token: under 0.1 % of the arithmetic, and every pixel passes through it",
+    "txt_in": "once a step, and all of the prompt's tokens pass through it",
+    "time_in.*": "one vector a step, not all tokens: nothing to gain",
     "guidance_in.*": "the same",
     "vector_in.*": "the same",
-    "*_mod.lin": "the same vector; what it gives scales every token of its block, and a table takes its place",
+    "*_mod.lin": "the same vector; its output scales every token of the block, and a table replaces it",
     "*.modulation.lin": "the same in the single blocks",
-    "final_layer.*": "64 features of each token, and nothing behind it corrects them",
+    "final_layer.*": "64 features of each token, and no later layer corrects them",
 }
 """Linears of the transformer that stay in bf16, by patterns of their names, and why"""
 
 
 def stays_bf16(name: str) -> bool:
-    """Whether the Linear of that name is among `BF16`."""
+    """Whether the Linear of that name stays in bf16 (`BF16`)."""
     return any(fnmatch(name, pattern) for pattern in BF16)
 
 
 def quantize_rows(x: Tensor) -> QuantizedTokens:
-    """x [..., K], row by row."""
-    # By the reciprocal, written out: CUDA divides by a Python number so, the CPU does not, and a file that one of them
-    # wrote shall hold what the other computes.
+    """x [..., K] in e4m3, with a scale for each row."""
+    # The reciprocal is written out: CUDA divides by a Python number that way, the CPU does not, and a file written on
+    # either must hold what the other computes.
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) * (1 / LARGEST)
     return QuantizedTokens((x / scale).to(E4M3), scale)  # the quotient is fp32, like the scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight codes * scale of e4m3 [N, K] and the scales of its rows [N], rounded once."""
+    """The dense weight, codes * scale, of e4m3 [N, K] and the scales of its rows [N], rounded once."""
     return (codes.float() * scale[:, None]).to(dtype)
 
 
@@ -81,11 +81,11 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def has_fp8_units(device: torch.device) -> bool:
     """Whether the device multiplies e4m3 rows by their scales in hardware: tried, and compared with fp64.
 
-    A shortage of memory during the trial is raised and says nothing about the device: the next call tries again.
+    Running out of memory in the trial is raised and not cached: the next call tries again.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        return False  # the CPU knows the function, and computes it as slowly as it can
-    draw = torch.Generator("cpu").manual_seed(0)  # its own, so that nobody's seed changes
+        return False  # the CPU has the function, but it is slow
+    draw = torch.Generator("cpu").manual_seed(0)  # leaves global seeds alone
     x, weight, bias = (
         torch.randn(size, generator=draw, dtype=torch.float32, device="cpu").to(device)
         for size in ((32, 64), (48, 64), (48,))
@@ -101,7 +101,7 @@ def has_fp8_units(device: torch.device) -> bool:
 
 
 def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """e4m3 [M, K] with [M, 1] and e4m3 [N, K] with [N, 1] -> bf16 [M, N]."""
+    """x @ weight.T for e4m3 [M, K] with scales [M, 1] and e4m3 [N, K] with scales [N, 1] -> bf16 [M, N]."""
     scales = {"scale_a": x_scale, "scale_b": weight_scale.t()}
     return torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
@@ -109,9 +109,9 @@ def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
 def product(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize: Quantize | None = None
 ) -> Tensor:
-    """The product of x [..., K] with e4m3 [N, K] and its scales [N] -> [..., N].
+    """x @ weight.T for x [..., K] and e4m3 [N, K] with its scales [N] -> [..., N].
 
-    In fp8, of tokens that `quantize` makes of x, to bf16; without it with dequantized weights, in the dtype of x.
+    In fp8, of `quantize(x)`, to bf16; without `quantize` with dequantized weights, in the dtype of x.
     """
     if quantize is None:
         return F.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
@@ -119,7 +119,7 @@ def product(
 
 
 def product_of_tokens(x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Of tokens [..., K] with e4m3 [N, K] and its scales [N], in fp8 -> bf16 [..., N]."""
+    """`product` in fp8, of tokens [..., K] -> bf16 [..., N]."""
     rows = x.codes.reshape(-1, weight.shape[1]), x.scale.reshape(-1, 1)
     y = scaled_product(*rows, weight, weight_scale[:, None], bias)
     return y.reshape(*x.codes.shape[:-1], len(weight))
@@ -150,11 +150,11 @@ class DifferentiableProduct(torch.autograd.Function):
 
 
 class Fp8Linear(Leaf):
-    """Takes the place of an nn.Linear, whose `weight` and `bias` it has by the same names; its weight is frozen."""
+    """An nn.Linear in e4m3, with `weight` and `bias` under the same names; the weight is frozen."""
 
     weight_scale: Tensor
     quantize: Quantize = staticmethod(quantize_rows)
-    """makes tokens of what is not quantized yet; a kernel may take its place"""
+    """quantizes inputs that are not `QuantizedTokens`; a kernel may replace it"""
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """weight: e4m3 [N, K]; weight_scale: fp32 [N]; bias: [N] in the dtype that the model computes in."""
@@ -167,9 +167,9 @@ class Fp8Linear(Leaf):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
-        """The same Linear, quantized; on `meta` without its numbers yet."""
+        """The Linear, quantized; on `meta` without values."""
         weight = linear.weight.detach()
-        if weight.is_meta:  # where arithmetic takes longer than reading the numbers will
+        if weight.is_meta:  # where arithmetic would take longer than reading the values
             codes, scale = torch.empty_like(weight, dtype=E4M3), weight.new_empty(len(weight), dtype=torch.float32)
         else:
             codes, scale = quantize_rows(weight)
@@ -184,19 +184,19 @@ class Fp8Linear(Leaf):
         return multiply(x, *tensors, self.quantize if self.scaled else None)
 
     def takes_tokens(self) -> bool:
-        """Where its product runs in fp8."""
+        """Whether its product runs in fp8."""
         return self.scaled
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """Dequantized for the call, where the product runs in that dtype."""
+        """The dequantized weight, where the product runs in that dtype."""
         return None if self.scaled else (dequantize(self.weight, self.weight_scale, dtype), self.bias)
 
     def scales_on(self, device: torch.device) -> bool:
-        """Whether its product can run in fp8 there. The units take sides that are multiples of 16."""
+        """Whether its product can run in fp8 there. The units take sizes that are multiples of 16."""
         return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
 
     def choose_matmul(self) -> None:
-        """Decide how to multiply on the device of the weights; to be called when others have taken their place."""
+        """Choose fp8 or dequantized products for the weights' device; to be called after weights are replaced."""
         self.scaled = self.scales_on(self.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -204,7 +204,7 @@ class Fp8Linear(Leaf):
         self.choose_matmul()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A move of the model moves all; a cast is for the layers around: codes and scales mean nothing in bf16."""
+        """A move applies to all tensors, a cast not to codes and scales, which mean nothing in bf16."""
         kept = {"weight": self.weight.data, "weight_scale": self.weight_scale.data}
         super()._apply(fn, recurse)
         for name, old in kept.items():
@@ -219,7 +219,7 @@ class Fp8Linear(Leaf):
 
 
 def quantize(model: nn.Module) -> frozenset[str]:
-    """Replace every Linear that is not among `BF16` by an Fp8Linear, one after the other. Returns their names."""
+    """Replace every Linear that does not stay in bf16 by an Fp8Linear. Returns their names."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not stays_bf16(name)}
     names = frozenset(linears)
     while linears:  # each is freed before the next

@@ -1,9 +1,9 @@
-"""What a model's Linears see while it draws, and its weights rounded to fp8 by that: `save --dtype fp8 --calibrate`.
+"""Weights rounded to fp8 by GPTQ, on the inputs of a model's Linears as it draws: `save --dtype fp8 --calibrate`.
 
-The prompts are drawn once, by the model as it is, and the latents of every third step are kept. From these the model is
-asked again, with readers at its Linears that sum up x x^T of what comes in. A Linear of K features takes K^2 fp32
-numbers for that, at full size 65 GB in all, so as many of them are read at a time as `BUDGET` allows, and their weights
-rounded, before the next are. The model stays as it is to the end, so the order of the Linears does not matter.
+The prompts are drawn once, by the unquantized model, and the latents of every third step are kept. These forwards are
+repeated, with hooks at the Linears that sum x x^T over their inputs. That takes K^2 fp32 numbers for a Linear of K
+features, at full size 65 GB in all, so a group of Linears within `BUDGET` is measured and rounded at a time. The model
+is not changed until the end, so the order of the Linears does not matter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,24 +26,24 @@ from ..sampling import Step
 from ..terminal import no_bars
 
 BUDGET = 8 * 2**30
-"""bytes of second moments that are gathered at a time, on the device that draws"""
+"""bytes of second moments in one pass, on the device that draws"""
 EVERY = 3
-"""the step of a trajectory that is kept: neighbours see much the same. The next prompt's are the steps between"""
+"""steps from one that is kept to the next: neighbours have similar inputs. The next prompt's are the steps between"""
 
 
 class Path(NamedTuple):
-    """A request's trajectory, where it is looked at."""
+    """A request and the kept latents of its trajectory."""
 
     request: GenerationRequest
     latents: dict[float, Tensor]
-    """by their sigma, tokens [1, L, 64]"""
+    """by sigma, tokens [1, L, 64]"""
 
 
 @torch.no_grad()
 def calibrated(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> dict[str, Tensor]:
     """The codes, e4m3 on the CPU, of every weight that becomes fp8, by its name. NonFiniteError, MemoryShortage."""
     named = pipeline.model.named_modules()
-    linears = {name: one for name, one in named if isinstance(one, nn.Linear) and not stays_bf16(name)}
+    linears = {name: m for name, m in named if isinstance(m, nn.Linear) and not stays_bf16(name)}
     paths = trajectories(pipeline, requests)
     turns = in_turns(linears, BUDGET)
     forwards = sum(len(path.latents) for path in paths)
@@ -59,19 +59,19 @@ def calibrated(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> dic
 
 
 def _rounded(name: str, linear: nn.Linear, moment: Tensor) -> Tensor:
-    """Its codes on the CPU; from bf16, as every file is quantized."""
+    """The codes of its weight, on the CPU; from bf16, as every file is quantized."""
     if not moment.isfinite().all():
         raise NonFiniteError(f"NaN or infinity in the inputs of {name}; no file is written")
-    here = moment.cpu() if moment.device.type == "mps" else moment  # which has neither fp64 nor e4m3
+    here = moment.cpu() if moment.device.type == "mps" else moment  # MPS has neither fp64 nor e4m3
     return gptq(linear.weight.bfloat16(), here).codes.cpu()
 
 
 def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Path]:
-    """Draw the requests, and keep the latents before every third step: of the first one's steps 0, 3, 6, ..., of the
-    next one's 1, 4, 7, ..."""
-    pipeline.prompts.encode_ahead([text for one in requests for text in one.texts][:CACHED_PROMPTS])
+    """Draw the requests, and keep the latents before every third step: steps 0, 3, 6, ... of the first request,
+    1, 4, 7, ... of the next."""
+    pipeline.prompts.encode_ahead([text for request in requests for text in request.texts][:CACHED_PROMPTS])
     paths = []
-    with _bar(sum(one.num_steps for one in requests), f"drawing {len(requests)} prompts", "step") as bar:
+    with _bar(sum(request.num_steps for request in requests), f"drawing {len(requests)} prompts", "step") as bar:
         for number, request in enumerate(requests):
             latents: dict[float, Tensor] = {}
             kept = range(request.num_steps)[number % min(EVERY, request.num_steps) :: EVERY]
@@ -87,15 +87,15 @@ def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> l
 
 
 def in_turns(linears: Mapping[str, nn.Linear], budget: int) -> list[dict[str, nn.Linear]]:
-    """The same Linears, as many at a time as have second moments of so many bytes together; at least one."""
+    """The Linears in groups whose second moments take at most `budget` bytes; at least one Linear in each."""
     turns: list[dict[str, nn.Linear]] = []
     left = 0
-    for name, one in linears.items():
-        size = 4 * one.in_features**2
+    for name, linear in linears.items():
+        size = 4 * linear.in_features**2
         if size > left:
             turns.append({})
             left = max(budget, size)
-        turns[-1][name] = one
+        turns[-1][name] = linear
         left -= size
     return turns
 
@@ -103,15 +103,15 @@ def in_turns(linears: Mapping[str, nn.Linear], budget: int) -> list[dict[str, nn
 def second_moments(
     pipeline: Pipeline, paths: Sequence[Path], linears: Mapping[str, nn.Linear], bar: Any
 ) -> dict[str, Tensor]:
-    """The sum of x x^T over the inputs of each of these Linears, fp32 [K, K] on the pipeline's device."""
-    sizes = {name: one.in_features for name, one in linears.items()}
+    """The sum of x x^T over the inputs of each Linear, fp32 [K, K] on the pipeline's device."""
+    sizes = {name: linear.in_features for name, linear in linears.items()}
     moments = {
         name: torch.zeros(size, size, dtype=torch.float32, device=pipeline.device) for name, size in sizes.items()
     }
-    # A reader at every Linear, also where nothing is gathered: kernels that do more than a product make way for it, and
-    # so all passes see the same bits.
-    every = ((name, one) for name, one in pipeline.model.named_modules() if isinstance(one, nn.Linear))
-    hooks = [one.register_forward_pre_hook(partial(_add, moments.get(name))) for name, one in every]
+    # A hook at every Linear, also where nothing is summed: fused kernels are not used for hooked layers, so all passes
+    # have the same bits.
+    every = ((name, m) for name, m in pipeline.model.named_modules() if isinstance(m, nn.Linear))
+    hooks = [linear.register_forward_pre_hook(partial(_add, moments.get(name))) for name, linear in every]
     try:
         for request, latents in paths:
             texts = request.texts
@@ -136,7 +136,7 @@ def _add(moment: Tensor | None, layer: nn.Module, args: tuple[Tensor]) -> None:
 
 @contextmanager
 def exact_in_tf32(x: Tensor) -> Iterator[None]:
-    """bf16 numbers are TF32 numbers, too, so CUDA's products of them in fp32 may run six times as fast."""
+    """A context in which products of bf16 numbers as fp32 use TF32 on CUDA: exact, and six times as fast."""
     before = torch.get_float32_matmul_precision()
     if x.is_cuda and x.dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")

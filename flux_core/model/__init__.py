@@ -1,4 +1,4 @@
-"""FLUX.1 as the paper's figure shows it, in pure PyTorch, with the names of the official checkpoints."""
+"""The FLUX.1 transformer and autoencoder in pure PyTorch, with the names of the official checkpoints."""
 
 from ..params import AutoEncoderParams, FluxParams
 from .autoencoder import AutoEncoder

@@ -1,6 +1,6 @@
-"""What the autoencoder's blocks do around their convolutions, plain and readable; `ops.py` says why they are functions.
+"""The functions around the autoencoder's convolutions, in plain PyTorch; `ops.py` says why they are functions.
 
-A convolution or a norm that a fast function would compute together with its neighbour is given to the function of both.
+A convolution or norm that a fused function computes with its neighbour is an argument of one function for both.
 All feature maps are [B, C, H, W], in any memory format.
 """
 
@@ -29,19 +29,19 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head over all places: q, k, v [B, C, H, W] -> [B, C, H, W]."""
+    """Single-head attention over all positions: q, k, v [B, C, H, W] -> [B, C, H, W]."""
     height = q.shape[2]
     q, k, v = (rearrange(x, "B C H W -> B 1 (H W) C").contiguous() for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B 1 (H W) C -> B C H W", H=height)
 
 
 def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Every pixel four times, then a 3x3 convolution: [B, C, H, W] -> [B, C', 2H, 2W]."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [B, C, H, W] -> [B, C', 2H, 2W]."""
     return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class AeOps(NamedTuple):
-    """What the autoencoder computes beside single convolutions."""
+    """The functions that the autoencoder's blocks call around their convolutions."""
 
     norm: Callable[[nn.GroupNorm, Tensor], Tensor] = norm
     norm_silu: Callable[[nn.GroupNorm, Tensor], Tensor] = norm_silu

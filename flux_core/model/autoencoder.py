@@ -4,7 +4,7 @@ The architecture is that of latent diffusion (arXiv 2112.10752); names and order
 tensors). A latent is normalized as `scale_factor * (mean - shift_factor)`. `encode` returns the mean, as the official
 code does since 2025; `sample_z=True` draws from the Gaussian around it, as the code did before.
 
-What blocks do around their convolutions is in `ae_ops.py`: functions that a device may have faster ones for.
+The functions around the convolutions are in `ae_ops.py`; a device may have faster ones.
 """
 
 from itertools import pairwise
@@ -26,7 +26,7 @@ def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class AttnBlock(nn.Module):
-    """Attention of one head over all places of a feature map."""
+    """Single-head self-attention over all positions of a feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AttnBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU and 3x3 convolution, beside a shortcut."""
+    """Residual block: norm, SiLU and 3x3 convolution, twice, plus a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution, padded below and right only."""
+    """Halves the size by a strided convolution, padded at the bottom and right only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size by repeating pixels, then a convolution."""
+    """Doubles the size by repeating pixels, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and what leads to the next; forward order is the encoder's or decoder's own."""
+    """The residual blocks of one resolution, then its down- or upsampling, if it has any."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, z, H/8, W/8] -> image [B, 3, H, W]. `up` is indexed by level, so the last of it runs first."""
+    """Latent [B, z, H/8, W/8] -> image [B, 3, H, W]. `up` is indexed by level, so its last level runs first."""
 
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()

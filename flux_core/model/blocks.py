@@ -1,11 +1,11 @@
 """The two blocks of FLUX.1 and its last layer.
 
-A double block keeps an image and a text stream with their own weights, which meet in one attention over [txt ; img].
+A double block has an image and a text stream with weights of their own and one joint attention over [txt ; img].
 A single block works on the joined sequence, with attention and MLP side by side between two wide Linears.
 
-A block receives tensors only: its modulation is computed before the blocks run, and what it calls around its Linears is
-`self.ops`. So a block compiles once for all of its kind. `tap` sees the values that have a name (`hooks/sites.py` lists
-them); the default one returns them unchanged.
+A block receives tensors only: its modulation is computed before the blocks run, and the functions around its Linears
+are `self.ops`. So all blocks of a kind share one compiled graph. `tap` receives the named values (`hooks/sites.py`
+lists them); the default tap returns them unchanged.
 """
 
 from einops import rearrange
@@ -25,7 +25,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class DoubleStreamBlock(nn.Module):
-    """img [B, L, D] and txt [B, T, D] attend to each other, then go through an MLP of their own."""
+    """Joint attention of img [B, L, D] and txt [B, T, D], then an MLP for each stream."""
 
     ops = ops.PLAIN
 

@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: int = 10_000, time_facto
 
 
 class MLPEmbedder(nn.Module):
-    """Linear, SiLU, Linear: how time, guidance and the CLIP vector enter `vec`."""
+    """Linear, SiLU, Linear: embeds time, guidance or the CLIP vector; their sum is `vec`."""
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """The norms of queries and keys, one feature scale each."""
+    """RMS norms of queries and keys, each with a scale for every feature."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The weights of one stream's attention; the streams meet in the double block."""
+    """The weights of one stream's attention; the double block computes the joint attention."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """What `vec` tells one half of a block: [B, 1, D] each."""
+    """Shift, scale and gate of one residual branch, [B, 1, D] each."""
 
     shift: Tensor
     scale: Tensor
@@ -75,7 +75,7 @@ class ModulationOut(NamedTuple):
 class Modulation(nn.Module):
     """vec [B, D] -> shift, scale and gate; two sets of them (attention, MLP) in a double block.
 
-    Of vec at S steps, [S, B, D], each is [S, B, 1, D].
+    For vec of S steps, [S, B, D], each is [S, B, 1, D].
     """
 
     ops = ops.PLAIN

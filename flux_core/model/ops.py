@@ -1,10 +1,10 @@
-"""The few functions that a block calls around its Linears, plain and readable.
+"""The functions that a block calls around its Linears, in plain PyTorch.
 
-Everything in a FLUX block is a Linear or one of these. A block holds them as `block.ops`, a static tuple
-of functions, so that fused ones for one kind of device can replace any of them when weights are loaded, and the code of
-the block stays as it is. Functions that make the input of a Linear, or read its output, get the Linear, so that a fused
-one can do both at once. `modulate` returns what its `consumer` takes: a tensor, or tokens that are quantized already
-(`linears/contract.py`). What `linear1` returns for the MLP is read by `linear2` alone, in whatever form they agree on.
+Everything in a FLUX block is a Linear or one of these. A block holds them as `block.ops`, a static tuple of functions,
+so that fused functions for a device can replace any of them when weights are loaded, without a change to the block.
+Functions that compute the input of a Linear, or read its output, get the Linear, so that a fused function can do both
+at once. `modulate` returns what its `consumer` takes: a tensor, or quantized tokens (`linears/contract.py`). What
+`linear1` returns for the MLP is read by `linear2` alone, in a form that the two agree on.
 
 Rounding: all compute in the dtype of their input, except the norm of q and k, which takes its statistics in fp32 and
 rounds before its scale, and RoPE, which rotates in fp32 and rounds once; attention is PyTorch's.
@@ -26,8 +26,8 @@ from .rope import apply_rope
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     """SiLU and Linear of the vector that conditions a block: [B, D] -> [B, N], or of S steps [S, B, D] -> [S, B, N].
 
-    Each of several steps is computed as it would be alone, to the bit. The parameters of a Linear on another device are
-    copied to that of vec for the call: a table needs them once.
+    Each step has the same bits as when computed alone. The parameters of a Linear on another device are copied to that
+    of vec for the call: a table needs them once.
     """
     if vec.ndim == 3:
         return torch.stack([modulation(linear, step) for step in vec])
@@ -95,7 +95,7 @@ def linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Ten
 
 
 def linear2(linear: nn.Linear, attn: Tensor, hidden: Tensor) -> Tensor:
-    """Its second, of attention [B, L, D] and the activated hidden features side by side -> [B, L, D]."""
+    """A single block's second Linear: attention [B, L, D] and activated hidden features, concatenated -> [B, L, D]."""
     return linear(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=2))
 
 

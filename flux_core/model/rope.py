@@ -1,8 +1,8 @@
 """Rotary position embedding on three axes (t, h, w): RoFormer (arXiv 2104.09864), as FLUX.1 applies it.
 
 A head's features are cut into one group per axis (16, 56, 56 of 128 in FLUX.1). Within a group, the pair of adjacent
-features 2i and 2i+1 turns by `position * theta^(-2i/d)`. The angles are kept as 2x2 rotation matrices, as the official
-code keeps them, so one einsum-free line applies them.
+features 2i and 2i+1 is rotated by `position * theta^(-2i/d)`. The angles are kept as 2x2 rotation matrices, as in the
+official code, so one line without einsum applies them.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def embed_nd(ids: Tensor, axes_dim: Sequence[int], theta: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Turn adjacent feature pairs, in fp32. x: [B, H, L, D]; pe: [B, 1, L, D/2, 2, 2]; dtype of x is kept."""
+    """x with adjacent feature pairs rotated, in fp32. x: [B, H, L, D]; pe: [B, 1, L, D/2, 2, 2]; dtype of x is kept."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
-    turned = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
-    return turned.reshape(x.shape).to(x.dtype)
+    rotated = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
+    return rotated.reshape(x.shape).to(x.dtype)

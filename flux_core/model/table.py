@@ -1,8 +1,8 @@
 """The modulation of a whole schedule, computed before its first step.
 
-The adaLN projections hold 3.25 of FLUX.1's 11.9 billion parameters and see one vector a step, which depends on nothing
-but sigma, guidance and the pooled prompt. Where a schedule is known, so is all that they will say: 2.1 MB a step at
-full size. They are read once, and need not be on the device while it denoises.
+The adaLN projections hold 3.25 of FLUX.1's 11.9 billion parameters and take one vector a step, which depends only on
+sigma, guidance and the pooled prompt. For a known schedule all their outputs are computed ahead: 2.1 MB a step at full
+size. The projections are read once, and need not be on the device while it denoises.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from torch import Tensor
 from .transformer import Flux, Modulations
 
 MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")
-"""how the names of the projections end"""
+"""endings of the projections' names"""
 
 
 class ModulationTable:
-    """`Flux.modulations` at every sigma of a schedule, equal to the bit to what a forward would compute itself."""
+    """`Flux.modulations` at every sigma of a schedule, with the same bits as computed in a forward."""
 
     def __init__(self, model: Flux, sigmas: Sequence[float], y: Tensor, guidance: Tensor) -> None:
         """y: pooled prompts [B, V]; guidance: [B], in the dtype that times are rounded to."""
@@ -29,6 +29,6 @@ class ModulationTable:
         self._mods = model.modulations(vec)
 
     def at(self, sigma: float) -> Modulations:
-        """Those of one forward, at a sigma of the schedule."""
+        """The modulations at a sigma of the schedule."""
         row = self._rows[sigma]
         return self._mods.map(lambda x: x[row])

@@ -1,8 +1,7 @@
-"""Where a block lets go of a value: the named places inside it, seen from the model's side.
+"""The hook points inside a block: a tap receives each named value and returns the value to use.
 
-A block calls `tap("img.q", img_q)` where a value has its name, and goes on with what comes back. The tap that stands
-there by default gives everything back as it is, and a compiled block holds no trace of it. What else may stand there
-is the business of `flux_core.hooks`.
+A block calls `tap("img.q", img_q)` at a named value, and continues with the result. The default tap returns every value
+unchanged, and leaves no trace in a compiled block. Other taps are in `flux_core.hooks`.
 """
 
 from collections.abc import Callable
@@ -11,18 +10,18 @@ from torch import Tensor
 
 
 class Tap:
-    """Leaves everything as it is."""
+    """The default tap: returns every value unchanged."""
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
-        """A value that has a name in this block."""
+        """The value to use in place of x, which has that name in this block."""
         return x
 
     def joined(self, site: str, x: Tensor, dim: int) -> Tensor:
-        """A value of the joined sequence, text first along `dim`: `txt.site` and `img.site` at once."""
+        """The same for the joined sequence, text first along `dim`: `txt.site` and `img.site` at once."""
         return x
 
     def attend(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention itself: q, k, v [B, H, T + L, D] -> [B, T + L, H*D]."""
+        """Attention of q, k, v [B, H, T + L, D] -> [B, T + L, H*D]."""
         return attend(q, k, v)
 
 

@@ -1,7 +1,7 @@
 """The FLUX.1 transformer (Black Forest Labs, 2024): 19 double-stream and 38 single-stream blocks at full size.
 
 It predicts the velocity of a rectified flow (arXiv 2209.03003): with `x = sigma * noise + (1 - sigma) * data`, the
-output is `noise - data` for each packed image token. Parameters bear the names of the official safetensors file.
+output is `noise - data` for each packed image token. Parameters have the names of the official safetensors file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,22 +11,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..params import FluxParams
+from ..params import TIME_DIM, FluxParams
 from .blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from .layers import MLPEmbedder, ModulationOut, timestep_embedding
 from .rope import embed_nd
 
-TIME_DIM = 256
 Fetch = Callable[[Iterable[Any]], Iterator[Any]]
-"""gives blocks in their order, each with its weights where it computes until the next is asked for"""
+"""yields blocks in order, each with its weights on the computing device until the next is requested"""
 
 
 class Run(Protocol):
-    """What may stand between the loop and the model for the length of one forward.
+    """The hooks of one forward, called by the loop over the blocks.
 
-    `value` sees what exists once for all blocks (`img_in`, `txt_in`, `vec`, `pe`, `velocity`) and the modulation of
-    every block, by name, and returns what takes its place. `double_block` and `single_block` stand around a block:
-    they call it, skip it, change what goes in and comes out, or pass a `tap` that reaches inside.
+    `value` gets each value that exists once for all blocks (`img_in`, `txt_in`, `vec`, `pe`, `velocity`) and the
+    modulation of every block, by name, and returns its replacement. `double_block` and `single_block` are called
+    instead of a block: they call it, skip it, change its inputs and outputs, or pass a `tap` for the values inside.
     """
 
     def value(self, name: str, x): ...
@@ -37,28 +36,28 @@ class Run(Protocol):
 
 
 class Modulations(NamedTuple):
-    """What `vec` tells the whole model: its only way into it."""
+    """Shift, scale and gate of all blocks and the last layer: the only effect of `vec` on the model."""
 
     double: list[tuple[ModulationOut, ...]]
     single: list[tuple[ModulationOut, ...]]
     last: tuple[Tensor, Tensor]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Modulations":
-        """`fn` of every tensor, in the same places."""
+        """A copy with `fn` applied to every tensor."""
 
         def of(blocks: list[tuple[ModulationOut, ...]]) -> list[tuple[ModulationOut, ...]]:
-            return [tuple(ModulationOut(*map(fn, one)) for one in sets) for sets in blocks]
+            return [tuple(ModulationOut(*map(fn, mod)) for mod in sets) for sets in blocks]
 
         shift, scale = self.last
         return Modulations(of(self.double), of(self.single), (fn(shift), fn(scale)))
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in one order."""
-        return [*chain.from_iterable(one for sets in (*self.double, *self.single) for one in sets), *self.last]
+        """All tensors, in a fixed order."""
+        return [*chain.from_iterable(mod for sets in (*self.double, *self.single) for mod in sets), *self.last]
 
 
 class Flux(nn.Module):
-    """Transformer of sizes `params`; the official class of the same name takes the same arguments."""
+    """The transformer of these sizes; the official class of the same name takes the same arguments."""
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(dim, params.out_channels)
 
     def embed_vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        """What conditions every block alike: time, guidance and the pooled prompt. [B], [B, V], [B] -> [B, D]."""
+        """The conditioning vector, from time, pooled prompt and guidance: [B], [B, V], [B] -> [B, D]."""
         vec = self.time_in(timestep_embedding(timesteps, TIME_DIM))
         if self.guidance_in is not None:
             if guidance is None:
@@ -92,7 +91,7 @@ class Flux(nn.Module):
         return vec + self.vector_in(y)
 
     def modulations(self, vec: Tensor) -> Modulations:
-        """What vec [B, D] tells every block and the last layer."""
+        """The modulation of every block and the last layer, from vec [B, D]."""
         return Modulations(
             [block.modulation(vec) for block in self.double_blocks],
             [block.modulation(vec) for block in self.single_blocks],
@@ -115,9 +114,9 @@ class Flux(nn.Module):
         """Velocity of every image token.
 
         img: [B, L, in_channels]; img_ids: [B, L, 3]; txt: [B, T, context]; txt_ids: [B, T, 3]; timesteps: [B] in
-        [0, 1]; y: [B, vec]; guidance: [B]. Returns [B, L, out_channels]. mods: those of this time, prompt and guidance
-        where they are known already; then there is no `vec`, and a run never sees one. fetch: iterates over blocks, and
-        may bring their weights.
+        [0, 1]; y: [B, vec]; guidance: [B]. Returns [B, L, out_channels]. mods: the modulations of this time, prompt and
+        guidance, if computed already; then no `vec` is computed, and a run gets none. fetch: iterates over blocks, and
+        may load their weights.
         """
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"img and txt must be [B, L, D], got {tuple(img.shape)} and {tuple(txt.shape)}")
@@ -141,7 +140,7 @@ class Flux(nn.Module):
         return x[:, txt.shape[1] :]
 
     def _blocks_run(self, img: Tensor, txt: Tensor, mods: Modulations, pe: Tensor, fetch: Fetch, run: Run) -> Tensor:
-        """The same loop with a run between it and the blocks."""
+        """`_blocks`, with the hooks of a run."""
         for i, (block, sets) in enumerate(zip(fetch(self.double_blocks), mods.double, strict=True)):
             name = f"double_blocks.{i}"
             img, txt = run.double_block(name, block, img, txt, run.value(f"{name}.mod", sets), pe)

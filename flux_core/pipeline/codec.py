@@ -1,4 +1,4 @@
-"""Pictures to the tokens of their latents and back, by the autoencoder: whole, or strip by strip."""
+"""Encode pictures to tokens of latents and decode them, by the autoencoder: whole, or in strips."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from ..images.pictures import fitted
 from ..model import strips
 from ..sampling import pack, unpack
-from .nonfinite import is_finite, lost
+from .nonfinite import is_finite, nonfinite_error
 from .placement import Placement
 
 
 class Codec:
-    """Encodes and decodes with a placement's autoencoder. Where memory runs out, strips come before the parts' turns:
-    they cost less time than moving the other parts away."""
+    """Encodes and decodes with a placement's autoencoder. Where memory runs out, strips are tried before offload: they
+    cost less time than moving the other parts away."""
 
     def __init__(self, placement: Placement, dtype: torch.dtype) -> None:
         self.placement, self.dtype = placement, dtype
 
     def encode(self, image: Image.Image, width: int, height: int, fit: str = "crop") -> Tensor:
-        """An RGB picture, brought to width x height, as the tokens of its latent: [1, L, 64]. fit: of `fields.FITS`."""
+        """The latent's tokens [1, L, 64] of an RGB picture, fitted to width x height. fit: of `fields.FITS`."""
         ae, device = self.placement.components.ae, self.placement.device
         pixels = torch.from_numpy(np.array(fitted(image, width, height, fit)))
         x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w").to(device, self.dtype)
@@ -39,7 +39,7 @@ class Codec:
         what = f"decoding {width}x{height} pixels"
         pixels = self._with_ae(what, lambda: ae.decode(z), lambda: strips.decode(ae, z))[0].float()
         if not is_finite(pixels):
-            raise lost("in the decoded picture", self.dtype, ae)
+            raise nonfinite_error("in the decoded picture", self.dtype, ae)
         levels = rearrange((pixels.clamp(-1, 1) + 1) * 127.5, "c h w -> h w c").round().to(torch.uint8)
         return Image.fromarray(levels.cpu().numpy())
 

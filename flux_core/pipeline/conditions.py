@@ -1,7 +1,7 @@
-"""What a velocity is conditioned on, and how more can be added: by tensors in the inputs, or by a run.
+"""The inputs of a velocity, and conditions that extend them: by tensors, or by hooks in the forward (a run).
 
 Text-to-image has a prompt and a guidance for each row. Fill, Canny and Depth add channels to the image tokens, Kontext
-adds tokens behind them, Redux adds tokens to the text, a ControlNet adds residuals behind the blocks. Each is a
+adds tokens after them, Redux adds tokens to the text, a ControlNet adds residuals after the blocks. Each is a
 `Condition`: a function of the inputs, and a run where it works inside the forward.
 """
 
@@ -17,7 +17,7 @@ from ..sampling import SampledRun
 
 @dataclass(frozen=True, eq=False)
 class FlowInputs:
-    """All that `sampling.flow_velocity` holds fast: its arguments by their names, a row for each picture."""
+    """The fixed inputs of `sampling.flow_velocity`: its arguments by name, a row for each picture."""
 
     img_ids: Tensor
     """[B, L, 3]"""
@@ -30,42 +30,42 @@ class FlowInputs:
     guidance: Tensor
     """[B]"""
     img_cond: Tensor | None = None
-    """[B, L, C], joined to the image tokens by channels"""
+    """[B, L, C], concatenated to the image tokens by channels"""
     img_cond_seq: Tensor | None = None
-    """[B, K, C], joined behind them by sequence, at the positions"""
+    """[B, K, C], concatenated after them by sequence, at the positions"""
     img_cond_seq_ids: Tensor | None = None
     """[B, K, 3]"""
 
 
 class Condition(Protocol):
-    """One thing more that a picture is conditioned on. Both methods are called once for each sampling."""
+    """A further condition of a picture. Both methods are called once for each sampling."""
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
-        """The inputs with this condition in them. size: width and height in pixels, multiples of 16."""
+        """The inputs extended by this condition. size: width and height in pixels, multiples of 16."""
         ...
 
     def run(self, inputs: FlowInputs) -> SampledRun | None:
-        """What works inside every forward, if anything does."""
+        """The hooks of this condition in every forward, or None."""
         ...
 
 
 def conditioned(
     inputs: FlowInputs, conditions: Sequence[Condition], size: tuple[int, int], run: SampledRun | None
 ) -> tuple[FlowInputs, SampledRun | None]:
-    """The inputs under all conditions, and the runs of conditions and plan as one."""
+    """The inputs extended by all conditions, and the runs of plan and conditions, composed."""
     for condition in conditions:
         inputs = condition.apply(inputs, size)
     return inputs, compose([run, *(condition.run(inputs) for condition in conditions)])
 
 
 def compose(runs: Sequence[SampledRun | None]) -> SampledRun | None:
-    """One run of several; None if there is none."""
+    """The runs as a single run; None if there is none."""
     given = [run for run in runs if run is not None]
     return ComposedRun(given) if len(given) > 1 else next(iter(given), None)
 
 
 class ComposedRun:
-    """Runs around each other: the first is next to the blocks, and alone may reach inside them by a tap."""
+    """Nested runs: the first is next to the blocks, and only it may reach inside them by a tap."""
 
     def __init__(self, runs: Sequence[SampledRun]) -> None:
         self.runs = tuple(runs)

@@ -1,4 +1,4 @@
-"""From requests to the tokens of finished pictures: noise, schedule, guidance, plan, conditions, and Euler."""
+"""Sample the tokens of pictures for requests: noise, schedule, guidance, plan, conditions, and Euler."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
 from .conditions import Condition, FlowInputs, conditioned
-from .nonfinite import is_finite, lost_at_step
+from .nonfinite import is_finite, step_error
 from .prompt_cache import PromptCache
 
 
@@ -42,10 +42,10 @@ class Denoiser:
         self.variant, self.prompts, self.codec, self.dtype = variant, prompts, codec, dtype
         self.placement = prompts.placement
         self.one_batch = True
-        """whether positive and negative prompt are rows of one batch where that fits, which is the faster way"""
+        """whether positive and negative prompt are rows of one batch where that fits, which is faster"""
 
     def inputs(self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int]) -> FlowInputs:
-        """What `velocity` is conditioned on: a prompt and a guidance for each row. size: width and height, padded."""
+        """The fixed inputs of `velocity`: a prompt and a guidance for each row. size: width and height, padded."""
         device, rows = self.placement.device, len(prompts)
         txt, vec = (torch.cat(parts) for parts in zip(*map(self.prompts, prompts), strict=True))
         return FlowInputs(
@@ -67,7 +67,7 @@ class Denoiser:
     ) -> Velocity:
         """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
 
-        size: a request's `padded_size`. sigmas: those that will be asked for, if known.
+        size: a request's `padded_size`. sigmas: those of the calls to come, if known.
         """
         model, placement = self.placement.components.flux, self.placement
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
@@ -112,7 +112,7 @@ class Denoiser:
     ) -> Tensor:
         first = requests[0]
         width, height = first.padded_size
-        noise = [get_noise(1, height, width, self.placement.device, self.dtype, one.seed) for one in requests]
+        noise = [get_noise(1, height, width, self.placement.device, self.dtype, request.seed) for request in requests]
         x = pack(torch.cat(noise))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
@@ -133,7 +133,7 @@ class Denoiser:
         together: bool,
         run: HookRun | None,
     ) -> Velocity:
-        """The velocity that requests are drawn by. together: positive and negative prompts as rows of one batch."""
+        """The requests' velocity, with guidance. together: positive and negative prompts as rows of one batch."""
         first = requests[0]
 
         def of(*prompts: str) -> Velocity:
@@ -141,8 +141,8 @@ class Denoiser:
             return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions)
 
         if not first.uses_true_cfg:
-            return of(*(one.prompt for one in requests))
-        texts = [one.texts for one in requests]
+            return of(*(request.prompt for request in requests))
+        texts = [request.texts for request in requests]
         positive, negative = zip(*texts, strict=True)
         return cfg_velocity(
             one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
@@ -155,12 +155,12 @@ class Denoiser:
         )
 
     def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
-        """`on_step` behind a check of every step's latents. velocity: makes the sampled velocity with another run."""
+        """`on_step` after a check for finite latents. velocity: the sampled velocity as a function of the run."""
         parts = self.placement.components.flux, self.placement.components.ae
 
         def check(step: Step) -> Tensor | None:
             if not is_finite(step.x):
-                raise lost_at_step(step, velocity, run, self.dtype, *parts)
+                raise step_error(step, velocity, run, self.dtype, *parts)
             return None if on_step is None else on_step(step)
 
         return check

@@ -1,4 +1,4 @@
-"""What the last bits of a picture depend on besides its request and weights: versions, device, kernels."""
+"""The environment that a picture's last bits depend on besides request and weights: versions, device, kernels."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .placement import Placement
 
 
 def environment(placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = ()) -> dict[str, str]:
-    """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request that is drawn there."""
+    """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement."""
     return {
         "torch": torch.__version__,
         "device": device_name(placement.device),
@@ -22,14 +22,14 @@ def environment(placement: Placement, request: GenerationRequest, functions: Seq
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name; of a CPU the number of threads, which decides the order of sums."""
+    """The card's name; for a CPU the number of threads, which decides the order of sums."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
 def is_replayed(placement: Placement, request: GenerationRequest) -> bool:
-    """Whether the steps of that request come from a CUDA graph (`sampling/graph.py`)."""
+    """Whether the steps of that request are replayed from a CUDA graph (`sampling/graph.py`)."""
     width, height = request.padded_size
     tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
     return (

@@ -1,4 +1,4 @@
-"""Loading a pipeline: which device, which precision, whose files, and what to do when memory does not suffice."""
+"""Load a pipeline: choose device, precision and files, and fall back when memory runs out."""
 
 import gc
 import sys
@@ -18,7 +18,7 @@ from .placement import Placement
 
 
 def load_codec(variant: Variant, device: torch.device, dtype: torch.dtype, vae_tiling: bool = False) -> Codec:
-    """The autoencoder of a model by itself, for decoding and encoding pictures. Errors as in `load_flux`."""
+    """A model's autoencoder alone, to encode and decode pictures. Errors as in `load_flux`."""
     ae, nothing = load_autoencoder(variant, device, dtype), torch.nn.Identity()
     install_decode(ae, device)
     components = Components(nothing, nothing, nothing, ae)  # type: ignore[arg-type]
@@ -34,21 +34,19 @@ def load_pipeline(
     compile: bool = False,
     **files: str | Path | None,
 ) -> Pipeline:
-    """Load a model by name; by itself on the best device there is, in bfloat16 on CUDA, else in float32.
+    """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32.
 
-    offload: load it to the CPU, from where each part comes to the device for its turn only. vae_tiling: the autoencoder
-    strip by strip, for large pictures. Where memory runs out, both come by themselves. compile: the blocks are compiled
-    at their first step, one graph for each kind. files: your own instead of the model's, as `checkpoint.with_files`
-    takes them: `model`, `ae`, `clip_l`, `t5xxl`.
+    offload: load it to the CPU, and move each part to the device only while it is used. vae_tiling: the autoencoder
+    in strips, for large pictures. Where memory runs out, both are switched on. compile: the blocks are compiled at
+    their first step, one graph for each kind. files: your own instead of the model's, as in `checkpoint.with_files`:
+    `model`, `ae`, `clip_l`, `t5xxl`.
     """
     variant = name if isinstance(name, Variant) else with_files(name, **files)
     place = pick_device(device)
     with memory_errors(f"trying {place}", place):
         kind = pick_dtype(dtype, place)
-    check_files(variant)  # a wrong file is told before a text encoder is loaded for it
-    if (
-        "torch._dynamo" in sys.modules
-    ):  # a compiled block is in a cycle: a model that was here may still hold its memory
+    check_files(variant)  # a wrong file is an error before a text encoder is loaded
+    if "torch._dynamo" in sys.modules:  # compiled blocks are in cycles: an earlier model may still hold memory
         gc.collect()
     empty_device_cache(place)
     fallback = OomFallback(place, offload)

@@ -31,7 +31,7 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
-def lost_at_step(
+def step_error(
     step: Step,
     velocity: Callable[[HookRun], Velocity],
     run: HookRun,
@@ -46,10 +46,10 @@ def lost_at_step(
         site, parts = "the start latents", [model, ae]
     first = f", first in {site}" if site else ""
     where = f"after step {step.index + 1} of {len(run.sigmas) - 1} (sigma {step.sigma:.3f}){first}"
-    return lost(where, dtype, *parts)
+    return nonfinite_error(where, dtype, *parts)
 
 
-def lost(where: str, dtype: torch.dtype, *parts: Any) -> NonFiniteError:
+def nonfinite_error(where: str, dtype: torch.dtype, *parts: Any) -> NonFiniteError:
     """The error for a non-finite value found `where`; names the non-finite tensors of `parts`, if any."""
     found = f"NaN or infinity {where}, in {dtype_name(dtype)}; no picture is written"
     if bad := bad_tensors(*parts):

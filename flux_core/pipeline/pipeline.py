@@ -1,7 +1,7 @@
 """A loaded model that draws: text -> noise -> denoising -> picture.
 
-Images are drawn one at a time, never as rows of one batch: a batch of four and four batches of one differ in
-their last bits, and the same request shall give the same pixels however many were asked for with it.
+Images are drawn one at a time, never as rows of one batch: a batch of four and four batches of one differ in their
+last bits, and a request must give the same pixels however many images it is drawn with.
 """
 
 import warnings
@@ -37,8 +37,8 @@ class Pipeline:
     """One loaded model on one device.
 
     `t5.notes(prompt)` are lines on what t5 does not read of a prompt. With `offload` text encoders, transformer and
-    autoencoder take turns on the device; with `vae_tiling` the autoencoder works strip by strip. Where memory runs out,
-    both are switched on (`device/oom.py`).
+    autoencoder take turns on the device; with `vae_tiling` the autoencoder works in strips. Where memory runs out, both
+    are switched on (`device/oom.py`).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Pipeline:
     ) -> None:
         self.variant, self.components, self.dtype, self.weights = variant, components, dtype, weights or {}
         self.precision = "fp8" if is_quantized(components.flux) else dtype_name(dtype)
-        """what requests call it; `dtype` is what everything but fp8 Linears computes in"""
+        """the precision as requests name it; `dtype` is that of everything but fp8 Linears"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         self.placement = Placement(components, self.fallback)
         self.prompts, self.codec = PromptCache(self.placement, dtype), Codec(self.placement, dtype)
@@ -93,15 +93,15 @@ class Pipeline:
         plan: Sequence[Intervention] | None = None,
         **fields: Any,
     ) -> list[Image.Image]:
-        """Draw the pictures of a request, or of a prompt and the request's other fields.
+        """The pictures of a request, or of a prompt and the request's other fields.
 
         Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
-        What a user should know (a size that is cropped, a prompt that is too long) comes as a Python warning.
+        Notes for the user (a size that is cropped, a prompt that is too long) are Python warnings.
         `plan`: interventions of `flux_core.hooks`. Those with a JSON form become part of the request.
         """
-        functions = [one for one in plan or () if isinstance(one, Custom)]
+        functions = [x for x in plan or () if isinstance(x, Custom)]
         if plan is not None:
-            fields["plan"] = [one for one in plan if not isinstance(one, Custom)]
+            fields["plan"] = [x for x in plan if not isinstance(x, Custom)]
         source, origin = open_source(init_image)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
         fields |= {"seed": seed, "init_image": origin}
@@ -112,7 +112,7 @@ class Pipeline:
         texts = [line for text in request.texts for line in self.text_notes(text)]
         for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)
-        return [self.draw(one, source, on_step, functions) for one in request.images()]
+        return [self.draw(image, source, on_step, functions) for image in request.images()]
 
     def text_notes(self, prompt: str) -> list[str]:
         """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
@@ -136,9 +136,9 @@ class Pipeline:
         functions: Sequence[Custom] = (),
         conditions: Sequence[Condition] = (),
     ) -> Image.Image:
-        """The one picture of a request with one image. `source`: the init image, RGB, of any size.
+        """The picture of a request for a single image. `source`: the init image, RGB, of any size.
 
-        `functions` work beside the request's plan, `conditions` beside its prompt.
+        `functions` are added to the request's plan, `conditions` to its prompt.
         """
         request = self.complete(request, functions)
         if (source is None) != (request.init_image is None):
@@ -152,20 +152,20 @@ class Pipeline:
 
     @torch.no_grad()
     def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
-        """Pictures of requests that differ in prompt and seed alone, as rows of one batch.
+        """The pictures of requests that differ in prompt and seed alone, drawn as rows of one batch.
 
-        Faster where one row leaves the device idle; the last bits are others than those of a picture drawn alone.
+        Faster where one row leaves the device idle; the last bits differ from those of a picture drawn alone.
         """
         first = self.complete(requests[0])
-        if len({one.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for one in requests}) > 1:
+        if len({x.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for x in requests}) > 1:
             raise UsageError("rows of one batch differ in prompt and seed alone")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
-        return [self.picture(x[None], one.recorded()) for x, one in zip(rows, requests, strict=True)]
+        return [self.picture(x[None], request.recorded()) for x, request in zip(rows, requests, strict=True)]
 
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
-        """Decode tokens [1, L, 64] to the picture that was asked for, with its request attached."""
+        """The picture of a request, decoded from tokens [1, L, 64], with the request attached."""
         return self._decoded(x, self.complete(request))
 
     def _decoded(self, x: Tensor, request: GenerationRequest) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Where the parts of a model are while they work: all on the device, or each for its turn.
+"""The devices of a model's parts: all on the computing device, or each only while it is used.
 
-Whoever computes does it inside `using(*parts)`, and whoever loops over blocks takes them from `fetch(blocks)`. Another
-way of placing weights is a subclass with its own `using` and `fetch`.
+Code that computes runs inside `using(*parts)`, and loops over blocks iterate over `fetch(blocks)`. Another way of
+placing weights is a subclass with its own `using` and `fetch`.
 """
 
 import re
@@ -22,7 +22,7 @@ _MODULATION = re.compile(f"({'|'.join(map(re.escape, MODULATION))})(\\.|$)")
 
 
 class Placement:
-    """All parts on the device; with the fallback's `offload` only those that are in use, the others on the CPU."""
+    """All parts on the device; with the fallback's `offload` only those in use, the others on the CPU."""
 
     def __init__(self, components: Components, fallback: OomFallback) -> None:
         self.components, self.fallback = components, fallback
@@ -39,13 +39,13 @@ class Placement:
 
     @contextmanager
     def using(self, *parts: Any) -> Iterator[None]:
-        """These parts are on the device while the block runs."""
+        """A context in which these parts are on the device."""
         if self.fallback.offload and self._present != parts:
             self._exchange(parts)
         yield
 
     def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
-        """The blocks in their order, each with its weights on the device until the next is asked for."""
+        """The blocks in order, each with its weights on the device until the next is requested."""
         return iter(blocks)
 
     def _exchange(self, parts: tuple[Any, ...]) -> None:
@@ -60,9 +60,9 @@ class Placement:
 
 
 def move(part: Any, device: torch.device) -> None:
-    """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` brings its layers one by one.
+    """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` copies its layers one by one.
 
-    Modules that are wrapped around others (adapters) are moved with their own parameters.
+    Modules that wrap others (adapters) are moved with their own parameters.
     """
     if not isinstance(part, Flux):
         part.to(device)

@@ -1,4 +1,4 @@
-"""Prompts encoded once: T5's tokens and CLIP's vector of those that come again."""
+"""A cache of encoded prompts: T5's tokens and CLIP's vector."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..device.memory import CACHED_PROMPTS
-from .nonfinite import is_finite, lost
+from .nonfinite import is_finite, nonfinite_error
 from .placement import Placement
 
 
@@ -44,5 +44,5 @@ class PromptCache:
             txt, vec = (encode([prompt]) for encode in encoders.values())
         for (name, encoder), x in zip(encoders.items(), (txt, vec), strict=True):
             if not is_finite(x):
-                raise lost(f"in {name}'s embedding of the prompt", self.dtype, encoder)
+                raise nonfinite_error(f"in {name}'s embedding of the prompt", self.dtype, encoder)
         return txt, vec

@@ -1,7 +1,7 @@
 """Sampling of a rectified flow: noise, tokens, schedule, Euler. Functions on tensors, with the official names.
 
 With `x = sigma * noise + (1 - sigma) * data`, the model's velocity is `dx/dsigma`, and a picture is the integral from
-sigma 1 to 0. `euler` knows nothing of FLUX: it calls `velocity(x, sigma)`, which any kind of guidance may wrap;
+sigma 1 to 0. `euler` is independent of FLUX: it calls `velocity(x, sigma)`, which any kind of guidance may wrap;
 `denoise` is the official function on top of it. Source: black-forest-labs/flux `src/flux/sampling.py`.
 """
 
@@ -26,7 +26,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What a step callback sees between two forwards."""
+    """One Euler step, as a step callback gets it."""
 
     index: int
     sigma: float
@@ -42,7 +42,7 @@ OnStep = Callable[[Step], Tensor | None]
 
 
 class SampledRun(Run, Protocol):
-    """A run that lasts for a whole sampling, and hears where it is before every forward."""
+    """A run for all forwards of a sampling; `begin` is called with the sigma before each."""
 
     @property
     def needs_vec(self) -> bool: ...
@@ -82,7 +82,7 @@ def image_ids(batch: int, h: int, w: int, device: torch.device | str = "cpu") ->
 
 
 def prepare(t5, clip, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]:
-    """Everything `denoise` takes but the schedule: img, img_ids, txt, txt_ids, vec (official `prepare`).
+    """The inputs of `denoise` without the schedule: img, img_ids, txt, txt_ids, vec (official `prepare`).
 
     img: latent noise [B, C, H, W]; t5, clip: callables from a list of prompts to [n, T, D] and [n, D]. One prompt for
     several images, or several prompts for one, are repeated.
@@ -104,7 +104,7 @@ def prepare(t5, clip, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]
 
 
 def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
-    """Move times towards noise: `e^mu / (e^mu + (1/t - 1)^sigma)`."""
+    """Times shifted towards noise: `e^mu / (e^mu + (1/t - 1)^sigma)`."""
     return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
 
 
@@ -125,9 +125,9 @@ def get_schedule(
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None) -> Tensor:
-    """Follow the velocity from sigmas[0] to sigmas[-1], one call for each step.
+    """The latents at sigmas[-1], from x at sigmas[0], by Euler: one call of the velocity for each step.
 
-    `on_step` sees every step after it is made, and may return latents that take the place of its result.
+    `on_step` is called after every step, and may return latents that replace its result.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         v = velocity(x, sigma)
@@ -139,11 +139,10 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
 
 
 def invert(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
-    """Follow the velocity backwards, from a picture to the noise that leads to it.
+    """The latents from a picture back to its noise, by Euler: `path[i]` at `sigmas[-1 - i]`, `path[0]` is x.
 
-    Every step asks for the velocity at its noisier end, from the latents it has (as Stable Flow's released code does),
-    so that going forward again retraces it to first order. Returns the path: `path[i]` are the latents at
-    `sigmas[-1 - i]`, `path[0]` is x.
+    Every step evaluates the velocity at its noisier sigma and its current latents (as Stable Flow's released code
+    does), so that going forward again retraces the path to first order.
     """
     path = [x]
     for sigma_next, sigma in pairwise(reversed(sigmas)):
@@ -166,15 +165,14 @@ def flow_velocity(
     replay: bool = False,
     fetch: Fetch = iter,
 ) -> Velocity:
-    """The model as `velocity(x, sigma)`, with everything but x and sigma held fast. guidance: one number, or [B].
+    """The model as `velocity(x, sigma)`, with all other inputs fixed. guidance: one number, or [B].
 
-    `run` stands in every forward and is told its sigma first. sigmas: those that are going to be asked for, if known:
-    at the first of them the modulation of all is computed, which changes no bit of what comes out. replay: where no
-    run is given and it `is_worth_it` (sampling/graph.py), they come from a CUDA graph, which changes none either.
-    fetch: as in `Flux.forward`.
+    run: the hooks of every forward. sigmas: those of the calls to come, if known: the modulation of all is computed at
+    the first call, with identical bits. replay: these steps are replayed from a CUDA graph, with identical bits, where
+    there is no run and it `is_worth_it` (sampling/graph.py). fetch: as in `Flux.forward`.
 
-    img_cond [B, L, C] joins the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence (kontext).
-    Time and guidance are rounded to the dtype of x, as the official code rounds them.
+    img_cond [B, L, C] is concatenated to the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence
+    (kontext). Time and guidance are rounded to the dtype of x, as the official code rounds them.
     """
     if (img_cond_seq is None) != (img_cond_seq_ids is None):
         raise ValueError("img_cond_seq and img_cond_seq_ids go together")
@@ -184,22 +182,22 @@ def flow_velocity(
     graphed = replay and run is None and is_worth_it(model, txt.device, tokens, len(known))
 
     def forward(x: Tensor, sigma: float, mods: Modulations | None) -> Tensor:
-        rows = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
+        ones = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
         img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
         img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
-        v = model(img, ids, txt, txt_ids, rows * sigma, vec, rows * guidance, run, mods, fetch)
+        v = model(img, ids, txt, txt_ids, ones * sigma, vec, ones * guidance, run, mods, fetch)
         return v[:, : x.shape[1]]
 
     @cache
-    def along(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
-        """The velocity at the sigmas that are known."""
+    def scheduled(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
+        """The velocity at the known sigmas."""
         table = ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
         return GraphedVelocity(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if run is not None:
             run.begin(sigma)
-        return along(x.shape[0], x.device, x.dtype)(x, sigma) if sigma in known else forward(x, sigma, None)
+        return scheduled(x.shape[0], x.device, x.dtype)(x, sigma) if sigma in known else forward(x, sigma, None)
 
     return velocity
 
@@ -225,7 +223,7 @@ def denoise(
 
 
 def start_from_image(latent: Tensor, noise: Tensor, sigmas: list[float], strength: float) -> tuple[Tensor, list[float]]:
-    """Image-to-image: the latent mixed with noise where the schedule enters, and the rest of the schedule.
+    """The start of image-to-image: the latent mixed with noise, and the rest of the schedule.
 
     strength 1 starts from pure noise, 0 changes nothing (see `strength.skipped_steps`).
     """

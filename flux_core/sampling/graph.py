@@ -1,12 +1,12 @@
 """A step as a CUDA graph, for pictures so small that Python cannot keep up with the device.
 
 A forward of FLUX.1-dev is about a thousand launches. At a megapixel each runs long enough for the next to be
-waiting when it ends; at 256x256 the device is idle most of the time. A graph goes to it as one launch: recorded at the
-second step of a schedule (at the first everything that is tried out, compiled or allocated once has been), replayed
-from then on. It is the same kernels on the same numbers, so no bit of the picture changes.
+waiting when it ends; at 256x256 the device is idle most of the time. A graph is a single launch, recorded at the second
+step of a schedule (the first has done all that is tried out, compiled or allocated once) and replayed from then on. It
+runs the same kernels on the same numbers, so no bit of the picture changes.
 
-What Python does between two kernels happens when the graph is recorded, and not again. So a plan keeps the plain loop,
-and so does a model in which `has_user_code` finds somebody's hooks or functions.
+Python code between two kernels runs when the graph is recorded, and not again. So there is no replay with a plan, nor
+for a model in which `has_user_code` finds hooks or functions of the user's.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from ..model import Modulations, ModulationTable
 from ..terminal import note
 
 TOKENS = 2048
-"""of text and picture, in all rows of a batch, up to which launches are what a step waits for"""
+"""of text and picture, in all rows of a batch, up to which launches bound the time of a step"""
 STEPS = 4
-"""from which a recording pays: it takes the host as long as a step"""
+"""in a schedule from which a recording pays: it takes the host as long as a step"""
 
 
 def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
-    """Whether this many steps of this many tokens are faster from a graph on that device, and may be recorded."""
+    """Whether so many steps of so many tokens are faster from a graph on that device, and may be recorded."""
     return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_user_code(model)
 
 
 def has_user_code(model: nn.Module) -> bool:
-    """Whether a forward runs somebody else's Python: hooks, patched forwards, functions, classes that are not ours."""
+    """Whether a forward runs the user's Python: hooks, patched forwards, functions, classes that are not ours."""
 
     def is_ours(what: object) -> bool:
         return getattr(what, "__module__", "").split(".")[0] in ("flux_core", "torch")
@@ -43,12 +43,12 @@ def has_user_code(model: nn.Module) -> bool:
 
 
 class GraphedVelocity:
-    """The velocity along a schedule: the first step as it comes, the others from a graph."""
+    """The velocity along a schedule: the first step computed launch by launch, the others replayed from a graph."""
 
     def __init__(self, forward: Callable[[Tensor, float, Modulations], Tensor], table: ModulationTable) -> None:
-        """forward: of latents [B, L, C], sigma and modulation, where sigma counts only through its modulation."""
+        """forward: of latents [B, L, C], sigma and modulation; sigma acts only through its modulation."""
         self.forward, self.table = forward, table
-        self.following = dict(pairwise(table.sigmas))
+        self.next_sigma = dict(pairwise(table.sigmas))
         self.calls = 0
         self.graph: Graph | None = None
 
@@ -58,14 +58,14 @@ class GraphedVelocity:
             self.graph = self._record(x, sigma)
         if self.graph is None:
             return self.forward(x, sigma, self.table.at(sigma))
-        self._bring(self.graph, sigma)
+        self._load(self.graph, sigma)
         velocity = self.graph.replay(x)
-        self._bring(self.graph, self.following.get(sigma, sigma))  # the host has time now
+        self._load(self.graph, self.next_sigma.get(sigma, sigma))  # while the device computes
         return velocity
 
-    def _bring(self, graph: "Graph", sigma: float) -> None:
+    def _load(self, graph: "Graph", sigma: float) -> None:
         if sigma != graph.sigma:
-            graph.bring(sigma, self.table.at(sigma))
+            graph.load(sigma, self.table.at(sigma))
 
     def _record(self, x: Tensor, sigma: float) -> "Graph | None":
         try:
@@ -77,7 +77,7 @@ class GraphedVelocity:
 
 
 class Graph:
-    """A recorded forward, with the tensors that it reads and the one that it writes."""
+    """A recorded forward with its input and output tensors."""
 
     def __init__(
         self, forward: Callable[[Tensor, float, Modulations], Tensor], x: Tensor, sigma: float, mods: Modulations
@@ -88,8 +88,8 @@ class Graph:
         with torch.cuda.device_of(x), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.velocity = forward(self.x, sigma, self.mods)
 
-    def bring(self, sigma: float, mods: Modulations) -> None:
-        """The modulation of that sigma to where the graph reads it, behind whatever the device is at."""
+    def load(self, sigma: float, mods: Modulations) -> None:
+        """Copy the modulation of that sigma to where the graph reads it, queued behind the device's work."""
         torch._foreach_copy_(self.mods.tensors(), mods.tensors())
         self.sigma = sigma
 
@@ -100,5 +100,5 @@ class Graph:
 
 
 def _copy(x: Tensor) -> Tensor:
-    """With its strides, on which compiled blocks are specialized."""
+    """A copy with the same strides, on which compiled blocks are specialized."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

@@ -1,4 +1,4 @@
-"""The two text encoders, T5 and CLIP; transformers does the work."""
+"""The text encoders T5 and CLIP, loaded from any layout and run by transformers."""
 
 from .encoders import TextEncoder, load_text_encoders
 

@@ -1,4 +1,4 @@
-"""Prompts to the tensors that FLUX.1 is conditioned on: T5's tokens and CLIP's pooled vector.
+"""Encode prompts to the tensors that FLUX.1 is conditioned on: T5's tokens and CLIP's pooled vector.
 
 As in the official code, a prompt is padded to a fixed number of tokens and no attention mask is given:
 padding attends and is attended to, so the length is part of the result. CLIP cuts at 77 tokens without a
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.check import check_part
-from ..checkpoint.contents import find_contents
+from ..checkpoint.contents import Contents, find_contents
 from ..checkpoint.files import encoder_config, text_files
 from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
@@ -32,7 +32,7 @@ CLIP_TOKENS = 77
 
 
 class TextEncoder(nn.Module):
-    """Prompts to a tensor: a tokenizer and its model."""
+    """A tokenizer and its model: maps prompts to a tensor."""
 
     def __init__(self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype) -> None:
         """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to."""
@@ -58,12 +58,12 @@ class TextEncoder(nn.Module):
         return getattr(self.model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
 
     def unread(self, prompt: str) -> tuple[str, list[str]]:
-        """What of a prompt does not reach the model, as written: the end that does not fit, and unknown words.
+        """The parts of a prompt that do not reach the model, as written: the end that does not fit, and unknown words.
 
-        Words are unknown that the tokenizer has no token for, as T5 has none for emoji, Chinese or Cyrillic; each once.
+        A word is unknown without a token in the tokenizer, as emoji, Chinese or Cyrillic for T5; each is listed once.
         """
         pieces = self._pieces(prompt)
-        kept = pieces[: self.max_length - 1]  # the last place is for the end-of-text token
+        kept = pieces[: self.max_length - 1]  # the last is the end-of-text token
         dropped = prompt[pieces[len(kept)][1] :].strip() if len(pieces) > self.max_length else ""
         unknown = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
         return dropped, list(dict.fromkeys(_word_around(prompt, start, end) for start, end in unknown))
@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
         return self.unread(prompt)[0] or None
 
     def notes(self, prompt: str) -> list[str]:
-        """For people: a line on what is dropped of a prompt, and a line on words that cannot be read; often none."""
+        """Lines for people on what is dropped of a prompt, and on words that cannot be read; often none."""
         lines = []
         dropped, words = self.unread(prompt)
         if dropped:
@@ -84,13 +84,13 @@ class TextEncoder(nn.Module):
         return lines
 
     def _pieces(self, prompt: str) -> list[tuple[int, int, int]]:
-        """A token id, and where in the prompt it begins and ends, for all tokens of the prompt without padding."""
+        """Token id, start and end in the prompt, for all tokens of the prompt without padding."""
         found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
         return [(token, *place) for token, place in zip(found.input_ids, found["offset_mapping"], strict=True)]
 
 
 def _word_around(text: str, start: int, end: int) -> str:
-    """That part of a text with the letters and digits that go on beside it."""
+    """text[start:end], extended over adjacent letters and digits."""
     while start > 0 and text[start - 1 : start + 1].isalnum():
         start -= 1
     while end < len(text) and text[end - 1 : end + 1].isalnum():
@@ -136,33 +136,44 @@ def load_encoder(
         raise FileError(f"{path}: the text encoder could not be read: this is {contents.found.text}.")
     check_part(contents, variant)
     note_precision(contents, dtype)
-    try:
-        config = kind.config_class.from_dict(encoder_config(variant, part, path))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    # transformers knows which parameter has which name, but moves every tensor to the CPU first. So it is given
-    # stand-ins of one number each, whose places the tensors take afterwards.
-    number = torch.empty((), dtype=dtype, device="cpu")
-    stand_ins = {name: torch.empty_like(number).expand(shape) for name, shape in contents.shapes.items()}
-    try:
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=stand_ins, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"{path}: the text encoder could not be read: {error}") from error
-    _all_there(info, path, "text encoder")
-    named = {x.data_ptr(): contents.names[name] for name, x in stand_ins.items()}
-    places = {named[place.data_ptr()]: place for place in model.parameters()}
-    order = sorted(places, key=source.spans.__getitem__)
-    reserve(device, (place.numel() * dtype.itemsize for place in places.values()))
+    model, parameters = _empty_encoder(kind, contents, variant, dtype)
+    order = sorted(parameters, key=source.spans.__getitem__)
+    reserve(device, (x.numel() * dtype.itemsize for x in parameters.values()))
     with opened(source, device, scales.among(order)) as get:
         for name in order:
             scale = scales.of.get(name)
-            places[name].data = to_dense(get(name), None if scale is None else get(scale), dtype)
+            parameters[name].data = to_dense(get(name), None if scale is None else get(scale), dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _all_there(info: dict[str, Any], path: Path, what: str) -> None:
+def _empty_encoder(
+    kind: Any, contents: Contents, variant: Variant, dtype: torch.dtype
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """A text encoder without its weights, and its parameters by their names in the file. FileError.
+
+    transformers knows which parameter has which name, but moves every tensor to the CPU first. So it gets placeholders
+    of one number each, whose data is replaced afterwards.
+    """
+    path = contents.source.path
+    try:
+        config = kind.config_class.from_dict(encoder_config(variant, contents.part, path))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
+    number = torch.empty((), dtype=dtype, device="cpu")
+    placeholders = {name: torch.empty_like(number).expand(shape) for name, shape in contents.shapes.items()}
+    try:
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=placeholders, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{path}: the text encoder could not be read: {error}") from error
+    _check_complete(info, path, "text encoder")
+    named = {x.data_ptr(): contents.names[name] for name, x in placeholders.items()}
+    return model, {named[x.data_ptr()]: x for x in model.parameters()}
+
+
+def _check_complete(info: dict[str, Any], path: Path, what: str) -> None:
+    """FileError if transformers found no weights for some parameters."""
     if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
         raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
 
@@ -189,13 +200,13 @@ def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{folder}: the {what} could not be read: {error}") from error
-    _all_there(info, folder, what)
+    _check_complete(info, folder, what)
     return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context without transformers' notices and progress bars; what matters of them is checked here."""
+    """A context without transformers' notices and progress bars; the relevant ones are checked here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

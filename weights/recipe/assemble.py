@@ -1,4 +1,4 @@
-"""The last step: what the stages handed on becomes the folder that ships, every file in its official format.
+"""The last step: write the stages' results to the folder that ships, every file in its official format.
 
     python weights/recipe/assemble.py WORK weights/flux-mini
 
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from networks import CLIP_CONFIG, ROW, T5_CONFIG
+from networks import CLIP_CONFIG, T5_CONFIG, VARIANT
 from safetensors.torch import load_file
 from torch import nn
 from trainer import read_shards, restore, write
@@ -41,10 +41,10 @@ def main() -> None:
 
     networks = read_shards(args.work, "networks")
     parts = {k: {n[len(k) + 1 :]: v for n, v in networks.items() if n.startswith(f"{k}.")} for k in ("t5", "clip")}
-    ship(Flux(ROW.params), args.folder / ROW.flow_file, read_shards(args.work, "distilled"))
-    ship(AutoEncoder(ROW.ae_params), args.folder / ROW.ae_file, read_shards(args.work, "ae"))
-    ship_text(T5EncoderModel(T5_CONFIG), args.folder / ROW.t5, args.work / "t5_tokenizer", parts["t5"])
-    ship_text(CLIPTextModel(CLIP_CONFIG), args.folder / ROW.clip, args.work / "clip_tokenizer", parts["clip"])
+    ship(Flux(VARIANT.params), args.folder / VARIANT.flow_file, read_shards(args.work, "distilled"))
+    ship(AutoEncoder(VARIANT.ae_params), args.folder / VARIANT.ae_file, read_shards(args.work, "ae"))
+    ship_text(T5EncoderModel(T5_CONFIG), args.folder / VARIANT.t5, args.work / "t5_tokenizer", parts["t5"])
+    ship_text(CLIPTextModel(CLIP_CONFIG), args.folder / VARIANT.clip, args.work / "clip_tokenizer", parts["clip"])
     for name, value in load_file(args.work / "ae_statistics.safetensors").items():
         print(f"{name} = {value.item():.4f}")
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())

@@ -1,6 +1,6 @@
 """Captions: many ways to say the facts of a scene, each drawn afresh.
 
-The user's words are unknown, so the model must hear every plain way to ask: bare names and full sentences,
+The user's words are unknown, so the model must see every plain way to ask: bare names and full sentences,
 "left of" and "on the right ... on the left", capitals and full stops. A caption is built from the inside out:
 
     noun        "green pig face", "pig face in green"            colour and name
@@ -93,7 +93,7 @@ BACKGROUND = ("{} on {a} {c} background", "{} on {a} {c} background", "{} on {a}
 
 
 def write_captions(rng: random.Random, scene: Scene, k: int) -> list[str]:
-    """k wordings, different where the dice allow it."""
+    """k wordings, different where possible."""
     found: dict[str, None] = {}
     for _ in range(3 * k):
         if len(found) < k:

@@ -13,7 +13,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from networks import ROW, Networks
+from networks import VARIANT, Networks
 from torch import Tensor
 from train_transformer import Scenes, empty_text, random_times
 from trainer import Trainer, read_shards, restore, say, stage_arguments, write_shards
@@ -25,7 +25,7 @@ STRENGTHS = (1.0, 8.0)
 def teach(
     teacher: Networks, data: Tensor, ids: tuple[Tensor, Tensor], empty: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """A place on the way, the text there, a strength, and the velocity that guidance of this strength gives."""
+    """A noisy latent with its time and text, a guidance strength, and the velocity under that guidance."""
     n = len(data)
     t = random_times(n, data.device)
     x = torch.lerp(data, torch.randn_like(data), t[:, None, None])
@@ -61,7 +61,7 @@ def main() -> None:
     state = args.work / "distilled.state.safetensors"
     trainer.resume(state)
     scenes = [Scenes(args.work / f"scenes_{size}.safetensors", args.device) for size in args.size]
-    empty = empty_text(args.work, ROW.max_text, args.device)
+    empty = empty_text(args.work, VARIANT.max_text, args.device)
     cuda = args.device == "cuda"
     step_teach = torch.compile(teach, dynamic=False) if cuda else teach
     step_loss = torch.compile(student_loss, dynamic=False) if cuda else student_loss

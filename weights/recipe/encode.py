@@ -26,15 +26,15 @@ from flux_core.model import AutoEncoder
 from flux_core.sampling import pack
 from flux_core.variants import VARIANTS
 
-ROW = VARIANTS["flux-mini"]
+VARIANT = VARIANTS["flux-mini"]
 CHUNK = 10_000
 CLIP_LENGTH = 40
 """CLIP is causal, so ids behind the end of the text change nothing and need not be trained on"""
 
 
 def load_autoencoder(work: Path, device: str) -> AutoEncoder:
-    """What stage 1 handed on, with its measured normalization."""
-    ae = AutoEncoder(ROW.ae_params)
+    """The autoencoder of stage 1, with its measured normalization."""
+    ae = AutoEncoder(VARIANT.ae_params)
     restore(ae, read_shards(work, "ae"))
     statistics = load_file(work / "ae_statistics.safetensors")
     ae.scale_factor, ae.shift_factor = (statistics[k].item() for k in ("scale_factor", "shift_factor"))
@@ -48,7 +48,7 @@ def tokenize(tokenizer, texts: list[str], length: int) -> Tensor:
 
 
 def tokenize_all(tokenizer, captions: list[list[str]], length: int) -> Tensor:
-    """K wordings of N scenes -> ids [N, K, length], on all cores."""
+    """Ids [N, K, length] of K wordings of N scenes, on all cores."""
     flat = [text for wordings in captions for text in wordings]
     chunks = [flat[i : i + CHUNK] for i in range(0, len(flat), CHUNK)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -82,14 +82,14 @@ def main() -> None:
         args.scenes, args.seed, sprites, k=4, workers=os.cpu_count() or 1, pairs=args.pairs
     )
     say(f"sampled {len(captions)} scenes")
-    t5 = tokenize_all(T5TokenizerFast.from_pretrained(args.work / "t5_tokenizer"), captions, ROW.max_text)
+    t5 = tokenize_all(T5TokenizerFast.from_pretrained(args.work / "t5_tokenizer"), captions, VARIANT.max_text)
     clip = tokenize_all(CLIPTokenizer.from_pretrained(args.work / "clip_tokenizer"), captions, CLIP_LENGTH)
     say("tokenized")
 
     atlas = make_atlas(all_rgba(sprites), args.device)
     ae = load_autoencoder(args.work, args.device)
     encode = torch.compile(ae.encode) if args.device == "cuda" else ae.encode
-    latents = torch.empty(args.scenes, (args.size // 16) ** 2, ROW.params.in_channels, dtype=torch.bfloat16)
+    latents = torch.empty(args.scenes, (args.size // 16) ** 2, VARIANT.params.in_channels, dtype=torch.bfloat16)
     for i in range(0, args.scenes, args.batch):
         index = range(i, min(i + args.batch, args.scenes))
         image = render(scenes[i : index.stop], atlas, args.size, chunk=args.batch)

@@ -1,4 +1,4 @@
-"""What training never sees, so that it can be asked for later: combinations of things that are seen apart.
+"""Held-out combinations of objects that training only sees apart, for tests of composition.
 
 Colours with objects, ordered pairs (A left of B, or above it), numbers of objects. The lists were drawn once,
 are kept as names in heldout.json, and act as sprite and colour numbers. Only clear, short names take part: no

@@ -12,11 +12,11 @@ from flux_core.model import Flux
 from flux_core.sampling import image_ids
 from flux_core.variants import VARIANTS
 
-ROW = VARIANTS["flux-mini"]
+VARIANT = VARIANTS["flux-mini"]
 
 T5_CONFIG = T5Config(
     vocab_size=2048,
-    d_model=ROW.params.context_in_dim,
+    d_model=VARIANT.params.context_in_dim,
     d_kv=64,
     d_ff=384,
     num_layers=3,
@@ -28,12 +28,12 @@ T5_CONFIG = T5Config(
 )
 CLIP_CONFIG = CLIPTextConfig(
     vocab_size=2048,
-    hidden_size=ROW.params.vec_in_dim,
+    hidden_size=VARIANT.params.vec_in_dim,
     intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=2,
     max_position_embeddings=77,
-    projection_dim=ROW.params.vec_in_dim,
+    projection_dim=VARIANT.params.vec_in_dim,
     bos_token_id=2046,
     eos_token_id=2047,
     pad_token_id=2047,
@@ -48,18 +48,18 @@ becomes a list of words without an order."""
 
 
 class Networks(nn.Module):
-    """Transformer and text encoders under one roof; `forward` goes from token ids to a velocity."""
+    """Transformer and text encoders as one module; `forward` maps token ids and latents to a velocity."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flux = Flux(ROW.params)
+        self.flux = Flux(VARIANT.params)
         self.t5 = T5EncoderModel(T5_CONFIG)
         self.clip = CLIPTextModel(CLIP_CONFIG)
         initialize(self.flux)
         give_order(self.t5)
 
     def rates(self) -> dict[str, float]:
-        """Parameters whose learning rate is a part of the others'."""
+        """Parameters with a lower learning rate, and its share of the others'."""
         return {
             name: QUERY_RATE for name, _ in self.t5.named_parameters("t5") if name.endswith("SelfAttention.q.weight")
         }
@@ -92,7 +92,7 @@ def initialize(flux: Flux) -> None:
 
 
 def give_order(t5: T5EncoderModel) -> None:
-    """Start T5's heads as readers of what stands before, what stands behind, the neighbours, and everything.
+    """Initialize T5's heads to attend to tokens before, tokens after, neighbours, and all.
 
     The bias falls off with the distance, as in ALiBi (arXiv 2108.12409). T5's own start hardly tells the order of
     words, and order is all that says which of two things is on the left.

@@ -1,4 +1,4 @@
-"""The colours one can ask for: one table from names to RGB, for objects and for backgrounds.
+"""The colours of prompts: a table from names to RGB, for objects and for backgrounds.
 
 An object colour is a target for `render.recolour`: `rgb` is the tone of the sprite's mean brightness, `tint`
 says how far its highlights go towards white (a black cat with white highlights would be grey), `keep` how

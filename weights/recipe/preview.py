@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from encode import CLIP_LENGTH, load_autoencoder, tokenize
-from networks import ROW, Networks
+from networks import VARIANT, Networks
 from PIL import Image
 from trainer import read_shards, restore
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -42,7 +42,7 @@ def draw(nets: Networks, ids, empty, noise: torch.Tensor, guidance: float, disti
         cond, uncond = nets.velocity(x, t, txt, vec, ones), nets.velocity(x, t, no_txt, no_vec, ones)
         return uncond + guidance * (cond - uncond)
 
-    return euler(velocity, noise, get_schedule(ROW.num_steps, noise.shape[1]))
+    return euler(velocity, noise, get_schedule(VARIANT.num_steps, noise.shape[1]))
 
 
 def sheet(pictures: torch.Tensor, columns: int = 8) -> Image.Image:
@@ -74,7 +74,7 @@ def main() -> None:
     clip = CLIPTokenizer.from_pretrained(args.work / "clip_tokenizer")
 
     def ids(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = tokenize(t5, texts, ROW.max_text), tokenize(clip, texts, CLIP_LENGTH)
+        pair = tokenize(t5, texts, VARIANT.max_text), tokenize(clip, texts, CLIP_LENGTH)
         return pair[0].long().to(args.device), pair[1].long().to(args.device)
 
     noise = torch.cat([get_noise(1, args.size, args.size, args.device, torch.float32, i) for i in range(len(PROMPTS))])

@@ -123,7 +123,7 @@ def recolour(rgba: Tensor, colour: Tensor, mean_luma: Tensor) -> Tensor:
     return torch.cat([new.clamp(0, 1) * alpha, alpha], 1)
 
 
-# A sheet to look at --------------------------------------------------------------------------------
+# A sheet of samples --------------------------------------------------------------------------------
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

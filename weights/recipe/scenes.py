@@ -121,7 +121,7 @@ def pack(scenes: list[Scene]) -> SceneBatch:
 
 
 class Pools:
-    """Lists to draw things from, made once from the names."""
+    """Lists to draw objects from, made once from the names."""
 
     def __init__(self, meta: Sprites, heldout: HeldOut, pairs: float = SHARES[2]) -> None:
         others = (1 - pairs) / (1 - SHARES[2])
@@ -276,7 +276,7 @@ def _shape(rng: random.Random, pools: Pools) -> Scene:
 
 
 def _within(rng: random.Random, cell: tuple[float, ...], size: float, jitter: float) -> tuple[float, float, float]:
-    """A place (x, y, size) near the middle of the cell (x0, y0, x1, y1), the thing whole inside it."""
+    """A place (x, y, size) near the middle of the cell (x0, y0, x1, y1), with the object wholly inside it."""
     x0, y0, x1, y1 = cell
 
     def coordinate(a: float, b: float) -> float:

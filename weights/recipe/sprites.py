@@ -1,4 +1,4 @@
-"""The raw material: about 1,600 emoji pictures with their names, as one table.
+"""The raw data: about 1,600 emoji pictures with their names, as a table.
 
 Pictures come from npm's `@lobehub/fluent-emoji-3d` (Microsoft Fluent, 256x256 RGBA), words from `emojibase-
 data`:
@@ -38,7 +38,7 @@ NOISE = {"yes", "no", "back", "end", "top", "new", "off", "this", "why",
          "you", "one", "two", "three", "four", "and"}
 # fmt: on
 
-# Things one can recolour, count and put side by side: whole groups, less scenes, signs and near-twins.
+# Objects to recolour, count and put side by side: whole groups, less scenes, signs and near-twins.
 COUNTABLE = {
     "animals-nature": None,
     "food-drink": None,

@@ -77,14 +77,14 @@ class Scorer(nn.Module):
 
 
 def shares(scenes: SceneBatch, sprites: int) -> Tensor:
-    """What is in each scene: [B, N], the things' parts of one."""
+    """The share of each object in each scene: [B, N], rows sum to 1."""
     there = torch.from_numpy(scenes.sprite).long()
     found = torch.zeros(len(there), sprites + 1).scatter_(1, there.where(there >= 0, sprites), 1)[:, :sprites]
     return found / found.sum(1, keepdim=True)
 
 
 def instance_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits [2, B, N] with shares [B, N]; how often the class token points at one that is there."""
+    """Cross-entropy of logits [2, B, N] with shares [B, N]; how often the class token's best sprite is present."""
     loss = -(wanted * F.log_softmax(logits, -1)).sum(-1).mean()
     return loss, wanted.gather(1, logits[0].argmax(-1, keepdim=True)).gt(0).float().mean()
 
@@ -93,10 +93,10 @@ def instance_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def another_view(scenes: SceneBatch, rng: np.random.Generator, freedom: float = 1.0) -> SceneBatch:
-    """The same things, moved and sized as one, half of them painted anew, on another ground.
+    """Scenes of the same objects, moved and scaled together, half of them recoloured, on another background.
 
-    With less freedom fewer are painted, and more stand on white. Things keep their order and never leave the canvas.
-    What was painted stays so, in any colour: a shape has none of its own.
+    With less freedom fewer are painted, and more are on white. Objects keep their order and never leave the canvas.
+    What was painted stays painted, in any colour: a shape has none of its own.
     """
     n, there = len(scenes), scenes.sprite >= 0
     painted = there & ((scenes.colour >= 0) | (rng.random(there.shape) < 0.5 * freedom))
@@ -122,7 +122,7 @@ def another_view(scenes: SceneBatch, rng: np.random.Generator, freedom: float = 
 
 
 def windows(scenes: SceneBatch, rng: np.random.Generator, low: float, high: float, part: bool = False) -> np.ndarray:
-    """Windows (x, y, width, height), float32 [B, 4], inside the canvas, each with the middle of one of the things.
+    """Windows (x, y, width, height), float32 [B, 4], inside the canvas, each with the centre of an object.
 
     Their area is between `low` and `high` of the canvas or, for a `part`, of that thing. A crop of bare ground could
     teach nothing but the ground.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import ROW, Networks
+from networks import VARIANT, Networks
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer import Trainer, read_shards, restore, say, stage_arguments, write_shards
@@ -89,7 +89,7 @@ def main() -> None:
     state = args.work / f"transformer_{args.size[0]}.state.safetensors"
     trainer.resume(state)
     scenes = [Scenes(args.work / f"scenes_{size}.safetensors", args.device, args.drop_clip) for size in args.size]
-    empty = empty_text(args.work, ROW.max_text, args.device)
+    empty = empty_text(args.work, VARIANT.max_text, args.device)
     step_loss = torch.compile(flow_loss, dynamic=False) if args.device == "cuda" else flow_loss
 
     smooth = None

@@ -27,7 +27,7 @@ def say(text: str) -> None:
 def stage_arguments(
     doc: str, steps: int, minutes: float, batch: int, lr: float, data: bool = False
 ) -> argparse.ArgumentParser:
-    """What every stage can be told; `data`: whether it reads the raw data, too."""
+    """The arguments of every stage; `data`: whether it reads the raw data, too."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
         parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
@@ -80,7 +80,7 @@ def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class Trainer:
-    """A module under training: its optimizer, its moving average and how far it is."""
+    """A module in training: its optimizer, moving average and progress."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """How much of the stage is behind us: of its steps or of its time, whichever is more."""
+        """The fraction of the stage that is done: of its steps or of its time, whichever is more."""
         return max(self.step / self.steps, self.seconds / (60 * self.minutes))
 
     def rate(self) -> float:
@@ -145,7 +145,7 @@ class Trainer:
         return {name: p.to(dtype).cpu() for name, p in zip(self.names, self.ema, strict=True)}
 
     def load_average(self) -> None:
-        """Put the moving average in place of the parameters, to look at what it draws."""
+        """Replace the parameters by the moving average, to see what it draws."""
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.ema)
 
@@ -158,7 +158,7 @@ class Trainer:
         write(path, state, {"step": str(self.step), "seconds": str(self.seconds)})
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved state, if there is one."""
+        """Resume from a saved state, if there is one."""
         if not path.exists():
             return
         from safetensors import safe_open
