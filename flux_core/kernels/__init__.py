@@ -79,7 +79,7 @@ def install(model: Flux, device: torch.device | str) -> Ops:
 def put(model: Flux, ops: Ops) -> None:
     """These functions into every part of a model that has `ops`."""
     for part in model.modules():
-        if hasattr(part, "ops"):
+        if isinstance(getattr(part, "ops", None), Ops):
             part.ops = ops  # type: ignore[assignment]
 
 
@@ -96,7 +96,7 @@ def describe(model: Flux) -> dict[str, str]:
 
     "other" for functions that are not ours. The last bits of a picture depend on both.
     """
-    ops = next(iter((*model.double_blocks, *model.single_blocks))).ops
+    ops = next(found for part in model.modules() if isinstance(found := getattr(part, "ops", None), Ops))
     attention = {backend: name for name, backend in BACKENDS.items()}
     return {
         "attention": attention.get(ops.attend, "other"),
@@ -118,7 +118,7 @@ def put_decode(ae: AutoEncoder, ops: AeOps) -> None:
     """These functions into every part of an autoencoder, and its weights with channels side by side."""
     ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in ae.modules():
-        if hasattr(part, "ops"):
+        if isinstance(getattr(part, "ops", None), AeOps):
             part.ops = ops  # type: ignore[assignment]
 
 
