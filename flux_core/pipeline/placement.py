@@ -62,10 +62,12 @@ class Placement:
 def move(part: Any, device: torch.device) -> None:
     """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` brings its layers one by one.
 
-    Modules that are wrapped around others (adapters) are moved with their own parameters.
+    Modules that are wrapped around others (adapters) are moved with their own parameters. Encoders that are plain
+    functions have nothing to move.
     """
     if not isinstance(part, Flux):
-        part.to(device)
+        if hasattr(part, "to"):
+            part.to(device)
         return
     for name, module in part.named_modules():
         target = CPU if _MODULATION.search(name) else device
