@@ -22,7 +22,7 @@ from flux_core.main import BROKEN_PIPE, INTERRUPTED, UNEXPECTED, parse
 from flux_core.request.fields import FITS, PICTURES, REQUEST
 from flux_core.request.generation import GenerationRequest
 from flux_core.request.jobs import flags_of
-from flux_core.request.prompt_lines import READERS, UNREAD, read_lines
+from flux_core.request.prompt_lines import READERS, UNSUPPORTED, read_lines
 from flux_core.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def test_the_page_of_commands_names_what_is_read():
     pictures, prompts = sections()["init-images"], sections()["prompt-files"]
     assert all(re.search(rf"\b{kind}", pictures) for kind in (*PICTURES, *FITS))
     named = set(re.findall(r"`(\.\w+)`", prompts))
-    assert set(READERS) <= named <= {*READERS, *UNREAD}
+    assert set(READERS) <= named <= {*READERS, *UNSUPPORTED}
 
 
 def test_the_page_of_commands_has_all_of_the_environment():

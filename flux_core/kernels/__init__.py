@@ -78,9 +78,9 @@ def install(model: Flux, device: torch.device | str) -> Ops:
 
 
 def put(model: nn.Module, ops: Ops | AeOps) -> None:
-    """Set these functions in every part of a model that has `ops`."""
+    """Set these functions in every part of a model that has `ops` of their kind."""
     for part in model.modules():
-        if hasattr(part, "ops"):
+        if isinstance(getattr(part, "ops", None), type(ops)):
             part.ops = ops  # type: ignore[assignment]
 
 
@@ -97,7 +97,7 @@ def describe(model: Flux) -> dict[str, str]:
 
     "other" if they are not ours. The last bits of a picture depend on both.
     """
-    ops = next(iter((*model.double_blocks, *model.single_blocks))).ops
+    ops = next(found for part in model.modules() if isinstance(found := getattr(part, "ops", None), Ops))
     attention = {backend: name for name, backend in BACKENDS.items()}
     return {
         "attention": attention.get(ops.attend, "other"),

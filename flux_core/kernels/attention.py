@@ -8,7 +8,7 @@ nothing is chosen.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, wraps
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import is_out_of_memory
-from ..linears.contract import needs_grad
+from ..linears.contract import is_transformed, needs_grad
 from ..model import Flux
 from ..model.layers import RMSNorm
 from ..model.ops import attend
@@ -30,14 +30,27 @@ TOKENS = 4608
 CALLS = 3
 
 
+def transformable(backend: Attend) -> Attend:
+    """That backend, or inside a transform of `torch.func`, which none of them takes, PyTorch's choice."""
+
+    @wraps(backend)
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v) if is_transformed() else backend(q, k, v)
+
+    return call
+
+
+@transformable
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs_grad(q, k, v)))
 
 
+@transformable
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v))
 
 
+@transformable
 def efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, needs_grad(q, k, v)))
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 
@@ -58,17 +59,25 @@ class Leaf(nn.Module):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records operations on these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    """Whether autograd records operations on these tensors, or a transform of torch's differentiates them."""
+    return is_transformed() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside a transform of `torch.func` (grad, jvp, vmap, ...) or forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module], *inputs: Tensor) -> bool:
     """Whether fused code may compute a module on these inputs itself, without calling it.
 
     True where the call computes that class's forward of the module's own parameters and nothing else (`is_untouched`),
-    and no gradient is needed.
+    and no gradient is needed. A class whose forward was replaced is called.
     """
-    return is_untouched(module, kind) and not needs_grad(*inputs, *module._parameters.values())
+    own = kind.forward.__module__ == kind.__module__
+    return own and is_untouched(module, kind) and not needs_grad(*inputs, *module._parameters.values())
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -103,12 +112,17 @@ def takes_tokens(consumer: nn.Module) -> bool:
 
 
 def dense(linear: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight [N, K] and bias [N] that give `linear(x)` for inputs of that dtype, or None where it has to be called."""
+    """Weight [N, K] and bias [N] that give `linear(x)` for inputs of that dtype, or None where it has to be called.
+
+    Under autocast it has to be: operators of our own would not cast.
+    """
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        return None
     if is_bare(linear, nn.Linear, *inputs):
         found: Any = linear._parameters.get("weight"), linear.bias
     else:
         found = cast(Leaf, linear).dense(inputs[0].dtype) if is_leaf(linear, *inputs) else None
-    return None if found is None or any(x is None for x in found) else found
+    return None if found is None or any(x is None for x in found) or needs_grad(*found) else found
 
 
 def multiply_columns(linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:

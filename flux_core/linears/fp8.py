@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
-from .contract import Leaf, QuantizedTokens, needs_grad
+from .contract import Leaf, QuantizedTokens, is_transformed, needs_grad
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -180,12 +180,14 @@ class Fp8Linear(Leaf):
         if isinstance(x, QuantizedTokens):
             return product_of_tokens(x, self.weight, self.weight_scale, self.bias)
         tensors = self.weight, self.weight_scale, self.bias
+        if is_transformed():
+            return product(x, *tensors)  # which torch.func knows how to transform
         multiply = DifferentiableProduct.apply if needs_grad(x, *tensors) else product
         return multiply(x, *tensors, self.quantize if self.scaled else None)
 
     def takes_tokens(self) -> bool:
-        """Whether its product runs in fp8."""
-        return self.scaled
+        """Whether its product runs in fp8, which has no backward for a trained bias."""
+        return self.scaled and not needs_grad(self.bias)
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """The dequantized weight, where the product runs in that dtype."""

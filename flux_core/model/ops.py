@@ -26,14 +26,14 @@ from .rope import apply_rope
 def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
     """SiLU and Linear of the vector that conditions a block: [B, D] -> [B, N], or of S steps [S, B, D] -> [S, B, N].
 
-    Each step has the same bits as when computed alone. The parameters of a Linear on another device are copied to that
-    of vec for the call: a table needs them once.
+    Each step has the same bits as when computed alone. Parameters and buffers of a Linear on another device are copied
+    to that of vec for the call: a table needs them once.
     """
     if vec.ndim == 3:
         return torch.stack([modulation(linear, step) for step in vec])
-    if any(x.device != vec.device for x in linear.parameters()):
-        tensors = chain(linear.named_parameters(), linear.named_buffers())
-        return functional_call(linear, {name: x.to(vec.device) for name, x in tensors}, (F.silu(vec),))
+    tensors = dict(chain(linear.named_parameters(), linear.named_buffers()))
+    if any(x.device != vec.device for x in tensors.values()):
+        return functional_call(linear, {name: x.to(vec.device) for name, x in tensors.items()}, (F.silu(vec),))
     return linear(F.silu(vec))
 
 

@@ -116,7 +116,8 @@ class Pipeline:
 
     def text_notes(self, prompt: str) -> list[str]:
         """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
-        return self.t5.notes(prompt)
+        notes = getattr(self.t5, "notes", None)  # a function of somebody's own has none
+        return notes(prompt) if notes else []
 
     def complete(self, request: GenerationRequest, functions: Sequence[Custom] = ()) -> GenerationRequest:
         """The request as this pipeline draws it: with its dtype, weights and environment. UsageError if it cannot."""
@@ -159,6 +160,8 @@ class Pipeline:
         first = self.complete(requests[0])
         if len({x.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for x in requests}) > 1:
             raise UsageError("rows of one batch differ in prompt and seed alone")
+        if first.init_image is not None:
+            raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
         return [self.picture(x[None], request.recorded()) for x, request in zip(rows, requests, strict=True)]

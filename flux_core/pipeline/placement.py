@@ -62,10 +62,12 @@ class Placement:
 def move(part: Any, device: torch.device) -> None:
     """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` copies its layers one by one.
 
-    Modules that wrap others (adapters) are moved with their own parameters.
+    Modules that wrap others (adapters) are moved with their own parameters; encoders that are plain functions have
+    nothing to move.
     """
     if not isinstance(part, Flux):
-        part.to(device)
+        if hasattr(part, "to"):
+            part.to(device)
         return
     for name, module in part.named_modules():
         target = CPU if _MODULATION.search(name) else device

@@ -24,12 +24,11 @@ class PromptCache:
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """NonFiniteError if an embedding is not finite."""
-        if prompt not in self._kept:
-            self._kept[prompt] = self._encode(prompt)
-            if len(self._kept) > CACHED_PROMPTS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(prompt)
-        return self._kept[prompt]
+        found = self._kept.pop(prompt, None) or self._encode(prompt)
+        self._kept[prompt] = found  # the latest, and last to go; never looked up again: threads may draw side by side
+        if len(self._kept) > CACHED_PROMPTS:
+            self._kept.popitem(last=False)
+        return found
 
     @torch.no_grad()
     def encode_ahead(self, prompts: Sequence[str]) -> None:
@@ -41,7 +40,7 @@ class PromptCache:
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         encoders = {"T5": self.placement.components.t5, "CLIP": self.placement.components.clip}
         with self.placement.using(*encoders.values()):
-            txt, vec = (encode([prompt]) for encode in encoders.values())
+            txt, vec = (encode([prompt]).to(self.placement.device, self.dtype) for encode in encoders.values())
         for (name, encoder), x in zip(encoders.items(), (txt, vec), strict=True):
             if not is_finite(x):
                 raise nonfinite_error(f"in {name}'s embedding of the prompt", self.dtype, encoder)

@@ -9,7 +9,7 @@ Python code between two kernels runs when the graph is recorded, and not again. 
 for a model in which `has_user_code` finds hooks or functions of the user's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -36,10 +36,12 @@ def has_user_code(model: nn.Module) -> bool:
     def is_ours(what: object) -> bool:
         return getattr(what, "__module__", "").split(".")[0] in ("flux_core", "torch")
 
-    return not all(
-        is_untouched(part, type(part)) and all(map(is_ours, (type(part), *getattr(part, "ops", ()))))
-        for part in model.modules()
-    )
+    def functions(part: nn.Module) -> Iterator[object]:
+        yield from (type(part), type(part).forward, *filter(callable, vars(part).values()))
+        if is_ours(type(part)):
+            yield from getattr(part, "ops", ())
+
+    return not all(is_untouched(part, type(part)) and all(map(is_ours, functions(part))) for part in model.modules())
 
 
 class GraphedVelocity:

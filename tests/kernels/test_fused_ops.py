@@ -91,6 +91,19 @@ def test_what_computes_has_names():
     assert describe(model) == {"attention": "other", "kernels": "plain"}
 
 
+def test_a_block_in_another_module_leaves_the_names_as_they_are():
+    class Around(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.ops = block, ["somebody else's"]
+
+    model = flux_of(GOLDEN)
+    model.double_blocks[0] = Around(model.double_blocks[0])
+    put(model, ops.PLAIN._replace(modulate=other_modulate))
+    assert describe(model) == {"attention": "own", "kernels": "other"}
+    assert model.double_blocks[0].ops == ["somebody else's"]
+
+
 def other_modulate(x, shift, scale, consumer):
     return ops.modulate(x, shift, scale)
 

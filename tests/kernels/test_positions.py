@@ -5,6 +5,9 @@ import torch
 from golden_files import distance
 from random_model import random_weights
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton_device import CUDA, DEVICE  # skips where there is no Triton
 
 from flux_core import kernels
@@ -24,6 +27,7 @@ LINEARS = (
     *(f"single_blocks.0.{name}" for name in ("linear1", "linear2", "modulation.lin")),
     *("final_layer.linear", "final_layer.adaLN_modulation.1", "img_in", "txt_in", "time_in.in_layer"),
 )
+MODS = [name for name in LINEARS if "mod" in name]
 OTHERS = ("double_blocks.0.img_mlp", "double_blocks.0.txt_mlp.1")
 """a whole MLP, and the GELU of one: the fused functions compute it elsewhere"""
 FORMATS = pytest.mark.parametrize("form", ["dense", "fp8"])
@@ -182,6 +186,81 @@ def test_a_branch_around_a_frozen_layer_learns(form, name):
 @FORMATS
 def test_gradients_pass_a_frozen_model(form):
     same_direction(*(gradients(model, form, []) for model in (made(form), fuse(made(form)))), form)
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.txt_mlp.0", "single_blocks.0.linear1", "final_layer.linear", *MODS])
+def test_a_branch_of_a_format_learns_through_its_dense_weight(name):
+    """The weight that a layer of another file gives away may be computed of what is trained."""
+
+    class Merged(Leaf):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.gain = base, nn.ParameterList([nn.Parameter(torch.full((1, 1), 1.5, device=DEVICE))])
+
+        def dense(self, dtype):
+            return self.base.weight * self.gain[0], self.base.bias
+
+        def forward(self, x):
+            return nn.functional.linear(x, *self.dense(x.dtype))
+
+    found = []
+    for model in (made("dense"), fuse(made("dense"))):
+        model.set_submodule(name, Merged(model.get_submodule(name)))
+        found.append(gradients(model, "dense", [model.get_submodule(name).gain[0]], of_img=False))
+    same_direction(*found, "dense")
+
+
+def of_tokens(model, form):
+    given = inputs(form)
+    return lambda img: model(**given | {"img": img}).float()
+
+
+def forward_derivative(model, form):
+    img = inputs(form)["img"]
+    return torch.func.jvp(of_tokens(model, form), (img,), (torch.ones_like(img),))[1]
+
+
+def dual(model, form):
+    img = inputs(form)["img"]
+    with forward_ad.dual_level():
+        found = of_tokens(model, form)(forward_ad.make_dual(img, torch.ones_like(img)))
+        return forward_ad.unpack_dual(found).tangent
+
+
+def functional_gradient(model, form):
+    return torch.func.grad(lambda img: of_tokens(model, form)(img).square().mean())(inputs(form)["img"])
+
+
+def of_a_bias(model, form):
+    biases = {f"{name}.bias": model.get_submodule(name).bias.detach() for name in LINEARS[:3]}
+    loss = lambda biases: functional_call(model, biases, (), inputs(form)).float().square().mean()  # noqa: E731
+    return torch.cat(list(torch.func.grad(loss)(biases).values()))
+
+
+def mapped(model, form):
+    img = inputs(form)["img"]
+    return torch.func.vmap(of_tokens(model, form))(torch.stack((img, 2 * img)))
+
+
+TRANSFORMS = [forward_derivative, dual, functional_gradient, of_a_bias, mapped]
+
+
+@torch.no_grad()
+@FORMATS
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.__name__)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func_find_plain_functions(form, transform):
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+        plain, found = transform(made(form), form), transform(fuse(made(form)), form)
+    same_direction([found], [plain], form)
+
+
+@torch.no_grad()
+@FORMATS
+def test_autocast(form):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain, found = made(form)(**inputs(form)), fuse(made(form))(**inputs(form))
+    assert plain.dtype == found.dtype == torch.bfloat16 and close(found, plain, "fp8")
 
 
 class Coded(Leaf):

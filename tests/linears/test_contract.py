@@ -99,6 +99,12 @@ def trained(layer):
     layer.bias.requires_grad_()
 
 
+def computed(layer):
+    """As a hypernetwork leaves it: the bias is no parameter any more."""
+    del layer.bias
+    layer.bias = torch.zeros(layer.out_features, dtype=layer.weight.dtype, requires_grad=True)
+
+
 CHANGES = [
     hooked, hooked_before, hooked_backward, hooked_before_backward, patched, patched_by_another_layer, derived,
     other_parameters, trained,
@@ -111,6 +117,31 @@ def test_a_layer_that_has_to_be_called(change):
     assert is_bare(layer, nn.Linear, x) and dense(layer, x) == (layer.weight, layer.bias)
     change(layer)
     assert not is_bare(layer, nn.Linear, x) and dense(layer, x) is None
+
+
+def test_a_computed_weight_takes_its_gradient_along():
+    layer, units, x = frozen(), scaled(), torch.randn(1, 2, 32)
+    for one in (layer, units):
+        computed(one)
+    assert dense(layer, x) is None and not takes_tokens(units)
+    with torch.no_grad():
+        assert dense(layer, x) == (layer.weight, layer.bias) and takes_tokens(units)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Fp8Linear])
+def test_a_class_whose_forward_somebody_replaced_is_called(kind, monkeypatch):
+    layer, x = frozen() if kind is nn.Linear else Fp8Linear.of(frozen()), torch.randn(1, 2, 32)
+    assert dense(layer, x) is not None
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+    assert dense(layer, x) is None and not is_bare(layer, kind)
+
+
+def test_under_autocast_a_layer_is_called():
+    layer, x = frozen(), torch.randn(1, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dense(layer, x) is None
+        assert multiply_columns(layer, x[..., :20], x[..., 20:]).dtype == torch.bfloat16
 
 
 def test_hooks_on_every_module_count():
@@ -130,6 +161,22 @@ def test_a_wanted_gradient():
     with torch.no_grad():
         trained(layer)
         assert is_bare(layer, nn.Linear, x) and not needs_grad(x)
+
+
+def test_a_transform_wants_derivatives_that_no_tensor_tells_of():
+    seen, x = [], torch.ones(2)
+
+    def asked(x):
+        seen.append(needs_grad(x))
+        return x.sum()
+
+    with torch.no_grad():
+        torch.func.jvp(asked, (x,), (x,))
+        torch.func.vmap(asked)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        asked(x)
+    asked(x)
+    assert seen == [True, True, True, False]
 
 
 @pytest.mark.parametrize("change", [None, hooked, hooked_before, patched, trained])
@@ -294,6 +341,19 @@ def test_a_wrappers_own_parameters_come_to_the_vector():
     assert ops.modulation(wrapper, vec).shape == (2, 48)
     assert ops.modulation(wrapper, vec[None].expand(3, -1, -1)).shape == (3, 2, 48)
     assert all(x.device.type == "cpu" for x in wrapper.parameters())
+
+
+def test_so_do_the_buffers_of_a_layer_without_parameters():
+    class Coded(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.register_buffer("codes", base.weight.detach())
+            self.register_buffer("shift", base.bias.detach())
+
+        def forward(self, x):
+            return F.linear(x, self.codes) + self.shift
+
+    assert ops.modulation(Coded(frozen()), torch.zeros(2, 32, device="meta")).shape == (2, 48)
 
 
 def test_tokens_that_are_quantized_already():

@@ -324,7 +324,7 @@ from random_model import small_variant
 import flux_core.commands.importance, flux_core.pipeline
 from flux_core.hub import places
 from flux_core.variants import VARIANTS
-flux_core.pipeline.load_pipeline = flux_core.pipeline.pipeline.load_pipeline
+flux_core.pipeline.load_pipeline = flux_core.pipeline.load.load_pipeline
 places.ROOTS = (Path({root!r}),); VARIANTS["flux-mini"] = small_variant()
 flux_core.commands.importance.WAIT = 0.1
 """

@@ -11,9 +11,11 @@ from tiny import tiny_pipeline
 from torch import nn
 
 from flux_core.device.memory import CACHED_PROMPTS, prompt_cache
+from flux_core.errors import UsageError
 from flux_core.hooks import HookRun, Skip
 from flux_core.images.metadata import differences, parse_request
 from flux_core.model import MODULATION
+from flux_core.pipeline import Pipeline
 from flux_core.pipeline.conditions import compose
 from flux_core.pipeline.environment import environment, is_replayed
 from flux_core.pipeline.placement import move
@@ -67,6 +69,21 @@ def test_no_part_points_back_to_the_pipeline(pipeline):
 def test_a_pipeline_says_why_it_cannot_be(pipeline, way):
     with pytest.raises(TypeError, match=r"cannot be pickled or copied: .* Next: call load_pipeline in each process"):
         way(pipeline)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_encoders_may_be_plain_functions(pipeline, offload):
+    t5, clip = (lambda prompts, encode=encode: encode(prompts) for encode in (pipeline.t5, pipeline.clip))
+    components = replace(pipeline.components, t5=t5, clip=clip)
+    other = Pipeline(pipeline.variant, components, pipeline.device, pipeline.dtype, offload=offload)
+    pictures = [one.generate("a red apple", 3, **FAST)[0].tobytes() for one in (pipeline, other)]
+    assert pictures[0] == pictures[1]
+
+
+def test_rows_of_a_batch_start_from_noise(pipeline):
+    given = {"init_image": {"file": "x.png", "sha256": "0" * 64}, "strength": 0.5}
+    with pytest.raises(UsageError, match=r"start from noise. Next: draw pictures of an init image one by one"):
+        pipeline.draw_rows([request(**given), request(**given, seed=4)])
 
 
 # Placement -------------------------------------------------------------------------------------------

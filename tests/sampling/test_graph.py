@@ -40,12 +40,25 @@ def other_module(model):
     model.img_in = Louder(4, 4)
 
 
-@pytest.mark.parametrize("change", [hooked, hooked_before, patched, other_function, other_module])
+def other_method(model):
+    model.final_layer.modulation = lambda vec: type(model.final_layer).modulation(model.final_layer, vec)
+
+
+CHANGES = [hooked, hooked_before, patched, other_function, other_module, other_method]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_somebody_put_into_a_model_is_found(change):
     model = tiny_pipeline().model
     assert not has_user_code(model)
     change(model)
     assert has_user_code(model)
+
+
+def test_a_class_that_somebody_patched_is_found(monkeypatch):
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: forward(self, x))
+    assert has_user_code(tiny_pipeline().model)
 
 
 def test_a_graph_is_for_some_steps_of_few_tokens_on_cuda():
