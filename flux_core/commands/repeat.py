@@ -108,7 +108,8 @@ def _draw(
     if not variant.embedded:
         note(variant.licence_line)
     pipeline = load_pipeline(variant, device, asked.dtype, offload, vae_tiling)
-    for reason in differences(old, pipeline.complete(asked)):
+    asked = pipeline.complete(asked)
+    for reason in differences(old, asked):
         note(f"pixels may differ: {reason}")
     tell(f"{asked.settings()}, seed {asked.seed}, {asked.dtype} on {pipeline.device}")
     return pipeline.draw(asked)

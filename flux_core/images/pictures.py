@@ -9,7 +9,7 @@ import io
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import FileError
 from ..request.fields import FITS, PICTURES
 from ..request.generation import InitImage
 from ..terminal import note
-from . import png
+from . import jpeg, png
 
 FORMATS = tuple(kind for kind in PICTURES if kind not in ("WebP", "AVIF") or features.check(kind.lower()))
 """those of the table that this Pillow reads"""
@@ -48,8 +48,8 @@ def open_picture(path: str | Path, formats: tuple[str, ...] = FORMATS) -> tuple[
 
 def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The picture in a file's bytes, opened but not yet decoded. FileError calls it `name`."""
-    is_png = data.startswith(png.SIGNATURE)
-    file = io.BytesIO(png.pixels_alone(data) if is_png else data)
+    reader = next((module for module in (png, jpeg) if data.startswith(module.SIGNATURE)), None)
+    file = io.BytesIO(reader.pixels_alone(data) if reader else data)
     with _damage(name):
         try:
             image = Image.open(file, formats=[kind.upper() for kind in formats])
@@ -59,7 +59,7 @@ def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) ->
             *others, last = formats
             kinds = f"{', '.join(others)} or {last}" if others else last
             raise FileError(f"{name} is no picture that can be read: give a {kinds} file") from None
-        image.info.update(png.info(data) if is_png else {})
+        image.info.update(reader.info(data) if reader else {})
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
         raise FileError(f"{name} has {size} pixels, at most {MAX_PIXELS:,} are read: scale it down")
@@ -90,7 +90,7 @@ def _damage(name: str) -> Iterator[None]:
         except (FileError, MemoryError):
             raise
         except Exception as error:
-            raise FileError(f"{name} is a damaged picture: {error}") from None
+            raise FileError(f"{name} is a damaged picture: {error or type(error).__name__}") from None
 
 
 def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
@@ -102,7 +102,7 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         opacity = png.colour_key(image)
         image.load()
         if opacity is None and image.has_transparency_data:
-            opacity = image.convert("RGBA").getchannel("A")
+            opacity = image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
         rgb = _in_srgb(_plain(image, name), image.info.get("icc_profile"), name)
         if opacity is not None:
             rgb.putalpha(opacity)
@@ -115,15 +115,23 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
 
 def _plain(image: Image.Image, name: str) -> Image.Image:
     """The colours in eight bits and without alpha: as L, RGB, CMYK or LAB. FileError where they have no such range."""
-    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 0xFFFF):
-        raise FileError(f"{name} has levels of 32 bits: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":
+        return _upper_bits(image, name)
     if image.mode in ("L", "RGB", "CMYK", "LAB"):
         return image
     if image.mode in ("1", "LA", "La"):
         return image.convert("LA").convert("L")
     return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
+
+
+def _upper_bits(image: Image.Image, name: str) -> Image.Image:
+    """16-bit grey as L, which Pillow's own conversion would clip to white. FileError where there are more bits."""
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 0xFFFF:
+        raise FileError(f"{name} has levels of 32 bits, or below zero: save it with 8 or 16 bits")
+    if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
+        levels = 0xFFFF - levels
+    return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
@@ -146,10 +154,12 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
 
 def _orientation(image: Image.Image) -> Any:
     """EXIF's or XMP's number for the rotation of a loaded picture; 1 where what holds it is damaged."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)  # this tag alone: any other may be damaged
-    except Exception:
-        return 1
+    with suppress(Exception):
+        if found := image.getexif().get(ExifTags.Base.Orientation):
+            return found
+    with suppress(Exception):  # Pillow reads no further than the first damaged tag
+        return jpeg.orientation(image.info.get("exif", b""))
+    return 1
 
 
 def open_source(

@@ -276,6 +276,12 @@ class GenerationRequest(BaseModel):
         return notes
 
 
+def check_untrusted(fields: dict[str, Any]) -> None:
+    """UsageError for fields from a file whose plan would read or write others; none of those is opened to find out."""
+    if foreign := [one.kind for one in parse_plan(fields.get("plan") or ()) if not one.portable]:
+        raise UsageError(f"a file cannot make us read or write others ({', '.join(foreign)})")
+
+
 def _left_out(key: str, value: object) -> bool:
     """None stands for the default everywhere, seed -1 for a random one (a habit of many tools), no words for none."""
     if key == "negative_prompt" and isinstance(value, str) and not value.strip():

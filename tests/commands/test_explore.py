@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 from workshop import Workshop
@@ -338,6 +338,16 @@ def test_a_row_and_a_picture_repeat_to_the_byte(whole_folder, words, capsys):
     assert Path(path).read_bytes() == (whole_folder / PICTURES[2]).read_bytes() and last.endswith("byte for byte")
 
 
+def test_a_record_without_a_precision_is_told_the_one_it_is_drawn_in(whole_folder, capsys):
+    picture = Image.open(whole_folder / PICTURES[2])
+    asked = {key: value for key, value in json.loads(picture.info["flux_core"]).items() if key != "dtype"}
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("flux_core", json.dumps(asked))
+    picture.save("hand.png", pnginfo=text)
+    assert main(["repeat", "hand.png", "--force"]) == 0
+    assert "float32 on cpu" in capsys.readouterr().out
+
+
 def test_it_is_told_when_the_pixels_are_others(session, monkeypatch, capsys):
     def retrained(*args):
         pipeline = tiny_pipeline(*args)
@@ -618,6 +628,7 @@ def test_a_damaged_table_is_refused_by_its_line(session, capsys, damage, finding
         assert f"metadata.csv, {finding}" in err and "Next: " in err
 
 
+OF_A_FILE = {"kind": "add", "sites": ["vec"], "value": {"file": "/nowhere/x.safetensors", "tensor": "x"}}
 MANIFESTS = [
     (lambda text: text[: len(text) // 2], "is no JSON: ", "line "),
     (lambda text: text.replace('"format": 1', '"format": 2'), "session.json, line 2: format 2", ""),
@@ -627,6 +638,11 @@ MANIFESTS = [
     (
         lambda text: text.replace('"plan": []', '"plan": [{"kind": "capture", "sites": ["vec"], "to": "x"}]'),
         "a file cannot make us read or write others",
+        "line 25",
+    ),
+    (
+        lambda text: text.replace('"plan": []', f'"plan": [{json.dumps(OF_A_FILE)}]'),
+        "a file cannot make us read or write others (add)",
         "line 25",
     ),
     (lambda text: "[]", "line 1: no session at all", ""),
