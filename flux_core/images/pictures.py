@@ -57,8 +57,9 @@ def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) ->
             raise FileError(f"{name} is too large to open: {error}") from None
         except UnidentifiedImageError:
             *others, last = formats
+            finding = "picture that can be read" if others else f"{last} file"
             kinds = f"{', '.join(others)} or {last}" if others else last
-            raise FileError(f"{name} is no picture that can be read: give a {kinds} file") from None
+            raise FileError(f"{name} is no {finding}: give a {kinds} file") from None
         image.info.update(reader.info(data) if reader else {})
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
@@ -96,8 +97,10 @@ def _damage(name: str) -> Iterator[None]:
 def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """Any picture as upright 8-bit sRGB: its colour profile applied, the first frame of several, alpha over white.
 
-    FileError when the pixels turn out to be damaged.
+    FileError when the pixels turn out to be damaged, or there are none.
     """
+    if 0 in image.size:
+        raise FileError(f"{name} has no pixels: give another")
     with _damage(name):
         opacity = png.colour_key(image)
         image.load()

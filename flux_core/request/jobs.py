@@ -29,10 +29,12 @@ def flags_of(job: dict[str, Any], fields: tuple[Field, ...], where: str) -> dict
     flags: dict[str, Any] = {}
     for key, value in job.items():
         word = _word(key)
-        if word == "command" or value is None or value is False:
+        if word == "command":
             continue
         if word not in known:
             raise UsageError(f"{where}: there is no {key[:60]!r} here.{nearest(word, list(known))}")
+        if value is None or (value is False and known[word].kind is bool):
+            continue
         name = known[word].name
         if name in flags:
             raise UsageError(f"{where}: {key} says {name} a second time")

@@ -27,7 +27,7 @@ import pydantic_core
 
 from ..errors import FileError, UsageError, nearest
 from ..terminal import note
-from .fields import REQUEST
+from .fields import FIELDS, REQUEST
 from .generation import GenerationRequest
 
 MAX_BYTES = 1 << 20
@@ -51,7 +51,10 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 """encodings by what a file begins with"""
-UNREAD = (".yaml", ".yml", ".toml", ".xml", ".html", ".xls", ".xlsx", ".ods", ".parquet")
+UNREAD = (
+    *(".yaml", ".yml", ".toml", ".xml", ".htm", ".html", ".json5", ".jsonc", ".parquet"),
+    *(".xls", ".xlsx", ".xlsm", ".xlsb", ".ods", ".numbers", ".doc", ".docx", ".odt", ".rtf", ".pdf"),
+)
 """suffixes of files whose lines are no prompts"""
 SETTINGS = {
     "/w": "width",
@@ -104,8 +107,9 @@ def _decoded(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         text, valid = data[: error.start].decode(encoding, errors="replace"), False
     text = re.sub("\r\n?", "\n", text)
-    if not valid or "\0" in text:  # every other byte of UTF-16 without a mark is a NUL
-        line = text.partition("\0")[0].count("\n") + 1
+    strange = re.search("[\0-\x08]", text)  # in archives, and every other byte of UTF-16 without a mark
+    if not valid or strange:
+        line = text[: strange.start() if strange else None].count("\n") + 1
         kinds = "UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark"
         raise FileError(f"{name}, line {line} is no {kinds}. Next: save the file as UTF-8")
     return re.sub("\n?\ufeff", "\n", text.lstrip("\ufeff"))
@@ -125,7 +129,7 @@ def _of_text(name: str, text: str) -> Iterator[Line]:
 
 def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
     """Rows under a header that names columns; an empty cell says nothing. delimiter: where the header has none."""
-    if declared := re.match(r'"?sep=([^\w\s"]|\t)"?(?=\n|$)', text, re.IGNORECASE):
+    if declared := re.match(r'"?sep *= *([^\w\s"]|\t)[",;\t| ]*(?=\n|$)', text, re.IGNORECASE):
         delimiter, text = declared[1], text[declared.end() :]
     else:  # no name of a column has one in it
         delimiter = max((delimiter, *",;\t|"), key=next(_numbered(text), (0, ""))[1].count)
@@ -133,7 +137,7 @@ def _of_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
     rows = ((f"{name}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row))
     try:
         where, header = next(rows, ("", []))
-        columns = _columns(header, where)
+        columns = _columns(header, where, " Next: name the columns in the first line, or call a file of prompts .txt")
         for where, row in rows:
             if row != header:  # which tables that were put together have twice
                 yield Line(where, _cells(columns, row, where, delimiter))
@@ -150,7 +154,13 @@ def _cells(columns: Sequence[str], row: Sequence[str], where: str, delimiter: st
         raise UsageError(f"{found}. Next: put quotes around a cell that holds {delimiter!r}")
     if len(cells) < len(columns):
         raise UsageError(f"{found}. Next: write {delimiter!r} also before a cell that is empty")
-    return {column: cell for column, cell in zip(columns, cells, strict=False) if cell}
+    return {column: _number(column, cell) for column, cell in zip(columns, cells, strict=False) if cell}
+
+
+def _number(column: str, cell: str) -> str:
+    """The cell, with a point where a number has a comma, as spreadsheets write it in half of the world."""
+    decimal = FIELDS[column].kind is float and re.fullmatch(r"\d*,\d+", cell)
+    return cell.replace(",", ".") if decimal else cell
 
 
 def _of_json(name: str, text: str) -> Iterator[Line]:
@@ -181,8 +191,11 @@ def _entry(found: Any, where: str) -> dict[str, Any]:
     found = {"prompt": found} if isinstance(found, str) else found
     if not isinstance(found, dict):
         raise UsageError(f'{where} is neither an object nor a string: say {{"prompt": "a red apple", "seed": 1}}')
-    values = zip(_columns(found, where), found.values(), strict=True)
-    return {key: value for key, value in values if value is not None}
+    fields = dict(zip(_columns(found, where), found.values(), strict=True))
+    for name, value in fields.items():
+        if isinstance(value, bool) and not FIELDS[name].const:
+            raise UsageError(f"{where}: {FIELDS[name].flag} must be {FIELDS[name].expected}, not {str(value).lower()}")
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 READERS: dict[str, Callable[[str, str], Iterator[Line]]] = {
@@ -191,14 +204,16 @@ READERS: dict[str, Callable[[str, str], Iterator[Line]]] = {
     ".json": _of_json,
     ".jsonl": _of_jsonl,
     ".ndjson": _of_jsonl,
+    ".tab": partial(_of_table, delimiter="\t"),
+    ".jsonlines": _of_jsonl,
 }
 """of files that say more than prompts, by the suffix of their names"""
 
 
-def _columns(names: Iterable[str], where: str) -> list[str]:
+def _columns(names: Iterable[str], where: str, advice: str = "") -> list[str]:
     """The request's fields of those names, but for empty ones at the end.
 
-    UsageError for one that is none, with the nearest, and for one twice.
+    UsageError for one that is none, with the nearest or with the advice, and for one twice.
     """
     columns: list[str] = []
     words = [name.strip().lower().replace("-", "_").replace(" ", "_") for name in names]
@@ -206,7 +221,7 @@ def _columns(names: Iterable[str], where: str) -> list[str]:
         words.pop()
     for word, name in zip(words, names, strict=False):
         if word not in COLUMNS:
-            hint = nearest(word, list(COLUMNS)) or f" There are {', '.join(COLUMNS)}."
+            hint = nearest(word, list(COLUMNS)) or f" There are {', '.join(COLUMNS)}.{advice}"
             raise UsageError(f"{where}: there is no column {name[:60]!r}.{hint}")
         if COLUMNS[word] in columns:
             raise UsageError(f"{where} names {COLUMNS[word]} twice")

@@ -197,6 +197,8 @@ def test_what_stands_there_twice_is_drawn_once_and_told(capsys):
 WRONG = [
     ([], "say what to explore"),
     (["--prompt", "a", "--prompts", "b"], "say what to explore"),
+    (["--prompts", "none.json"], "none.json, entry 2 says no prompt. Next: write a text"),
+    (["--prompts", "list.jsonl"], "list.jsonl, line 1 says no prompt. Next: write a text"),
     (["--prompt", "a", "--seeds", "1,,2"], "--seeds must be a whole number from 0 to 4294967295, not ''"),
     (["--prompt", "a", "--seeds", "-2"], "--seeds must be"),
     (["--prompt", "a", "--seeds", "auto:0"], "--seeds auto:N must be a whole number from 1 to 1000"),
@@ -219,13 +221,15 @@ def test_everything_wrong_is_told_before_torch_is_imported_and_nothing_is_made(t
         "    print(json.dumps([code, err, 'torch' in sys.modules]))"
     )
     given = json.dumps([words for words, _ in WRONG])
+    (tmp_path / "none.json").write_text('["a", {}]')
+    (tmp_path / "list.jsonl").write_text('{"prompt": ["a"]}')
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(WRONG), done.stderr
     for (code, err, with_torch), (words, finding) in zip(answers, WRONG, strict=True):
         assert (code, with_torch) == (2, False) and finding in err and err.count("\n") == 1, (words, err)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["list.jsonl", "none.json"]
 
 
 # A session -----------------------------------------------------------------------------------------

@@ -303,6 +303,12 @@ def test_sixteen_bits_may_count_down_from_white():
     assert [opened(grey_tiff(levels, 16, True)).getpixel((x, 0))[0] for x in (0, 1)] == [0xBF, 0]
 
 
+def test_a_picture_without_pixels_is_refused():
+    for mode in ("RGB", "LA", "I;16"):
+        with pytest.raises(FileError, match="the picture has no pixels"):
+            as_rgb(Image.new(mode, (0, 5)))
+
+
 def test_levels_without_a_range_are_refused():
     for data in (grey_tiff(struct.pack("<I", 1 << 31), 32), grey_tiff(struct.pack("<h", -9), 16, signed=True)):
         with pytest.raises(FileError, match="or below zero"):

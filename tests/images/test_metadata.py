@@ -148,6 +148,14 @@ def test_foreign_and_malicious_metadata_is_refused(tmp_path, texts, finding):
     assert path in str(caught.value) and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP"])
+def test_a_picture_of_another_kind_holds_no_request(tmp_path, kind):
+    path = tmp_path / "p.png"
+    Image.new("RGB", (4, 4)).save(path, kind)
+    with pytest.raises(FileError, match=r"p\.png is no PNG file: give a PNG file"):
+        read_request(path)
+
+
 def test_metadata_names_no_folder(tmp_path):
     origin = {"file": "/etc/passwd", "sha256": ""}
     path = foreign(tmp_path / "p.png", **{KEY: json.dumps({**GOOD, "init_image": origin})})
