@@ -102,6 +102,8 @@ def _prompts(file: str) -> list[str]:
     for line in lines:
         if others := [name for name in line.fields if name != "prompt"]:
             raise UsageError(f"{line.where}: explore takes only prompts from a file, not {', '.join(others)}")
+        if not isinstance(line.fields.get("prompt"), str):
+            raise UsageError(f'{line.where} has no prompt. Next: write a text, as in {{"prompt": "a red apple"}}')
     return [line.fields["prompt"] for line in lines]
 
 

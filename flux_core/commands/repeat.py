@@ -110,7 +110,8 @@ def _draw(
     if not variant.embedded:
         note(variant.licence_line)
     pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling)
-    for reason in differences(old, pipeline.complete(request)):
+    request = pipeline.complete(request)
+    for reason in differences(old, request):
         note(f"pixels may differ: {reason}")
     tell(f"{request.settings()}, seed {request.seed}, {request.dtype} on {pipeline.device}")
     return pipeline.draw(request)

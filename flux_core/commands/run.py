@@ -1,6 +1,6 @@
 """`run`: the commands in a job file, one after the other, once all of them have been checked."""
 
-from ..errors import UsageError, nearest
+from ..errors import FluxError, UsageError, nearest
 from ..request.jobs import flags_of, read_jobs
 from .table import COMMANDS
 
@@ -14,6 +14,9 @@ def run(file: str) -> None:
         if name not in runnable:
             known = ", ".join(runnable)
             raise UsageError(f"{where}: no command {name[:60]!r}; there are {known}.{nearest(name, runnable)}")
-        checked.append((COMMANDS[name], flags_of(job, COMMANDS[name].fields, where)))
-    for command, flags in checked:
-        command.run(**flags)
+        checked.append((where, COMMANDS[name], flags_of(job, COMMANDS[name].fields, where)))
+    for where, command, flags in checked:
+        try:
+            command.run(**flags)
+        except FluxError as error:
+            raise type(error)(f"{where}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import UsageError, nearest
+from ..files import expand_home
 from ..jsonfile import first_finding, in_words, read_json
 from ..params import FluxParams
 from .attention_maps import AttentionMaps
@@ -32,6 +33,8 @@ KINDS: dict[str, type[Intervention]] = {
 AnyIntervention = Annotated[
     Skip | Capture | AttentionMaps | ShareKV | Scale | Add | Replace | FirstBlockCache, Field(discriminator="kind")
 ]
+PATHS = ("to", "file")
+"""keys of files and folders, in an entry and in its tensor"""
 Plan = tuple[AnyIntervention, ...]
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
@@ -52,9 +55,19 @@ def read_plan(path: str | Path) -> Plan:
     if not isinstance(entries, list | dict):
         raise UsageError(f"{path}: a plan is a list of interventions")
     try:
-        return parse_plan(entries)
+        return parse_plan(_with_whole_paths(entries))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def _with_whole_paths(found: Any) -> Any:
+    """Parsed JSON, its paths without `~`. UsageError where there is no such home folder."""
+    if isinstance(found, list):
+        return [_with_whole_paths(one) for one in found]
+    if isinstance(found, dict):
+        whole = {key: expand_home(found[key], key) for key in PATHS if isinstance(found.get(key), str)}
+        return {key: _with_whole_paths(value) for key, value in found.items()} | whole
+    return found
 
 
 def _finding(error: ValidationError | TypeError, entries: Any) -> str:
@@ -77,7 +90,9 @@ def short_form(kind: str, text: str) -> dict[str, Any]:
     """`single_blocks.9,layer.3@0-14` as a plan's entry: the blocks, and behind @ the steps, which must not be empty."""
     meant, at, steps = text.partition("@")
     if at and not steps.strip():
-        raise UsageError(f"--{kind} {text}: no steps behind the @. Next: {text}0-14, or leave the @ out for all steps")
+        raise UsageError(
+            f"--{kind} {text}: no steps behind the @. Next: {meant.strip()}@0-14, or leave the @ out for all steps"
+        )
     entry: dict[str, Any] = {"kind": kind, "blocks": meant}
     return {**entry, "steps": steps} if at else entry
 

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from ..errors import UsageError
 from ..request.fields import REQUEST
-from ..request.generation import MAX_PROMPT, GenerationRequest
+from ..request.generation import MAX_PROMPT, GenerationRequest, check_untrusted
 from ..version import __version__
 from . import png
 from .pictures import parse_picture, read_bytes
@@ -106,10 +106,8 @@ def parse_request(text: str, source: str) -> GenerationRequest:
     """A request from its recorded JSON. UsageError names the source when it cannot be used."""
     try:
         fields = _fields(text)
-        request = GenerationRequest(**fields, force=True, allow_empty_prompt=True)
-        if unsafe := [entry.kind for entry in request.plan if not entry.portable]:
-            raise ValueError(f"a file cannot make us read or write other files ({', '.join(unsafe)})")
-        return request
+        check_untrusted(fields)
+        return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
     except (UsageError, ValueError) as error:
         writer = re.search(r'"version": ?"([\w.]{1,20})"', text[-MAX_JSON:])
         by = f" (written by version {writer[1]}, this is {__version__})" if writer else ""

@@ -9,7 +9,7 @@ import io
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import FileError
 from ..request.fields import FIT, FITS, PICTURES
 from ..request.generation import InitImage
 from ..terminal import note
-from . import png
+from . import jpeg, png
 
 FORMATS = tuple(kind for kind in PICTURES if kind not in ("WebP", "AVIF") or features.check(kind.lower()))
 """the formats of `PICTURES` that this Pillow reads"""
@@ -48,8 +48,8 @@ def open_picture(path: str | Path, formats: tuple[str, ...] = FORMATS) -> tuple[
 
 def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The picture in a file's bytes, opened but not yet decoded. name: for the FileError."""
-    is_png = data.startswith(png.SIGNATURE)
-    file = io.BytesIO(png.without_metadata(data) if is_png else data)
+    reader = next((module for module in (png, jpeg) if data.startswith(module.SIGNATURE)), None)
+    file = io.BytesIO(reader.without_metadata(data) if reader else data)
     with _damage(name):
         try:
             image = Image.open(file, formats=[kind.upper() for kind in formats])
@@ -57,9 +57,10 @@ def parse_picture(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) ->
             raise FileError(f"{name} is too large to open: {error}") from None
         except UnidentifiedImageError:
             *others, last = formats
+            finding = "picture that can be read" if others else f"{last} file"
             kinds = f"{', '.join(others)} or {last}" if others else last
-            raise FileError(f"{name} is no picture that can be read: give a {kinds} file") from None
-        image.info.update(png.info(data) if is_png else {})
+            raise FileError(f"{name} is no {finding}: give a {kinds} file") from None
+        image.info.update(reader.info(data) if reader else {})
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
         raise FileError(f"{name} has {size} pixels, at most {MAX_PIXELS:,} are read: scale it down")
@@ -90,19 +91,21 @@ def _damage(name: str) -> Iterator[None]:
         except (FileError, MemoryError):
             raise
         except Exception as error:
-            raise FileError(f"{name} is a damaged picture: {error}") from None
+            raise FileError(f"{name} is a damaged picture: {error or type(error).__name__}") from None
 
 
 def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """A picture as upright 8-bit sRGB: the first frame, its colour profile applied, transparency over white.
 
-    FileError when the pixels turn out to be damaged.
+    FileError when the pixels turn out to be damaged, or there are none.
     """
+    if 0 in image.size:
+        raise FileError(f"{name} has no pixels: give another")
     with _damage(name):
         opacity = png.colour_key(image)
         image.load()
         if opacity is None and image.has_transparency_data:
-            opacity = image.convert("RGBA").getchannel("A")
+            opacity = image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
         rgb = _to_srgb(_to_8_bits(image, name), image.info.get("icc_profile"), name)
         if opacity is not None:
             rgb.putalpha(opacity)
@@ -115,15 +118,23 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """The picture in mode L, RGB, CMYK or LAB, without alpha. FileError for levels of 32 bits."""
-    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 0xFFFF):
-        raise FileError(f"{name} has levels of 32 bits: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":
+        return _upper_bits(image, name)
     if image.mode in ("L", "RGB", "CMYK", "LAB"):
         return image
     if image.mode in ("1", "LA", "La"):
         return image.convert("LA").convert("L")
     return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
+
+
+def _upper_bits(image: Image.Image, name: str) -> Image.Image:
+    """16-bit grey as L, which Pillow's own conversion would clip to white. FileError for more bits."""
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 0xFFFF:
+        raise FileError(f"{name} has levels of 32 bits, or below zero: save it with 8 or 16 bits")
+    if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
+        levels = 0xFFFF - levels
+    return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
@@ -146,10 +157,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
 
 def _orientation(image: Image.Image) -> Any:
     """The orientation of a loaded picture by EXIF or XMP, 1 to 8; 1 (upright) where these are damaged."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)  # this tag alone: others may be damaged
-    except Exception:
-        return 1
+    with suppress(Exception):
+        if found := image.getexif().get(ExifTags.Base.Orientation):
+            return found
+    with suppress(Exception):  # Pillow reads no further than the first damaged tag
+        return jpeg.orientation(image.info.get("exif", b""))
+    return 1
 
 
 def open_source(picture: str | Path | Image.Image | None) -> tuple[Image.Image | None, InitImage | None]:

@@ -286,6 +286,12 @@ class GenerationRequest(BaseModel):
             yield f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt"
 
 
+def check_untrusted(fields: dict[str, Any]) -> None:
+    """UsageError for fields from a file whose plan would read or write other files; none of these is opened."""
+    if unsafe := [entry.kind for entry in parse_plan(fields.get("plan") or ()) if not entry.portable]:
+        raise UsageError(f"a file cannot make us read or write other files ({', '.join(unsafe)})")
+
+
 def _means_default(key: str, value: object) -> bool:
     """Whether a value means the field's default: None, seed -1 (as in many tools), a negative prompt without words."""
     if key == "negative_prompt" and isinstance(value, str) and not value.strip():

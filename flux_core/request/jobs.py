@@ -29,11 +29,13 @@ def flags_of(job: dict[str, Any], fields: tuple[Field, ...], where: str) -> dict
     flags: dict[str, Any] = {}
     for key, value in job.items():
         flag = key_of(key)
-        if flag == "command" or value is None or value is False:
+        if flag == "command":
             continue
         if flag not in known:
             raise UsageError(f"{where}: there is no {key[:60]!r} here.{nearest(flag, list(known))}")
         field = known[flag]
+        if value is None or (value is False and field.kind is bool):
+            continue
         if field.name in flags:
             raise UsageError(f"{where}: {key} says {field.name} a second time")
         flags[field.name] = _as_typed(value, field, f"{where}: {key}")

@@ -23,7 +23,7 @@ import pydantic_core
 
 from ..errors import FileError, UsageError, nearest
 from ..jsonfile import MAX_BYTES
-from .fields import REQUEST, key_of
+from .fields import FIELDS, REQUEST, key_of
 from .generation import GenerationRequest
 
 csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
@@ -45,7 +45,10 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 """byte order mark -> encoding"""
-UNSUPPORTED = (".yaml", ".yml", ".toml", ".xml", ".html", ".xls", ".xlsx", ".ods", ".parquet")
+UNSUPPORTED = (
+    *(".yaml", ".yml", ".toml", ".xml", ".htm", ".html", ".json5", ".jsonc", ".parquet"),
+    *(".xls", ".xlsx", ".xlsm", ".xlsb", ".ods", ".numbers", ".doc", ".docx", ".odt", ".rtf", ".pdf"),
+)
 """suffixes of files that are refused, because their lines are no prompts"""
 
 
@@ -93,8 +96,9 @@ def _decode(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         text, valid = data[: error.start].decode(encoding, errors="replace"), False
     text = re.sub("\r\n?", "\n", text)
-    if not valid or "\0" in text:  # every other byte of UTF-16 without a mark is a NUL
-        line = text.partition("\0")[0].count("\n") + 1
+    control = re.search("[\0-\x08]", text)  # in archives, and every other byte of UTF-16 without a mark
+    if not valid or control:
+        line = text[: control.start() if control else None].count("\n") + 1
         encodings = "UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark"
         raise FileError(f"{name}, line {line} is no {encodings}. Next: save the file as UTF-8")
     return re.sub("\n?\ufeff", "\n", text.lstrip("\ufeff"))
@@ -114,7 +118,7 @@ def _read_text(name: str, text: str) -> Iterator[Line]:
 
 def _read_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
     """The rows below a header of column names; an empty cell sets no field. delimiter: if the header shows none."""
-    if declared := re.match(r'"?sep=([^\w\s"]|\t)"?(?=\n|$)', text, re.IGNORECASE):
+    if declared := re.match(r'"?sep *= *([^\w\s"]|\t)[",;\t| ]*(?=\n|$)', text, re.IGNORECASE):
         delimiter, text = declared[1], text[declared.end() :]
     else:  # column names contain none of these
         delimiter = max((delimiter, *",;\t|"), key=next(_numbered(text), (0, ""))[1].count)
@@ -122,7 +126,7 @@ def _read_table(name: str, text: str, delimiter: str = ",") -> Iterator[Line]:
     rows = ((f"{name}, line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row))
     try:
         where, header = next(rows, ("", []))
-        columns = _columns(header, where)
+        columns = _columns(header, where, " Next: name the columns in the first line, or call a file of prompts .txt")
         for where, row in rows:
             if row != header:  # joined tables repeat it
                 yield Line(where, _cells(columns, row, where, delimiter))
@@ -139,7 +143,13 @@ def _cells(columns: Sequence[str], row: Sequence[str], where: str, delimiter: st
         raise UsageError(f"{finding}. Next: put quotes around a cell that holds {delimiter!r}")
     if len(cells) < len(columns):
         raise UsageError(f"{finding}. Next: write {delimiter!r} also before an empty cell")
-    return {column: cell for column, cell in zip(columns, cells, strict=False) if cell}
+    return {column: _with_point(column, cell) for column, cell in zip(columns, cells, strict=False) if cell}
+
+
+def _with_point(column: str, cell: str) -> str:
+    """The cell, with a point for the decimal comma of spreadsheets in many languages."""
+    decimal = FIELDS[column].kind is float and re.fullmatch(r"\d*,\d+", cell)
+    return cell.replace(",", ".") if decimal else cell
 
 
 def _read_json(name: str, text: str) -> Iterator[Line]:
@@ -170,24 +180,29 @@ def _fields_of(entry: Any, where: str) -> dict[str, Any]:
     entry = {"prompt": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict):
         raise UsageError(f'{where} is neither an object nor a string: say {{"prompt": "a red apple", "seed": 1}}')
-    values = zip(_columns(entry, where), entry.values(), strict=True)
-    return {key: value for key, value in values if value is not None}
+    fields = dict(zip(_columns(entry, where), entry.values(), strict=True))
+    for name, value in fields.items():
+        if isinstance(value, bool) and not FIELDS[name].const:
+            raise UsageError(f"{where}: {FIELDS[name].flag} must be {FIELDS[name].expected}, not {str(value).lower()}")
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 READERS: dict[str, Callable[[str, str], Iterator[Line]]] = {
     ".csv": _read_table,
     ".tsv": partial(_read_table, delimiter="\t"),
+    ".tab": partial(_read_table, delimiter="\t"),
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".jsonlines": _read_jsonl,
     ".ndjson": _read_jsonl,
 }
 """suffix -> reader, for files that are not plain text"""
 
 
-def _columns(names: Iterable[str], where: str) -> list[str]:
+def _columns(names: Iterable[str], where: str, advice: str = "") -> list[str]:
     """The request's fields for column names or keys; empty names at the end are dropped.
 
-    UsageError for an unknown name, with the nearest known name, and for a field that occurs twice.
+    UsageError for an unknown name, with the nearest known name or the advice, and for a field that occurs twice.
     """
     columns: list[str] = []
     words = [name.strip().lower().replace("-", "_").replace(" ", "_") for name in names]
@@ -195,7 +210,7 @@ def _columns(names: Iterable[str], where: str) -> list[str]:
         words.pop()
     for word, name in zip(words, names, strict=False):
         if word not in COLUMNS:
-            hint = nearest(word, list(COLUMNS)) or f" There are {', '.join(COLUMNS)}."
+            hint = nearest(word, list(COLUMNS)) or f" There are {', '.join(COLUMNS)}.{advice}"
             raise UsageError(f"{where}: there is no column {name[:60]!r}.{hint}")
         if COLUMNS[word] in columns:
             raise UsageError(f"{where} names {COLUMNS[word]} twice")

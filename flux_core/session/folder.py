@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ..errors import DiskError, FileError, UsageError
 from ..files import disk_errors, write_whole
 from ..jsonfile import first_finding, read_json
+from ..request.generation import check_untrusted
 from .exploration import Drawn, Exploration, Point
 from .record import NAME, append, mend, row_of
 from .sharing import claim, end_claims, lock
@@ -166,12 +167,14 @@ def read_manifest(folder: Path) -> Exploration:
         first = first_finding(error)
         key = str(first["loc"][0]) if first["loc"] else "prompts"
         raise UsageError(f"{path}, line {_line(path, key)}: {key}: {first['msg']}") from None
+    key = "plan"
     try:
-        requests = [session.request_of(point) for point in session.places]
+        check_untrusted(session.request)
+        key = "request"
+        for point in session.places:
+            session.request_of(point)
     except (UsageError, TypeError) as error:
-        raise UsageError(f"{path}, line {_line(path, 'request')}: {error}") from None
-    if any(not entry.portable for entry in requests[0].plan):
-        raise UsageError(f"{path}, line {_line(path, 'plan')}: a file cannot make us read or write other files")
+        raise UsageError(f"{path}, line {_line(path, key)}: {error}") from None
     return session
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 from workshop import Workshop
@@ -197,6 +197,8 @@ def test_what_stands_there_twice_is_drawn_once_and_told(capsys):
 WRONG = [
     ([], "say what to explore"),
     (["--prompt", "a", "--prompts", "b"], "say what to explore"),
+    (["--prompts", "none.json"], "none.json, entry 2 says no prompt. Next: write a text"),
+    (["--prompts", "list.jsonl"], "list.jsonl, line 1 says no prompt. Next: write a text"),
     (["--prompt", "a", "--seeds", "1,,2"], "--seeds must be a whole number from 0 to 4294967295, not ''"),
     (["--prompt", "a", "--seeds", "-2"], "--seeds must be"),
     (["--prompt", "a", "--seeds", "auto:0"], "--seeds auto:N must be a whole number from 1 to 1000"),
@@ -219,13 +221,15 @@ def test_everything_wrong_is_told_before_torch_is_imported_and_nothing_is_made(t
         "    print(json.dumps([code, err, 'torch' in sys.modules]))"
     )
     given = json.dumps([words for words, _ in WRONG])
+    (tmp_path / "none.json").write_text('["a", {}]')
+    (tmp_path / "list.jsonl").write_text('{"prompt": ["a"]}')
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(WRONG), done.stderr
     for (code, err, with_torch), (words, finding) in zip(answers, WRONG, strict=True):
         assert (code, with_torch) == (2, False) and finding in err and err.count("\n") == 1, (words, err)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["list.jsonl", "none.json"]
 
 
 # A session -----------------------------------------------------------------------------------------
@@ -336,6 +340,16 @@ def test_a_row_and_a_picture_repeat_to_the_byte(whole_folder, words, capsys):
     assert main(["repeat", str(whole_folder / words[0]), *words[1:], "--force", "--output-dir", "again"]) == 0
     path, last = capsys.readouterr().out.splitlines()[-2:]
     assert Path(path).read_bytes() == (whole_folder / PICTURES[2]).read_bytes() and last.endswith("byte for byte")
+
+
+def test_a_record_without_a_precision_is_told_the_one_it_is_drawn_in(whole_folder, capsys):
+    picture = Image.open(whole_folder / PICTURES[2])
+    asked = {key: value for key, value in json.loads(picture.info["flux_core"]).items() if key != "dtype"}
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("flux_core", json.dumps(asked))
+    picture.save("hand.png", pnginfo=text)
+    assert main(["repeat", "hand.png", "--force"]) == 0
+    assert "float32 on cpu" in capsys.readouterr().out
 
 
 def test_it_is_told_when_the_pixels_are_others(session, monkeypatch, capsys):
@@ -619,6 +633,7 @@ def test_a_damaged_table_is_refused_by_its_line(session, capsys, damage, finding
         assert f"metadata.csv, {finding}" in err and "Next: " in err
 
 
+OF_A_FILE = {"kind": "add", "sites": ["vec"], "value": {"file": "/nowhere/x.safetensors", "tensor": "x"}}
 MANIFESTS = [
     (lambda text: text[: len(text) // 2], "is no JSON: ", "line "),
     (lambda text: text.replace('"format": 1', '"format": 2'), "session.json, line 2: format 2", ""),
@@ -628,6 +643,11 @@ MANIFESTS = [
     (
         lambda text: text.replace('"plan": []', '"plan": [{"kind": "capture", "sites": ["vec"], "to": "x"}]'),
         "a file cannot make us read or write other files",
+        "line 25",
+    ),
+    (
+        lambda text: text.replace('"plan": []', f'"plan": [{json.dumps(OF_A_FILE)}]'),
+        "a file cannot make us read or write others (add)",
         "line 25",
     ),
     (lambda text: "[]", "line 1: no session at all", ""),

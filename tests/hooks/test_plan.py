@@ -108,9 +108,9 @@ def test_the_short_form_is_an_entry():
     )
 
 
-@pytest.mark.parametrize("text", ["layer.6@", "layer.3,layer.6@ "])
+@pytest.mark.parametrize("text", ["layer.6@", "layer.6@ ", "layer.3,layer.6 @ "])
 def test_a_short_form_without_its_steps_is_refused(text):
-    with pytest.raises(UsageError, match=r"--skip layer.*: no steps behind the @. Next: "):
+    with pytest.raises(UsageError, match=r"--skip layer.*: no steps behind the @. Next: layer\S*\.6@0-14, "):
         short_form("skip", text)
 
 
@@ -139,6 +139,22 @@ def test_a_file_that_holds_no_plan_is_named(tmp_path, text, error, finding):
 @pytest.fixture
 def pipeline(small, one_thread):
     return load_pipeline("flux-mini", "cpu")
+
+
+def test_the_paths_of_a_plan_file_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    entries = [
+        {"kind": "capture", "sites": ["vec"], "to": "~/seen.safetensors"},
+        {"kind": "add", "sites": ["img_in"], "value": {"file": "~/smile.safetensors", "tensor": "~"}},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(entries))
+    capture, add = read_plan(tmp_path / "plan.json")
+    assert (capture.to, add.value.file) == (tmp_path / "seen.safetensors", tmp_path / "smile.safetensors")
+    assert add.value.tensor == "~"
+    (tmp_path / "plan.json").write_text(json.dumps([entries[0] | {"to": "~nobody_has_this_name/x"}]))
+    with pytest.raises(UsageError, match=r"plan\.json: to ~nobody_has_this_name/x: there is no such home folder"):
+        read_plan(tmp_path / "plan.json")
 
 
 def test_a_picture_keeps_its_plan_and_repeats_with_it(pipeline, tmp_path):

@@ -85,6 +85,11 @@ def test_a_profile_holds_for_every_kind_of_rgb(mode):
     assert close(as_rgb(image).getpixel((1, 1)), GREEN, 40)  # a palette has not every colour
 
 
+def test_premultiplied_grey_is_laid_over_white():
+    half = Image.new("LA", (2, 2), (100, 128)).convert("La")
+    assert close(as_rgb(half).getpixel((0, 0)), (177, 177, 177), 2)
+
+
 def test_alpha_is_laid_over_white_behind_the_profile():
     image = Image.new("RGBA", (2, 1), (*RED, 0))
     image.putpixel((1, 0), (*RED, 255))
@@ -196,6 +201,24 @@ def test_damaged_exif_rotates_nothing(kind, data):
     assert opened(with_exif(kind, data)).size == (40, 20)
 
 
+LOST = {
+    "a value that is cut off": exif((0x0117, 4, 3, b"\xff\0\0\0"), turned(6)),
+    "an empty value that is cut off": exif((0x0110, 11, 3, b"\xff\xff\0\0"), turned(6)),
+    "a resolution without numbers": exif((0x011A, 7, 1, b"\0" * 4), (0x0128, 3, 1, b"\2\0\0\0"), turned(6)),
+    "a long number": exif((ORIENTATION, 4, 1, b"\6\0\0\0"), (0x0117, 4, 3, b"\xff\0\0\0")),
+}
+"""EXIF over which Pillow gives up, before it is at the rotation"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", LOST)
+def test_a_rotation_is_read_by_itself(kind, what):
+    plain = Image.new("RGB", (40, 20), RED)
+    data = encoded(plain, kind.upper(), exif=LOST[what])
+    data = data.replace(b"JFIF\0\1\1\1", b"JFIF\0\1\1\0")  # no resolution there, so that Pillow looks into EXIF
+    assert opened(data).size == (20, 40)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_both_orders_of_bytes_are_read(order):
     assert opened(with_exif("JPEG", exif(turned(6, order), order=order))).size == (20, 40)
@@ -266,8 +289,31 @@ def test_no_other_kind_is_opened_and_the_error_names_those_that_are(kind):
     assert text.startswith("cat.jpg is no picture that can be read: give a PNG, JPEG") and " or " in text
 
 
+def grey_tiff(levels: bytes, bits: int, white_is_zero: bool = False, signed: bool = False) -> bytes:
+    """A TIFF of one row of grey. Source: TIFF 6.0, sections 3 and 4."""
+    tags = {256: len(levels) * 8 // bits, 257: 1, 258: bits, 259: 1, 262: not white_is_zero, 273: 134, 277: 1, 278: 1}
+    tags |= {279: len(levels), 339: 1 + signed}
+    rows = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + rows + b"\0" * 4 + levels
+
+
+def test_sixteen_bits_may_count_down_from_white():
+    levels = struct.pack("<2H", 0x4000, 0xFFFF)
+    assert [opened(grey_tiff(levels, 16)).getpixel((x, 0))[0] for x in (0, 1)] == [0x40, 0xFF]
+    assert [opened(grey_tiff(levels, 16, True)).getpixel((x, 0))[0] for x in (0, 1)] == [0xBF, 0]
+
+
+def test_a_picture_without_pixels_is_refused():
+    for mode in ("RGB", "LA", "I;16"):
+        with pytest.raises(FileError, match="the picture has no pixels"):
+            as_rgb(Image.new(mode, (0, 5)))
+
+
 def test_levels_without_a_range_are_refused():
-    with pytest.raises(FileError, match="32 bits: save it with 8 or 16"):
+    for data in (grey_tiff(struct.pack("<I", 1 << 31), 32), grey_tiff(struct.pack("<h", -9), 16, signed=True)):
+        with pytest.raises(FileError, match="or below zero"):
+            opened(data)
+    with pytest.raises(FileError, match="32 bits, or below zero: save it with 8 or 16"):
         opened(encoded(Image.new("F", (2, 2), 0.5), "TIFF"))
     with pytest.raises(FileError, match="32 bits"):
         opened(encoded(Image.new("I", (2, 2), 1 << 20), "TIFF"))

@@ -112,6 +112,7 @@ def foreign(path, **texts) -> str:
     return str(path)
 
 
+OF_A_FILE = {"kind": "add", "sites": ["vec"], "value": {"file": "/nowhere/x.safetensors", "tensor": "x"}}
 GOOD = json.loads(request().model_dump_json(exclude_none=True))
 
 
@@ -136,6 +137,7 @@ GOOD = json.loads(request().model_dump_json(exclude_none=True))
         ({KEY: json.dumps({**GOOD, "name": "/etc/passwd"})}, "unknown model name"),
         ({KEY: json.dumps({**GOOD, "prompt": "\ud800"})}, "cannot be used"),
         ({KEY: json.dumps({**GOOD, "force": True})}, "cannot grant force"),
+        ({KEY: json.dumps({**GOOD, "plan": [OF_A_FILE]})}, r"cannot make us read or write others \(add\)"),
         ({KEY: json.dumps({**GOOD, "version": "99.0", "new": 1})}, "version 99.0"),
     ],
 )
@@ -144,6 +146,14 @@ def test_foreign_and_malicious_metadata_is_refused(tmp_path, texts, finding):
     with pytest.raises(UsageError, match=finding) as caught:
         read_request(path)
     assert path in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP"])
+def test_a_picture_of_another_kind_holds_no_request(tmp_path, kind):
+    path = tmp_path / "p.png"
+    Image.new("RGB", (4, 4)).save(path, kind)
+    with pytest.raises(FileError, match=r"p\.png is no PNG file: give a PNG file"):
+        read_request(path)
 
 
 def test_metadata_names_no_folder(tmp_path):

@@ -103,6 +103,38 @@ def test_empty_cells_at_the_end_say_nothing():
     assert fields(write("a.csv", text)) == [APPLE, {"prompt": "b"}, {"prompt": "c"}]
 
 
+@pytest.mark.parametrize(
+    "declared", ["sep=;", "sep=; ", "sep = ;", "sep=;;", "sep=;,,", '"sep=;",', '"sep=;"\t', "SEP=;", "Sep=;;;"]
+)
+def test_a_declared_delimiter_may_have_been_saved_by_another_program(declared):
+    assert fields(write("a.csv", f"{declared}\nprompt;seed\na red apple;7\n")) == [APPLE]
+
+
+@pytest.mark.parametrize("delimiter", ["{};{};{}", '{},"{}","{}"', "{}\t{}\t{}"])
+def test_numbers_may_have_a_decimal_comma(delimiter):
+    rows = [("prompt", "guidance", "strength"), ("a 3,5 m tall, red tree".replace(",", "."), "3,5", ",25")]
+    (found,) = fields(write("a.csv", "\r\n".join(delimiter.format(*row) for row in rows)))
+    assert (found["guidance"], found["strength"]) == ("3.5", ".25")
+    (asked,) = ask(None, {}, read_lines("a.csv"))
+    assert (asked.guidance, asked.strength, asked.prompt) == (3.5, 0.25, "a 3.5 m tall. red tree")
+
+
+def test_a_comma_stays_in_words_and_in_whole_numbers():
+    assert fields(write("a.csv", "prompt;seed\n3,5;7\n")) == [{"prompt": "3,5", "seed": "7"}]
+    with pytest.raises(UsageError, match=r"line 2: --seed must be a whole number .*, not '1,024'"):
+        ask(None, {}, read_lines(write("a.csv", "prompt;seed\nx;1,024\n")))
+
+
+def test_other_names_of_the_same_kinds():
+    assert fields(write("a.tab", "prompt\tseed\na red apple\t7\n")) == [APPLE]
+    assert fields(write("a.jsonlines", '{"prompt": "a red apple", "seed": "7"}\n')) == [APPLE]
+
+
+def test_a_flag_without_a_value_is_true_in_json():
+    (asked,) = ask(None, {}, read_lines(write("a.json", '{"prompt": "x", "cfg_zero": true, "cfg_scale": 2}')))
+    assert asked.cfg_zero == 1
+
+
 def test_one_column_needs_no_delimiter():
     assert fields(write("a.tsv", 'prompt\na, b; c\n"d"\n')) == [{"prompt": "a, b; c"}, {"prompt": "d"}]
     assert fields(write("a.csv", 'prompt\n"a, b"\n')) == [{"prompt": "a, b"}]
@@ -122,6 +154,12 @@ def test_one_column_needs_no_delimiter():
         ),
         ("a.csv", "a red apple\na blue car\n", "line 1: there is no column 'a red apple'. There are prompt, "),
         ("a.csv", ",prompt\n0,x\n", "line 1: there is no column ''"),
+        ("a.csv", "a red apple\n", "Next: name the columns in the first line, or call a file of prompts .txt"),
+        (
+            "a.json",
+            '[{"prompt": "a", "seed": true}]',
+            "entry 1: --seed must be a whole number from 0 to",
+        ),
         ("a.json", '{"prompts": ["a"]}', "entry 1: there is no column 'prompts'. Did you mean prompt?"),
         ("a.json", '["a", 7]', "entry 2 is neither an object nor a string"),
         ("a.json", '"a"\n"b"\n', "is no JSON: trailing characters at line 2 column 1. Next: name a list .json"),
@@ -152,6 +190,10 @@ def test_what_cannot_be_understood_says_what_to_do(name, text, finding):
         ("a.jsonl", "x".encode("utf-16") * (MAX_BYTES // 4 + 1), "at most"),
         ("a.yaml", b"- a red apple\n", "cannot be read from .yaml. Next: save them as .txt, .csv, .tsv, .json"),
         ("a.XLSX", b"PK\3\4", "cannot be read from .xlsx"),
+        ("a.docx", b"PK\3\4", "cannot be read from .docx"),
+        ("a.pdf", b"%PDF-1.4\n", "cannot be read from .pdf"),
+        ("a.jsonc", b'["a"]', "cannot be read from .jsonc"),
+        ("a.zip", b"x\nPK\3\4x", "line 2 is no UTF-8 text"),
     ],
 )
 def test_what_cannot_be_read_says_what_to_do(name, data, finding):
