@@ -197,7 +197,7 @@ def test_what_stands_there_twice_is_drawn_once_and_told(capsys):
 WRONG = [
     ([], "say what to explore"),
     (["--prompt", "a", "--prompts", "b"], "say what to explore"),
-    (["--prompts", "none.json"], "none.json, entry 2 says no prompt. Next: write a text"),
+    (["--prompts", "none.json"], "none.json, entry 2 has no prompt. Next: write a text"),
     (["--prompts", "list.jsonl"], "list.jsonl, line 1 says no prompt. Next: write a text"),
     (["--prompt", "a", "--seeds", "1,,2"], "--seeds must be a whole number from 0 to 4294967295, not ''"),
     (["--prompt", "a", "--seeds", "-2"], "--seeds must be"),
@@ -647,7 +647,7 @@ MANIFESTS = [
     ),
     (
         lambda text: text.replace('"plan": []', f'"plan": [{json.dumps(OF_A_FILE)}]'),
-        "a file cannot make us read or write others (add)",
+        "a file cannot make us read or write other files (add)",
         "line 25",
     ),
     (lambda text: "[]", "line 1: no session at all", ""),

@@ -44,7 +44,11 @@ def test_metadata_changes_no_pixel(marker, content, before, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("content", [b"", b"\1", b"\1\2" + SRGB, b"\0\0" + SRGB, b"\2\1" + SRGB, b"\1\1" + SRGB[:90]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\1", b"\1\2" + SRGB, b"\0\0" + SRGB, b"\2\1" + SRGB, b"\1\1" + SRGB[:90]],
+    ids=["empty", "no count", "a part missing", "no part", "another part", "cut off"],  # by itself the profile's date
+)
 def test_a_damaged_profile_is_told_and_does_not_cost_the_picture(content, capsys):
     assert pixels(with_segment(0xE2, jpeg.PROFILE + content)) == pixels(encoded())
     assert capsys.readouterr().err.startswith("p.jpg: its colour profile is ignored: ")

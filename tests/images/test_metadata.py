@@ -137,7 +137,7 @@ GOOD = json.loads(request().model_dump_json(exclude_none=True))
         ({KEY: json.dumps({**GOOD, "name": "/etc/passwd"})}, "unknown model name"),
         ({KEY: json.dumps({**GOOD, "prompt": "\ud800"})}, "cannot be used"),
         ({KEY: json.dumps({**GOOD, "force": True})}, "cannot grant force"),
-        ({KEY: json.dumps({**GOOD, "plan": [OF_A_FILE]})}, r"cannot make us read or write others \(add\)"),
+        ({KEY: json.dumps({**GOOD, "plan": [OF_A_FILE]})}, r"cannot make us read or write other files \(add\)"),
         ({KEY: json.dumps({**GOOD, "version": "99.0", "new": 1})}, "version 99.0"),
     ],
 )

@@ -115,14 +115,14 @@ def test_numbers_may_have_a_decimal_comma(delimiter):
     rows = [("prompt", "guidance", "strength"), ("a 3,5 m tall, red tree".replace(",", "."), "3,5", ",25")]
     (found,) = fields(write("a.csv", "\r\n".join(delimiter.format(*row) for row in rows)))
     assert (found["guidance"], found["strength"]) == ("3.5", ".25")
-    (asked,) = ask(None, {}, read_lines("a.csv"))
-    assert (asked.guidance, asked.strength, asked.prompt) == (3.5, 0.25, "a 3.5 m tall. red tree")
+    (request,) = build_requests(None, {}, read_lines("a.csv"))
+    assert (request.guidance, request.strength, request.prompt) == (3.5, 0.25, "a 3.5 m tall. red tree")
 
 
 def test_a_comma_stays_in_words_and_in_whole_numbers():
     assert fields(write("a.csv", "prompt;seed\n3,5;7\n")) == [{"prompt": "3,5", "seed": "7"}]
     with pytest.raises(UsageError, match=r"line 2: --seed must be a whole number .*, not '1,024'"):
-        ask(None, {}, read_lines(write("a.csv", "prompt;seed\nx;1,024\n")))
+        build_requests(None, {}, read_lines(write("a.csv", "prompt;seed\nx;1,024\n")))
 
 
 def test_other_names_of_the_same_kinds():
@@ -131,7 +131,9 @@ def test_other_names_of_the_same_kinds():
 
 
 def test_a_flag_without_a_value_is_true_in_json():
-    (asked,) = ask(None, {}, read_lines(write("a.json", '{"prompt": "x", "cfg_zero": true, "cfg_scale": 2}')))
+    (asked,) = build_requests(
+        None, {}, read_lines(write("a.json", '{"prompt": "x", "cfg_zero": true, "cfg_scale": 2}'))
+    )
     assert asked.cfg_zero == 1
 
 
@@ -188,7 +190,7 @@ def test_what_cannot_be_understood_says_what_to_do(name, text, finding):
         ("a.csv", b"sep=;\n", "holds no prompt"),
         ("a.txt", "\ufeff".encode(), "holds no prompt"),
         ("a.jsonl", "x".encode("utf-16") * (MAX_BYTES // 4 + 1), "at most"),
-        ("a.yaml", b"- a red apple\n", "cannot be read from .yaml. Next: save them as .txt, .csv, .tsv, .json"),
+        ("a.yaml", b"- a red apple\n", "cannot be read from .yaml. Next: save them as .txt, .csv, .tsv, .tab, .json"),
         ("a.XLSX", b"PK\3\4", "cannot be read from .xlsx"),
         ("a.docx", b"PK\3\4", "cannot be read from .docx"),
         ("a.pdf", b"%PDF-1.4\n", "cannot be read from .pdf"),
