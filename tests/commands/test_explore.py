@@ -198,7 +198,7 @@ WRONG = [
     ([], "say what to explore"),
     (["--prompt", "a", "--prompts", "b"], "say what to explore"),
     (["--prompts", "none.json"], "none.json, entry 2 has no prompt. Next: write a text"),
-    (["--prompts", "list.jsonl"], "list.jsonl, line 1 says no prompt. Next: write a text"),
+    (["--prompts", "list.jsonl"], "list.jsonl, line 1 has no prompt. Next: write a text"),
     (["--prompt", "a", "--seeds", "1,,2"], "--seeds must be a whole number from 0 to 4294967295, not ''"),
     (["--prompt", "a", "--seeds", "-2"], "--seeds must be"),
     (["--prompt", "a", "--seeds", "auto:0"], "--seeds auto:N must be a whole number from 1 to 1000"),
