@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..hooks import HookRun, ShareKV
 from ..pipeline import Pipeline
-from ..request.fields import NUDGE
+from ..request.fields import FIT, NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
 from ..sampling import OnStep, Step, euler, get_noise, get_schedule, invert, pack
 
@@ -40,7 +40,7 @@ class Editing:
         layers: Sequence[str],
         source_guidance: float | None = None,
         origin: InitImage | None = None,
-        fit: str = "crop",
+        fit: str = FIT,
     ) -> None:
         """request: of the source, but with the edits' guidance. source_guidance: the source's; None: the same.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..images.pictures import fitted
 from ..model import strips
+from ..request.fields import FIT
 from ..sampling import pack, unpack
 from .nonfinite import is_finite, nonfinite_error
 from .placement import Placement
@@ -22,7 +23,7 @@ class Codec:
     def __init__(self, placement: Placement, dtype: torch.dtype) -> None:
         self.placement, self.dtype = placement, dtype
 
-    def encode(self, image: Image.Image, width: int, height: int, fit: str = "crop") -> Tensor:
+    def encode(self, image: Image.Image, width: int, height: int, fit: str = FIT) -> Tensor:
         """The latent's tokens [1, L, 64] of an RGB picture, fitted to width x height. fit: of `fields.FITS`."""
         ae, device = self.placement.components.ae, self.placement.device
         pixels = torch.from_numpy(np.array(fitted(image, width, height, fit)))

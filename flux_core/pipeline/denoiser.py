@@ -11,7 +11,7 @@ from torch import Tensor
 from ..device.choice import compile_errors, empty_device_cache
 from ..errors import is_out_of_memory
 from ..hooks import Custom, HookRun
-from ..request.fields import PERCENTILE
+from ..request.fields import FIT, PERCENTILE
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling import (
     OnStep,
@@ -116,7 +116,7 @@ class Denoiser:
         x = pack(torch.cat(noise))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
         if source is not None:
-            latent = self.codec.encode(source, width, height, first.fit or "crop")
+            latent = self.codec.encode(source, width, height, first.fit or FIT)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         plan = (*first.plan, *functions)
         run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)

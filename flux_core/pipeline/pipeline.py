@@ -21,6 +21,7 @@ from ..images.metadata import describe
 from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.fp8 import is_quantized
 from ..model import AutoEncoder, Flux
+from ..request.fields import FIT
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
 from ..variants import Variant
@@ -108,7 +109,7 @@ class Pipeline:
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
         size = request.width, request.height
-        fit = None if source is None else fit_note(source, *size, request.fit or "crop")
+        fit = None if source is None else fit_note(source, *size, request.fit or FIT)
         texts = [line for text in request.texts for line in self.text_notes(text)]
         for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)
