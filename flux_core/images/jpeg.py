@@ -11,7 +11,7 @@ from typing import Any
 
 SIGNATURE = b"\xff\xd8"
 WITH_LENGTH = (*range(0xC0, 0xD0), *range(0xDB, 0xFF))
-"""markers of segments that may stand before the scan"""
+"""markers of segments that may come before the scan"""
 METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)
 """APP1 to APP13, APP15 and comments; APP0 (JFIF) and APP14 (Adobe) say how colours are coded"""
 EXIF, XMP, PROFILE = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"

@@ -117,7 +117,7 @@ class Pipeline:
 
     def text_notes(self, prompt: str) -> list[str]:
         """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
-        notes = getattr(self.t5, "notes", None)  # a function of somebody's own has none
+        notes = getattr(self.t5, "notes", None)  # a plain function has none
         return notes(prompt) if notes else []
 
     def complete(self, request: GenerationRequest, functions: Sequence[Custom] = ()) -> GenerationRequest:
