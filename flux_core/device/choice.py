@@ -74,7 +74,7 @@ def _check_fp8(device: torch.device) -> None:
     except (RuntimeError, TypeError):
         raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
     if not has_fp8_units(device):
-        note(f"{device} has no fp8 units: weights stay in fp8, widened for each product (less memory, no faster)")
+        note(f"{device} has no fp8 units: weights stay in fp8, dequantized for each product (less memory, no faster)")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

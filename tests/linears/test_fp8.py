@@ -372,7 +372,7 @@ def test_a_picture_drawn_in_fp8_says_so_and_repeats(small, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     first = generate(prompt="a red apple", seed=["3"], dtype="fp8", **options)[0]
     err = capsys.readouterr()
-    assert err.err.count("cpu has no fp8 units: weights stay in fp8, widened for each product") == 1
+    assert err.err.count("cpu has no fp8 units: weights stay in fp8, dequantized for each product") == 1
     assert "fp8 on cpu" in err.out
     assert read_request(first).dtype == "fp8"
     again = generate(from_image=str(first), device="cpu", force=True)[0]
