@@ -56,6 +56,18 @@ class Modulations(NamedTuple):
         return [*chain.from_iterable(mod for sets in (*self.double, *self.single) for mod in sets), *self.last]
 
 
+class Changes(NamedTuple):
+    """Counts of changes to what a model's layers compute. What was computed from them before is stale after one."""
+
+    layers: int = 0
+    """layers exchanged: also graphs recorded before are stale"""
+    scales: int = 0
+    """numbers changed in place, which a recorded graph reads"""
+
+    def next(self, scales: bool) -> "Changes":
+        return self._replace(scales=self.scales + 1) if scales else self._replace(layers=self.layers + 1)
+
+
 class Flux(nn.Module):
     """The transformer of these sizes; the official class of the same name takes the same arguments."""
 
@@ -67,6 +79,7 @@ class Flux(nn.Module):
             raise ValueError(f"axes_dim {params.axes_dim} must add up to the head size {params.head_dim}")
         dim = params.hidden_size
         self.params = params
+        self.changes = Changes()
         self.in_channels = params.in_channels
         self.out_channels = params.out_channels
         self.hidden_size = dim

@@ -1,0 +1,485 @@
+"""Read a LoRA's header: which modules it trains, by which algebra, in which dialect; or what it is instead. No torch.
+
+Everything that can be wrong with a file is found here, before a tensor is read or a model is touched, so that a refused
+file leaves the model as it was.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.check import NOUNS
+from ..checkpoint.contents import listing
+from ..checkpoint.header import WEIGHT_DTYPES, Header
+from ..checkpoint.identify import identify
+from ..checkpoint.shapes import Shape
+from ..checkpoint.source import SUFFIXES, Source, find_source
+from ..errors import FileError
+from ..files import user_path
+from ..jsonfile import read_json
+from ..params import FluxParams
+from .dialects import (
+    TOKENS,
+    WORDS,
+    Key,
+    Network,
+    Table,
+    Target,
+    flat,
+    other_algebra,
+    other_model,
+    split_key,
+)
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""a header's key under which diffusers keeps PEFT's configuration"""
+FILE_NAMES = ("pytorch_lora_weights", "adapter_model", "lora")
+"""names of the file to use in a folder of several, the first that is there"""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One trained module: where its difference goes, and the file's tensors that it is made of."""
+
+    stem: str
+    """its name in the file"""
+    network: Network
+    tool: str
+    target: Target
+    """of a text encoder: its module, `flat`, and no rows"""
+    tensors: Mapping[str, str]
+    """role (`dialects.ENDINGS`) -> the tensor's name in the file"""
+    shapes: Mapping[str, Shape]
+    """by role"""
+    scale: float | None = None
+    """what the header says alpha / rank is, without an alpha of its own"""
+
+    @property
+    def algebra(self) -> str:
+        """lora, lokr, loha, glora, diff, norm, or bias; with DoRA's magnitude "dora of ..."."""
+        roles = set(self.tensors)
+        kinds = {"lokr_": "lokr", "hada_": "loha", "glora_": "glora", "down": "lora", "diff": "diff", "up": "lora"}
+        found = next((kind for start, kind in kinds.items() if any(x.startswith(start) for x in roles)), "norm")
+        if roles <= {"diff_b"}:
+            found = "bias"
+        return f"dora of {found}" if "magnitude" in roles else found
+
+    @property
+    def rank(self) -> int | None:
+        """Of its low-rank factor; None without one."""
+        for role, axis in (
+            ("down", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("hada_w1_b", 0), ("glora_b2", 0),
+        ):  # fmt: skip
+            if role in self.shapes:
+                return self.shapes[role][axis]
+        return None
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's contents, by its header."""
+
+    path: Path
+    """as it was named"""
+    source: Source
+    modules: tuple[Module, ...]
+    """of all networks"""
+    norms: Mapping[str, str]
+    """official norm scales that are replaced -> the tensor's name in the file"""
+    unmatched: tuple[str, ...] = ()
+    """modules that name nothing in the model"""
+    tokens: tuple[str, ...] = ()
+    """trained tokens, which are not used"""
+    total: int = 0
+    """trained Linears that a transformer of this size has"""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def header(self) -> Header:
+        return self.source.headers[0]
+
+    @property
+    def name(self) -> str:
+        return self.header.path.name if self.path.is_dir() else self.path.name
+
+    def of(self, network: Network) -> list[Module]:
+        return [module for module in self.modules if module.network == network]
+
+    @cached_property
+    def dialect(self) -> str:
+        """The tools whose names the transformer's keys have, and the algebras: "kohya, lora"."""
+        mine = self.of("transformer") or list(self.modules)
+        tools = " and ".join(tool for tool, _ in Counter(_tool(module) for module in mine).most_common())
+        algebras = ", ".join(kind for kind, _ in Counter(module.algebra for module in mine).most_common())
+        return f"{tools} ({algebras})"
+
+    @property
+    def words(self) -> str:
+        """The words that it was trained with, by the header; empty if it has none."""
+        metadata = self.header.metadata
+        found = next((metadata[key].strip() for key in WORDS if metadata.get(key, "").strip()), "")
+        return found or _frequent_tags(metadata.get("ss_tag_frequency", ""))
+
+    @property
+    def ranks(self) -> str:
+        """Its ranks, as text: "16", or "2 to 6"."""
+        ranks = sorted({module.rank for module in self.modules if module.rank is not None})
+        if not ranks:
+            return "no rank"
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+
+def _tool(module: Module) -> str:
+    """The name of a module's dialect."""
+    if ".processor." in module.stem:
+        return "XLabs"
+    known = {"diffusers": "diffusers/PEFT", "PEFT": "PEFT", "official": "official names"}
+    if module.tool == "ComfyUI":
+        return "ComfyUI" if re.search(r"(double|single)_blocks|_in\b|final_layer", module.stem) else "SimpleTuner"
+    return known.get(module.tool, module.tool)
+
+
+def _frequent_tags(text: str) -> str:
+    """The most frequent tags of kohya's `ss_tag_frequency`, or nothing."""
+    try:
+        counts = Counter[str]()
+        for folder in json.loads(text or "{}").values():
+            counts.update({tag.strip(): int(count) for tag, count in folder.items()})
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return ""
+    return ", ".join(tag for tag, _ in counts.most_common(3))
+
+
+def find_lora(path: str | Path) -> Path:
+    """The file that a path means: itself, or a trainer's folder's. FileError."""
+    path = user_path(path)
+    if not path.is_dir():
+        return path
+    try:
+        files = sorted(x for x in path.iterdir() if x.suffix in SUFFIXES and not x.name.startswith("."))
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror or error}.") from None
+    named = [x for name in FILE_NAMES for x in files if x.stem == name]
+    if named or len(files) == 1:
+        return (named or files)[0]
+    found = f"{len(files)} safetensors files and no {FILE_NAMES[0]}.safetensors" if files else "no safetensors file"
+    raise FileError(f"{path} is a folder with {found}. Next: name the file itself.")
+
+
+def read_lora(path: str | Path, params: FluxParams) -> LoraFile:
+    """The contents of a LoRA for a transformer of these sizes. FileError for a file that is none, or is damaged.
+
+    Modules that name nothing in the model are listed, not refused: `check_matched` does that.
+    """
+    file = find_lora(path)
+    source = find_source(file)
+    keys = {name: split_key(name) for name in source.shapes}
+    _refuse_others(file, source)
+    if not any(key.role for key in keys.values()):
+        _refuse_model(file, source)
+    tokens = tuple(name for name in keys if name.startswith(TOKENS))
+    table = Table(params)
+    norms, rest = _norms(source, {name: key for name, key in keys.items() if name not in tokens}, table)
+    configs = _peft_configs(file, source.headers[0].metadata)
+    modules, unmatched = [], []
+    for stem, tensors in _grouped(rest).items():
+        key = split_key(next(iter(tensors.values())))
+        target = _target(key, table)
+        if target is None or not tensors.keys().isdisjoint({"", "set_weight"}):
+            unmatched.append(stem)
+            continue
+        shapes = {role: source.shapes[name] for role, name in tensors.items()}
+        scale = _header_scale(key, shapes, configs)
+        modules.append(Module(stem, key.network, key.tool, target, tensors, shapes, scale))
+    found = LoraFile(
+        Path(path), source, tuple(modules), norms, tuple(unmatched), tokens,
+        sum(len(shape) == 2 for shape in table.shapes.values()),
+    )  # fmt: skip
+    for module in modules:
+        if module.network == "transformer":
+            check_module(found, module, table.shape(module.target))
+    return found
+
+
+def check_matched(lora: LoraFile, allow_partial: bool) -> None:
+    """FileError for a file with nothing for the transformer, or with modules that name nothing in the model."""
+    path = lora.path
+    if not lora.of("transformer") and not lora.norms:
+        text = lora.of("clip") + lora.of("t5")
+        if lora.unmatched:
+            found = f"none of its {len(lora.unmatched)} modules is in the transformer: {_first(lora.unmatched)}"
+        elif text:
+            found = f"it trains {len(text)} modules of the text encoders, and none of the transformer"
+        else:
+            found = "it trains nothing of the transformer"
+        raise FileError(f"{path} is no LoRA for this model: {found}. Next: give a LoRA for FLUX.1.")
+    if lora.unmatched and not allow_partial:
+        matched = len(lora.modules) + len(lora.norms)
+        raise FileError(
+            f"{path}: {len(lora.unmatched)} of {len(lora.unmatched) + matched} modules name nothing in this model: "
+            f"{_first(lora.unmatched)}. Next: check that it is for this model, or add --lora-allow-partial "
+            "to apply the others."
+        )
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _refuse_model(file: Path, source: Source) -> None:
+    """FileError for weights that are no LoRA at all."""
+    found = identify(source.shapes)
+    if found.part in NOUNS:
+        raise FileError(f"{file} is {found.text}, and no LoRA. Next: give it with --model, --ae, --clip-l or --t5xxl.")
+    if found.part == "other" and not any("norm" in name for name in source.shapes):
+        raise FileError(
+            f"{file} is no LoRA: none of its {len(source.shapes)} tensors is a factor of a difference to a weight "
+            f"({', '.join(list(source.shapes)[:3])}). Next: give a LoRA for FLUX.1."
+        )
+
+
+def _not_applied(file: Path, name: str, what: str) -> str:
+    return (
+        f"{file} is {what} (its tensor {name}), which turns or gates weights instead of adding to them, and is not "
+        "supported. Next: train or convert it as LoRA, LoKr or LoHa."
+    )
+
+
+def _refuse_others(file: Path, source: Source) -> None:
+    """FileError for a LoRA for another model, an algebra that is not supported, and dtypes that are no numbers."""
+    if model := other_model(source.shapes, source.headers[0].metadata):
+        raise FileError(f"{file} is a LoRA for {model}, not for FLUX.1. Next: give a LoRA for FLUX.1.")
+    if other := other_algebra(source.shapes):
+        raise FileError(_not_applied(file, *other))
+    kinds = {name: kind for name, kind in source.dtypes.items() if not name.endswith(".reshape_weight")}
+    if foreign := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]:
+        raise FileError(f"{file}: {listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
+
+
+def _grouped(keys: Mapping[str, Key]) -> dict[str, dict[str, str]]:
+    """Stem -> role -> the tensor's name in the file."""
+    found: dict[str, dict[str, str]] = {}
+    for name, key in keys.items():
+        found.setdefault(key.stem, {})[key.role] = name
+    return found
+
+
+def _norms(source: Source, keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
+    """Norm scales that the file replaces, and the other keys. FileError for a scale of another size."""
+    found, rest = {}, {}
+    for name, key in keys.items():
+        replaces = key.network == "transformer" and key.role in ("", "set_weight")
+        parameter = table.norms.get(flat(key.module)) if replaces else None
+        if parameter is None:
+            rest[name] = key
+            continue
+        if source.shapes[name] != table.shapes[parameter]:
+            raise FileError(_misfit(source.path, name, source.shapes[name], table.shapes[parameter]))
+        found[parameter] = name
+    return found, rest
+
+
+def _target(key: Key, table: Table) -> Target | None:
+    """Where a module's difference goes; of a text encoder the flat name, since only the loaded encoder has a table."""
+    if key.network != "transformer":
+        return Target(flat(key.module), 0, 0)
+    if found := table.linears.get(flat(key.module)):
+        return found
+    norm = table.norms.get(flat(key.module))
+    return None if norm is None else Target(norm, 0, table.shapes[norm][0])
+
+
+# Shapes ------------------------------------------------------------------------------------------------------
+
+
+def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
+    """FileError where factors do not go together, or do not have the size of the rows that they train."""
+    path, shapes = lora.path, {role: _matrix(shape) for role, shape in module.shapes.items()}
+    _check_pairs(path, module)
+    found = _product_shape(path, module, shapes)
+    wide = expected[0] + module.target.spare_rows, *(size + module.target.spare_columns for size in expected[1:])
+    if found is not None and found not in (expected, wide) and not _widens(module, found, expected):
+        raise FileError(_misfit(path, module.stem, found, expected))
+    for role in ("diff_b", "up_bias", "magnitude"):
+        if (shape := module.shapes.get(role)) is None:
+            continue
+        by_rows = math.prod(shape) in (expected[0], wide[0])
+        if not (_magnitude_fits(shape, expected, wide) if role == "magnitude" else by_rows):
+            raise FileError(_misfit(path, f"{module.stem} ({role})", shape, expected[:1]))
+
+
+def _magnitude_fits(shape: Shape, *weights: Shape) -> bool:
+    """Whether DoRA's magnitudes are one for each row [N], [N, 1, ...], or one for each column [1, K]."""
+    count = math.prod(shape)
+    return any(count == (w[1] if len(shape) > 1 and shape[0] == 1 and w[0] != 1 else w[0]) for w in weights)
+
+
+def _widens(module: Module, found: Shape, expected: Shape) -> bool:
+    """Whether a module makes the model's input wider, as a control LoRA does."""
+    return module.target.module == "img_in" and found[0] == expected[0] and found[1] > expected[1]
+
+
+def widened_input(lora: LoraFile, params: FluxParams) -> int:
+    """Features of an image token that the model takes with this LoRA."""
+    widths = [
+        module.shapes[role][1]
+        for module in lora.of("transformer")
+        if module.target.module == "img_in"
+        for role in ("down", "diff")
+        if role in module.shapes
+    ]
+    return max([params.in_channels, *widths])
+
+
+def _matrix(shape: Shape) -> Shape:
+    """A factor's shape as a matrix: 1x1 convolutions are flattened."""
+    return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape
+
+
+_NEEDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
+    ("down", (("up",),)),
+    ("up", (("down",),)),
+    ("up_bias", (("up",),)),
+    ("mid", (("down",),)),
+    ("magnitude", (("down",), ("lokr_w1",), ("lokr_w1_a",), ("hada_w1_a",), ("diff",), ("glora_a1",))),
+    ("lokr_w1", (("lokr_w2",), ("lokr_w2_a",))),
+    ("lokr_w1_a", (("lokr_w1_b", "lokr_w2"), ("lokr_w1_b", "lokr_w2_a"))),
+    ("lokr_w1_b", (("lokr_w1_a",),)),
+    ("lokr_w2", (("lokr_w1",), ("lokr_w1_a",))),
+    ("lokr_w2_a", (("lokr_w2_b", "lokr_w1"), ("lokr_w2_b", "lokr_w1_a"))),
+    ("lokr_w2_b", (("lokr_w2_a",),)),
+    *((f"hada_{x}", (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),)) for x in ("w1_a", "w1_b", "w2_a", "w2_b")),
+    ("hada_t1", (("hada_t2",),)),
+    ("hada_t2", (("hada_t1",),)),
+    *((f"glora_{x}", (("glora_a1", "glora_a2", "glora_b1", "glora_b2"),)) for x in ("a1", "a2", "b1", "b2")),
+    ("alpha", (("down",), ("lokr_w1",), ("lokr_w1_a",), ("hada_w1_a",), ("glora_a1",), ("diff",), ("diff_b",))),
+)
+"""role -> the sets of roles of which one has to be there, too"""
+
+
+def _check_pairs(path: Path, module: Module) -> None:
+    for role, options in _NEEDS:
+        if role in module.tensors and not any(set(option) <= set(module.tensors) for option in options):
+            lacking = options[0][0]
+            raise FileError(
+                f"{path}: half of a pair: {module.tensors[role]} is there, and no {lacking} with it. "
+                "Next: fetch the file again, or train it again."
+            )
+
+
+def _product_shape(path: Path, module: Module, shapes: Mapping[str, Shape]) -> Shape | None:
+    """The shape of the difference that a module's factors make; None where they have none. FileError."""
+    for role, shape in shapes.items():
+        if 0 in shape:
+            raise FileError(f"{path}: {module.tensors[role]} has the shape {list(shape)}: rank 0 trains nothing.")
+        if role in ("alpha", "reshape_weight", "magnitude", "diff_b", "up_bias", "diff"):
+            continue
+        if len(shape) > 2 and role not in ("mid", "hada_t1", "hada_t2", "lokr_t2"):
+            raise FileError(f"{path}: {module.tensors[role]} has the shape {list(module.shapes[role])}, and FLUX.1 has "
+                            "no convolutions in its transformer.")  # fmt: skip
+        if len(shape) < 2:
+            raise FileError(f"{path}: {module.tensors[role]} is no matrix, its shape is {list(shape)}.")
+
+    def product(left: str, right: str, core: str = "") -> Shape:
+        a, b = shapes[left], shapes[right]
+        if core in shapes:  # Tucker's form of LoHa and LoKr has its outer factors as [rank, size]
+            return a[1], b[1]
+        inner = shapes["mid"] if left == "up" and "mid" in shapes else (a[1], b[0])
+        if a[1] != inner[0] or b[0] != inner[1]:
+            raise FileError(_unlike(path, module, left, right))
+        return a[0], b[1]
+
+    if "down" in shapes:
+        return product("up", "down")
+    if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
+        w1 = shapes.get("lokr_w1") or product("lokr_w1_a", "lokr_w1_b")
+        w2 = shapes.get("lokr_w2") or product("lokr_w2_a", "lokr_w2_b", "lokr_t2")
+        return w1[0] * w2[0], w1[1] * w2[1]
+    if "hada_w1_a" in shapes:
+        first = product("hada_w1_a", "hada_w1_b", "hada_t1")
+        if first != product("hada_w2_a", "hada_w2_b", "hada_t2"):
+            raise FileError(_unlike(path, module, "hada_w1_a", "hada_w2_a"))
+        return first
+    if "glora_a1" in shapes:
+        sizes = [shapes[f"glora_{x}"] for x in ("a1", "a2", "b1", "b2")]
+        a1, a2, b1, b2 = sizes
+        return (b1[0], b2[1]) if glora_is_new(a1, a2, b1, b2) else (b2[0], b1[1])
+    return shapes.get("diff")
+
+
+def glora_is_new(a1: Shape, a2: Shape, b1: Shape, b2: Shape) -> bool:
+    """Whether GLoRA's factors are a1 [K, r], a2 [r, K], b1 [N, r], b2 [r, K]; older files have all of them turned."""
+    return b2[0] == b1[1] == a1[1] == a2[0]
+
+
+def _unlike(path: Path, module: Module, left: str, right: str) -> str:
+    a, b = (list(module.shapes[role]) for role in (left, right))
+    return (
+        f"{path}: {module.tensors[left]} {a} and {module.tensors[right]} {b} cannot be multiplied. "
+        "Next: fetch the file again."
+    )
+
+
+def _misfit(path: Path, name: str, found: Shape, expected: Shape) -> str:
+    return (
+        f"{path}: {name} is a difference of shape {list(found)}, and the model has {list(expected)} there. "
+        "Next: give a LoRA for this model."
+    )
+
+
+# The scale in the header -------------------------------------------------------------------------------------
+
+
+def _peft_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configurations in the header, or in the folder, by the prefix of the keys they are for ("" for all)."""
+    if ADAPTER_METADATA in metadata:
+        try:
+            found = json.loads(metadata[ADAPTER_METADATA])
+            assert isinstance(found, dict)
+        except (ValueError, AssertionError, RecursionError):
+            finding = f"{ADAPTER_METADATA} in its header is no JSON object"
+            raise FileError(f"{file}: {finding}. Next: save it again.") from None
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in found.items():
+            part, dot, name = key.partition(".")
+            known = part in ("transformer", "text_encoder", "text_encoder_2", "unet")
+            configs.setdefault(part if dot and known else "", {})[name if dot and known else key] = value
+        return configs
+    beside = file.parent / "adapter_config.json"
+    if file.stem == "adapter_model" and beside.is_file():
+        found = read_json(beside, "PEFT's configuration")
+        return {"": found} if isinstance(found, dict) else {}
+    return {}
+
+
+_CONFIG_OF = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
+
+
+def _header_scale(key: Key, shapes: Mapping[str, Shape], configs: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """alpha / rank by PEFT's configuration, or alpha / sqrt(rank) (rsLoRA); None without a configuration."""
+    config = configs.get(_CONFIG_OF[key.network], configs.get(""))
+    if config is None or "down" not in shapes or "lora_alpha" not in config:
+        return None
+    try:
+        alpha = float(_by_pattern(config.get("alpha_pattern"), key.module, config["lora_alpha"]))
+        rank = shapes["down"][0]
+        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    except (TypeError, ValueError, ZeroDivisionError):
+        return math.nan
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """The value of the first pattern that is the module's name or a dotted end of it, as PEFT finds it."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            continue
+    return default
