@@ -1,5 +1,7 @@
-"""The steps that image-to-image skips. No torch: a request counts its steps before torch is imported."""
+"""Steps of a schedule: those that image-to-image skips, and that of a sigma. No torch."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from fractions import Fraction
 
 
@@ -14,3 +16,8 @@ def skipped_steps(num_steps: int, strength: float) -> int:
 def highest_strength(num_steps: int) -> float:
     """The highest strength, in hundredths, that skips a step. Above it the init image has no effect."""
     return int(100 * (1 - Fraction(1, num_steps))) / 100
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step of a falling schedule at a sigma; one between two of the schedule belongs to the step across it."""
+    return min(bisect_right(sigmas, -sigma, key=lambda x: -x), len(sigmas) - 1) - 1

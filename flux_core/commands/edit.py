@@ -15,6 +15,7 @@ from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
+from .loras import entries_of
 from .table import EDIT
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def edit(
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
+    fields["plan"] = entries_of(fields, variant)
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None

@@ -31,6 +31,7 @@ from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from ..variants import Variant
 from ..version import __version__
+from .loras import checked, located, typed_entries
 from .stepwise import Stepwise
 from .table import EXPLORE
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ..sampling import Step
 
 _FIELDS = {field.name: field for field in EXPLORE}
-WITH_RESUME = {"device", "stepwise_dir", *(field.name for field in (*FILES, *MEMORY, THREADS))}
+WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, THREADS))}
 """flags that a manifest does not hold: the machine's, and paths, because no file may make us open others"""
 
 
@@ -56,8 +57,10 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     threads = THREADS.parse(flags.pop("threads", None))
     with ExitStack() as stack:
         if rank == 0:
-            exploration = read_manifest(Path(resume)) if resume else _build_exploration(flags, files)
+            given = flags.pop("lora", None)
+            exploration = read_manifest(Path(resume)) if resume else _build_exploration(flags | _lora(given), files)
             check_files(with_files(exploration.request["name"], **files))
+            _check_loras(exploration, files, given if resume else None)
             if steps_dir:
                 prepare_folder(steps_dir)
             folder = Path(resume) if resume else new_folder(prepare_folder(parent))
@@ -86,14 +89,32 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any]) -> Explorat
     prompt, file = flags.pop("prompt", None), flags.pop("prompts", None)
     if (prompt is None) == (file is None):
         raise UsageError('say what to explore: --prompt "a red apple", or --prompts and a file of such lines')
-    lists = [flags.pop(name, None) for name in ("seeds", "steps", "guidance")]
+    lists = {name: flags.pop(name, None) for name in ("seeds", "steps", "guidance", "lora_scales")}
     options = {
         "cross": flags.pop("cross", False),
         "save_latents": _FIELDS["save_latents"].parse(flags.pop("save_latents", None)),
         "metadata": not flags.pop("no_metadata", False),
     }
-    fields = {**flags, "name": with_files(flags.get("name"), **files).name}
-    return plan_exploration(_prompts(file) if file else [str(prompt)], fields, *lists, **options)
+    variant = with_files(flags.get("name"), **files)
+    loras = typed_entries(flags, variant)
+    varied = [i for i, (_, typed) in enumerate(loras) if typed.scale is None]
+    fields = {**flags, "name": variant.name, "plan": [entry for entry, _ in loras]}
+    texts = _prompts(file) if file else [str(prompt)]
+    return plan_exploration(texts, fields, **lists, varied=varied, **options)
+
+
+def _lora(given: Any) -> dict[str, Any]:
+    return {} if given is None else {"lora": given}
+
+
+def _check_loras(exploration: Exploration, files: dict[str, Any], given: Any) -> None:
+    """Find the LoRAs of a session, among those given or where they were; their headers are compared with the model."""
+    variant = with_files(exploration.request["name"], **files)
+    loras = exploration.request_of(next(iter(exploration.places))).loras
+    for entry, typed in located(loras, given or ()):
+        if entry.sha256 is None and typed is not None:
+            raise UsageError(f"--resume draws what the session's folder says: {typed.file} is none of its LoRAs")
+        checked(entry, variant)
 
 
 def _prompts(file: str) -> list[str]:
@@ -181,8 +202,8 @@ class Work:
         for number, point in enumerate(todo):
             self.stop.check()
             if number % CACHED_PROMPTS == 0:
-                ahead = dict.fromkeys(session.exploration.prompts[x.prompt] for x in todo[number:][:CACHED_PROMPTS])
-                pipeline.prompts.encode_ahead(list(ahead))
+                requests = map(session.exploration.request_of, todo[number:][:CACHED_PROMPTS])
+                pipeline.encode_ahead(list({(x.texts, x.loras): x for x in requests}.values()))
             start = time.monotonic()
             with session.claim(point) as mine:
                 if not mine or session.first(point).is_file():

@@ -5,6 +5,7 @@ saved as soon as it is drawn, so that a later failure never costs more than a pi
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import MemoryShortage, UsageError
 from ..files import prepare_folder
+from ..hooks import Lora
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
@@ -26,6 +28,8 @@ from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, tell
+from ..variants import Variant
+from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
 
 if TYPE_CHECKING:
@@ -62,11 +66,11 @@ def generate(
     old = read_request(from_image) if from_image else None
     if old is not None:
         fields = _recorded_fields(old, origin) | fields
-    if plan or skip:
-        fields["plan"] = _read_plan(plan, skip)
     fields["init_image"] = origin
     variant = with_files(fields.get("name"), **pop_fields(fields, FILES))
     fields["name"] = variant.name
+    fields["plan"] = _plan(old, _read_plan(plan, skip), fields, variant)
+    lines = lines and [_with_loras(line, fields["plan"], variant) for line in lines]
     requests = build_requests(seed, fields, lines)
     num_threads = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
@@ -100,6 +104,26 @@ def _read_plan(file: str | None, skip: list[str] | None) -> Plan:
     return (*entries, *parse_plan([short_form("skip", text) for text in skip or ()]))
 
 
+def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], variant: Variant) -> Plan:
+    """The interventions of the flags, else of the picture to repeat, and their LoRAs; removes the flags."""
+    given = checked_plan(given, variant)
+    if old is None:
+        return (*given, *entries_of(fields, variant))
+    hooks = [entry for entry in given if not isinstance(entry, Lora)] or old.hooks
+    return (*hooks, *(x for x in given if isinstance(x, Lora)), *changed_plan(old.loras, fields, variant))
+
+
+def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
+    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. UsageError."""
+    fields = dict(line.fields)
+    try:
+        own = entries_of(fields, variant)
+    except UsageError as error:
+        raise UsageError(f"{line.where}: {error}") from None
+    kept = tuple(entry for entry in plan if not isinstance(entry, Lora))
+    return replace(line, fields=fields | {"plan": (*kept, *own)}) if own else line
+
+
 def _recorded_fields(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any]:
     """The fields of a picture's request for drawing it again, with notes on what is missing. UsageError."""
     if old.init_image is not None and origin is None:
@@ -108,7 +132,7 @@ def _recorded_fields(old: GenerationRequest, origin: InitImage | None) -> dict[s
         note(f"{origin.file!r} is another picture than the {old.init_image.file!r} that was used")
     if old.functions:
         note(f"interventions that the picture's file cannot hold are missing: {'; '.join(old.functions)}")
-    return old.model_dump(exclude={*DRAWN_BY, "init_image"})
+    return old.model_dump(exclude={*DRAWN_BY, "init_image", "plan"})
 
 
 def build_requests(
@@ -175,7 +199,7 @@ def _draw_all(
     paths, images = [], []
     for number, request in enumerate(requests):
         if number % ahead == 0:
-            pipeline.prompts.encode_ahead([text for item in requests[number : number + ahead] for text in item.texts])
+            pipeline.encode_ahead(requests[number : number + ahead])
         images.append(_draw(pipeline, request, source, steps_folder))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))

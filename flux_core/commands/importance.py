@@ -38,6 +38,7 @@ from ..request.generation import PATCH, GenerationRequest
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
 from ..terminal import no_bars, note, tell
+from .loras import entries_of
 from .table import IMPORTANCE
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def importance(
     num_threads = THREADS.parse(threads)
     variant = with_files(name, **pop_fields(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
-    fields |= {"num_steps": num_steps, "seed": 0}
+    fields |= {"num_steps": num_steps, "seed": 0, "plan": entries_of(fields, variant)}
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request

@@ -14,6 +14,7 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
+    LORAS,
     MACHINE,
     MAX_SEED,
     MAX_SEEDS,
@@ -68,6 +69,14 @@ EXPLORE = (
     Field("guidance", str, "as in 1.5,2.5,3.5", multiple=True, metavar="LIST"),
     Field("cross", bool, "draw all combinations, not one axis at a time around the first values", default=False),
     *(field for field in REQUEST if field.name not in _AXES),
+    *LORAS,
+    Field(
+        "lora_scales",
+        str,
+        "as in 0,0.5,1: scales of those LoRAs that have none of their own",
+        multiple=True,
+        metavar="LIST",
+    ),
     Field(
         "save_latents",
         str,
@@ -85,6 +94,7 @@ EXPLORE = (
 REPEAT = (
     Field("row", int, "row of the table; 1 is the first below the header", minimum=1, maximum=1_000_000),
     Field("from_latents", bool, "decode the latents beside the picture; nothing is denoised", default=False),
+    replace(FIELDS["lora"], help="where a LoRA of the picture is, if its file has moved; may be repeated"),
     *FILES,
     *of_request("force", "allow_empty_prompt"),
     OUTPUT_DIR,
@@ -134,6 +144,7 @@ EDIT = (
         metavar="NAME",
     ),
     *of_request("width", "height", "num_steps", "guidance", "dtype", "force"),
+    *LORAS,
     Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
     OUTPUT_DIR,
     *MACHINE,
@@ -152,6 +163,7 @@ IMPORTANCE = (
     Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
     *of_request("width", "height", "guidance", "dtype", "force"),
+    *LORAS,
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
     Field(
         "scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME", path=True
@@ -229,12 +241,19 @@ class Command:
     def with_whole_paths(self, flags: dict[str, Any]) -> dict[str, Any]:
         """The flags, with `~` in paths expanded."""
         paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
-        return flags | {key: expand_home(flags[key], flag) for key, flag in paths.items() if key in flags}
+        return flags | {key: _whole(flags[key], flag) for key, flag in paths.items() if key in flags}
+
+
+def _whole(value: Any, flag: str) -> Any:
+    """A path, or the first of each group of values, with `~` expanded."""
+    if isinstance(value, str):
+        return expand_home(value, flag)
+    return [[expand_home(words[0], flag), *words[1:]] for words in value]
 
 
 COMMANDS = {
     "generate": Command(
-        "draw pictures (this command's name may be left out)", "generate:generate", REQUEST + FILES + PLAN + RUN
+        "draw pictures (this command's name may be left out)", "generate:generate", REQUEST + LORAS + FILES + PLAN + RUN
     ),
     "explore": Command("draw over seeds, steps and guidance, with grids and a record", "explore:explore", EXPLORE),
     "repeat": Command(

@@ -18,6 +18,7 @@ from .change import Add, Replace, Scale
 from .custom import Custom
 from .first_block_cache import FirstBlockCache
 from .intervention import Intervention
+from .lora import Lora
 from .plan import Plan, check_plan, parse_plan, read_plan
 from .seam import At, traceable
 from .share_kv import ShareKV
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from .run import HookRun, run_with_cache
 
 __all__ = [
-    "Add", "At", "AttentionMaps", "Capture", "Custom", "FirstBlockCache", "HookRun", "Intervention", "Plan", "Replace",
-    "Scale", "ShareKV", "Skip", "check_plan", "parse_plan", "read_plan", "run_with_cache", "traceable",
+    "Add", "At", "AttentionMaps", "Capture", "Custom", "FirstBlockCache", "HookRun", "Intervention", "Lora", "Plan",
+    "Replace", "Scale", "ShareKV", "Skip", "check_plan", "parse_plan", "read_plan", "run_with_cache", "traceable",
 ]  # fmt: skip
 
 

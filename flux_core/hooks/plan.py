@@ -22,16 +22,18 @@ from .change import Add, Replace, Scale
 from .custom import Custom
 from .first_block_cache import FirstBlockCache
 from .intervention import Intervention
+from .lora import Lora
 from .seam import Around, Placed, Write
 from .share_kv import ShareKV
 from .skip import Skip
 
 KINDS: dict[str, type[Intervention]] = {
     kind.model_fields["kind"].default: kind
-    for kind in (Skip, Capture, AttentionMaps, ShareKV, Scale, Add, Replace, FirstBlockCache)
+    for kind in (Skip, Capture, AttentionMaps, ShareKV, Scale, Add, Replace, FirstBlockCache, Lora)
 }
 AnyIntervention = Annotated[
-    Skip | Capture | AttentionMaps | ShareKV | Scale | Add | Replace | FirstBlockCache, Field(discriminator="kind")
+    Skip | Capture | AttentionMaps | ShareKV | Scale | Add | Replace | FirstBlockCache | Lora,
+    Field(discriminator="kind"),
 ]
 PATHS = ("to", "file")
 """keys of files and folders, in an entry and in its tensor"""

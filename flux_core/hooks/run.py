@@ -7,7 +7,6 @@ and tensors.
 """
 
 import warnings
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from ..model import Flux
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
 from ..model.tap import UNTOUCHED, Tap
 from ..params import FluxParams
+from ..strength import step_of
 from .capture import Capture
 from .intervention import Intervention
 from .plan import place_all
@@ -108,7 +108,7 @@ class HookRun:
         """Set step and call for the next forward. A sigma between two of the schedule belongs to the step across it."""
         self.call = self.call + 1 if sigma == self.sigma else 0
         self.sigma = sigma
-        self.step = min(bisect_right(self.sigmas, -sigma, key=lambda x: -x), len(self.sigmas) - 1) - 1
+        self.step = step_of(sigma, self.sigmas)
 
     def finish(self) -> None:
         """Call the End functions (which write files), after the last step."""

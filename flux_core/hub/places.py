@@ -59,6 +59,14 @@ def hub_file(repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name, cache_dir=cache_folder(), **access))
 
 
+def hub_listing(repo: str, what: str) -> list[str]:
+    """The names of a hub repository's files. Errors as in `hub_file`."""
+    with hub_errors(repo, what) as access:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=access.get("endpoint"), token=access.get("token")).list_repo_files(repo)
+
+
 def hub_folder(repo: str, patterns: list[str], what: str = "the text encoder") -> Path:
     """The folder that holds a repository's files of these patterns. Errors as in `hub_file`."""
     fetch_all(repo, patterns)

@@ -57,7 +57,10 @@ def cut(prompt: str) -> str:
 
 def parameters(request: GenerationRequest) -> str:
     """The `parameters` text of A1111. Its `CFG scale` is true CFG; learned guidance has Forge's name."""
-    texts = [request.prompt] + ([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])
+    words = "".join(f"<lora:{entry.name}:{entry.scale:g}>" for entry in request.loras)
+    texts = [request.prompt + words] + (
+        [f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else []
+    )
     values: dict[str, Any] = {"Steps": request.num_steps, "Sampler": "Euler"}
     if request.uses_true_cfg:
         values["CFG scale"] = request.true_cfg_scale
@@ -66,6 +69,8 @@ def parameters(request: GenerationRequest) -> str:
     values |= {"Seed": request.seed, "Size": f"{request.width}x{request.height}", "Model": request.name}
     if request.init_image is not None:
         values["Denoising strength"] = request.strength
+    if hashes := {entry.name: entry.autov3 for entry in request.loras if entry.autov3}:
+        values["Lora hashes"] = '"' + ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) + '"'
     values["Version"] = f"flux_core {request.version}"
     return "\n".join([*map(printable, texts), ", ".join(f"{key}: {value}" for key, value in values.items())])
 

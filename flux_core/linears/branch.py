@@ -41,12 +41,14 @@ class Term(nn.Module):
     """A difference to the rows start to stop of a layer's output that is not low-rank, times `scale`."""
 
     scale: Tensor
+    unit: Tensor
 
     def __init__(self, start: int, stop: int, unit: float = 1.0) -> None:
         """unit: the factor at scale 1."""
         super().__init__()
-        self.start, self.stop, self.unit = start, stop, unit
-        self.register_buffer("scale", torch.tensor(unit, dtype=torch.float32, device="cpu"))
+        self.start, self.stop = start, stop
+        for name in ("unit", "scale"):
+            self.register_buffer(name, torch.tensor(unit, dtype=torch.float32, device="cpu"))
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """[..., K] -> [..., n]. y: what the layer itself computes of x, [..., N]."""
@@ -238,9 +240,9 @@ class BranchedLinear(Leaf):
         self._sum_shifts()
         return bool(self.owners)
 
-    def scales_of(self, owner: object) -> list[tuple[Tensor, Tensor | float]]:
+    def scales_of(self, owner: object) -> list[tuple[Tensor, Tensor]]:
         """The numbers that an owner's scale is written to, each with its value at scale 1."""
-        found: list[tuple[Tensor, Tensor | float]] = []
+        found: list[tuple[Tensor, Tensor]] = []
         for other, kind, which in self.owners:
             if other is owner and kind == "ranks":
                 found.append((cast(Tensor, self.factor)[slice(*which)], cast(Tensor, self.unit)[slice(*which)]))

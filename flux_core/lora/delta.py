@@ -23,6 +23,7 @@ from ..errors import FileError
 from ..linears.branch import ColumnGain, Dense, Kron, LowRank, Piece, RowGain, Shift
 from .file import Module, glora_is_new
 
+_BIASES = ("diff_b", "up_bias")
 WORTH_IT = 0.5
 """of a dense difference's arithmetic, below which structure is kept"""
 
@@ -57,14 +58,26 @@ class Delta:
         x = self.tensors[role].float()
         return x.flatten(1) if x.ndim > 2 and math.prod(x.shape[2:]) == 1 else x
 
-    def pieces(self, start: int, dtype: torch.dtype) -> list[Piece]:
-        """The branch: pieces whose sum is this difference. start: the first of the rows in the weight."""
-        found: list[Piece] = []
-        for role in ("diff_b", "up_bias"):
-            if role in self.tensors:
-                found.append(Shift(self._by_rows(self.tensors[role].flatten()).to(dtype), start))
-        if self.module.algebra != "bias":
-            found += self._dora(start, dtype) if "magnitude" in self.tensors else self._plain(start, dtype)
+    @property
+    def start(self) -> int:
+        """The first of the rows in the weight."""
+        return self.module.target.start
+
+    def changes(self, what: str) -> bool:
+        """Whether it changes the "weight", or the "bias"."""
+        return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(_BIASES)
+
+    def shifts(self) -> list[Shift]:
+        """The differences to the bias, in fp32."""
+        biases = (self.tensors[role] for role in _BIASES if role in self.tensors)
+        return [Shift(self._by_rows(bias.flatten()).float(), self.start) for bias in biases]
+
+    def pieces(self, dtype: torch.dtype) -> list[Piece]:
+        """The branch: pieces whose sum is this difference."""
+        found: list[Piece] = [shift._replace(bias=shift.bias.to(dtype)) for shift in self.shifts()]
+        if self.changes("weight"):
+            dora = "magnitude" in self.tensors
+            found += self._dora(self.start, dtype) if dora else self._plain(self.start, dtype)
         return found
 
     def dense(self) -> Tensor:

@@ -337,6 +337,15 @@ def widened_input(lora: LoraFile, params: FluxParams) -> int:
     return max([params.in_channels, *widths])
 
 
+def check_drawable(lora: LoraFile, params: FluxParams) -> None:
+    """FileError for a control LoRA, which takes a second picture that a request does not have."""
+    if (width := widened_input(lora, params)) != params.in_channels:
+        raise FileError(
+            f"{lora.path} is a control LoRA: with it the model takes {width} features a token, half of them from a "
+            "control picture. Next: attach it in Python (flux_core.lora.attach), where you give that picture yourself"
+        )
+
+
 def _matrix(shape: Shape) -> Shape:
     """A factor's shape as a matrix: 1x1 convolutions are flattened."""
     return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape

@@ -25,7 +25,10 @@ from ..model.layers import RMSNorm
 from .delta import Delta
 from .dialects import flat_text
 from .file import LoraFile, Module, check_matched, check_module, read_lora, widened_input
+from .merged import MergedLayer, Written, check_mergeable
 
+Scales = float | Mapping[str, float]
+"""a scale for all layers, or for each by name"""
 Networks = Mapping[str, nn.Module]
 """the loaded networks by `dialects.Network`: "transformer", and "clip" and "t5" where there are text encoders"""
 
@@ -36,12 +39,13 @@ class Handle:
     A context manager, too: it is removed at the end of the context.
     """
 
-    def __init__(self, file: LoraFile, networks: Networks) -> None:
-        self.file, self.networks = file, networks
-        self.places: dict[str, dict[str, BranchedLinear]] = {name: {} for name in networks}
-        """layers with a branch of this file, by network and name"""
+    def __init__(self, file: LoraFile, networks: Networks, merge: bool = False) -> None:
+        self.file, self.networks, self.is_merged = file, networks, merge
+        self.places: dict[str, dict[str, Any]] = {name: {} for name in networks}
+        """layers with a branch of this file, or with it in their weights, by network and name"""
         self._scale = 1.0
-        self._scales: Mapping[str, float] | None = None
+        self._written: tuple[Scales, float | None] = (1.0, None)
+        """what is in memory now"""
 
     @property
     def scale(self) -> float:
@@ -51,43 +55,69 @@ class Handle:
     @scale.setter
     def scale(self, value: float) -> None:
         self._scale = checked_scale(value)
-        self.set_scales(None)
+        self.write(self._scale)
+        for network in self.networks.values():
+            _changed(network, scales=True)
 
-    def set_scales(self, scales: Mapping[str, float] | None) -> None:
-        """Write a scale for each of the transformer's layers, by names, 0 for those without; None: `scale` for all.
+    def write(self, scales: Scales, text: float | None = None) -> None:
+        """Write a scale to all layers, or to each of the transformer's by name, 0 for those without.
 
-        Nothing that was compiled or recorded changes: the scales are numbers in memory.
+        text: that of the text encoders, where it is another. Nothing that was compiled or recorded changes: scales are
+        numbers in memory, written where they differ from those there. Tables of modulation are not told
+        (`model.Adapt`).
         """
-        self._scales = scales
-        targets: list[Tensor] = []
-        values: list[Tensor] = []
+        if (scales, text) == self._written:
+            return
+        self._written = scales, text
+        by_value: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for key, layers in self.places.items():
             for name, layer in layers.items():
-                value = self._scale if scales is None or key != "transformer" else scales.get(name, 0.0)
+                value = scales if isinstance(scales, float) else scales.get(name, 0.0)
+                if key != "transformer" and text is not None:
+                    value = text
+                if isinstance(layer, MergedLayer):
+                    layer.written[self].scale = value
+                    layer.write()
+                    continue
                 layer.scale_shifts(self, value)
-                for number, unit in layer.scales_of(self):
-                    targets.append(number)
-                    values.append(unit * value if isinstance(unit, Tensor) else torch.tensor(unit * value))
-        if targets:
-            torch._foreach_copy_(targets, [x.to(y.device) for x, y in zip(values, targets, strict=True)])
+                by_value.setdefault(value, []).extend(layer.scales_of(self))
+        for value, numbers in by_value.items():
+            places, units = ([*x] for x in zip(*numbers, strict=True))
+            torch._foreach_copy_(places, torch._foreach_mul(units, value))
         for network in self.networks.values():
             _apply_norms(network)
-            _changed(network, scales=True)
+
+    @property
+    def text_scale(self) -> float:
+        """The factor in the text encoders."""
+        scales, text = self._written
+        return text if text is not None else scales if isinstance(scales, float) else self._scale
+
+    @property
+    def is_attached(self) -> bool:
+        return any(self in _state(network).handles for network in self.networks.values())
 
     def norm_scale(self) -> float:
         """The factor of differences to norms, which belong to no layer."""
-        return self._scale
+        scales = self._written[0]
+        return scales if isinstance(scales, float) else 0.0
 
     def remove(self) -> None:
         """Take the LoRA off: layers and weights are what they were before, to the bit. Does nothing the second time."""
         for key, network in self.networks.items():
-            state = _STATES.get(network)
-            if state is None or self not in state.handles:
+            state = _state(network)
+            if self not in state.handles:
                 continue
             for name, layer in self.places[key].items():
-                if not layer.remove(self):
+                if isinstance(layer, MergedLayer):
+                    del layer.written[self]
+                    layer.write()
+                    if not layer.written:
+                        del state.merged[name]
+                elif not layer.remove(self):
                     network.set_submodule(name, layer.base)
             state.handles.remove(self)
+            state.norms.pop(self)
             _apply_norms(network)
             _fit_input(network)
             _changed(network, scales=False)
@@ -140,36 +170,61 @@ def attach(
     scale: float = 1.0,
     allow_partial: bool = False,
     text: Mapping[str, nn.Module] | None = None,
+    merge: bool = False,
 ) -> Handle:
     """Attach a LoRA file to a transformer, and to its text encoders, if given. Returns its handle.
 
     path: a safetensors file, or a folder that a trainer wrote. allow_partial: apply what matches where some modules
-    name nothing in the model. text: the networks of the text encoders, "clip" and "t5". FileError for a file that does
-    not fit, NonFiniteError for NaN or infinity in it, UsageError for a scale that is no number; then nothing has
-    changed.
+    name nothing in the model. text: the networks of the text encoders, "clip" and "t5". merge: write it into the
+    weights, which are kept. FileError for a file that does not fit, NonFiniteError for NaN or infinity in it,
+    UsageError for a scale that is no number; then nothing has changed.
     """
     scale = checked_scale(scale)
     file = read_lora(path, _state(model).params(model))
-    return attach_file(file, {"transformer": model, **(text or {})}, scale, allow_partial)
+    return attach_file(file, {"transformer": model, **(text or {})}, scale, allow_partial, merge)
 
 
-def attach_file(file: LoraFile, networks: Networks, scale: float = 1.0, allow_partial: bool = False) -> Handle:
-    """`attach` of a file that was read already, to networks by name."""
+def attach_file(
+    file: LoraFile, networks: Networks, scale: float = 1.0, allow_partial: bool = False, merge: bool = False
+) -> Handle:
+    """`attach` of a file that was read already, to networks by name.
+
+    merge: into their weights. UsageError if those cannot be written to.
+    """
     file = _resolve_text(file, networks)
     check_matched(file, allow_partial)
-    handle = Handle(file, networks)
-    pieces = _pieces(file, networks)
+    if merge:
+        _check_mergeable(file, networks)
+    handle, found = Handle(file, networks, merge), _read(file, networks)
     for key, network in networks.items():
-        _state(network).handles.append(handle)
-        _state(network).norms[handle] = pieces.norms if key == "transformer" else {}
-        for name, found in pieces.of.get(key, {}).items():
-            layer = _branched(network, name)
-            layer.add(handle, found)
-            handle.places[key][name] = layer
+        state = _state(network)
+        state.handles.append(handle)
+        state.norms[handle] = found.norms if key == "transformer" else {}
+        for name, deltas in found.of.get(key, {}).items():
+            layer = _without_branch(network.get_submodule(name))
+            if merge:
+                merged = state.merged.setdefault(name, MergedLayer.of(layer))  # type: ignore[arg-type]
+                merged.written[handle] = Written(deltas)
+                merged.write()
+                handle.places[key][name] = merged
+            else:
+                pieces = _on_device(deltas, _dtype(network, layer), _device(layer))
+                handle.places[key][name] = branched = _branched(network, name)
+                branched.add(handle, pieces)
+        _apply_norms(network)
         _fit_input(network)
         _changed(network, scales=False)
     handle.scale = scale
     return handle
+
+
+def _check_mergeable(file: LoraFile, networks: Networks) -> None:
+    if file.norms or any(module.target.module.endswith(".scale") for module in file.of("transformer")):
+        raise UsageError(f"{file.name} changes norms, which --lora-merge does not write. Next: leave --lora-merge out")
+    for module in file.modules:
+        if module.network in networks and not module.target.module.endswith(".scale"):
+            layer = _without_branch(networks[module.network].get_submodule(module.target.module))
+            check_mergeable(module.target.module, layer)
 
 
 def checked_scale(scale: float) -> float:
@@ -195,8 +250,14 @@ class _State:
     """of each file: a norm's parameter -> "set" or "add", and the tensor"""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """norms' parameters as they were"""
+    merged: dict[str, MergedLayer] = field(default_factory=dict)
+    """layers with files in their weights"""
     narrow: tuple[Any, nn.Module] | None = None
     """a transformer's params and `img_in` as they were, where a control LoRA made them wider"""
+
+    def weight_of(self, name: str, layer: nn.Module) -> Callable[[], Tensor]:
+        """A layer's own weight, without what is merged into it."""
+        return lambda: self.merged[name].weight if name in self.merged else _dense_weight(layer)
 
     def params(self, model: Flux) -> Any:
         return model.params if self.narrow is None else self.narrow[0]
@@ -295,9 +356,10 @@ def _branched(network: nn.Module, name: str) -> BranchedLinear:
 
 
 @dataclass
-class _Pieces:
-    of: dict[str, dict[str, list[Any]]]
-    """by network and layer"""
+class _Found:
+    """A file's differences: by network and layer, and those to norms."""
+
+    of: dict[str, dict[str, list[Delta]]]
     norms: dict[str, tuple[str, Tensor]]
 
 
@@ -323,48 +385,53 @@ def _resolve_text(file: LoraFile, networks: Networks) -> LoraFile:
     return replace(file, modules=tuple(modules), unmatched=tuple(unmatched))
 
 
-def _pieces(file: LoraFile, networks: Networks) -> _Pieces:
-    """The branches of a file's modules, on the devices of their layers. NonFiniteError, FileError."""
-    alphas = _alphas(file)
-    found = _Pieces({key: {} for key in networks}, {})
-    transformer = networks["transformer"]
-    with _reading(file, _device(transformer)) as get:
+def _read(file: LoraFile, networks: Networks) -> _Found:
+    """The differences of a file's modules, read onto the transformer's device. NonFiniteError, FileError."""
+    alphas, found = _alphas(file), _Found({key: {} for key in networks}, {})
+    with _reading(file, _device(networks["transformer"])) as get:
         for name, tensor_name in file.norms.items():
             found.norms[name] = ("set", get(tensor_name))
         for module in file.modules:
             if module.network not in networks:
                 continue
-            network = networks[module.network]
             tensors = {role: get(name) for role, name in module.tensors.items() if role not in _NUMBERS}
             if module.network == "transformer" and module.target.module.endswith(".scale"):
                 found.norms[module.target.module] = ("add", tensors["diff"])
                 continue
-            layer = _without_branch(network.get_submodule(module.target.module))
-            delta = _delta(module, tensors, alphas.get(module.stem), layer, file)
-            device = _device(layer)
-            pieces = delta.pieces(module.target.start, _dtype(network, layer))
-            of = found.of[module.network].setdefault(module.target.module, [])
-            of += [x.to(device) if isinstance(x, Term) else type(x)(*map(_on(device), x)) for x in pieces]
+            network, name = networks[module.network], module.target.module
+            layer = _without_branch(network.get_submodule(name))
+            weight = _state(network).weight_of(name, layer)
+            delta = _delta(module, tensors, alphas.get(module.stem), layer, weight)
+            found.of[module.network].setdefault(name, []).append(delta)
     return found
 
 
-def _on(device: torch.device) -> Callable[[Any], Any]:
-    return lambda x: x.to(device) if isinstance(x, Tensor) else x
+def _on_device(deltas: list[Delta], dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """The branches of a layer's differences, on its device."""
+    pieces = [piece for delta in deltas for piece in delta.pieces(dtype)]
+    return [x.to(device) if isinstance(x, Term) else type(x)(*(_moved(part, device) for part in x)) for x in pieces]
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    return part.to(device) if isinstance(part, Tensor) else part
 
 
 _NUMBERS = ("alpha", "reshape_weight")
+"""roles that are no factors"""
 
 
-def _delta(module: Module, tensors: Mapping[str, Tensor], alpha: float | None, layer: Any, file: LoraFile) -> Delta:
-    start, stop = module.target.start, module.target.stop
-    columns = layer.in_features
-    if module.target.module == "img_in" and module.network == "transformer":
-        columns = max(columns, *(x.shape[1] for role, x in tensors.items() if role in ("down", "diff")), 0)
+def _delta(
+    module: Module, tensors: Mapping[str, Tensor], alpha: float | None, layer: Any, weight: Callable[[], Tensor]
+) -> Delta:
+    start, stop, columns = module.target.start, module.target.stop, layer.in_features
+    if module.network == "transformer" and module.target.module == "img_in":
+        columns = max([columns, *(x.shape[1] for role, x in tensors.items() if role in ("down", "diff"))])
 
-    def weight() -> Tensor:
-        return _columns(_dense_weight(layer)[start:stop].float(), columns)
+    def rows() -> Tensor:
+        device = next(iter(tensors.values())).device
+        return _columns(weight()[start:stop].to(device).float(), columns)
 
-    return Delta(module, tensors, alpha, stop - start, columns, weight)
+    return Delta(module, tensors, alpha, stop - start, columns, rows)
 
 
 def _dense_weight(layer: nn.Module) -> Tensor:

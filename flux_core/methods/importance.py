@@ -118,7 +118,8 @@ class Study:
         end_claims(self.folder)
 
     def request_of(self, task: Task) -> GenerationRequest:
-        plan = () if task.block == REFERENCE else (Skip(blocks=(task.block,)),)
+        skips = () if task.block == REFERENCE else (Skip(blocks=(task.block,)),)
+        plan = (*self.request.plan, *skips)
         changes = {"prompt": self.prompts[task.number].prompt, "seed": task.seed, "plan": plan}
         return self.request.model_copy(update=changes)
 

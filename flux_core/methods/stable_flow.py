@@ -10,8 +10,7 @@ from collapsing to the picture. The released code uses the path two steps late, 
 step: `replay="released"` reproduces that, `"exact"` sets the row to the path's latents at the same sigma.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from ..hooks import HookRun, ShareKV
 from ..pipeline import Pipeline
 from ..request.fields import FIT, NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
-from ..sampling import OnStep, Step, euler, get_noise, get_schedule, invert, pack
+from ..sampling import OnStep, Step, Velocity, euler, get_noise, get_schedule, invert, pack
 
 SOURCE = "source"
 Replay = Literal["exact", "released"]
@@ -90,13 +89,19 @@ class Editing:
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's tokens at every sigma, up to noise; source prompt, guidance 1 (see `sampling.invert`)."""
         latent = nudge * self.pipeline.codec.encode(photo, *self.size, self.fit)
-        velocity = self.pipeline.denoiser.velocity([self.request.prompt], [1.0], self.size, sigmas=self.sigmas[:-1])
+        velocity = self._velocity([self.request.prompt], [1.0])(None)
         what = f"inverting {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, lambda: invert(velocity, latent, self.sigmas), "offload")
 
+    def _velocity(self, prompts: Sequence[str], guidance: Sequence[float]) -> Callable[[HookRun | None], Velocity]:
+        """The velocity as a function of the hooks, with the request's LoRAs."""
+        adapt = self.pipeline.loras.prepare(self.request.loras, self.sigmas)
+        of = self.pipeline.denoiser.velocity
+        return lambda run: of(prompts, guidance, self.size, run, sigmas=self.sigmas[:-1], adapt=adapt)
+
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         prompts = [self.request.prompt, *self.edits]
-        velocity = partial(self.pipeline.denoiser.velocity, prompts, self.guidance, self.size, sigmas=self.sigmas[:-1])
+        velocity = self._velocity(prompts, self.guidance)
         x = start.expand(len(self.branches), *start.shape[1:])
 
         def work() -> Tensor:

@@ -2,11 +2,12 @@
 
 from ..params import AutoEncoderParams, FluxParams
 from .autoencoder import AutoEncoder
-from .table import MODULATION, ModulationTable
+from .table import MODULATION, Adapt, ModulationTable
 from .transformer import Flux, Modulations, Run
 
 __all__ = [
     "MODULATION",
+    "Adapt",
     "AutoEncoder",
     "AutoEncoderParams",
     "Flux",

@@ -4,7 +4,7 @@ It predicts the velocity of a rectified flow (arXiv 2209.03003): with `x = sigma
 output is `noise - data` for each packed image token. Parameters have the names of the official safetensors file.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -51,8 +51,16 @@ class Modulations(NamedTuple):
         shift, scale = self.last
         return Modulations(of(self.double), of(self.single), (fn(shift), fn(scale)))
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Modulations]") -> "Modulations":
+        """The parts concatenated along the first axis, that of steps."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = iter([torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)])
+        return parts[0].map(lambda _: next(rows))
+
     def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
+        """All tensors, in the order in which `map` goes through them."""
         return [*chain.from_iterable(mod for sets in (*self.double, *self.single) for mod in sets), *self.last]
 
 

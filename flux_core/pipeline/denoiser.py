@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..device.choice import compile_errors, empty_device_cache
 from ..errors import is_out_of_memory
 from ..hooks import Custom, HookRun
+from ..model import Adapt
 from ..request.fields import FIT, PERCENTILE
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling import (
@@ -31,6 +33,7 @@ from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
 from .conditions import Condition, FlowInputs, conditioned
+from .loras import Loras
 from .nonfinite import is_finite, step_error
 from .prompt_cache import PromptCache
 
@@ -38,8 +41,8 @@ from .prompt_cache import PromptCache
 class Denoiser:
     """Samples with a placement's transformer."""
 
-    def __init__(self, variant: Variant, prompts: PromptCache, codec: Codec, dtype: torch.dtype) -> None:
-        self.variant, self.prompts, self.codec, self.dtype = variant, prompts, codec, dtype
+    def __init__(self, variant: Variant, prompts: PromptCache, codec: Codec, loras: Loras, dtype: torch.dtype) -> None:
+        self.variant, self.prompts, self.codec, self.loras, self.dtype = variant, prompts, codec, loras, dtype
         self.placement = prompts.placement
         self.one_batch = True
         """whether positive and negative prompt are rows of one batch where that fits, which is faster"""
@@ -64,16 +67,16 @@ class Denoiser:
         run: SampledRun | None = None,
         sigmas: Sequence[float] = (),
         conditions: Sequence[Condition] = (),
+        adapt: Adapt | None = None,
     ) -> Velocity:
         """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
 
-        size: a request's `padded_size`. sigmas: those of the calls to come, if known.
+        size: a request's `padded_size`. sigmas: those of the calls to come, if known. adapt: of `Loras.prepare`.
         """
         model, placement = self.placement.components.flux, self.placement
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
-        flow = flow_velocity(
-            model, **vars(inputs), run=run, sigmas=sigmas, replay=placement.is_fixed, fetch=placement.fetch
-        )
+        options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
+        flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             with placement.using(model):
@@ -118,9 +121,10 @@ class Denoiser:
         if source is not None:
             latent = self.codec.encode(source, width, height, first.fit or FIT)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
-        plan = (*first.plan, *functions)
+        plan = (*first.hooks, *functions)
         run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
-        velocity = partial(self._guided, requests, sigmas, conditions, together)
+        adapt = self.loras.prepare(first.loras, sigmas)
+        velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
         x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
         run.finish()
         return x
@@ -131,6 +135,7 @@ class Denoiser:
         sigmas: Sequence[float],
         conditions: Sequence[Condition],
         together: bool,
+        adapt: Adapt | None,
         run: HookRun | None,
     ) -> Velocity:
         """The requests' velocity, with guidance. together: positive and negative prompts as rows of one batch."""
@@ -138,7 +143,7 @@ class Denoiser:
 
         def of(*prompts: str) -> Velocity:
             strengths = [first.guidance or 0.0] * len(prompts)
-            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions)
+            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions, adapt)
 
         if not first.uses_true_cfg:
             return of(*(request.prompt for request in requests))

@@ -34,6 +34,6 @@ def is_replayed(placement: Placement, request: GenerationRequest) -> bool:
     tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
     return (
         placement.is_fixed
-        and not request.plan
+        and not request.hooks
         and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps)
     )

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..device.choice import dtype_name
 from ..device.oom import OomFallback
 from ..errors import UsageError
-from ..hooks import Custom, Intervention
+from ..hooks import Custom, Intervention, Lora
 from ..images.metadata import describe
 from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.fp8 import is_quantized
+from ..lora import Handle
 from ..model import AutoEncoder, Flux
 from ..request.fields import FIT
 from ..request.generation import GenerationRequest
@@ -30,6 +31,7 @@ from .components import Components
 from .conditions import Condition
 from .denoiser import Denoiser
 from .environment import environment
+from .loras import Loras, record_of
 from .placement import Placement
 from .prompt_cache import PromptCache
 
@@ -58,8 +60,9 @@ class Pipeline:
         """the precision as requests name it; `dtype` is that of everything but fp8 Linears"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         self.placement = Placement(components, self.fallback)
-        self.prompts, self.codec = PromptCache(self.placement, dtype), Codec(self.placement, dtype)
-        self.denoiser = Denoiser(variant, self.prompts, self.codec, dtype)
+        self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
+        self.prompts = PromptCache(self.placement, dtype, self.loras.text_key)
+        self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)
         if compile:
             for block in (*self.model.double_blocks, *self.model.single_blocks):
                 block.compile(fullgraph=True)
@@ -115,17 +118,46 @@ class Pipeline:
             warnings.warn(line, stacklevel=2)
         return [self.draw(image, source, on_step, functions) for image in request.images()]
 
+    def load_lora(
+        self, file: str | Path, scale: float = 1.0, allow_partial: bool = False, merge: bool = False
+    ) -> Handle:
+        """Attach a LoRA to transformer and text encoders, for all pictures until its handle is removed.
+
+        file: a safetensors file, a folder that a trainer wrote, or a hub id. `handle.scale` may be set at any time; the
+        handle is a context manager, too. allow_partial: apply what matches. merge: write it into the weights. Errors
+        as in `lora.attach`.
+        """
+        return self.loras.load(file, scale, allow_partial, merge)
+
+    @torch.no_grad()
+    def encode_ahead(self, requests: Sequence[GenerationRequest]) -> None:
+        """Where parts take turns: encode the texts of requests, CACHED_PROMPTS at most, in one turn. MemoryShortage."""
+
+        def work() -> None:
+            for request in requests:
+                self.loras.prepare(request.loras, (1.0, 0.0))
+                for text in request.texts:
+                    self.prompts(text)
+
+        if self.fallback.offload:
+            self.fallback.run(f"encoding {len(requests)} prompt(s)", work)
+
     def text_notes(self, prompt: str) -> list[str]:
         """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
         notes = getattr(self.t5, "notes", None)  # a plain function has none
         return notes(prompt) if notes else []
 
     def complete(self, request: GenerationRequest, functions: Sequence[Custom] = ()) -> GenerationRequest:
-        """The request as this pipeline draws it: with its dtype, weights and environment. UsageError if it cannot."""
+        """The request as this pipeline draws it: its LoRAs by their hashes, with dtype, weights and environment.
+
+        UsageError if it cannot.
+        """
         if request.name != self.variant.name:
             raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
         if request.dtype not in (None, self.precision):
             raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {self.precision}")
+        plan = tuple(record_of(entry) if isinstance(entry, Lora) else entry for entry in request.plan)
+        request = request.model_copy(update={"plan": plan})
         drawn_by = {"dtype": self.precision, "weights": self.weights, "compiled": self.compiled}
         return request.model_copy(update={**drawn_by, "environment": environment(self.placement, request, functions)})
 
@@ -150,7 +182,8 @@ class Pipeline:
         def work() -> Tensor:
             return self.denoiser.denoise([request], source, on_step, functions, conditions)
 
-        return self._decoded(self.fallback.run(what, work, "offload"), request.recorded(functions))
+        x = self.fallback.run(what, work, "offload")
+        return self._decoded(x, request.recorded([*functions, *self.loras.own_entries()]))
 
     @torch.no_grad()
     def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
@@ -165,7 +198,8 @@ class Pipeline:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
-        return [self.picture(x[None], request.recorded()) for x, request in zip(rows, requests, strict=True)]
+        own = self.loras.own_entries()
+        return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]
 
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:

@@ -57,6 +57,8 @@ class Field:
     choices: tuple[str, ...] = ()
     multiple: bool = False
     """whether the flag takes several values"""
+    repeated: bool = False
+    """whether the flag may be given several times, each with its own values"""
     metavar: str = ""
     """the value's name in help; empty: N, X or TEXT, by the kind"""
     path: bool = False
@@ -209,6 +211,28 @@ REQUEST = (
     Field("force", bool, "allow sizes that the model was not made for", default=False),
     Field("allow_empty_prompt", bool, "allow a prompt without words", default=False),
 )
+LORAS = (
+    Field(
+        "lora",
+        str,
+        "a LoRA: a file, a folder or a hub id, and its scale, as in style.safetensors 0.8, or 0.8@0-13 for some steps; "
+        "may be repeated",
+        multiple=True,
+        repeated=True,
+        metavar="FILE",
+        path=True,
+    ),
+    Field(
+        "lora_scale",
+        float,
+        "scale of each --lora without one of its own (default: 1)",
+        minimum=-1000,
+        maximum=1000,
+    ),
+    Field("lora_allow_partial", bool, "apply what matches of a LoRA whose other modules do not", default=False),
+    Field("lora_merge", bool, "write LoRAs into the weights (not fp8): no cost a step", default=False),
+)
+"""become entries of the plan (`hooks/lora.py`)"""
 MEMORY = (
     Field("offload", bool, "keep on the device only the part that computes: less memory, slower", default=False),
     Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),
@@ -233,4 +257,4 @@ def pop_fields(flags: dict[str, Any], fields: tuple[Field, ...]) -> dict[str, An
     return {field.name: flags.pop(field.name) for field in fields if field.name in flags}
 
 
-FIELDS = {field.name: field for field in REQUEST}
+FIELDS = {field.name: field for field in (*REQUEST, *LORAS)}

@@ -4,6 +4,7 @@ It is validated once, when it is built. Missing fields are filled from the varia
 so that a request always says what will happen. Every failure is a UsageError of one line.
 """
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,7 @@ from pydantic import (
 )
 
 from ..errors import UsageError, nearest
-from ..hooks import Intervention, Plan, check_plan, parse_plan
+from ..hooks import Intervention, Lora, Plan, check_plan, parse_plan
 from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
 from ..variants import Variant, get_variant
@@ -30,6 +31,8 @@ PATCH = 16
 """pixels that one image token covers along each side"""
 MAX_PROMPT = 64 * 1024
 """bytes of a prompt that metadata keeps"""
+_LORA_WORD = re.compile(r"<lora:[^<>]{1,200}>")
+"""how prompts of other tools ask for a LoRA"""
 
 
 def _random_seed(data: dict[str, Any]) -> int:
@@ -199,6 +202,16 @@ class GenerationRequest(BaseModel):
         return (self.true_cfg_scale or 1) > 1
 
     @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs of the plan."""
+        return tuple(entry for entry in self.plan if isinstance(entry, Lora))
+
+    @property
+    def hooks(self) -> tuple[Intervention, ...]:
+        """The plan without LoRAs: what hooks into a forward."""
+        return tuple(entry for entry in self.plan if not isinstance(entry, Lora))
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The texts to encode: the prompt, and with true CFG the negative prompt."""
         return (self.prompt, self.negative_prompt or "") if self.uses_true_cfg else (self.prompt,)
@@ -240,8 +253,9 @@ class GenerationRequest(BaseModel):
         parts += [f"true CFG {self.true_cfg_scale:g}"] if self.uses_true_cfg else []
         parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
         parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
-        if self.plan:
-            parts.append("plan: " + ", ".join(entry.kind for entry in self.plan))
+        if self.hooks:
+            parts.append("plan: " + ", ".join(entry.kind for entry in self.hooks))
+        parts += [f"LoRA {entry.settings()}" for entry in self.loras]
         if self.init_image is not None:
             parts.append(f"from {self.init_image.file} at strength {self.strength:g}")
         return ", ".join(parts)
@@ -282,6 +296,8 @@ class GenerationRequest(BaseModel):
             )
 
     def _prompt_notes(self) -> Iterator[str]:
+        if found := next(filter(None, (_LORA_WORD.search(text) for text in self.texts)), None):
+            yield f"{found[0][:60]} in a prompt does nothing here. Next: --lora FILE SCALE"
         if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
             yield f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt"
 

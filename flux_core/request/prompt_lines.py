@@ -23,7 +23,7 @@ import pydantic_core
 
 from ..errors import FileError, UsageError, nearest
 from ..jsonfile import MAX_BYTES
-from .fields import FIELDS, REQUEST, key_of
+from .fields import FIELDS, LORAS, REQUEST, key_of
 from .generation import GenerationRequest
 
 csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
@@ -31,7 +31,7 @@ OF_A_RUN = ("name", "dtype", "init_image", "force", "allow_empty_prompt")
 """fields that a line cannot set: a run has one model and one init image, and no file grants permissions"""
 COLUMNS = {
     key_of(flag): field.name
-    for field in REQUEST
+    for field in (*REQUEST, *LORAS[:2])
     if field.name not in OF_A_RUN
     for flag in (field.flag, *field.flags)
     if flag.startswith("--")

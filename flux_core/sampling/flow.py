@@ -16,8 +16,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..model import Flux, Modulations, ModulationTable, Run
-from ..model.transformer import Fetch
+from ..model import Adapt, Flux, Modulations, ModulationTable, Run
+from ..model.transformer import Changes, Fetch
 from ..strength import skipped_steps
 from .graph import GraphedVelocity, is_worth_it
 
@@ -164,12 +164,14 @@ def flow_velocity(
     sigmas: Sequence[float] = (),
     replay: bool = False,
     fetch: Fetch = iter,
+    adapt: Adapt | None = None,
 ) -> Velocity:
     """The model as `velocity(x, sigma)`, with all other inputs fixed. guidance: one number, or [B].
 
     run: the hooks of every forward. sigmas: those of the calls to come, if known: the modulation of all is computed at
     the first call, with identical bits. replay: these steps are replayed from a CUDA graph, with identical bits, where
-    there is no run and it `is_worth_it` (sampling/graph.py). fetch: as in `Flux.forward`.
+    there is no run and it `is_worth_it` (sampling/graph.py). fetch: as in `Flux.forward`. adapt: called before each
+    forward, and for each row of the modulation.
 
     img_cond [B, L, C] is concatenated to the tokens by channels (control, fill), img_cond_seq [B, K, C] by sequence
     (kontext). Time and guidance are rounded to the dtype of x, as the official code rounds them.
@@ -189,17 +191,52 @@ def flow_velocity(
         return v[:, : x.shape[1]]
 
     @cache
-    def scheduled(batch: int, device: torch.device, dtype: torch.dtype) -> Velocity:
+    def scheduled(batch: int, device: torch.device, dtype: torch.dtype) -> TabledVelocity:
         """The velocity at the known sigmas."""
-        table = ModulationTable(model, known, vec, torch.ones(batch, device=device, dtype=dtype) * guidance)
-        return GraphedVelocity(forward, table) if graphed else lambda x, sigma: forward(x, sigma, table.at(sigma))
+        strengths = torch.ones(batch, device=device, dtype=dtype) * guidance
+        return TabledVelocity(model, forward, lambda: ModulationTable(model, known, vec, strengths, adapt), graphed)
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if run is not None:
             run.begin(sigma)
-        return scheduled(x.shape[0], x.device, x.dtype)(x, sigma) if sigma in known else forward(x, sigma, None)
+        step = scheduled(x.shape[0], x.device, x.dtype).step() if sigma in known else None
+        if adapt is not None:
+            adapt.set(sigma)
+        return forward(x, sigma, None) if step is None else step(x, sigma)
 
     return velocity
+
+
+class TabledVelocity:
+    """The velocity at the sigmas of a schedule, with their modulation computed ahead, and again after any change to the
+    model: a LoRA that is attached, rescaled or removed."""
+
+    def __init__(
+        self,
+        model: Flux,
+        forward: Callable[[Tensor, float, Modulations], Tensor],
+        make: Callable[[], ModulationTable],
+        graphed: bool,
+    ) -> None:
+        self.model, self.forward, self.make, self.graphed = model, forward, make, graphed
+        self._changes: Changes | None = None
+        self._table: ModulationTable
+        self._replayed: GraphedVelocity
+
+    def step(self) -> Velocity:
+        """The velocity of the model as it is now. A change of scales keeps what was recorded."""
+        before, now = self._changes, self.model.changes
+        if before != now:
+            self._table = self.make()
+            if self.graphed and before is not None and before.layers == now.layers:
+                self._replayed.exchange(self._table)
+            elif self.graphed:
+                self._replayed = GraphedVelocity(self.forward, self._table)
+            self._changes = now
+        return self._replayed if self.graphed else self._computed
+
+    def _computed(self, x: Tensor, sigma: float) -> Tensor:
+        return self.forward(x, sigma, self._table.at(sigma))
 
 
 def denoise(

@@ -9,6 +9,7 @@ Python code between two kernels runs when the graph is recorded, and not again. 
 for a model in which `has_user_code` finds hooks or functions of the user's.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -64,6 +65,12 @@ class GraphedVelocity:
         velocity = self.graph.replay(x)
         self._load(self.graph, self.next_sigma.get(sigma, sigma))  # while the device computes
         return velocity
+
+    def exchange(self, table: ModulationTable) -> None:
+        """Use another table of the same sigmas from the next step on; the recording stays."""
+        self.table = table
+        if self.graph is not None:
+            self.graph.sigma = math.nan  # what it has loaded is the old table's
 
     def _load(self, graph: "Graph", sigma: float) -> None:
         if sigma != graph.sigma:

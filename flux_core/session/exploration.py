@@ -24,8 +24,13 @@ from ..request.generation import DRAWN_BY, GenerationRequest
 from ..terminal import note
 from ..version import __version__
 
-AXES = ("prompt", "seed", "steps", "guidance")
-FOLDERS = {"seed": "exploration_images", "steps": "inference_steps_images", "guidance": "guidance_images"}
+AXES = ("prompt", "seed", "steps", "guidance", "lora")
+FOLDERS = {
+    "seed": "exploration_images",
+    "steps": "inference_steps_images",
+    "guidance": "guidance_images",
+    "lora": "lora_images",
+}
 MAX_PICTURES = 10_000
 SOME = pydantic.Field(min_length=1)
 
@@ -37,6 +42,8 @@ class Point(NamedTuple):
     seed: int
     steps: int
     guidance: float | None
+    lora: float | None = None
+    """the scale of the LoRAs that have none of their own"""
 
 
 class View(NamedTuple):
@@ -72,6 +79,10 @@ class Exploration(BaseModel):
     seeds: Annotated[tuple[int, ...], SOME]
     steps: Annotated[tuple[int, ...], SOME]
     guidance: Annotated[tuple[float | None, ...], SOME]
+    lora_scales: Annotated[tuple[float | None, ...], SOME] = (None,)
+    """(None,): every LoRA has its own"""
+    varied: tuple[int, ...] = ()
+    """entries of the request's plan that these scales are for"""
     cross: bool = False
     save_latents: Literal["last", "every"] | None = None
     metadata: bool = True
@@ -89,8 +100,8 @@ class Exploration(BaseModel):
         return self
 
     def values(self, axis: str) -> Sequence[Any]:
-        every = {"prompt": range(len(self.prompts)), "seed": self.seeds, "steps": self.steps, "guidance": self.guidance}
-        return every[axis]
+        lists = {"seed": self.seeds, "steps": self.steps, "guidance": self.guidance, "lora": self.lora_scales}
+        return range(len(self.prompts)) if axis == "prompt" else lists[axis]
 
     @cached_property
     def views(self) -> list[View]:
@@ -138,17 +149,21 @@ class Exploration(BaseModel):
         if axis == "prompt":
             return printable(self.prompts[point.prompt])
         value = _short(getattr(point, axis))
-        return f"{value} steps" if axis == "steps" else value and f"{axis} {value}"
+        name = "LoRA" if axis == "lora" else axis
+        return f"{value} steps" if axis == "steps" else value and f"{name} {value}"
 
     def request_of(self, point: Point) -> GenerationRequest:
         changes = {"seed": point.seed, "num_steps": point.steps, "guidance": point.guidance}
         dtype = {"dtype": self.drawn.dtype} if self.drawn else {}
         fields = {**self.request, **dtype, **changes, "prompt": self.prompts[point.prompt]}
+        if point.lora is not None:
+            plan = enumerate(self.request.get("plan", ()))
+            fields["plan"] = [entry | ({"scale": point.lora} if i in self.varied else {}) for i, entry in plan]
         return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
 
     def settings(self) -> str:
         """The lists as text, for people."""
-        lists = {"seed": self.seeds, "steps": self.steps, "guidance": self.guidance}
+        lists = {"seed": self.seeds, "steps": self.steps, "guidance": self.guidance, "LoRA": self.lora_scales}
         return ", ".join(
             f"{name} {' '.join(map(_short, values))}" for name, values in lists.items() if values != (None,)
         )
@@ -192,14 +207,22 @@ def plan_exploration(
     seeds: Sequence[str] | None = None,
     steps: Sequence[str] | None = None,
     guidance: Sequence[str] | None = None,
+    lora_scales: Sequence[str] | None = None,
+    varied: Sequence[int] = (),
     **options: Any,
 ) -> Exploration:
     """The exploration that the flags describe. fields: of every request; options: `cross`, `save_latents`, `metadata`.
 
-    UsageError for anything that is wrong with any of its requests. Their notes are printed, once each.
+    varied: the entries of the fields' plan that --lora-scales is for. UsageError for anything that is wrong with any of
+    its requests. Their notes are printed, once each.
     """
     all_seeds, all_steps = seeds_of(seeds), numbers(FIELDS["num_steps"], "steps", steps)
     strengths, texts = numbers(FIELDS["guidance"], "guidance", guidance), list(dict.fromkeys(prompts))
+    scales = numbers(FIELDS["lora_scale"], "lora-scales", lora_scales)
+    if scales and not varied:
+        raise UsageError(
+            "--lora-scales is for LoRAs without a scale of their own, and there is none. Next: --lora FILE without one"
+        )
     if len(texts) < len(prompts):
         note("repeated prompts are drawn once")
     fields = {**fields, "seed": all_seeds[0]}
@@ -218,6 +241,8 @@ def plan_exploration(
             seeds=tuple(all_seeds),
             steps=tuple(all_steps or [first.num_steps]),
             guidance=tuple(strengths or [first.guidance]),
+            lora_scales=tuple(scales or [None]),
+            varied=tuple(varied) if scales else (),
             request=first.model_dump(mode="json", exclude=_OWN, exclude_none=True),
             **options,
         )

@@ -45,7 +45,7 @@ def row_of(folder: Path, file: str) -> Row:
         "Height": recorded["height"],
         "Steps": recorded["num_steps"],
         "Guidance": recorded.get("guidance", ""),
-        "LoraScale": "",
+        "LoraScale": " ".join(f"{entry['scale']:g}" for entry in recorded.get("plan", ()) if entry["kind"] == "lora"),
         "Prompt": printable(recorded["prompt"]),
         "File": file,
         "SHA256": hashlib.sha256((folder / file).read_bytes()).hexdigest(),

@@ -137,7 +137,7 @@ def test_the_pixels_are_the_same(small, fields):
 def test_without_it_nothing_moves(monkeypatch):
     pipeline = tiny_pipeline()
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("moved"))
-    pipeline.prompts.encode_ahead(["x"])
+    pipeline.encode_ahead([GenerationRequest(prompt="x")])
     assert pipeline.t5.calls == 0
     pipeline.generate("x", 1, **FAST)
 

@@ -1,0 +1,94 @@
+"""The LoRA flags of commands that draw: from what the user typed to entries of a plan, checked by their headers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..hooks import Lora
+from ..hooks.lora import Typed
+from ..hooks.plan import parse_plan
+from ..lora.file import check_drawable, check_matched, read_lora
+from ..lora.known import find_recorded, locate, record_of
+from ..request.fields import FIELDS, LORAS, pop_fields
+from ..variants import Variant
+
+
+def entries_of(fields: dict[str, Any], variant: Variant) -> list[Lora]:
+    """The LoRAs that these flags name, by their hashes; removes the flags. UsageError, FileError."""
+    return [entry for entry, _ in typed_entries(fields, variant)]
+
+
+def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, Typed]]:
+    """`entries_of`, each with what was typed."""
+    flags = pop_fields(fields, LORAS)
+    typed = [Typed.of(words) for words in _groups(flags.get("lora"))]
+    if not typed and (idle := [FIELDS[name].flag for name, value in flags.items() if value]):
+        raise UsageError(f"{idle[0]} does nothing without --lora. Next: add --lora FILE")
+    scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
+    options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
+    entries = parse_plan([one.entry(scale, *options) for one in typed])
+    return [(checked(entry, variant), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
+
+
+def _groups(value: Any) -> Sequence[Any]:
+    """The words of each --lora. A file of prompts gives one text, or in JSON a list."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return [value]
+    return value if any(isinstance(item, list) for item in value) else [value]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def checked(entry: Lora, variant: Variant) -> Lora:
+    """The entry by its hash, once the file's header has been compared with the model. FileError, UsageError."""
+    path = find_recorded(entry.file, entry.sha256) if entry.sha256 is not None else locate(entry.file)
+    file = read_lora(path, variant.params)
+    check_drawable(file, variant.params)
+    check_matched(file, entry.partial)
+    return record_of(entry)
+
+
+def checked_plan(plan: Sequence[Any], variant: Variant) -> tuple[Any, ...]:
+    """A plan with its LoRAs `checked`."""
+    return tuple(checked(entry, variant) if isinstance(entry, Lora) else entry for entry in plan)
+
+
+def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, Typed | None]]:
+    """A picture's LoRAs, whose files are among those given, or are remembered; each with what was typed for it.
+
+    Files given beside are appended. UsageError asks for a file that is nowhere.
+    """
+    typed = [Typed.of(words) for words in _groups(given)]
+    files = {locate(one.file): one for one in typed}
+    found: list[tuple[Lora, Typed | None]] = []
+    used: set[Path] = set()
+    for entry in recorded:
+        assert entry.sha256 is not None
+        path = find_recorded(entry.file, entry.sha256, files)
+        used.add(path)
+        found.append((entry, files.get(path)))
+    return found + [(Lora(file=str(path)), one) for path, one in files.items() if path not in used]
+
+
+def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) -> tuple[Any, ...]:
+    """A recorded picture's plan with the LoRAs of the flags: a scale typed for one of its files replaces the recorded
+    one, other files are added. Removes the flags."""
+    flags = pop_fields(fields, LORAS)
+    options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
+    default = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")))
+    entries: list[Lora] = []
+    for entry, one in located([x for x in plan if isinstance(x, Lora)], flags.get("lora") or ()):
+        scale = entry.scale if default is None else default
+        is_new = entry.sha256 is None
+        if one is not None and (is_new or one.scale is not None):
+            changed: Mapping[str, Any] = one.entry(1.0 if default is None else default, *options)
+            (new,) = parse_plan([{**changed, "blocks": entry.blocks} if entry.blocks else changed])
+            entries.append(checked(new, variant))  # type: ignore[arg-type]
+        else:
+            entries.append(checked(entry.model_copy(update={"scale": scale}), variant))
+    return (*(x for x in plan if not isinstance(x, Lora)), *entries)

@@ -1,0 +1,165 @@
+"""Where LoRA files are: by path, by hub id, and by the hash in a picture's record. No torch.
+
+A record names a file and its hash, never a folder. So that a picture can be repeated without naming its LoRAs again,
+the paths that the user gave are remembered by their hashes, in `flux_core/loras.json` beside the hub's cache. No path
+from a record or from anybody else's file is opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..checkpoint.source import SUFFIXES
+from ..errors import DiskError, FileError, UsageError
+from ..files import user_path, write_whole
+from ..hooks import Lora
+from ..hub.client import cache_folder, cached, offline
+from ..hub.places import hub_file, hub_listing
+from .file import FILE_NAMES, find_lora
+
+CHUNK = 1 << 22
+"""bytes hashed at a time"""
+REMEMBERED = 500
+"""files, the latest"""
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A file that the user named, and what it is known by."""
+
+    path: str
+    size: int
+    changed: int
+    """of the file, when it was hashed: nanoseconds"""
+    sha256: str
+    autov3: str
+    """the first twelve digits of the SHA-256 of its bytes behind the header, as other tools compute it"""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is where it was, unchanged since."""
+        with suppress(OSError):
+            found = os.stat(self.path)
+            return (found.st_size, found.st_mtime_ns) == (self.size, self.changed)
+        return False
+
+
+def locate(text: str) -> Path:
+    """The file that the user means: a path, a trainer's folder, or a hub id, as `owner/name` or with a file behind it.
+
+    FileError, AccessError or DiskError.
+    """
+    path = user_path(text)
+    hub = _HUB.fullmatch(text)
+    if path.exists() or path.is_symlink() or hub is None or text.startswith(("./", "../")):
+        return find_lora(path)
+    repo, file = hub["repo"], hub["file"]
+    if file is None and text.endswith(SUFFIXES):
+        return find_lora(path)  # folder/file.safetensors, which does not exist
+    return hub_file(repo, file or _file_of(repo))
+
+
+def _file_of(repo: str) -> str:
+    """The LoRA in a hub repository. FileError where it is not clear which."""
+    every = [path.name for path in cached(repo, "*")] if offline() else hub_listing(repo, "the LoRA")
+    files = [name for name in every if name.endswith(SUFFIXES)]
+    named = [name for want in FILE_NAMES for name in files if Path(name).stem == want]
+    if named or len(files) == 1:
+        return (named or files)[0]
+    listed = ", ".join(files[:5]) or "none"
+    raise FileError(
+        f"{repo} on the hub holds {len(files)} safetensors files ({listed}). Next: name one, as in --lora {repo}/FILE"
+    )
+
+
+def remember(path: Path) -> Known:
+    """What a file is known by; kept for `recall`. FileError."""
+    path = path.absolute()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror}.") from None
+    entries = _read()
+    old = next((x for x in entries if x.path == str(path)), None)
+    known = old if old is not None and old.is_there else _hashed(path, found)
+    if not entries or entries[-1] != known:
+        _write([*(x for x in entries if x.path != known.path), known])
+    return known
+
+
+def recall(sha256: str) -> Path | None:
+    """The path of a file with that hash which the user named before, if it is still there."""
+    for known in reversed(_read()):
+        if known.sha256 == sha256 and known.is_there:
+            return Path(known.path)
+    return None
+
+
+def find_recorded(name: str, sha256: str, given: Iterable[Path] = ()) -> Path:
+    """The file of a record: among those that the user gives, or remembered. UsageError asks for it by its hash."""
+    for path in given:
+        if remember(path).sha256 == sha256:
+            return path
+    if (found := recall(sha256)) is not None:
+        return found
+    raise UsageError(
+        f"that picture was drawn with the LoRA {name}, SHA-256 {sha256[:16]}…, and no file with this hash is known "
+        "here. Next: say where it is, with --lora FILE"
+    )
+
+
+def record_of(entry: Lora) -> Lora:
+    """An entry of a plan as pictures carry it: with the file's own name and its hashes. A record is returned unchanged.
+
+    FileError; UsageError for a record that names a folder.
+    """
+    if entry.portable:
+        return entry
+    if entry.sha256 is not None:
+        raise UsageError(f"{entry.file[:60]!a} names a folder; a record of a LoRA has only the file's own name")
+    return record(remember(locate(entry.file)), entry)
+
+
+def record(known: Known, entry: Lora) -> Lora:
+    """An entry of a plan for a known file, as pictures carry it."""
+    return entry.model_copy(update={"file": Path(known.path).name, "sha256": known.sha256, "autov3": known.autov3})
+
+
+def _hashed(path: Path, found: os.stat_result) -> Known:
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            head += file.read(min(int.from_bytes(head, "little"), 1 << 27))
+            whole.update(head)
+            while chunk := file.read(CHUNK):
+                whole.update(chunk)
+                data.update(chunk)
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror}.") from None
+    return Known(str(path), found.st_size, found.st_mtime_ns, whole.hexdigest(), data.hexdigest()[:12])
+
+
+def _place() -> Path:
+    return cache_folder().parent / "flux_core" / "loras.json"
+
+
+def _read() -> list[Known]:
+    """The remembered files, the latest last; none where they cannot be read."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, UsageError, RecursionError):
+        return [Known(**entry) for entry in json.loads(_place().read_bytes())]
+    return []
+
+
+def _write(entries: list[Known]) -> None:
+    """Keep the latest entries. Where there is no place for them, records have to be found with --lora."""
+    with suppress(OSError, DiskError, UsageError):
+        place = _place()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, json.dumps([asdict(entry) for entry in entries[-REMEMBERED:]], indent=1) + "\n")
