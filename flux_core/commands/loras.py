@@ -33,7 +33,7 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
 
 def _groups(value: Any) -> Sequence[Any]:
     """The words of each --lora. A file of prompts gives one text, or in JSON a list."""
-    if value is None:
+    if not value:
         return ()
     if isinstance(value, str):
         return [value]

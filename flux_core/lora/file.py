@@ -399,8 +399,8 @@ def _product_shape(path: Path, module: Module, shapes: Mapping[str, Shape]) -> S
         a, b = shapes[left], shapes[right]
         if core in shapes:  # Tucker's form of LoHa and LoKr has its outer factors as [rank, size]
             return a[1], b[1]
-        inner = shapes["mid"] if left == "up" and "mid" in shapes else (a[1], b[0])
-        if a[1] != inner[0] or b[0] != inner[1]:
+        middle = shapes["mid"] if left == "up" and "mid" in shapes else (a[1], a[1])
+        if middle != (a[1], b[0]):
             raise FileError(_unlike(path, module, left, right))
         return a[0], b[1]
 

@@ -7,6 +7,7 @@ where each layer is. A layer gets one `BranchedLinear`, however many files are a
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -330,11 +331,10 @@ def _without_branch(layer: nn.Module) -> nn.Module:
 def _widened(linear: nn.Module, width: int) -> nn.Linear:
     """A Linear with zero columns for more input features."""
     assert isinstance(linear, nn.Linear)
-    weight = linear.weight.detach()
-    wide = nn.Linear(width, len(weight), linear.bias is not None, device="meta", dtype=weight.dtype)
-    wide.weight = nn.Parameter(_columns(weight, width), requires_grad=linear.weight.requires_grad)
-    wide.bias = linear.bias
-    return wide.train(linear.training)
+    wide = deepcopy(linear)
+    wide.in_features = width
+    wide.weight = nn.Parameter(_columns(linear.weight, width), requires_grad=linear.weight.requires_grad)
+    return wide
 
 
 def _columns(x: Tensor, width: int) -> Tensor:

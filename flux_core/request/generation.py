@@ -320,7 +320,7 @@ def _error_text(error: pydantic.ValidationError) -> str:
     first = first_finding(error)
     name = str(first["loc"][0]) if first["loc"] else "request"
     field = FIELDS.get(name)
-    if first["type"] == "extra_forbidden" and field is None:
+    if first["type"] == "extra_forbidden" and name not in GenerationRequest.model_fields:
         return f"a request has no field {name[:60]!r}.{nearest(name, list(GenerationRequest.model_fields))}"
     if field is None or len(first["loc"]) > 1:
         return f"{field.flag if field else name}: {first['msg']}"

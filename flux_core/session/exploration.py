@@ -79,10 +79,6 @@ class Exploration(BaseModel):
     seeds: Annotated[tuple[int, ...], SOME]
     steps: Annotated[tuple[int, ...], SOME]
     guidance: Annotated[tuple[float | None, ...], SOME]
-    lora_scales: Annotated[tuple[float | None, ...], SOME] = (None,)
-    """(None,): every LoRA has its own"""
-    varied: tuple[int, ...] = ()
-    """entries of the request's plan that these scales are for"""
     cross: bool = False
     save_latents: Literal["last", "every"] | None = None
     metadata: bool = True
@@ -90,6 +86,10 @@ class Exploration(BaseModel):
     """the other fields of every picture's request"""
     drawn: Drawn | None = None
     """None until a model was loaded"""
+    lora_scales: Annotated[tuple[float | None, ...], SOME] = (None,)
+    """(None,): every LoRA has its own"""
+    varied: tuple[int, ...] = ()
+    """entries of the request's plan that these scales are for"""
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:

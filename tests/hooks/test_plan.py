@@ -24,6 +24,7 @@ EXAMPLES = [
     {"kind": "add", "sites": ["vec"], "value": {"file": "d.safetensors", "tensor": "smile"}},
     {"kind": "replace", "sites": ["double_blocks.2.img.attn"], "value": 0},
     {"kind": "first_block_cache", "threshold": 0.1, "schedule": "5-9"},
+    {"kind": "lora", "file": "style.safetensors", "scale": 0.8, "blocks": ["single_blocks.*"], "steps": "0-13"},
 ]
 
 

@@ -1,0 +1,244 @@
+"""What is wrong with a LoRA file is said in one line, and the model is as it was."""
+
+import json
+import struct
+
+import pytest
+import torch
+from random_lora import PREFIX, factors, text_factors, write
+from tiny import tiny_variant
+
+from flux_core.errors import FileError, FluxError, NonFiniteError, UsageError
+from flux_core.lora import attach, read_lora
+from flux_core.main import main
+from flux_core.model import Flux
+
+PARAMS = tiny_variant().params
+QKV, PROJ = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Flux(PARAMS).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def lora(tmp_path):
+    def make(change=lambda tensors: None, **metadata):
+        tensors = factors(PARAMS, alpha=2.0)
+        changed = change(tensors)
+        return write(tmp_path / "style.safetensors", changed or tensors, **metadata)
+
+    return make
+
+
+def refused(model, path, error=FileError, **options):
+    """The text of the error with which a file is refused; the model's layers and weights are the same."""
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    params = model.params
+    with pytest.raises(error) as found:
+        attach(model, path, **options)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], x) for name, x in before.items())
+    assert model.params is params and str(path) in str(found.value)
+    return str(found.value)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+def drop(name):
+    return lambda tensors: {key: x for key, x in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (drop(f"{PREFIX}{QKV}.lora_up.weight"), "half of a pair"),
+        (drop(f"{PREFIX}{QKV}.lora_down.weight"), "half of a pair"),
+        (put(f"{PREFIX}{QKV}.lora_up.weight", torch.zeros(40, 4)), "shape [40, 16], and the model has [48, 16]"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(4, 24)), "[48, 24], and the model has [48, 16]"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(3, 16)), "cannot be multiplied"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(0, 16)), "rank 0"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(4)), "is no matrix"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(4, 16, 3, 3)), "no convolutions"),
+        (put(f"{PREFIX}{QKV}.lora_down.weight", torch.zeros(4, 16, dtype=torch.int8)), "is I8"),
+        (put(f"{PREFIX}{QKV}.alpha", torch.tensor(float("nan"))), "alpha is a number"),
+        (put(f"{PREFIX}{QKV}.alpha", torch.tensor(float("inf"))), "alpha is a number"),
+        (put(f"{PREFIX}{QKV}.alpha", torch.zeros(3)), "alpha is a number"),
+        (put(f"{PREFIX}{QKV}.dora_scale", torch.ones(7, 1)), "(magnitude)"),
+        (put(f"{PREFIX}{PROJ}.diff_b", torch.ones(7)), "(diff_b)"),
+        (put(f"{PREFIX}{QKV}.oft_blocks", torch.zeros(4, 4, 4)), "is OFT"),
+        (put(f"{PREFIX}{QKV}.lokr_w1", torch.zeros(4, 4)), "half of a pair"),
+        (put(f"{PREFIX}{QKV}.hada_w1_a", torch.zeros(4, 4)), "half of a pair"),
+        (put(f"{PREFIX}double_blocks.0.img_attn.norm.query_norm.scale", torch.ones(5)), "shape [5]"),
+        (lambda tensors: text_factors(), "none of the transformer"),
+        (lambda tensors: {"bundle_emb.x.t5": torch.zeros(2, 8)}, "no LoRA"),
+        (lambda tensors: {f"{PREFIX}{QKV}.alpha": torch.tensor(1.0)}, "half of a pair"),
+        (lambda tensors: {"a": torch.zeros(2)}, "is no LoRA"),
+        (lambda tensors: {"img_in.weight": torch.zeros(16, 64)}, "and no LoRA"),
+    ],
+)
+def test_a_file_that_does_not_fit(model, lora, change, finding):
+    assert finding in refused(model, lora(change))
+
+
+def test_numbers_that_are_none(model, lora):
+    for value in (float("nan"), float("inf")):
+        bad = torch.zeros(48, 4)
+        bad[3, 1] = value
+        text = refused(model, lora(put(f"{PREFIX}{QKV}.lora_up.weight", bad)), NonFiniteError)
+        assert f"{PREFIX}{QKV}.lora_up.weight" in text
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "much", None])
+def test_a_scale_that_is_no_number(model, lora, scale):
+    with pytest.raises(UsageError, match="a LoRA's scale is a number"):
+        attach(model, lora(), scale)
+    handle = attach(model, lora())
+    with pytest.raises(UsageError):
+        handle.scale = scale
+    assert handle.scale == 1.0
+
+
+def test_modules_that_name_nothing_are_named_or_left_out(model, lora):
+    others = [f"{PREFIX}double_blocks.{i}.img_attn.qkv" for i in range(7, 14)]
+    change = {f"{x}.{end}.weight": torch.ones(48, 4)[: 48 if end == "lora_up" else 4, :4] for x in others
+              for end in ("lora_up", "lora_down")}  # fmt: skip
+    path = lora(lambda tensors: tensors.update(change))
+    text = refused(model, path)
+    others = sorted(others)  # as in the file
+    assert "7 of" in text and all(x in text for x in others[:5]) and others[5] not in text
+    assert "--lora-allow-partial" in text
+    assert others[0] in attach(model, path, allow_partial=True).summary
+
+
+def test_nothing_that_matches_is_an_error_even_for_a_part(model, lora):
+    path = lora(lambda tensors: {"lora_unet_nothing.lora_up.weight": torch.zeros(4, 4),
+                                 "lora_unet_nothing.lora_down.weight": torch.zeros(4, 4)})  # fmt: skip
+    assert "none of its 1 modules" in refused(model, path, allow_partial=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"modelspec.architecture": "flux-2-klein/lora"}, "FLUX.2"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "SDXL"),
+        ({"modelspec.architecture": "qwen-image/lora"}, "Qwen-Image"),
+    ],
+)
+def test_a_header_that_names_another_model(model, lora, said, name):
+    assert f"is a LoRA for {name}" in refused(model, lora(**said))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("diffusion_model.double_stream_modulation_img.lin", "FLUX.2"),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "FLUX.2"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "SDXL"),
+        ("transformer.transformer_blocks.0.img_mod.1", "Qwen-Image"),
+        ("diffusion_model.blocks.0.self_attn.q", "Wan"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "Stable Diffusion 3"),
+    ],
+)
+def test_keys_of_another_model_refuse_the_whole_file(model, lora, key, name):
+    change = {f"{key}.lora_A.weight": torch.zeros(4, 16), f"{key}.lora_B.weight": torch.zeros(16, 4)}
+    text = refused(model, lora(lambda tensors: tensors.update(change)), allow_partial=True)
+    assert "is a LoRA for" in text and name in text
+
+
+def test_peft_metadata_that_is_none(model, lora):
+    assert "no JSON object" in refused(model, lora(lora_adapter_metadata="[1"))
+
+
+# Damaged files: rows 1 to 9, 16 and 21 of the table of faults ---------------------------------------------------
+
+
+def header_of(data):
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header, rest):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + rest
+
+
+def changed_entry(data, **values):
+    header, rest = header_of(data)
+    next(value for key, value in header.items() if key != "__metadata__").update(values)
+    return with_header(header, rest)
+
+
+DAMAGED = {
+    "empty": lambda data: b"",
+    "seven bytes": lambda data: data[:7],
+    "cut in the header": lambda data: data[:100],
+    "cut in the data": lambda data: data[:-10],
+    "a huge header": lambda data: struct.pack("<Q", 2**63) + data[8:],
+    "a header too long": lambda data: struct.pack("<Q", struct.unpack("<Q", data[:8])[0] + 5) + data[8:],
+    "junk behind": lambda data: data + b"junk",
+    "overlap": lambda data: changed_entry(data, data_offsets=[4, 68]),
+    "unknown dtype": lambda data: changed_entry(data, dtype="F99"),
+    "a product that is wrong": lambda data: changed_entry(data, shape=[2**40, 2**40]),
+    "HTML": lambda data: b"<!DOCTYPE html><html></html>",
+    "a pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "a zip": lambda data: b"PK\x03\x04" + data,
+    "a pickle": lambda data: b"\x80\x04cposix\nsystem\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file(model, lora, name):
+    path = lora()
+    path.write_bytes(DAMAGED[name](path.read_bytes()))
+    refused(model, path)
+
+
+def test_a_key_that_comes_twice(model, lora):
+    path = lora()
+    header, rest = header_of(path.read_bytes())
+    text = json.dumps(header)
+    first = next(key for key in header if key != "__metadata__")
+    text = text.replace("{", '{"%s": %s, ' % (first, json.dumps(header[first])), 1).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    assert "comes twice" in refused(model, path)
+
+
+def test_what_is_no_file(model, tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        refused(model, path)
+
+
+@pytest.mark.parametrize("scale", ["inf", "nan", "much", "0.8@", "0.8@x", "1e9"])
+def test_scales_on_the_command_line(lora, scale, capsys):
+    assert main(["--prompt", "a red apple", "--lora", str(lora()), scale]) == 2
+    assert "a scale is a number" in capsys.readouterr().err
+
+
+def test_the_command_line_says_it_before_a_model_is_loaded(lora, capsys, monkeypatch):
+    monkeypatch.setattr("flux_core.pipeline.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["--prompt", "a red apple", "--lora", str(lora())]) == 4  # it is for another size
+    assert "Next:" in capsys.readouterr().err
+    assert main(["--prompt", "a red apple", "--lora-scale", "0.5"]) == 2
+    assert "--lora-scale does nothing without --lora" in capsys.readouterr().err
+
+
+def test_every_error_is_one_of_ours(model, lora):
+    """A file with random bytes in its header's place, a thousand times, is refused or read."""
+    path = lora()
+    data = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", data[:8])[0]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        at = int(torch.randint(8, 8 + length, (), generator=draw))
+        broken = bytearray(data)
+        broken[at] = int(torch.randint(32, 127, (), generator=draw))
+        path.write_bytes(broken)
+        try:
+            read_lora(path, PARAMS)
+        except FluxError:
+            continue
