@@ -35,6 +35,17 @@ def cards_left_as_they_were(request):
     assert failed or left < MOST, f"{left / 2**20:.0f} MiB of tensors are left on the card"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def loras_remembered_elsewhere(tmp_path_factory):
+    """The user's own list of LoRA files is left alone."""
+    from flux_core.lora import known
+
+    place = tmp_path_factory.mktemp("known") / "loras.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "_place", lambda: place)
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory):
     """A folder of weights as `weights/`, with a small random model under the name of flux-mini."""

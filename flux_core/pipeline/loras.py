@@ -30,7 +30,7 @@ class Loras:
         self.components = components
         self.own: list[Handle] = []
         """files that the user loaded and will remove"""
-        self._known: dict[int, Known] = {}
+        self._known: dict[Handle, Known] = {}
         self._asked: dict[tuple[str, bool, bool], tuple[Handle, Known]] = {}
         """files that the last request asked for, by hash and way"""
 
@@ -47,7 +47,7 @@ class Loras:
         handle, known = self._attach(locate(str(file)), allow_partial, merge)
         handle.scale = scale
         self.own.append(handle)
-        self._known[id(handle)] = known
+        self._known[handle] = known
         return handle
 
     def _attach(self, path: Path, allow_partial: bool, merge: bool) -> tuple[Handle, Known]:
@@ -66,7 +66,7 @@ class Loras:
         """The files that the user loaded, as a picture carries them."""
         self._forget_removed()
         return [
-            record(self._known[id(handle)], Lora(file=handle.file.name, scale=handle.scale, merge=handle.is_merged))
+            record(self._known[handle], Lora(file=handle.file.name, scale=handle.scale, merge=handle.is_merged))
             for handle in self.own
         ]
 
@@ -95,13 +95,17 @@ class Loras:
 
     def text_key(self) -> Hashable:
         """What of the LoRAs an encoded prompt depends on: files that train text encoders, and their scales."""
-        handles = [*self.own, *(handle for handle, _ in self._asked.values())]
+        self._forget_removed()
+        attached = [*((handle, self._known[handle]) for handle in self.own), *self._asked.values()]
         return tuple(
-            (id(handle), handle.text_scale) for handle in handles if handle.file.of("clip") or handle.file.of("t5")
+            (known.sha256, handle.is_merged, handle.text_scale)
+            for handle, known in attached
+            if handle.file.of("clip") or handle.file.of("t5")
         )
 
     def _forget_removed(self) -> None:
         self.own = [handle for handle in self.own if handle.is_attached]
+        self._known = {handle: self._known[handle] for handle in self.own}
 
 
 class LoraSteps:

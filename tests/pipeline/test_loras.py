@@ -1,0 +1,289 @@
+"""LoRAs in a pipeline: nothing that was computed before hides one, and none is left behind."""
+
+import json
+
+import pytest
+import torch
+from random_lora import PREFIX, factors, text_factors, write
+from tiny import tiny_pipeline
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from flux_core.errors import FileError, UsageError
+from flux_core.hooks import Lora, Skip
+from flux_core.lora import attach, attached
+from flux_core.model import ModulationTable
+from flux_core.pipeline import load_pipeline
+from flux_core.sampling import euler, flow_velocity, get_schedule, image_ids
+
+FAST = {"num_steps": 3, "width": 48, "height": 32, "force": True}
+PARAMS = tiny_pipeline().variant.params
+MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two LoRAs, and one that trains modulation alone."""
+    of_modulation = {key: x for key, x in factors(PARAMS, seed=2).items() if any(f"{end}." in key for end in MODULATION)}
+    return {
+        "a": write(tmp_path / "a.safetensors", factors(PARAMS, seed=0, alpha=2.0)),
+        "b": write(tmp_path / "b.safetensors", factors(PARAMS, rank=3, seed=1)),
+        "mod": write(tmp_path / "mod.safetensors", of_modulation),
+    }
+
+
+def pixels(pipeline, prompt="a red apple", seed=1, **fields):
+    return pipeline.generate(prompt, seed, **{**FAST, **fields})[0].tobytes()
+
+
+def entry(file, **values):
+    return Lora(file=str(file), **values)
+
+
+# What was computed before --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "mod"])
+def test_attached_after_a_first_picture_it_changes_the_next(pipeline, files, name):
+    before = pixels(pipeline)
+    handle = pipeline.load_lora(files[name])
+    changed = pixels(pipeline)
+    fresh = tiny_pipeline()
+    fresh.load_lora(files[name])
+    assert changed == pixels(fresh) != before
+    handle.scale = 0.0
+    assert pixels(pipeline) == before
+    handle.scale = 1.0
+    assert pixels(pipeline) == changed
+    handle.remove()
+    assert pixels(pipeline) == before and not attached(pipeline.model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["attached", "rescaled", "removed"])
+def test_a_change_between_two_steps_reaches_the_modulation(pipeline, files, when):
+    """The velocity object that was made before the change gives the velocity of the model as it is."""
+    model = pipeline.model
+    sigmas = get_schedule(4, 6)
+    shapes = {"txt": (1, 4, PARAMS.context_in_dim), "vec": (1, PARAMS.vec_in_dim)}
+    draw = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    inputs |= {"img_ids": image_ids(1, 2, 3), "txt_ids": torch.zeros(1, 4, 3), "guidance": 3.5}
+    x = torch.randn(1, 6, 64, generator=draw)
+    handle = None if when == "attached" else attach(model, files["mod"])
+    tabled, plain = flow_velocity(model, **inputs, sigmas=sigmas[:-1]), flow_velocity(model, **inputs)
+    before = tabled(x, sigmas[0])
+    assert torch.equal(before, plain(x, sigmas[0]))
+    if when == "attached":
+        attach(model, files["mod"])
+    elif when == "rescaled":
+        handle.scale = 0.3
+    else:
+        handle.remove()
+    for sigma in sigmas[1:-1]:
+        assert torch.equal(tabled(x, sigma), plain(x, sigma))
+    assert not torch.equal(tabled(x, sigmas[0]), before)
+
+
+@torch.no_grad()
+def test_each_row_of_the_table_has_its_own_steps_scale(pipeline, files):
+    """Steps 0 and 1 with it, the others without: as without a table, and as two runs joined."""
+    plan = [entry(files["a"], steps="0-1")]
+    with_table = pipeline.generate("a red apple", 1, **{**FAST, "num_steps": 4}, plan=plan)[0]
+    model, counted = pipeline.model, []
+
+    class Without(ModulationTable):
+        def __init__(self, *args):
+            counted.append(args)
+            super().__init__(*args)
+
+    scales = []
+
+    def on_step(step):
+        scales.append(float(model.double_blocks[0].img_attn.qkv.factor[0]))
+
+    pipeline.generate("a red apple", 1, **{**FAST, "num_steps": 4}, plan=plan, on_step=on_step)
+    assert scales == [0.5, 0.5, 0.0, 0.0]  # alpha / rank is a half
+    by_hand = by_hand_picture(files["a"], 4, lambda step: 1.0 if step < 2 else 0.0)
+    assert with_table.tobytes() == by_hand
+
+
+def by_hand_picture(file, steps, scale_of):
+    """The picture of a pipeline whose handle is rescaled after each step, for the next."""
+    pipeline = tiny_pipeline()
+    handle = pipeline.load_lora(file, scale_of(0))
+
+    def on_step(step):
+        handle.scale = scale_of(step.index + 1)
+
+    return pipeline.generate("a red apple", 1, **{**FAST, "num_steps": steps}, on_step=on_step)[0].tobytes()
+
+
+def test_blocks_of_a_plan(pipeline, files):
+    """One block alone is what a file with that block alone gives."""
+    block = "single_blocks.0"
+    some = {key: x for key, x in factors(PARAMS, seed=0, alpha=2.0).items() if key.startswith(PREFIX + block)}
+    alone = write(files["a"].parent / "alone.safetensors", some)
+    assert pixels(pipeline, plan=[entry(files["a"], blocks=block, scale=0.7)]) == pixels(
+        tiny_pipeline(), plan=[entry(alone, scale=0.7)]
+    )
+
+
+def test_scales_of_the_same_file_add_up_where_both_are_active(pipeline, files):
+    twice = [entry(files["a"], scale=0.25, steps="0-1"), entry(files["a"], scale=0.5)]
+    once = by_hand_picture(files["a"], 3, lambda step: 0.75 if step < 2 else 0.5)
+    assert pixels(pipeline, plan=twice) == once
+    assert len(attached(pipeline.model)) == 1
+
+
+def test_a_request_without_them_draws_without_them(pipeline, files):
+    before = pixels(pipeline)
+    assert pixels(pipeline, plan=[entry(files["a"])]) != before
+    assert pixels(pipeline) == before and not attached(pipeline.model)
+
+
+def test_two_files_in_either_order_and_a_skip(pipeline, files):
+    a, b = entry(files["a"], scale=0.5), entry(files["b"], scale=0.3)
+    both = pixels(pipeline, plan=[a, b])
+    assert both == pixels(pipeline, plan=[b, a]) != pixels(pipeline, plan=[a])
+    assert pixels(pipeline, plan=[a, Skip(blocks="layer.1")]) != pixels(pipeline, plan=[a])
+
+
+# Compiled and recorded -----------------------------------------------------------------------------------------
+
+
+def test_a_scale_compiles_nothing(files, monkeypatch):
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=counter, **options))
+    pipeline = tiny_pipeline(compile=True)
+    handle = pipeline.load_lora(files["a"])
+    pictures = {pixels(pipeline)}
+    graphs = counter.frame_count
+    for scale in (0.5, 0.0, -1.0):
+        handle.scale = scale
+        pictures.add(pixels(pipeline))
+    pictures.add(pixels(pipeline, plan=[entry(files["b"], steps="1")]))
+    more = counter.frame_count
+    pictures.add(pixels(pipeline, plan=[entry(files["b"], steps="0", scale=0.2)]))
+    assert len(pictures) == 6 and graphs == 2 and counter.frame_count == more
+    torch._dynamo.reset()
+
+
+# Text encoders -------------------------------------------------------------------------------------------------
+
+
+def test_text_encoders_are_changed_and_prompts_are_encoded_again(small, tmp_path):
+    pipeline = load_pipeline("flux-mini", "cpu")
+    sizes = {key: encoder.model.config for key, encoder in (("clip", pipeline.clip), ("t5", pipeline.t5))}
+    inner = sizes["t5"].num_heads * sizes["t5"].d_kv
+    text = text_factors(sizes["clip"].hidden_size, sizes["t5"].d_model, inner)
+    of_flux = {key: x for key, x in factors(pipeline.variant.params, strength=0.1).items() if "img_in" in key}
+    path = write(tmp_path / "text.safetensors", text | of_flux)
+    before = [encoder(["a red apple"]) for encoder in (pipeline.t5, pipeline.clip)]
+    first = pipeline.prompts("a red apple")
+    with pipeline.load_lora(path) as handle:
+        assert "1 of CLIP" in handle.summary and "1 of T5" in handle.summary and "left out" not in handle.summary
+        assert not any(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
+        handle.scale = 0.0
+        assert all(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
+        handle.scale = 0.5
+        half = pipeline.prompts("a red apple")
+        assert not any(torch.equal(x, y) for x, y in zip(first, half, strict=True))
+    after = [encoder(["a red apple"]) for encoder in (pipeline.t5, pipeline.clip)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
+
+
+def test_offloaded_it_draws_the_same(small, tmp_path):
+    path = write(tmp_path / "a.safetensors", factors(small.params, strength=0.1))
+    pictures = [
+        load_pipeline("flux-mini", "cpu", offload=offload).generate("a red apple", 1, plan=[entry(path)], **FAST)[0]
+        for offload in (False, True)
+    ]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+# Merged --------------------------------------------------------------------------------------------------------
+
+
+def test_merged_it_is_in_the_weights_and_out_again(pipeline, files):
+    before = {name: x.clone() for name, x in pipeline.model.state_dict().items()}
+    base = pixels(pipeline)
+    handle = pipeline.load_lora(files["a"], 0.5, merge=True)
+    other = pipeline.load_lora(files["b"], 0.3, merge=True)
+    assert list(pipeline.model.state_dict()) == list(before)
+    merged = pipeline.generate("a red apple", 1, **FAST)[0]
+    beside = tiny_pipeline()
+    beside.load_lora(files["a"], 0.5), beside.load_lora(files["b"], 0.3)
+    branch = beside.generate("a red apple", 1, **FAST)[0]
+    apart = torch.tensor(bytearray(merged.tobytes())).int() - torch.tensor(bytearray(branch.tobytes())).int()
+    assert apart.abs().max() <= 1 and merged.tobytes() != base
+    handle.remove()
+    assert pixels(pipeline) != base
+    other.remove()
+    after = pipeline.model.state_dict()
+    assert pixels(pipeline) == base and all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_fp8_is_not_merged_and_says_so(small, tmp_path):
+    path = write(tmp_path / "a.safetensors", factors(small.params, strength=0.1))
+    pipeline = load_pipeline("flux-mini", "cpu", "fp8")
+    with pytest.raises(UsageError, match="bf16 or fp32 weights"):
+        pipeline.load_lora(path, merge=True)
+    assert not attached(pipeline.model)
+    pipeline.load_lora(path)
+
+
+def test_a_merged_one_is_for_every_step():
+    with pytest.raises(UsageError, match="at every step and in every block"):
+        tiny_pipeline().generate("x", 1, **FAST, plan=[Lora(file="a.safetensors", merge=True, steps="0")])
+
+
+# The record ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_records_what_was_on_the_model(pipeline, files):
+    pipeline.load_lora(files["b"], 0.3)
+    info = pipeline.generate("a red apple", 1, **FAST, plan=[entry(files["a"], scale=0.8)])[0].info
+    recorded = json.loads(info["flux_core"])["plan"]
+    assert [(x["kind"], x["file"], x["scale"]) for x in recorded] == [
+        ("lora", "a.safetensors", 0.8), ("lora", "b.safetensors", 0.3),
+    ]  # fmt: skip
+    assert "<lora:a:0.8><lora:b:0.3>" in info["parameters"]
+    hashes = ", ".join(f"{x['file'][0]}: {x['autov3']}" for x in recorded)
+    assert f'Lora hashes: "{hashes}"' in info["parameters"]
+    assert str(files["a"].parent) not in info["flux_core"] + info["parameters"]
+
+
+def test_a_record_is_found_by_its_hash_alone(pipeline, tmp_path):
+    path = write(tmp_path / "only.safetensors", factors(PARAMS, seed=77))  # no other test's file has this hash
+    image = pipeline.generate("a red apple", 1, **FAST, plan=[entry(path)])[0]
+    recorded = json.loads(image.info["flux_core"])["plan"]
+    assert pixels(pipeline, plan=recorded) == image.tobytes()
+    path.rename(tmp_path / "elsewhere.safetensors")
+    fresh = tiny_pipeline()
+    with pytest.raises(UsageError, match=r"only\.safetensors, SHA-256 [0-9a-f]{16}.*--lora FILE"):
+        pixels(fresh, plan=recorded)
+
+
+def test_a_control_lora_is_not_drawn_with(pipeline, tmp_path):
+    wide = factors(PARAMS)
+    wide[f"{PREFIX}img_in.lora_down.weight"] = torch.zeros(4, 128)
+    path = write(tmp_path / "control.safetensors", wide)
+    with pytest.raises(FileError, match="control picture"):
+        pipeline.load_lora(path)
+    model = pipeline.model
+    with attach(model, path):
+        assert model.img_in.in_features == model.in_channels == model.params.in_channels == 128
+    assert model.img_in.in_features == model.in_channels == 64 and type(model.img_in) is nn.Linear
+
+
+def test_euler_knows_no_lora():
+    """The seam is the velocity's: a sampler of somebody else's gets the scales of the steps, too."""
+    assert "adapt" not in euler.__code__.co_varnames
