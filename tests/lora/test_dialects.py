@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 from golden_files import FOLDER, distance, flux_of, read
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from flux_core.lora import attach
 
@@ -66,3 +68,71 @@ def test_two_at_once_in_either_order():
         for handle in handles:  # the first attached is the first to go
             handle.remove()
     assert distance(velocity(), BASE.tensors["out.velocity"]) < TOLERANCE
+
+
+def tree(shapes):
+    """Nested modules with a Linear of each shape under its dotted name."""
+    root = nn.Module()
+    for name, (rows, columns) in shapes.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for part in parents:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.add_module(leaf, nn.Linear(columns, rows, bias=False).requires_grad_(False))
+    return root
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+@pytest.mark.parametrize("name", ["kohya", "onetrainer", "comfy"])
+def test_text_encoders_get_what_was_trained(name, prefix):
+    """Under the names of transformers before 5, which have `text_model.` in front of CLIP's, and of later ones."""
+    start = f"{name}/delta_text."
+    wanted = {"clip": {}, "t5": {}}
+    for key, x in EXPECTED.group(start).items():
+        network, _, weight = key.partition(".")
+        wanted[network][weight.removesuffix(".weight").removeprefix("" if prefix else "text_model.")] = x
+    encoders = {network: tree({key: x.shape for key, x in found.items()}) for network, found in wanted.items()}
+    with attach(MODEL, file_of(name), text=encoders, allow_partial=True) as handle:  # not all of them are there
+        assert "left out" not in handle.summary
+        for network, found in wanted.items():
+            for module, delta in found.items():
+                layer = encoders[network].get_submodule(module)
+                ours = layer(torch.eye(delta.shape[1])).t() - layer.base.weight
+                assert distance(ours, delta) < TOLERANCE
+    assert all(type(x) is nn.Linear for x in encoders["clip"].modules() if hasattr(x, "in_features"))
+
+
+def test_newer_names_of_onetrainer(tmp_path):
+    """Its second layout has official names, with q, k, v as .0, .1, .2 and a single block's MLP as .3; final_layer as
+    the official one."""
+    old = load_file(file_of("onetrainer"))
+    table = {
+        "norm_out_linear": None,  # its halves are in the other order there
+        "context_embedder": "txt_in",
+        "proj_out": "final_layer.linear",
+    }
+    for side, parts in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+        for i, part in enumerate(parts):
+            for block in range(2):
+                table[f"transformer_blocks_{block}_attn_{part}"] = f"double_blocks.{block}.{side}_attn.qkv.{i}"
+    for block in range(3):
+        for i, part in enumerate(("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp")):
+            table[f"single_transformer_blocks_{block}_{part}"] = f"single_blocks.{block}.linear1.{i}"
+        table[f"single_transformer_blocks_{block}_proj_out"] = f"single_blocks.{block}.linear2"
+        table[f"single_transformer_blocks_{block}_norm_linear"] = f"single_blocks.{block}.modulation.lin"
+    kept, new = {}, {}
+    for key, x in old.items():
+        stem, _, ending = key.removeprefix("lora_transformer_").partition(".")
+        if key.startswith("lora_transformer_") and table.get(stem):
+            kept[key], new[f"transformer.{table[stem]}.{ending}"] = x, x
+    assert len(new) > 30
+    pictures = []
+    for number, tensors in enumerate((kept, new)):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path)
+        with attach(MODEL, path) as handle:
+            assert "OneTrainer" in handle.summary or number
+            pictures.append(velocity())
+    assert torch.equal(*pictures) and distance(pictures[0], velocity()) > 0.01

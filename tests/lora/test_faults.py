@@ -203,7 +203,8 @@ def test_a_key_that_comes_twice(model, lora):
     header, rest = header_of(path.read_bytes())
     text = json.dumps(header)
     first = next(key for key in header if key != "__metadata__")
-    text = text.replace("{", '{"%s": %s, ' % (first, json.dumps(header[first])), 1).encode()
+    again = f'"{first}": {json.dumps(header[first])}, '
+    text = text.replace("{", "{" + again, 1).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
     assert "comes twice" in refused(model, path)
 

@@ -29,7 +29,9 @@ def pipeline():
 @pytest.fixture
 def files(tmp_path):
     """Two LoRAs, and one that trains modulation alone."""
-    of_modulation = {key: x for key, x in factors(PARAMS, seed=2).items() if any(f"{end}." in key for end in MODULATION)}
+    of_modulation = {
+        key: x for key, x in factors(PARAMS, seed=2).items() if any(f"{end}." in key for end in MODULATION)
+    }
     return {
         "a": write(tmp_path / "a.safetensors", factors(PARAMS, seed=0, alpha=2.0)),
         "b": write(tmp_path / "b.safetensors", factors(PARAMS, rank=3, seed=1)),
