@@ -1,0 +1,213 @@
+"""`--lora` in every command that draws: typed, in jobs and prompt files, recorded, and repeated."""
+
+import json
+import re
+from zlib import crc32
+
+import pytest
+from PIL import Image
+from random_lora import factors, write
+from tiny import tiny_pipeline, tiny_variant
+
+from flux_core.commands.edit import edit
+from flux_core.commands.importance import importance
+from flux_core.errors import UsageError
+from flux_core.hooks.lora import Typed, ranges
+from flux_core.images.metadata import read_request
+from flux_core.main import main
+from flux_core.session.record import read_rows
+from flux_core.variants import VARIANTS
+
+SMALL = ["--steps", "2", "--width", "48", "--height", "32", "--force"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "flux-mini", tiny_variant())
+    monkeypatch.setattr("flux_core.pipeline.load_pipeline", tiny_pipeline)
+    for command in ("generate", "explore", "repeat", "edit", "importance"):
+        monkeypatch.setattr(f"flux_core.commands.{command}.check_files", lambda variant: None)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two LoRAs that no other test has: a file is found by its hash wherever it was seen."""
+    params, own = tiny_variant().params, crc32(str(tmp_path).encode()) % 2**30
+    return [
+        str(write(tmp_path / f"{name}.safetensors", factors(params, seed=own + i)))
+        for i, name in enumerate(("style", "other"))
+    ]
+
+
+def run(*words, out=None):
+    """The pictures that a command draws into `out`."""
+    before = set(out.rglob("*.png")) if out.exists() else set()
+    assert main([*map(str, words), "--output-dir", str(out)]) == 0
+    return sorted(set(out.rglob("*.png")) - before)
+
+
+def scales(path):
+    return [(entry.name, entry.scale, entry.steps) for entry in read_request(path).loras]
+
+
+def test_generate_takes_several_with_scales_and_steps(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--prompt", "a red apple", "--seed", "1", *SMALL]
+    (plain,) = run(*words, out=out)
+    (drawn,) = run(*words, "--lora", files[0], "0.8@0", "--lora", files[1], "--lora_scale", "0.5", out=out)
+    assert scales(drawn) == [("style", 0.8, (0,)), ("other", 0.5, None)]
+    assert "LoRA style 0.8@0, LoRA other 0.5" in capsys.readouterr().out
+    assert Image.open(plain).tobytes() != Image.open(drawn).tobytes()
+    (zero,) = run(*words, "--lora", files[0], "0", out=out)
+    assert Image.open(plain).tobytes() == Image.open(zero).tobytes()
+    (merged,) = run(*words, "--lora", files[0], "0.8", "--lora-merge", out=out)
+    assert read_request(merged).loras[0].merge
+
+
+def test_a_folder_is_what_a_trainer_wrote(files, tmp_path):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (tmp_path / "style.safetensors").rename(folder / "pytorch_lora_weights.safetensors")
+    write(folder / "checkpoint-100.safetensors", {})
+    (drawn,) = run("--prompt", "x", *SMALL, "--lora", folder, out=tmp_path / "out")
+    assert scales(drawn) == [("pytorch_lora_weights", 1.0, None)]
+
+
+def test_jobs_and_prompt_files(files, tmp_path):
+    out, job, lines = tmp_path / "out", tmp_path / "job.json", tmp_path / "lines.jsonl"
+    small = {"steps": 2, "width": 48, "height": 32, "force": True, "output_dir": str(out)}
+    job.write_text(json.dumps([
+        {"prompt": "x", "seed": 1, "lora": files[0], **small},
+        {"prompt": "x", "seed": 2, "lora": [files[0], 0.5], **small},
+        {"prompt": "x", "seed": 3, "lora": [[files[0], "0.5@1"], [files[1]]], **small},
+    ]))  # fmt: skip
+    assert main(["run", str(job)]) == 0
+    found = {read_request(path).seed: scales(path) for path in out.glob("flux*.png")}
+    assert found == {
+        1: [("style", 1.0, None)],
+        2: [("style", 0.5, None)],
+        3: [("style", 0.5, (1,)), ("other", 1.0, None)],
+    }
+    rows = [{"prompt": "x", "seed": 4}, {"prompt": "x", "seed": 5, "lora": [files[1], 0.25]},
+            {"prompt": "x", "seed": 6, "lora": f"{files[1]} 0.75"}]  # fmt: skip
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    run("--prompt-file", lines, *SMALL, "--lora", files[0], "--skip", "layer.1", out=out)
+    found = {read_request(path).seed: path for path in out.glob("flux*.png")}
+    assert [scales(found[seed]) for seed in (4, 5, 6)] == [
+        [("style", 1.0, None)], [("other", 0.25, None)], [("other", 0.75, None)],
+    ]  # fmt: skip
+    assert all([entry.kind for entry in read_request(found[seed]).hooks] == ["skip"] for seed in (4, 5, 6))
+    lines.write_text(json.dumps({"prompt": "x", "lora": [files[0], "loud"]}))
+    assert main(["--prompt-file", str(lines), *SMALL]) == 2
+
+
+def test_explore_fills_a_column_and_a_folder(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["explore", "--prompt", "x", "--seeds", "1", *SMALL, "--lora", files[0], "--lora", files[1], "0.3"]
+    run(*words, "--lora-scales", "0,0.5,1", out=out)
+    (session,) = out.iterdir()
+    assert sorted(path.name for path in (session / "lora_images").iterdir()) == [
+        "lora_0.5.png", "lora_0.png", "lora_1.png",
+    ]  # fmt: skip
+    assert (session / "lora_grid.png").is_file()
+    rows = {row["File"]: row for row in read_rows(session / "metadata.csv")}
+    assert [rows[f"lora_images/lora_{x}.png"]["LoraScale"] for x in ("0", "0.5", "1")] == ["0 0.3", "0.5 0.3", "1 0.3"]
+    assert main(["repeat", str(session / "metadata.csv"), "--row", "3", "--force", "--output-dir", str(out)]) == 0
+    assert "byte for byte" in capsys.readouterr().out
+    (session / "lora_images" / "lora_1.png").unlink()
+    assert main(["explore", "--resume", str(session)]) == 0
+    assert (session / "lora_images" / "lora_1.png").is_file()
+    assert main([*words[:-3], "0.4", "--lora-scales", "0,1"]) == 2
+    assert "--lora-scales is for LoRAs without a scale" in capsys.readouterr().err
+
+
+def test_a_picture_is_repeated_where_its_file_went(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    (picture,) = run("--prompt", "x", "--seed", "1", *SMALL, "--lora", files[0], "0.5", out=out)
+    (again,) = run("--from-image", picture, "--force", out=out)
+    assert again.read_bytes() == picture.read_bytes()
+    moved = tmp_path / "moved.safetensors"
+    (tmp_path / "style.safetensors").rename(moved)
+    capsys.readouterr()
+    for words in (["repeat", picture, "--force"], ["--from-image", picture, "--force"]):
+        assert main([*map(str, words), "--output-dir", str(out)]) == 2
+        assert re.search(r"LoRA style\.safetensors, SHA-256 \w{16}.*--lora FILE", capsys.readouterr().err)
+    assert main(["repeat", str(picture), "--force", "--lora", files[1], "--output-dir", str(out)]) == 2
+    capsys.readouterr()
+    assert main(["repeat", str(picture), "--force", "--lora", str(moved), "--output-dir", str(out)]) == 0
+    assert "same" in capsys.readouterr().out
+    (louder,) = run("--from-image", picture, "--force", "--lora", moved, "0.9", "--lora", files[1], out=out)
+    assert [(entry.file, entry.scale) for entry in read_request(louder).loras] == [
+        ("moved.safetensors", 0.9), ("other.safetensors", 1.0),
+    ]  # fmt: skip
+    assert main(["repeat", str(louder), "--force", "--lora", "nothing.safetensors", "--output-dir", str(out)]) == 4
+
+
+def test_edit_and_importance_draw_with_it(files, tmp_path):
+    fields = {
+        "num_steps": "2",
+        "width": "48",
+        "height": "32",
+        "force": True,
+        "lora": [[files[0], "0.5"]],
+        "layers": "all",
+    }
+    strip, source, *_ = edit("a pig", ["a dog"], output_dir=str(tmp_path / "edit"), seed="1", **fields)
+    assert [entry.name for entry in read_request(source).loras] == ["style"]
+    plain = edit("a pig", ["a dog"], output_dir=str(tmp_path / "edit"), seed="1", **fields | {"lora": None})[1]
+    assert Image.open(plain).tobytes() != Image.open(source).tobytes()
+    assert strip.is_file()
+
+
+def test_a_record_opens_no_path(files, tmp_path):
+    """A picture's metadata may not name a file that is then read, by a path or without a hash."""
+    from flux_core.images.metadata import parse_request
+
+    for entry in (
+        {"kind": "lora", "file": files[0]},
+        {"kind": "lora", "file": "/etc/passwd", "sha256": "0" * 64},
+        {"kind": "lora", "file": "..\\x.safetensors", "sha256": "0" * 64},
+    ):
+        with pytest.raises(UsageError, match="cannot make us read"):
+            parse_request(json.dumps({"prompt": "x", "name": "flux-mini", "plan": [entry]}), "a picture")
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (["a", "1", "2"], "not 3 values"),
+        (["a", "one"], "a scale is a number"),
+        (["a", "1@"], "a scale is a number"),
+        ([""], "takes a file"),
+    ],
+)
+def test_what_is_typed_wrong(words, finding):
+    with pytest.raises(UsageError, match=finding):
+        Typed.of(words)
+
+
+def test_spellings():
+    assert vars(Typed.of("my style.safetensors")) == {"file": "my style.safetensors", "scale": None, "steps": None}
+    assert vars(Typed.of("style.safetensors .5@0-3,7")) == {"file": "style.safetensors", "scale": 0.5, "steps": "0-3,7"}
+    assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
+
+
+def test_a_step_that_there_is_not(files, capsys):
+    assert main(["--prompt", "x", *SMALL, "--lora", files[0], "1@0-5"]) == 2
+    assert "there is no step 5" in capsys.readouterr().err
+
+
+def test_a_word_of_other_tools_in_the_prompt_is_said_to_do_nothing(tmp_path, capsys):
+    run("--prompt", "an apple <lora:style:0.8>", *SMALL, out=tmp_path / "out")
+    assert "<lora:style:0.8> in a prompt does nothing here. Next: --lora FILE SCALE" in capsys.readouterr().err
+
+
+def test_importance_keeps_it_for_every_picture(files, tmp_path):
+    from flux_core.methods.importance import REFERENCE, Prompt, Study, Task
+    from flux_core.request.generation import GenerationRequest
+
+    request = GenerationRequest(prompt="x", width=48, height=32, force=True, plan=[{"kind": "lora", "file": files[0]}])
+    study = Study(tmp_path, [Prompt(prompt="x", seed=1)], 1, request)
+    kinds = [[entry.kind for entry in study.request_of(Task(0, 1, block)).plan] for block in (REFERENCE, "layer.0")]
+    assert kinds == [["lora"], ["lora", "skip"]]
+    assert importance  # which builds that request from --lora
