@@ -5,10 +5,10 @@ where each layer is. A layer gets one `BranchedLinear`, however many files are a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -201,7 +201,8 @@ def attach_file(
         state = _state(network)
         state.handles.append(handle)
         state.norms[handle] = found.norms if key == "transformer" else {}
-        for name, deltas in found.of.get(key, {}).items():
+        for name in list(found.of.get(key, {})):
+            deltas = found.of[key].pop(name)  # factors are freed once they are joined
             layer = _without_branch(network.get_submodule(name))
             if merge:
                 merged = state.merged.setdefault(name, MergedLayer.of(layer))  # type: ignore[arg-type]
@@ -388,21 +389,34 @@ def _resolve_text(file: LoraFile, networks: Networks) -> LoraFile:
 def _read(file: LoraFile, networks: Networks) -> _Found:
     """The differences of a file's modules, read onto the transformer's device. NonFiniteError, FileError."""
     alphas, found = _alphas(file), _Found({key: {} for key in networks}, {})
-    with _reading(file, _device(networks["transformer"])) as get:
-        for name, tensor_name in file.norms.items():
-            found.norms[name] = ("set", get(tensor_name))
-        for module in file.modules:
-            if module.network not in networks:
-                continue
-            tensors = {role: get(name) for role, name in module.tensors.items() if role not in _NUMBERS}
-            if module.network == "transformer" and module.target.module.endswith(".scale"):
-                found.norms[module.target.module] = ("add", tensors["diff"])
-                continue
-            network, name = networks[module.network], module.target.module
-            layer = _without_branch(network.get_submodule(name))
-            weight = _state(network).weight_of(name, layer)
-            delta = _delta(module, tensors, alphas.get(module.stem), layer, weight)
-            found.of[module.network].setdefault(name, []).append(delta)
+    modules = [module for module in file.modules if module.network in networks]
+    of_module = [{role: x for role, x in module.tensors.items() if role not in _NUMBERS} for module in modules]
+    names = chain(file.norms.values(), *(roles.values() for roles in of_module))
+    read = _tensors(file, names, _device(networks["transformer"]))
+    found.norms = {name: ("set", read[tensor]) for name, tensor in file.norms.items()}
+    for module, roles in zip(modules, of_module, strict=True):
+        tensors = {role: read.pop(name) for role, name in roles.items()}
+        network, name = networks[module.network], module.target.module
+        if module.network == "transformer" and name.endswith(".scale"):
+            found.norms[name] = ("add", tensors["diff"])
+            continue
+        layer = _without_branch(network.get_submodule(name))
+        delta = _delta(module, tensors, alphas.get(module.stem), layer, _state(network).weight_of(name, layer))
+        found.of[module.network].setdefault(name, []).append(delta)
+    return found
+
+
+def _tensors(file: LoraFile, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of these names, in the order of the file. NonFiniteError names the first that is not finite."""
+    order = sorted(names, key=file.source.spans.__getitem__)
+    with opened(file.source, device, order) as get:
+        found = {name: x.float() if x.dtype.itemsize == 1 else x for name in order for x in [get(name)]}
+    if found:
+        largest = torch._foreach_norm(list(found.values()), ord=math.inf, dtype=torch.float32)
+        sound = torch.stack(largest).isfinite()
+        if not sound.all():
+            name = order[int(sound.int().argmin())]
+            raise NonFiniteError(f"{file.path}: NaN or infinity in {name}. Next: train or fetch the LoRA again.")
     return found
 
 
@@ -464,27 +478,6 @@ def _alphas(file: LoraFile) -> dict[str, float]:
     if bad is not None:
         raise FileError(f"{file.path}: the header's lora_alpha or rank of {bad} is no number. Next: save it again.")
     return found
-
-
-@contextmanager
-def _reading(file: LoraFile, device: torch.device) -> Iterator[Callable[[str], Tensor]]:
-    """A context with a function that reads a tensor by its name, and checks at the end that all were finite."""
-    names = list(file.norms.values()) + [
-        name for module in file.modules for role, name in module.tensors.items() if role not in _NUMBERS
-    ]
-    largest: dict[str, Tensor] = {}
-    with opened(file.source, device, names) as get:
-
-        def read(name: str) -> Tensor:
-            x = get(name)
-            x = x.float() if x.dtype.itemsize == 1 else x
-            largest[name] = torch.linalg.vector_norm(x, ord=math.inf, dtype=torch.float32)
-            return x
-
-        yield read
-    if largest and not (sound := torch.stack(list(largest.values())).isfinite()).all():
-        name = list(largest)[int(sound.int().argmin())]
-        raise NonFiniteError(f"{file.path}: NaN or infinity in {name}. Next: train or fetch the LoRA again.")
 
 
 def _device(module: nn.Module) -> torch.device:
