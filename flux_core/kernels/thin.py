@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ..linears.contract import parts
 from ..linears.fp8 import LARGEST
 from .launch import dense_rows, operator
 
@@ -30,14 +31,17 @@ MOST_RANKS = 512
 @triton.jit
 def multiplied(
     x, down, total, inside, ranks, x_row, down_row,
-    K: tl.constexpr, BLOCK: tl.constexpr, AS: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """total + x @ down.T. x: pointers to rows [ROWS]; down: to rows [RANKS]; inside, ranks: which of them are there."""
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         a = tl.load(x + x_row[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
         b = tl.load(down + down_row[:, None] + k[None, :], mask=ranks[:, None] & (k < K)[None, :], other=0.0)
-        total = tl.dot(a.to(AS), tl.trans(b.to(AS)), total, input_precision="ieee")
+        a = a.to(down.dtype.element_ty)
+        if EXACT:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     return total
 
 
@@ -45,20 +49,20 @@ def multiplied(
 def thin_kernel(
     x, y, down, factor, gain, scales, out, x_batch, x_row, y_batch, y_row, down_row, out_batch, out_row, L, R,
     K: tl.constexpr, M: tl.constexpr, ROOM: tl.constexpr, BLOCK_ROOM: tl.constexpr, ROWS: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr, AS: tl.constexpr, LARGEST: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """factor * ([x | y] @ down.T) into `out`; without one behind the features of x, and zeros behind it up to ROOM.
 
-    y: None with M = 0. With gain it is of tokens: x are codes, and `scales` theirs.
+    y: None with M = 0. With gain it is of tokens: x are codes, and `scales` theirs; a rank has PARTS columns.
     """
     batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     inside, ranks, row = row < L, rank < R, row.to(tl.int64)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    total = multiplied(x + batch * x_batch, down, total, inside, ranks, row * x_row, rank * down_row, K, BLOCK, AS)
+    total = multiplied(x + batch * x_batch, down, total, inside, ranks, row * x_row, rank * down_row, K, BLOCK, EXACT)
     if M > 0:
         total = multiplied(
-            y + batch * y_batch, down + K, total, inside, ranks, row * y_row, rank * down_row, M, BLOCK, AS
+            y + batch * y_batch, down + K, total, inside, ranks, row * y_row, rank * down_row, M, BLOCK, EXACT
         )
     f = tl.load(factor + rank, mask=ranks, other=0.0)
     if out is None:  # noqa: SIM108 - and not x a second time, which a compiler would take for another tensor
@@ -74,23 +78,29 @@ def thin_kernel(
             fitted = x + batch * x_batch + row * x_row
             for start in range(0, K, BLOCK):
                 k = start + tl.arange(0, BLOCK)
-                some = inside[:, None] & (k < K)[None, :]
-                codes = tl.load(fitted[:, None] + k[None, :], mask=some, other=0.0).to(tl.float32)
-                tl.store(fitted[:, None] + k[None, :], (codes / shrink[:, None]).to(x.dtype.element_ty), mask=some)
+                there = inside[:, None] & (k < K)[None, :]
+                codes = tl.load(fitted[:, None] + k[None, :], mask=there, other=0.0).to(tl.float32)
+                tl.store(fitted[:, None] + k[None, :], (codes / shrink[:, None]).to(x.dtype.element_ty), mask=there)
             one = scales + batch * L + row
             tl.store(one, tl.load(one, mask=inside, other=0.0) * shrink, mask=inside)
     else:
         t = total * f[None, :]
-    tl.store(place[:, None] + rank[None, :], t.to(x.dtype.element_ty), mask=inside[:, None] & ranks[None, :])
+    some, place = inside[:, None] & ranks[None, :], place[:, None]
+    rounded = t.to(x.dtype.element_ty)
+    tl.store(place + rank[None, :], rounded, mask=some)
+    if PARTS > 1:
+        left_over = t - rounded.to(tl.float32)
+        tl.store(place + R + rank[None, :], left_over.to(x.dtype.element_ty), mask=some)
+    if PARTS > 2:
+        tl.store(place + 2 * R + rank[None, :], rounded, mask=some)
     if ROOM > 0:
         rest = tl.arange(0, BLOCK_ROOM)[None, :]
         zeros = tl.zeros((ROWS, BLOCK_ROOM), tl.float32).to(x.dtype.element_ty)
-        tl.store(place[:, None] + rest, zeros, mask=inside[:, None] & (rest >= R) & (rest < ROOM))
+        tl.store(place + rest, zeros, mask=inside[:, None] & (rest >= PARTS * R) & (rest < ROOM))
 
 
 INTERPRETED = not isinstance(thin_kernel, triton.JITFunction)
 """whether kernels run on the CPU, where Triton's interpreter multiplies no bf16"""
-AS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def launch(
@@ -103,13 +113,14 @@ def launch(
     """
     (B, L), R, M = x.shape[:2], len(down), 0 if y is None else y.shape[2]
     room, many = 0 if out is not None else x.shape[2] - down.shape[1], triton.next_power_of_2(max(R, 16))
+    number = 1 if gain is None else parts(R, room)
     ranks, rows = min(many, MOST_RANKS), MANY_ROWS if MANY_RANKS <= many < MOST_RANKS else ROWS
     wrap_triton(thin_kernel)[(triton.cdiv(L, rows), triton.cdiv(R, ranks), B)](
         x, y, down, factor, gain, scales, out, *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]),
         down.stride(0), *((0, 0) if out is None else out.stride()[:2]), L, R,
-        K=down.shape[1] - M, M=M, ROOM=room if room > R else 0, BLOCK_ROOM=triton.next_power_of_2(max(room, 1)),
-        ROWS=rows, RANKS=ranks, BLOCK=max(32, min(256, TILE // ranks)),
-        AS=tl.float32 if INTERPRETED else AS[down.dtype], LARGEST=LARGEST,
+        K=down.shape[1] - M, M=M, PARTS=number, ROOM=room if room > number * R else 0,
+        BLOCK_ROOM=triton.next_power_of_2(max(room, 1)), ROWS=rows, RANKS=ranks,
+        BLOCK=max(32, min(256, TILE // ranks)), EXACT=INTERPRETED, LARGEST=LARGEST,
         num_warps=WARPS if ranks < 256 else 2 * WARPS, num_stages=STAGES,
     )  # fmt: skip
 

@@ -20,7 +20,8 @@ branch is removed. s acts on t alone, so it may change at any time. docs/lora.md
 In fp8 B is written in the codes of W, whose rows have scales s_n already: code = B_nj / (s_n c_j), and t is multiplied
 by c_j. e4m3 has the same precision over a factor of 2^15, so there is room for both: c_j is such that B's codes fill
 the range, or t's are not lost in small numbers. t's range is the token's: tokens leave a margin (`fp8.MARGIN`), and one
-whose t needs more is scaled down by a power of two.
+whose t needs more is scaled down by a power of two. A product multiplies 128 columns at a time; of so many, up to 42
+ranks take three each, for t and B in codes and what the codes leave over. Then only the rounding of x counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from .contract import (
     is_leaf,
     multiply_columns,
     needs_grad,
+    parts,
     sum_of_products,
 )
 from .fp8 import E4M3, LARGEST, Fp8Linear, product_of_tokens
@@ -305,7 +307,8 @@ class BranchedLinear(Leaf):
         weight, (N, K) = base.weight.detach(), (self.out_features, self.in_features)
         behind, gain = up.detach(), None
         if isinstance(base, Fp8Linear):
-            found = codes_of(up, down, cast(Tensor, self.unit), base.weight_scale)
+            number = parts(len(down), self._room(len(down), weight.dtype))
+            found = codes_of(up, down, cast(Tensor, self.unit), base.weight_scale, number)
             if found is None:
                 return self._part_memory()
             behind, gain = found
@@ -314,7 +317,7 @@ class BranchedLinear(Leaf):
         if wide is None:
             wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
             wide[:, :K] = weight
-        wide[:, K:] = F.pad(behind, (0, room - len(down))).to(weight.dtype)
+        wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
         self.wide, self.gain = wide, gain
         base.weight.data = wide[:, :K]
         if gain is None:
@@ -455,16 +458,22 @@ class BranchedLinear(Leaf):
 
 
 @torch.no_grad()
-def codes_of(up: Tensor, down: Tensor, unit: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor] | None:
-    """up in codes of a weight whose rows have these scales, as fp32 [N, R], and the gain of each rank; None where the
-    codes are not as near to it as a weight's are."""
+def codes_of(
+    up: Tensor, down: Tensor, unit: Tensor, weight_scale: Tensor, number: int = 1
+) -> tuple[Tensor, Tensor] | None:
+    """up in codes of a weight whose rows have these scales, and the gain of each rank; None where they are not as near
+    to it as a weight's are. Codes are fp32 [N, number * R], with one to three for each rank (`contract.parts`).
+    """
     rows = up.float() / weight_scale[:, None]
     largest = rows.abs().amax(dim=0).clamp(min=1e-12)
     expected = TYPICAL * unit.abs() * torch.linalg.vector_norm(down.float(), dim=1)  # of t, at gain 1
     gain = torch.minimum(AIM / expected.clamp(min=1e-12), largest).maximum(largest / LARGEST)
     codes = (rows / gain).to(E4M3).float()
-    error = (codes * gain - rows) * weight_scale[:, None]
-    return (codes, gain) if error.norm() <= UP_ERROR * up.float().norm() else None
+    rest = (rows / gain - codes).to(E4M3).float()
+    found = codes if number < 3 else codes + rest
+    if ((found * gain - rows) * weight_scale[:, None]).norm() > UP_ERROR * up.float().norm():
+        return None
+    return torch.cat((codes, codes, rest)[:number], dim=1), gain
 
 
 def add_product(y: Tensor, thin: Tensor, up: Tensor) -> None:

@@ -49,7 +49,8 @@ class QuantizedTokens(NamedTuple):
 class Widened(NamedTuple):
     """Inputs of a layer, and behind their features what its branches make of them: gain * factor * (x @ down.T), or 0.
 
-    For tokens gain * factor * (codes @ down.T), in codes of the same scale.
+    For tokens t = gain * factor * (codes @ down.T), in codes of the same scale. Where there is room (`parts`) t is the
+    sum of codes and what those leave over, [codes | rest | codes] for up as [codes | codes | rest].
     """
 
     both: "Tensor | QuantizedTokens"
@@ -83,6 +84,14 @@ class Branches(NamedTuple):
         """Of layer and branches together."""
         own = cast("Tensor | None", self.base.bias)
         return own if self.shift is None else self.shift if own is None else own + self.shift
+
+
+def parts(ranks: int, room: int) -> int:
+    """How many columns in `room` behind tokens belong to each rank: codes; and the rest of t; and codes for that of up.
+
+    A product multiplies that many columns anyway.
+    """
+    return min(3, room // ranks)
 
 
 class Leaf(nn.Module):
