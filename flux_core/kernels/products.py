@@ -116,8 +116,7 @@ def modulation(linear: nn.Module, vec: Tensor) -> Tensor:
     """`ops.modulation`, of all steps in one pass over the weights. The sum of a step is independent of the others."""
     if found := branches(linear, vec):
         own = modulation(found.base, vec)
-        own += raised(F.silu(vec).flatten(0, -2), found).view_as(own)
-        return own
+        return own + raised(F.silu(vec).flatten(0, -2), found).view_as(own)
     product = dense(linear, vec)
     if product is None:
         return ops.modulation(linear, vec)  # type: ignore[arg-type]

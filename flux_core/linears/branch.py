@@ -25,6 +25,7 @@ ranks take three each, for t and B in codes and what the codes leave over. Then 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,6 +55,8 @@ TYPICAL, AIM = 8.0, 8.0
 """of tokens' codes, the root of the mean square, with their margin; and of codes of t, at the least"""
 UP_ERROR = 0.04
 """of up in codes, relative: about that of the weight's"""
+SPARE = 4 * 2**30
+"""bytes of a card that joining leaves free: the memory of weights that move is in pieces that the next do not fit in"""
 
 
 class Thin(NamedTuple):
@@ -315,6 +318,8 @@ class BranchedLinear(Leaf):
         room = self._room(len(down), weight.dtype)
         wide = self.wide if self._is_joined(room) else None
         if wide is None:
+            if not has_memory(weight, N * (K + room)):
+                return self._part_memory()
             wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
             wide[:, :K] = weight
         wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
@@ -344,7 +349,8 @@ class BranchedLinear(Leaf):
             return
         for one in (getattr(self.base, "weight", None), self.up):
             if isinstance(one, nn.Parameter) and not one.is_contiguous():
-                one.data = one.data.contiguous()
+                with suppress(torch.OutOfMemoryError):  # then it stays a view, of the same values
+                    one.data = one.data.contiguous()
         self.wide, self.gain = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BranchedLinear":
@@ -474,6 +480,11 @@ def codes_of(
     if ((found * gain - rows) * weight_scale[:, None]).norm() > UP_ERROR * up.float().norm():
         return None
     return torch.cat((codes, codes, rest)[:number], dim=1), gain
+
+
+def has_memory(like: Tensor, numbers: int) -> bool:
+    """Whether a card has memory for so many more numbers, and to spare."""
+    return not like.is_cuda or torch.cuda.mem_get_info(like.device)[0] > numbers * like.itemsize + SPARE
 
 
 def add_product(y: Tensor, thin: Tensor, up: Tensor) -> None:
