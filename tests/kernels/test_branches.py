@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import distance
+from golden_files import distance, flux_of, read
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
@@ -24,7 +24,7 @@ from flux_core.linears.contract import (
     parts,
     widening,
 )
-from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize
+from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize
 from flux_core.model import ops
 
 GELU = "tanh" if CUDA else "none"
@@ -463,3 +463,82 @@ def with_scale(block, scale):
     for layer in (block.first, block.last):
         layer.factor.copy_(scale * layer.unit)
     return block
+
+
+# Whole models
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Layers of a small model widen, too."""
+    monkeypatch.setattr(branch, "WIDEST", 4.0)
+
+
+def small_model(dtype):
+    golden = read("transformer_dev")
+    inputs = {
+        name: x[:1].to(DEVICE, x.dtype if name.endswith("ids") else dtype) for name, x in golden.group("in.").items()
+    }
+    return flux_of(golden, dtype).to(DEVICE), inputs
+
+
+def with_branches(model, dtype):
+    """Branches beside all Linears of the blocks."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "in_features") and "_blocks." in name:
+            model.set_submodule(name, branched(layer, dtype, rank=2, size=0.1))
+    return [layer for layer in model.modules() if isinstance(layer, BranchedLinear)]
+
+
+def installed(monkeypatch, model):
+    """A card's functions, or those of them that agree with the plain ones on the CPU."""
+    some = {"modulate": fused.modulate, "gated_sum": fused.gated_sum}
+    monkeypatch.setattr(kernels, "fused_ops", lambda device: kernels._triton() if CUDA else ops.PLAIN._replace(**some))
+    monkeypatch.setattr(Fp8Linear, "scales_on", lambda self, device: True)
+    found = kernels.install(model, DEVICE)
+    if not CUDA:
+        kernels.put(model, found._replace(modulation=ops.modulation))
+
+
+@pytest.mark.parametrize("first", ["branches", "kernels"])
+def test_a_whole_model_with_branches(monkeypatch, narrow, first):
+    """Whether branches were there before the kernels, or come later."""
+    monkeypatch.delitem(THIN, DEVICE)
+    model, inputs = small_model(torch.float32)
+    bare = model(**inputs)
+    state = torch.get_rng_state()
+    layers = with_branches(model, torch.float32)
+    plainly = model(**inputs)
+    assert not any(layer.wide is not None for layer in layers) and distance(plainly, bare) > 1e-3
+    for layer in layers if first == "kernels" else ():
+        layer.remove("one")
+    if first == "kernels":
+        model = small_model(torch.float32)[0]
+    installed(monkeypatch, model)
+    if first == "kernels":
+        torch.set_rng_state(state)
+        layers = with_branches(model, torch.float32)
+    wide = {layer.out_features > layer.in_features for layer in layers if layer.wide is not None}
+    assert wide == {True}
+    assert distance(model(**inputs), plainly) < (2e-3 if CUDA else 1e-5)
+    for layer in layers:
+        layer.factor.zero_()
+    assert distance(model(**inputs), bare) < (2e-3 if CUDA else 1e-5)
+
+
+def test_a_whole_model_in_fp8_with_branches(monkeypatch, narrow):
+    model, inputs = small_model(torch.bfloat16)
+    torch.manual_seed(0)
+    dense_model = copy.deepcopy(model)
+    with_branches(dense_model, torch.bfloat16)
+    truth = dense_model(**inputs)
+    quantize(model)
+    for one in model.modules():
+        if isinstance(one, Fp8Linear):
+            one.scaled = True
+    torch.manual_seed(0)
+    layers = with_branches(model, torch.bfloat16)
+    plainly = model(**inputs)
+    installed(monkeypatch, model)
+    assert any(layer.gain is not None for layer in layers)
+    assert distance(model(**inputs), truth) < 1.2 * distance(plainly, truth) + (0 if CUDA else 0.08)
