@@ -291,7 +291,9 @@ class BranchedLinear(Leaf):
         if self.thin is None or down is None or up is None or len(self.terms):
             return False
         weight = cast(Tensor, base.weight)
-        if weight.device != up.device or self._room(len(down), weight.dtype) > WIDEST * self.in_features:
+        if weight.device != up.device or down.shape[1] != self.in_features:
+            return False
+        if self._room(len(down), weight.dtype) > WIDEST * self.in_features:
             return False
         with torch.no_grad():
             if is_bare(base, nn.Linear):
