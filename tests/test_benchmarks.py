@@ -61,6 +61,14 @@ def test_the_time_that_caching_saves():
     assert image["computed"] == {"plain": 4, "scheduled": 2, "decided": 2, "two in three": 2}
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_cost_of_loras(dtype):
+    (figures,) = lines_of("lora.py", "--dtype", dtype, "--compile", "none", "--rounds", "1")
+    assert figures["ratio"].keys() == {"rank 16", "rank 128", "three of rank 16"}
+    assert figures["error"]["of_output"] == 0 and figures["error"]["change"] > 1e-3
+    assert figures["scale"]["change"] > 1e-3 and figures["attach_s"]["same_bits"]
+
+
 @pytest.mark.slow
 def test_the_quality_that_caching_costs(tmp_path):
     flags = ["--prompts", "2", "--chart", str(tmp_path / "chart.png"), "--sheet", str(tmp_path / "sheet.jpg")]

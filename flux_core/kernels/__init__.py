@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import is_out_of_memory
+from ..linears.branch import THIN, BranchedLinear, Thin
 from ..linears.fp8 import Fp8Linear, Quantize
 from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
@@ -72,6 +73,11 @@ def install(model: Flux, device: torch.device | str) -> Ops:
         ops, quantize = _triton_fp8()
         for linear in scaled:
             linear.quantize = quantize
+    if ops is not PLAIN:
+        THIN[device.type] = _triton_thin()
+        for layer in model.modules():
+            if isinstance(layer, BranchedLinear):
+                layer.prepare()
     ops = ops._replace(attend=attention_for(model, device))
     put(model, ops)
     return ops
@@ -144,3 +150,11 @@ def _triton_fp8() -> tuple[Ops, Quantize]:
 
     ops = _triton()._replace(modulate=quantized.modulate, mlp=quantized.mlp, linear2=quantized.linear2)
     return ops, quantized.quantize
+
+
+@cache
+def _triton_thin() -> Thin:
+    """The functions for low-rank branches beside a layer, of these models and of those attached later."""
+    from . import quantized, thin
+
+    return Thin(thin.thin, quantized.quantize_wide, thin.MOST_RANKS)

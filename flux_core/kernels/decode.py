@@ -26,7 +26,7 @@ from torch.library import wrap_triton
 from ..linears.contract import is_bare, needs_grad
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .fused import operator
+from .launch import operator
 
 ELEMENTS, WARPS = 4096, 4
 """of a map that a program holds at once"""

@@ -20,51 +20,22 @@ without dispatch. There is no backward; where a gradient is needed, the plain fu
 would cost every first image seconds; the sizes below were the fastest of a few on an H200, for [4608, 3072].
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch._library.triton import set_wrap_triton_enabled
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from ..linears.contract import needs_grad
+from ..linears.contract import Widened, needs_grad, widening
 from ..model import ops
 from ..model.ops import Heads, Scales
+from .launch import dense_rows, operator
+from .thin import write_behind
 
 MODULATE_WARPS = 4
 SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4
 ROPE_HEADS, ROPE_WARPS = 8, 2
 JOINED_HEADS, JOINED_WARPS = 8, 1
-
-
-def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: a `triton_op` of that name under tracing; else the function itself, without the dispatcher.
-
-    Dispatch costs 50 to 100 µs of the host's time, more than most of these kernels take for a small picture.
-    changes: arguments that it writes into.
-    """
-
-    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
-        triton_op(f"flux_core::{name}", launch, mutates_args=changes)
-        traced = getattr(torch.ops.flux_core, name)
-
-        def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return traced(*args)
-            with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):  # Triton launches on the current device
-                return launch(*args)
-
-        return call
-
-    return decorate
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """The same values with contiguous features; the output of a Linear, or a slice of it, is returned as it is."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # LayerNorm and modulation ------------------------------------------------------------------------------
@@ -81,8 +52,9 @@ def normed(row, col, D: tl.constexpr):
 @triton.jit
 def modulate_kernel(
     x, shift, scale, out, x_batch, x_row, shift_batch, scale_batch,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """out: rows of WIDTH, of which it writes D."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(0)
     col = tl.arange(0, BLOCK)
@@ -90,26 +62,41 @@ def modulate_kernel(
     b = tl.load(shift + batch * shift_batch + col, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(scale + batch * scale_batch + col, mask=inside, other=0.0).to(tl.float32)
     y = (1.0 + g) * normed(x + batch * x_batch + row * x_row, col, D) + b
-    tl.store(out + (batch * rows + row) * D + col, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (batch * rows + row) * WIDTH + col, y.to(out.dtype.element_ty), mask=inside)
 
 
-@operator("modulate")
-def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, room: int) -> Tensor:
+    """[B, L, D + room], of which the last columns are not written."""
     B, L, D = x.shape
     x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
-    out = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
+    out = torch.empty((B, L, D + room), dtype=x.dtype, device=x.device)
     wrap_triton(modulate_kernel)[(L, B)](
         x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-        D=D, BLOCK=triton.next_power_of_2(D), num_warps=MODULATE_WARPS,
+        D=D, WIDTH=D + room, BLOCK=triton.next_power_of_2(D), num_warps=MODULATE_WARPS,
     )  # fmt: skip
     return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor:
-    """`ops.modulate` in one pass. x: [B, L, D]; shift, scale: [B, 1, D]."""
+@operator("modulate")
+def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return modulated(x, shift, scale, 0)
+
+
+@operator("modulate_wide")
+def modulate_wide_op(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor, factor: Tensor, room: int) -> Tensor:
+    out = modulated(x, shift, scale, room)
+    write_behind(out, down, factor)
+    return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None) -> Tensor | Widened:
+    """`ops.modulate` in one pass, with its consumer's branches behind it. x: [B, L, D]; shift, scale: [B, 1, D]."""
     if needs_grad(x, shift, scale):
         return ops.modulate(x, shift, scale, consumer)
-    return modulate_op(x, shift, scale)
+    found = widening(consumer)
+    if found is None or found.gain is not None:
+        return modulate_op(x, shift, scale)
+    return Widened(modulate_wide_op(x, shift, scale, found.down, found.factor, found.room))
 
 
 # The residual -----------------------------------------------------------------------------------------

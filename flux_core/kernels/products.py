@@ -5,7 +5,8 @@ linear2         the sum of a product for attention and one for the MLP's part, w
 modulation      the projections of all steps of a schedule read their weights once
 
 Each needs a dense weight. A layer without one, or that has to be called (`linears/contract.py`), is called as in the
-plain functions.
+plain functions. Low-rank branches beside a layer are part of its product: of inputs and weight with columns for them
+(`operands`), of three products (`multiply_columns`), or thin ones for all steps.
 """
 
 from typing import NamedTuple
@@ -17,9 +18,18 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
 
-from ..linears.contract import QuantizedTokens, dense, is_bare, multiply_columns
+from ..linears.contract import (
+    Branches,
+    QuantizedTokens,
+    Widened,
+    branches,
+    dense,
+    is_bare,
+    multiply_columns,
+    operands,
+)
 from ..model import ops
-from .fused import operator
+from .launch import dense_rows, operator
 
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
@@ -44,20 +54,23 @@ def is_mlp(layers: nn.Module) -> bool:
     return is_bare(gelu, nn.GELU) and gelu.approximate == "tanh"
 
 
-def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens) -> Tensor:
+def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens | Widened) -> Tensor:
     """`ops.mlp` with the GELU in the first product."""
-    if isinstance(x, QuantizedTokens) or not is_mlp(layers) or (found := dense(layers[0], x)) is None:
+    if not is_mlp(layers) or (found := operands(layers[0], x)) is None:
         return layers(x)
-    return layers[2](linear_gelu(x, *found))
+    return layers[2](linear_gelu(*found))
 
 
-def linear1(linear: nn.Module, x: Tensor | QuantizedTokens, split: list[int]) -> tuple[Tensor, Tensor | Activated]:
+def linear1(
+    linear: nn.Module, x: Tensor | QuantizedTokens | Widened, split: list[int]
+) -> tuple[Tensor, Tensor | Activated]:
     """`ops.linear1`, with the hidden features `Activated` where they are a product of their own."""
-    if isinstance(x, QuantizedTokens) or (found := dense(linear, x)) is None:
+    if (found := operands(linear, x)) is None:
         qkv, hidden = linear(x).split(split, dim=-1)
         return qkv, hidden
-    of_qkv, of_hidden = zip(*(parts.split(split) for parts in found), strict=True)
-    return F.linear(x, *of_qkv), Activated(linear_gelu(x, *of_hidden))
+    inputs, *rest = found
+    of_qkv, of_hidden = zip(*(parts.split(split) for parts in rest), strict=True)
+    return F.linear(inputs, *of_qkv), Activated(linear_gelu(inputs, *of_hidden))
 
 
 def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tensor:
@@ -72,7 +85,7 @@ def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tens
 
 @triton.jit
 def project_kernel(
-    x, weight, bias, out, M, N,
+    x, weight, bias, out, weight_row, M, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +93,7 @@ def project_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(weight + n[:, None] * weight_row + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
         total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
     total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -90,19 +103,30 @@ def project_kernel(
 
 @operator("project")
 def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N, weight = x.shape, weight.shape[0], dense_rows(weight)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     wrap_triton(project_kernel)[(triton.cdiv(N, PROJECT_N), triton.cdiv(M, PROJECT_ROWS))](
-        x.contiguous(), weight.contiguous(), bias, out, M, N,
+        x.contiguous(), weight, bias, out, weight.stride(0), M, N,
         K=K, ROWS=PROJECT_ROWS, BLOCK_N=PROJECT_N, BLOCK_K=PROJECT_K, num_warps=PROJECT_WARPS,
     )  # fmt: skip
     return out
 
 
-def modulation(linear: nn.Linear, vec: Tensor) -> Tensor:
+def modulation(linear: nn.Module, vec: Tensor) -> Tensor:
     """`ops.modulation`, of all steps in one pass over the weights. The sum of a step is independent of the others."""
-    found = dense(linear, vec)
-    if found is None:
-        return ops.modulation(linear, vec)
-    weight, bias = (x.to(vec.device) for x in found)
+    if found := branches(linear, vec):
+        own = modulation(found.base, vec)
+        return own + raised(F.silu(vec).flatten(0, -2), found).view_as(own)
+    product = dense(linear, vec)
+    if product is None:
+        return ops.modulation(linear, vec)  # type: ignore[arg-type]
+    weight, bias = (x.to(vec.device) for x in product)
     return project_op(F.silu(vec).flatten(0, -2), weight, bias).unflatten(0, vec.shape[:-1])
+
+
+def raised(x: Tensor, found: Branches) -> Tensor:
+    """What low-rank branches add to a layer's output of x: up @ (factor * (down @ x)) + shift. [M, K] -> [M, N]"""
+    down, up, factor = (one.to(x.device) for one in (found.down, found.up, found.factor))
+    shift = x.new_zeros(len(up)) if found.shift is None else found.shift.to(x.device)
+    thin = project_op(x, down, x.new_zeros(len(down)))
+    return project_op((thin * factor).to(x.dtype), up, shift)

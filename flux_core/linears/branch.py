@@ -11,17 +11,67 @@ gain for each row or column (DoRA) around the layer itself, and a difference wit
 
 The error. Factors are rounded to the dtype that the model computes in, and so is A x; products sum in fp32.
 
-The cost is memory traffic: A reads x once more, and B adds to y. docs/lora.md has the figures.
+The cost is memory traffic: A reads x once more, and B adds to y. Where kernels are installed (`Thin`), B costs less: a
+weight and B lie side by side in memory, [W | B], and the function that computes x leaves room behind each row of it for
+t = s (A x). Then W x + B t is one product of a few more columns, whose bias, GELU and rows are as without branches. The
+layer's own weight is a view of the joined memory, equal to the bit, and gets memory of its own again when the last
+branch is removed. s acts on t alone, so it may change at any time. docs/lora.md has the figures.
+
+In fp8 B is written in the codes of W, whose rows have scales s_n already: code = B_nj / (s_n c_j), and t is multiplied
+by c_j. e4m3 has the same precision over a factor of 2^15, so there is room for both: c_j is such that B's codes fill
+the range, or t's are not lost in small numbers. t's range is the token's: tokens leave a margin (`fp8.MARGIN`), and one
+whose t needs more is scaled down by a power of two. A product multiplies 128 columns at a time; of so many, up to 42
+ranks take three each, for t and B in codes and what the codes leave over. Then only the rounding of x counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Leaf, QuantizedTokens, dense, multiply_columns, needs_grad
+from ..errors import is_out_of_memory
+from .contract import (
+    Branches,
+    Leaf,
+    Widened,
+    dense,
+    is_bare,
+    is_leaf,
+    multiply_columns,
+    needs_grad,
+    parts,
+    sum_of_products,
+)
+from .fp8 import E4M3, LARGEST, Fp8Linear, product_of_tokens
+
+TILE = 128
+"""bytes of a row by whose multiples a weight widens: what a product's kernel multiplies at a time"""
+WIDEST = 0.25
+"""of a layer's inputs, up to which it widens"""
+TYPICAL, AIM = 8.0, 8.0
+"""of tokens' codes, the root of the mean square, with their margin; and of codes of t, at the least"""
+UP_ERROR = 0.04
+"""of up in codes, relative: about that of the weight's"""
+SPARE = 4 * 2**30
+"""bytes of a card that joining leaves free: the memory of weights that move is in pieces that the next do not fit in"""
+
+
+class Thin(NamedTuple):
+    """What kernels compute for branches on a device."""
+
+    product: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+    """x [..., K], y [..., M] or None, down [R, K + M], factor [R] -> factor * ([x | y] @ down.T)"""
+    quantize: Callable[[Tensor, Branches], Widened]
+    """x [..., K], quantized"""
+    ranks: int
+    """that fit behind tokens"""
+
+
+THIN: dict[str, Thin] = {}
+"""by type of device; `kernels.install` fills it"""
 
 
 class LowRank(NamedTuple):
@@ -142,6 +192,10 @@ class BranchedLinear(Leaf):
         self.register_buffer("shift", None)
         self.owners: list[tuple[object, str, Any]] = []
         """owner, kind of its piece, and which: ranks (start, stop), an index of `terms`, or a Shift"""
+        self.thin: Thin | None = None
+        self.wide: Tensor | None = None
+        """weight and up side by side"""
+        self.gain: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -153,36 +207,169 @@ class BranchedLinear(Leaf):
         """The layer's own bias."""
         return cast("Tensor | None", getattr(self.base, "bias", None))
 
-    def forward(self, x: Tensor | QuantizedTokens) -> Tensor:
+    def forward(self, x: Tensor | Widened) -> Tensor:
         """[..., K] -> [..., N]"""
-        return self.branched(self.base(x), cast(Tensor, x))
+        if isinstance(x, Widened):
+            return self._of_widened(x)
+        found = self.branches()
+        if found is not None and found.gain is not None and not needs_grad(x):
+            return self._of_widened(cast(Thin, self.thin).quantize(x, found))
+        return self.branched(self.base(x), x)
+
+    def _of_widened(self, x: Widened) -> Tensor:
+        wide, bias = cast(Tensor, self.wide), cast(Branches, self.branches()).bias
+        if isinstance(x.both, Tensor):
+            return F.linear(x.both, wide, bias)
+        return product_of_tokens(x.both, wide, cast(Fp8Linear, self.base).weight_scale, bias)
+
+    def branches(self) -> Branches | None:
+        """Its low-rank branches, where there are no other terms."""
+        if self.down is None or len(self.terms):
+            return None
+        wide = self.wide if self._is_joined() else None
+        gain = None if wide is None else self.gain
+        return Branches(self.base, self.down, cast(Tensor, self.up), cast(Tensor, self.factor), self.shift, wide, gain)
 
     def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
         """Its forward of [x | y]: the thin product of each, and the layer's own way."""
-        own = multiply_columns(self.base, x, y)
-        if self.terms:
-            return self.branched(own, torch.cat((x, y), dim=-1))
-        if self.down is not None:
-            of_x, of_y = self.down.split([x.shape[-1], y.shape[-1]], dim=1)
-            own = self._raised(own, F.linear(x, of_x) + F.linear(y, of_y))
+        if self.terms or (self.gain is not None and self._is_joined()):
+            return self(torch.cat((x, y), dim=-1))
+        if self.down is None:
+            own = multiply_columns(self.base, x, y)
+            return own if self.shift is None else own + self.shift
+        thin = self._thin(x, y)
+        if (found := dense(self.base, x, y)) and not needs_grad(x, y, self.down, self.up):
+            bias = found[1] if self.shift is None else found[1] + self.shift
+            up = cast(Tensor, self.up)
+            add_up = torch.ops.flux_core.sum_of_three if torch.compiler.is_compiling() else sum_of_three
+            return add_up(x, y, found[0], bias, thin, up)
+        own = self._raised(multiply_columns(self.base, x, y), thin)
         return own if self.shift is None else own + self.shift
 
     def branched(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N], the layer's own output of x [..., K], with the branches' added."""
         terms = [(term, cast(Term, term).product(x, y, self.base)) for term in self.terms]  # of y as the layer gave it
         if self.down is not None:
-            y = self._raised(y, F.linear(x, self.down))
+            y = self._raised(y, self._thin(x))
         for term, product in terms:
             y = _added(y, product, cast(Term, term))
         return y if self.shift is None else y + self.shift
 
+    def _thin(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """factor * ([x | y] @ down.T), rounded to their dtype. [..., R]"""
+        down, factor = cast(Tensor, self.down), cast(Tensor, self.factor)
+        if self.thin is not None and x.dtype == down.dtype and not needs_grad(x, y, down):
+            return self.thin.product(x, y, down, factor)
+        of_x, of_y = down.split([x.shape[-1], down.shape[1] - x.shape[-1]], dim=1)
+        thin = F.linear(x, of_x) if y is None else F.linear(x, of_x) + F.linear(y, of_y)
+        return (thin * factor).to(thin.dtype)
+
     def _raised(self, y: Tensor, thin: Tensor) -> Tensor:
-        """y + up @ (factor * thin), where thin is A x."""
-        thin = (thin * cast(Tensor, self.factor)).to(thin.dtype)
-        if needs_grad(y, thin, self.up) or not y.is_contiguous() or y.device.type == "cpu":
-            return y + F.linear(thin, cast(Tensor, self.up))
-        y.flatten(0, -2).addmm_(thin.flatten(0, -2), cast(Tensor, self.up).t())  # the layer's output is nobody else's
+        """y + up @ thin."""
+        up = cast(Tensor, self.up)
+        if needs_grad(y, thin, up) or not y.is_contiguous() or y.device.type == "cpu" or y.dtype != thin.dtype:
+            return y + F.linear(thin, up)
+        add = torch.ops.flux_core.add_product if torch.compiler.is_compiling() else add_product
+        add(y, thin, up)  # in place: the layer's output is nobody else's
         return y
+
+    # How its device computes it ----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Take the kernels of its device, and join weight and up where that is faster and there is memory for it."""
+        weight = getattr(self.base, "weight", None)
+        self.thin = THIN.get(weight.device.type) if isinstance(weight, Tensor) else None
+        if self._joins():
+            try:
+                return self._join_memory()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        self._part_memory()
+
+    def _joins(self) -> bool:
+        """Whether weight and up should be side by side: for a wide output, and in fp8."""
+        base, down, up = self.base, self.down, self.up
+        if self.thin is None or down is None or up is None or len(self.terms):
+            return False
+        weight = cast(Tensor, base.weight)
+        if weight.device != up.device or down.shape[1] != self.in_features:
+            return False
+        if self._room(len(down), weight.dtype) > WIDEST * self.in_features:
+            return False
+        with torch.no_grad():
+            if is_bare(base, nn.Linear):
+                return weight.dtype == up.dtype and self.out_features > self.in_features and not weight.requires_grad
+            fp8 = isinstance(base, Fp8Linear) and is_leaf(base) and base.takes_tokens()
+            return fp8 and len(down) <= self.thin.ranks
+
+    @staticmethod
+    def _room(ranks: int, dtype: torch.dtype) -> int:
+        tile = TILE // dtype.itemsize
+        return -(-ranks // tile) * tile
+
+    @torch.no_grad()
+    def _join_memory(self) -> None:
+        base, up, down = cast(Any, self.base), cast(Tensor, self.up), cast(Tensor, self.down)
+        weight, (N, K) = base.weight.detach(), (self.out_features, self.in_features)
+        behind, gain = up.detach(), None
+        if isinstance(base, Fp8Linear):
+            number = parts(len(down), self._room(len(down), weight.dtype))
+            found = codes_of(up, down, cast(Tensor, self.unit), base.weight_scale, number)
+            if found is None:
+                return self._part_memory()
+            behind, gain = found
+        room = self._room(len(down), weight.dtype)
+        wide = self.wide if self._is_joined(room) else None
+        if wide is None:
+            if not has_memory(weight, N * (K + room)):
+                return self._part_memory()
+            wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
+            wide[:, :K] = weight
+        wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
+        self.wide, self.gain = wide, gain
+        base.weight.data = wide[:, :K]
+        if gain is None:
+            self.up.data = wide[:, K : K + len(down)]  # type: ignore[union-attr]
+
+    def _is_joined(self, room: int | None = None) -> bool:
+        """Whether the layer's weight is a part of `wide` (with that room) and the layer may be multiplied by it."""
+        wide, base, down = self.wide, cast(Any, self.base), self.down
+        if wide is None or down is None:
+            return False
+        weight = base.weight  # which a move, a copy or a new weight has parted from `wide`: then its rows are dense
+        if weight.stride() != wide.stride() or weight.shape != (wide.shape[0], down.shape[1]):
+            return False
+        if weight.device != wide.device or weight.dtype != wide.dtype:
+            return False
+        if room not in (None, wide.shape[1] - down.shape[1]):
+            return False
+        return is_bare(base, nn.Linear) or (is_leaf(base) and base.takes_tokens())
+
+    @torch.no_grad()
+    def _part_memory(self) -> None:
+        """Give weight and up memory of their own."""
+        if self.wide is None:
+            return
+        for one in (getattr(self.base, "weight", None), self.up):
+            if isinstance(one, nn.Parameter) and not one.is_contiguous():
+                with suppress(torch.OutOfMemoryError):  # then it stays a view, of the same values
+                    one.data = one.data.contiguous()
+        self.wide, self.gain = None, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BranchedLinear":
+        """A move applies to all tensors, a cast not to scales."""
+        kept = {name: x for name in ("unit", "factor") if (x := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            if (new := getattr(self, name)).dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        self.prepare()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has memory of its own for weight and up."""
+        return {**self.__dict__, "wide": None, "gain": None}
 
     # Branches, their owners and scales ---------------------------------------------------------------------------
 
@@ -199,6 +386,7 @@ class BranchedLinear(Leaf):
                 self.owners.append((owner, "term", piece))
                 self.terms.append(piece)
         self._sum_shifts()
+        self.prepare()
 
     def _join(self, piece: LowRank) -> None:
         up = piece.up
@@ -238,6 +426,7 @@ class BranchedLinear(Leaf):
             else:
                 self.down, self.up, self.unit, self.factor = None, None, None, None  # type: ignore[assignment]
         self._sum_shifts()
+        self.prepare()
         return bool(self.owners)
 
     def scales_of(self, owner: object) -> list[tuple[Tensor, Tensor]]:
@@ -276,6 +465,54 @@ class BranchedLinear(Leaf):
     def extra_repr(self) -> str:
         ranks = 0 if self.down is None else len(self.down)
         return f"ranks={ranks}, owners={len({id(owner) for owner, _, _ in self.owners})}"
+
+
+@torch.no_grad()
+def codes_of(
+    up: Tensor, down: Tensor, unit: Tensor, weight_scale: Tensor, number: int = 1
+) -> tuple[Tensor, Tensor] | None:
+    """up in codes of a weight whose rows have these scales, and the gain of each rank; None where they are not as near
+    to it as a weight's are. Codes are fp32 [N, number * R], with one to three for each rank (`contract.parts`).
+    """
+    rows = up.float() / weight_scale[:, None]
+    largest = rows.abs().amax(dim=0).clamp(min=1e-12)
+    expected = TYPICAL * unit.abs() * torch.linalg.vector_norm(down.float(), dim=1)  # of t, at gain 1
+    gain = torch.minimum(AIM / expected.clamp(min=1e-12), largest).maximum(largest / LARGEST)
+    codes = (rows / gain).to(E4M3).float()
+    rest = (rows / gain - codes).to(E4M3).float()
+    found = codes if number < 3 else codes + rest
+    if ((found * gain - rows) * weight_scale[:, None]).norm() > UP_ERROR * up.float().norm():
+        return None
+    return torch.cat((codes, codes, rest)[:number], dim=1), gain
+
+
+def has_memory(like: Tensor, numbers: int) -> bool:
+    """Whether a card has memory for so many more numbers, and to spare."""
+    return not like.is_cuda or torch.cuda.mem_get_info(like.device)[0] > numbers * like.itemsize + SPARE
+
+
+def add_product(y: Tensor, thin: Tensor, up: Tensor) -> None:
+    """y += thin @ up.T, in place: [..., N], [..., R], [N, R].
+
+    An operator of its own, since inductor would copy y before it adds to it.
+    """
+    y.flatten(0, -2).addmm_(thin.flatten(0, -2), up.t())
+
+
+_OPERATOR = torch.library.custom_op("flux_core::add_product", add_product, mutates_args=("y",))
+_OPERATOR.register_fake(lambda y, thin, up: None)
+
+
+def sum_of_three(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, thin: Tensor, up: Tensor) -> Tensor:
+    """`sum_of_products`, and thin @ up.T."""
+    total = sum_of_products(x, y, weight, bias)
+    add_product(total, thin, up)
+    return total
+
+
+@torch.library.custom_op("flux_core::sum_of_three", sum_of_three, mutates_args=()).register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, thin: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
 
 
 def _added(y: Tensor, product: Tensor, term: Term) -> Tensor:

@@ -14,9 +14,16 @@ weight, or pass quantized tokens. The functions below say where; elsewhere fused
 | `multiply_columns`: [x \\| y] apart   | a product for each   | by `dense`, else joined   | joined                   |
 | a slice of its rows                  | of `dense`           | of `dense`, or its output | of its output            |
 
+`branch.BranchedLinear` is a layer of any kind with low-rank branches beside it. `branches` says what they are, so that
+fused code sees them without a call: `modulation` adds them to the product for all steps, and a function that computes
+the layer's input leaves columns behind it and writes the thin product there (`Widened`), where weight and `up` are side
+by side in memory, [W | up]. Then [x | t] @ [W | up].T is one product, with bias, activation and slices of rows as
+without branches (`operands`).
+
 A new format is one file with one class, a direct subclass of `Leaf`, that overrides what it supports:
 
-- a LoRA around any layer: a forward that adds its branch, and `multiply_columns` of the layer and of its branch;
+- a branch around any layer: a forward that adds it, and `multiply_columns` of the layer and of the branch; `branches`
+  if it is low-rank;
 - GGUF, NF4: a forward that dequantizes, and `dense`, which does so for one call. No parameter needs to be dense.
 
 A class derived from such a format is only called: it may have changed the forward.
@@ -39,6 +46,54 @@ class QuantizedTokens(NamedTuple):
     """fp32 [..., 1]"""
 
 
+class Widened(NamedTuple):
+    """Inputs of a layer, and behind their features what its branches make of them: gain * factor * (x @ down.T), or 0.
+
+    For tokens t = gain * factor * (codes @ down.T), in codes of the same scale. Where there is room (`parts`) t is the
+    sum of codes and what those leave over, [codes | rest | codes] for up as [codes | codes | rest].
+    """
+
+    both: "Tensor | QuantizedTokens"
+    """[..., K + room]"""
+
+
+class Branches(NamedTuple):
+    """Low-rank branches beside a layer: base(x) + up @ (factor * (down @ x)) + shift."""
+
+    base: nn.Module
+    down: Tensor
+    """[R, K]"""
+    up: Tensor
+    """[N, R]"""
+    factor: Tensor
+    """fp32 [R], which may change between two calls"""
+    shift: Tensor | None
+    """[N]"""
+    wide: Tensor | None = None
+    """[N, K + room], if joined: the layer's weight, or its codes, and behind it up, or that by rows' scales and gain"""
+    gain: Tensor | None = None
+    """fp32 [R] where inputs are quantized; see `Widened`"""
+
+    @property
+    def room(self) -> int:
+        """Columns to leave behind the inputs' features."""
+        return 0 if self.wide is None else self.wide.shape[1] - self.down.shape[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of layer and branches together."""
+        own = cast("Tensor | None", self.base.bias)
+        return own if self.shift is None else self.shift if own is None else own + self.shift
+
+
+def parts(ranks: int, room: int) -> int:
+    """How many columns in `room` behind tokens belong to each rank: codes; and the rest of t; and codes for that of up.
+
+    A product multiplies that many columns anyway.
+    """
+    return min(3, room // ranks)
+
+
 class Leaf(nn.Module):
     """Base of layers that replace an nn.Linear. The defaults are those of a layer that can only be called."""
 
@@ -51,6 +106,11 @@ class Leaf(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """Weight [N, K] and bias [N] for a product in that dtype; None without one, or where its forward is faster."""
+        return None
+
+    def branches(self) -> Branches | None:
+        """What its forward is, where that is another layer and low-rank branches beside it. With `wide` in them its
+        forward takes `Widened`, too."""
         return None
 
     def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
@@ -106,9 +166,39 @@ def is_leaf(linear: nn.Module, *inputs: Tensor) -> bool:
 
 def takes_tokens(consumer: nn.Module) -> bool:
     """Whether a layer, or the first layer of a Sequential, takes `QuantizedTokens` on its current device."""
-    if is_bare(consumer, nn.Sequential) and len(consumer):  # type: ignore[arg-type]
-        consumer = consumer[0]  # type: ignore[index]
+    consumer = first_of(consumer)
     return is_leaf(consumer) and cast(Leaf, consumer).takes_tokens()
+
+
+def first_of(consumer: nn.Module) -> nn.Module:
+    """The layer itself, or the first of a Sequential."""
+    if is_bare(consumer, nn.Sequential) and len(consumer):  # type: ignore[arg-type]
+        return cast(nn.Sequential, consumer)[0]
+    return consumer
+
+
+def branches(linear: nn.Module, *inputs: Tensor) -> Branches | None:
+    """The low-rank branches of a layer and the layer behind them, or None where it has to be called."""
+    found = cast(Leaf, linear).branches() if is_leaf(linear, *inputs) else None
+    return None if found is None or torch.is_autocast_enabled(found.down.device.type) else found
+
+
+def widening(consumer: nn.Module | None) -> Branches | None:
+    """The branches of a layer, or of the first of a Sequential, that takes inputs `Widened`; None without."""
+    found = None if consumer is None else branches(first_of(consumer))
+    return None if found is None or found.wide is None else found
+
+
+def operands(linear: nn.Module, x: "Tensor | QuantizedTokens | Widened") -> tuple[Tensor, Tensor, Tensor] | None:
+    """Inputs, weight and bias of the one product that is `linear(x)`, or None where it has to be called."""
+    if isinstance(x, QuantizedTokens):
+        return None
+    if isinstance(x, Widened):
+        wide = widening(linear) if isinstance(x.both, Tensor) else None
+        bias = None if wide is None else wide.bias
+        return None if bias is None else (cast(Tensor, x.both), cast(Tensor, cast(Branches, wide).wide), bias)
+    found = dense(linear, x)
+    return None if found is None else (x, *found)
 
 
 def dense(linear: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..device.choice import empty_device_cache
 from ..device.oom import CPU, OomFallback
+from ..linears.contract import Leaf
 from ..model import MODULATION, Flux
 from .components import Components
 
@@ -71,7 +72,7 @@ def move(part: Any, device: torch.device) -> None:
         return
     for name, module in part.named_modules():
         target = CPU if _MODULATION.search(name) else device
-        if not any(module.children()):
+        if isinstance(module, Leaf) or not any(module.children()):  # a layer with a layer inside moves as one
             module.to(target)
         elif _has_own_tensors(module):
             module._apply(lambda x, target=target: x.to(target), recurse=False)  # type: ignore[misc]

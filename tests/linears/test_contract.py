@@ -7,15 +7,19 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.module import register_module_forward_hook
 
+from flux_core.linears.branch import BranchedLinear, LowRank, Shift
 from flux_core.linears.contract import (
     Leaf,
     QuantizedTokens,
+    branches,
     dense,
     is_bare,
     is_leaf,
     multiply_columns,
     needs_grad,
+    operands,
     takes_tokens,
+    widening,
 )
 from flux_core.linears.fp8 import E4M3, Fp8Linear, dequantize, quantize_rows
 from flux_core.model import ops
@@ -254,6 +258,73 @@ def test_a_new_format_brings_its_own_columns():
     hooked(layer)
     torch.testing.assert_close(multiply_columns(layer, x, y), found)
     assert layer.joined == 2
+
+
+# Low-rank branches beside a layer
+
+
+def branched(base, dtype=torch.float32):
+    layer = BranchedLinear(base)
+    down, up = torch.randn(4, base.in_features, dtype=dtype), 0.1 * torch.randn(base.out_features, 4, dtype=dtype)
+    layer.add("one", [LowRank(down, up, torch.full((4,), 0.5))])
+    return layer
+
+
+BASES = {
+    "Linear": frozen,
+    "without bias": lambda: frozen(bias=False),
+    "fp8": lambda: Fp8Linear.of(frozen()),
+    "wrapper": lambda: Wrapper(frozen()),
+    "branches": lambda: branched(frozen()),
+}
+
+
+@pytest.mark.parametrize("made", BASES.values(), ids=BASES)
+def test_branches_are_what_a_layer_adds_to_the_layer_behind_it(made):
+    base = made()
+    layer, x = branched(base), torch.randn(2, 3, 32)
+    found = branches(layer, x)
+    assert found.base is base and found.room == 0 and widening(layer) is None
+    assert is_leaf(layer) and not takes_tokens(layer) and dense(layer, x) is None and operands(layer, x) is None
+    expected = base(x) + F.linear(found.factor * F.linear(x, found.down), found.up)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(multiply_columns(layer, x[..., :20], x[..., 20:]), expected)
+    layer.add("two", [Shift(torch.ones(48))])
+    torch.testing.assert_close(layer(x), expected + 1)
+    torch.testing.assert_close(multiply_columns(layer, x[..., :20], x[..., 20:]), expected + 1)
+    assert layer.remove("one") and branches(layer, x) is None
+    torch.testing.assert_close(layer(x), base(x) + 1)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_before, patched, hooked_backward])
+def test_branches_of_a_layer_that_has_to_be_called(change):
+    layer, x = branched(frozen()), torch.randn(1, 2, 32)
+    change(layer)
+    assert branches(layer, x) is None and widening(layer) is None
+
+
+def test_branches_that_are_trained_or_differentiated():
+    layer, x = branched(frozen()), torch.randn(1, 2, 32)
+    assert branches(layer, x.clone().requires_grad_()) is None
+    layer.up.requires_grad_()
+    assert branches(layer, x) is None
+    multiply_columns(layer, x[..., :20], x[..., 20:]).sum().backward()
+    assert layer.up.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert branches(layer, x) is not None
+
+
+def test_under_autocast_branches_are_called():
+    layer, x = branched(frozen()), torch.randn(1, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert branches(layer, x) is None and layer(x).dtype == torch.bfloat16
+
+
+def test_a_branch_at_scale_0_is_the_layer_to_the_bit_and_tokens_are_not_its():
+    base = scaled()
+    layer, x = branched(base, torch.bfloat16), torch.randn(1, 2, 32).bfloat16()
+    layer.factor.zero_()
+    assert torch.equal(layer(x), base(x)) and not takes_tokens(layer)
 
 
 # Under torch.compile
