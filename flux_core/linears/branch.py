@@ -325,7 +325,7 @@ class BranchedLinear(Leaf):
             wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
             wide[:, :K] = weight
         wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
-        self.wide, self.gain = wide, gain
+        self.wide, self.gain = _static(wide), None if gain is None else _static(gain)
         base.weight.data = wide[:, :K]
         if gain is None:
             self.up.data = wide[:, K : K + len(down)]  # type: ignore[union-attr]
@@ -482,6 +482,14 @@ def codes_of(
     if ((found * gain - rows) * weight_scale[:, None]).norm() > UP_ERROR * up.float().norm():
         return None
     return torch.cat((codes, codes, rest)[:number], dim=1), gain
+
+
+def _static(x: Tensor) -> Tensor:
+    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers."""
+    from torch._dynamo import mark_static  # which kernels have imported
+
+    mark_static(x)
+    return x
 
 
 def has_memory(like: Tensor, numbers: int) -> bool:

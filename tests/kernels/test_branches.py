@@ -459,6 +459,29 @@ def test_a_new_scale_compiles_nothing(traceable, kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", [dense, scaled])
+def test_each_number_of_ranks_has_one_graph_of_fixed_sizes(traceable, kind):
+    """Kernels are compiled for sizes: a size that may vary would stop a whole graph."""
+    torch._dynamo.reset()
+    counter, x = CompileCounterWithBackend("aot_eager"), draw(1, 3, 512)
+    x = x if kind is dense else x.bfloat16()
+    for rank, graphs in ((4, 1), (40, 2), (70, 3), (4, 3)):
+        block = Block(kind)
+        for layer in (block.first, block.last):
+            layer.remove("one")
+            layer.add("one", pieces(layer.base, rank=rank, dtype=x.dtype))
+        block.compile(backend=counter, fullgraph=True)
+        block(x)
+        assert counter.frame_count == graphs
+    shapes = [node.meta["example_value"].shape for node in counter.graphs[-1].graph.nodes if is_tensor(node)]
+    assert shapes and not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
+    torch._dynamo.reset()
+
+
+def is_tensor(node):
+    return isinstance(node.meta.get("example_value"), torch.Tensor)
+
+
 def with_scale(block, scale):
     for layer in (block.first, block.last):
         layer.factor.copy_(scale * layer.unit)
