@@ -178,8 +178,10 @@ class BranchedLinear(Leaf):
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, joins: bool = True) -> None:
+        """joins: whether what computes its inputs may leave room behind them, so that joining pays."""
         super().__init__()
+        self.joins = joins
         self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
         self.base = base
         self.terms = nn.ModuleList()
@@ -288,7 +290,7 @@ class BranchedLinear(Leaf):
     def _joins(self) -> bool:
         """Whether weight and up should be side by side: for a wide output, and in fp8."""
         base, down, up = self.base, self.down, self.up
-        if self.thin is None or down is None or up is None or len(self.terms):
+        if not self.joins or self.thin is None or down is None or up is None or len(self.terms):
             return False
         weight = cast(Tensor, base.weight)
         if weight.device != up.device or down.shape[1] != self.in_features:

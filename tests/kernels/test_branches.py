@@ -25,7 +25,8 @@ from flux_core.linears.contract import (
     widening,
 )
 from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize
-from flux_core.model import ops
+from flux_core.model import MODULATION, ops
+from flux_core.pipeline.placement import move
 
 GELU = "tanh" if CUDA else "none"
 """of the epilogue: the CPU's has another"""
@@ -565,3 +566,15 @@ def test_a_whole_model_in_fp8_with_branches(monkeypatch, narrow):
     installed(monkeypatch, model)
     assert any(layer.gain is not None for layer in layers)
     assert distance(model(**inputs), truth) < 1.2 * distance(plainly, truth) + (0 if CUDA else 0.08)
+
+
+def test_a_layer_with_branches_moves_whole(narrow):
+    model, _ = small_model(torch.float32)
+    layers = with_branches(model, torch.float32)
+    move(model, torch.device(DEVICE))
+    joined = [layer for layer in layers if layer.wide is not None]
+    assert joined and all(layer.base.weight.data_ptr() == layer.wide.data_ptr() for layer in joined)
+    move(model, torch.device("meta"))
+    for name, layer in model.named_modules():
+        if isinstance(layer, BranchedLinear) and not name.endswith(MODULATION):
+            assert layer.wide is None and {x.device.type for x in (*layer.parameters(), *layer.buffers())} == {"meta"}
