@@ -180,8 +180,10 @@ class BranchedLinear(Leaf):
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, joins: bool = True) -> None:
+        """joins: whether what computes its inputs may leave room behind them, so that joining pays."""
         super().__init__()
+        self.joins = joins
         self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
         self.base = base
         self.terms = nn.ModuleList()
@@ -290,7 +292,7 @@ class BranchedLinear(Leaf):
     def _joins(self) -> bool:
         """Whether weight and up should be side by side: for a wide output, and in fp8."""
         base, down, up = self.base, self.down, self.up
-        if self.thin is None or down is None or up is None or len(self.terms):
+        if not self.joins or self.thin is None or down is None or up is None or len(self.terms):
             return False
         weight = cast(Tensor, base.weight)
         if weight.device != up.device or down.shape[1] != self.in_features:
@@ -327,7 +329,7 @@ class BranchedLinear(Leaf):
             wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
             wide[:, :K] = weight
         wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
-        self.wide, self.gain = wide, gain
+        self.wide, self.gain = _static(wide), None if gain is None else _static(gain)
         base.weight.data = wide[:, :K]
         if gain is None:
             self.up.data = wide[:, K : K + len(down)]  # type: ignore[union-attr]
@@ -484,6 +486,14 @@ def codes_of(
     if ((found * gain - rows) * weight_scale[:, None]).norm() > UP_ERROR * up.float().norm():
         return None
     return torch.cat((codes, codes, rest)[:number], dim=1), gain
+
+
+def _static(x: Tensor) -> Tensor:
+    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers."""
+    from torch._dynamo import mark_static  # which kernels have imported
+
+    mark_static(x)
+    return x
 
 
 def has_memory(like: Tensor, numbers: int) -> bool:

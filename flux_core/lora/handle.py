@@ -21,7 +21,7 @@ from ..checkpoint.tensors import opened
 from ..errors import FileError, NonFiniteError, UsageError
 from ..linears.branch import BranchedLinear, Term
 from ..linears.contract import dense
-from ..model import Flux
+from ..model import MODULATION, Flux
 from ..model.layers import RMSNorm
 from .delta import Delta
 from .dialects import flat_text
@@ -347,7 +347,8 @@ def _branched(network: nn.Module, name: str) -> BranchedLinear:
     """The layer of that name with a place for branches."""
     layer = network.get_submodule(name)
     if not isinstance(layer, BranchedLinear):
-        branched = BranchedLinear(layer).train(layer.training)
+        joins = not name.endswith(MODULATION)  # a table of all steps computes those, by other kernels
+        branched = BranchedLinear(layer, joins).train(layer.training)
         network.set_submodule(name, branched)
         layer = branched
     return layer

@@ -25,7 +25,8 @@ from flux_core.linears.contract import (
     widening,
 )
 from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize
-from flux_core.model import ops
+from flux_core.model import MODULATION, ops
+from flux_core.pipeline.placement import move
 
 GELU = "tanh" if CUDA else "none"
 """of the epilogue: the CPU's has another"""
@@ -459,6 +460,29 @@ def test_a_new_scale_compiles_nothing(traceable, kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", [dense, scaled])
+def test_each_number_of_ranks_has_one_graph_of_fixed_sizes(traceable, kind):
+    """Kernels are compiled for sizes: a size that may vary would stop a whole graph."""
+    torch._dynamo.reset()
+    counter, x = CompileCounterWithBackend("aot_eager"), draw(1, 3, 512)
+    x = x if kind is dense else x.bfloat16()
+    for rank, graphs in ((4, 1), (40, 2), (70, 3), (4, 3)):
+        block = Block(kind)
+        for layer in (block.first, block.last):
+            layer.remove("one")
+            layer.add("one", pieces(layer.base, rank=rank, dtype=x.dtype))
+        block.compile(backend=counter, fullgraph=True)
+        block(x)
+        assert counter.frame_count == graphs
+    shapes = [node.meta["example_value"].shape for node in counter.graphs[-1].graph.nodes if is_tensor(node)]
+    assert shapes and not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
+    torch._dynamo.reset()
+
+
+def is_tensor(node):
+    return isinstance(node.meta.get("example_value"), torch.Tensor)
+
+
 def with_scale(block, scale):
     for layer in (block.first, block.last):
         layer.factor.copy_(scale * layer.unit)
@@ -542,3 +566,15 @@ def test_a_whole_model_in_fp8_with_branches(monkeypatch, narrow):
     installed(monkeypatch, model)
     assert any(layer.gain is not None for layer in layers)
     assert distance(model(**inputs), truth) < 1.2 * distance(plainly, truth) + (0 if CUDA else 0.08)
+
+
+def test_a_layer_with_branches_moves_whole(narrow):
+    model, _ = small_model(torch.float32)
+    layers = with_branches(model, torch.float32)
+    move(model, torch.device(DEVICE))
+    joined = [layer for layer in layers if layer.wide is not None]
+    assert joined and all(layer.base.weight.data_ptr() == layer.wide.data_ptr() for layer in joined)
+    move(model, torch.device("meta"))
+    for name, layer in model.named_modules():
+        if isinstance(layer, BranchedLinear) and not name.endswith(MODULATION):
+            assert layer.wide is None and {x.device.type for x in (*layer.parameters(), *layer.buffers())} == {"meta"}
