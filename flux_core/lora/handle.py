@@ -5,8 +5,7 @@ where each layer is. A layer gets one `BranchedLinear`, however many files are a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.tensors import opened
-from ..errors import FileError, NonFiniteError, UsageError
+from ..checkpoint.shapes import Shape
+from ..errors import UsageError
 from ..linears.branch import BranchedLinear, Term
 from ..linears.contract import dense
 from ..model import Flux
 from ..model.layers import RMSNorm
 from .delta import Delta
-from .dialects import flat_text
-from .file import LoraFile, Module, check_matched, check_module, read_lora, widened_input
+from .dialects import TEXT, Network
+from .file import LoraFile, Module, check_matched, read_lora, resolve_text, widened_input
+from .tensors import NUMBERS, alphas_of, reading
 
 Networks = Mapping[str, nn.Module]
 """the loaded networks by `dialects.Network`: "transformer", and "clip" and "t5" where there are text encoders"""
@@ -155,7 +155,7 @@ def attach(
 
 def attach_file(file: LoraFile, networks: Networks, scale: float = 1.0, allow_partial: bool = False) -> Handle:
     """`attach` of a file that was read already, to networks by name."""
-    file = _resolve_text(file, networks)
+    file = resolve_text(file, _text_linears(networks))
     check_matched(file, allow_partial)
     handle = Handle(file, networks)
     pieces = _pieces(file, networks)
@@ -301,41 +301,29 @@ class _Pieces:
     norms: dict[str, tuple[str, Tensor]]
 
 
-def _resolve_text(file: LoraFile, networks: Networks) -> LoraFile:
-    """The file with its text encoders' modules by the names that the loaded encoders have; others are unmatched."""
-    modules, unmatched = [], list(file.unmatched)
-    tables = {
-        key: {flat_text(name): name for name, x in network.named_modules() if hasattr(x, "in_features")}
-        for key, network in networks.items()
-        if key != "transformer"
-    }
-    for module in file.modules:
-        if module.network in tables:
-            name = tables[module.network].get(flat_text(module.target.module))
-            if name is None:
-                unmatched.append(module.stem)
-                continue
-            layer: Any = networks[module.network].get_submodule(name)
-            size = layer.out_features, layer.in_features
-            check_module(file, module, size)
-            module = replace(module, target=module.target._replace(module=name, stop=size[0]))
-        modules.append(module)
-    return replace(file, modules=tuple(modules), unmatched=tuple(unmatched))
+def _text_linears(networks: Networks) -> dict[Network, dict[str, Shape]]:
+    """The Linears of the text encoders that are loaded, by name, and their weights' shapes."""
+    found: dict[Network, dict[str, Shape]] = {}
+    for key in TEXT:
+        if (network := networks.get(key)) is not None:
+            layers: list[tuple[str, Any]] = [(x, y) for x, y in network.named_modules() if hasattr(y, "in_features")]
+            found[key] = {name: (layer.out_features, layer.in_features) for name, layer in layers}
+    return found
 
 
 def _pieces(file: LoraFile, networks: Networks) -> _Pieces:
     """The branches of a file's modules, on the devices of their layers. NonFiniteError, FileError."""
-    alphas = _alphas(file)
+    alphas = alphas_of(file)
     found = _Pieces({key: {} for key in networks}, {})
     transformer = networks["transformer"]
-    with _reading(file, _device(transformer)) as get:
+    with reading(file, _device(transformer)) as get:
         for name, tensor_name in file.norms.items():
             found.norms[name] = ("set", get(tensor_name))
         for module in file.modules:
             if module.network not in networks:
                 continue
             network = networks[module.network]
-            tensors = {role: get(name) for role, name in module.tensors.items() if role not in _NUMBERS}
+            tensors = {role: get(name) for role, name in module.tensors.items() if role not in NUMBERS}
             if module.network == "transformer" and module.target.module.endswith(".scale"):
                 found.norms[module.target.module] = ("add", tensors["diff"])
                 continue
@@ -350,9 +338,6 @@ def _pieces(file: LoraFile, networks: Networks) -> _Pieces:
 
 def _on(device: torch.device) -> Callable[[Any], Any]:
     return lambda x: x.to(device) if isinstance(x, Tensor) else x
-
-
-_NUMBERS = ("alpha", "reshape_weight")
 
 
 def _delta(module: Module, tensors: Mapping[str, Tensor], alpha: float | None, layer: Any, file: LoraFile) -> Delta:
@@ -379,45 +364,6 @@ def _dense_weight(layer: nn.Module) -> Tensor:
     with torch.no_grad():
         rows = layer(torch.eye(size, dtype=torch.bfloat16, device=device))
     return (rows if bias is None else rows - bias).t()
-
-
-def _alphas(file: LoraFile) -> dict[str, float]:
-    """Each module's alpha, by its stem. FileError for one that is no number."""
-    named = {module.stem: module.tensors["alpha"] for module in file.modules if "alpha" in module.tensors}
-    whole = {module.stem for module in file.modules if module.algebra.endswith("lokr") and module.rank is None}
-    found: dict[str, float] = {}
-    with opened(file.source, "cpu", named.values()) as get:
-        for stem, name in named.items():
-            x = get(name)
-            value = float(x.reshape(-1)[0]) if x.numel() == 1 else math.nan
-            if not math.isfinite(value) and stem not in whole:
-                raise FileError(f"{file.path}: {name} is {value}: an alpha is a number. Next: train or save it again.")
-            found[stem] = value
-    bad = next((module.stem for module in file.modules if module.scale is not None and math.isnan(module.scale)), None)
-    if bad is not None:
-        raise FileError(f"{file.path}: the header's lora_alpha or rank of {bad} is no number. Next: save it again.")
-    return found
-
-
-@contextmanager
-def _reading(file: LoraFile, device: torch.device) -> Iterator[Callable[[str], Tensor]]:
-    """A context with a function that reads a tensor by its name, and checks at the end that all were finite."""
-    names = list(file.norms.values()) + [
-        name for module in file.modules for role, name in module.tensors.items() if role not in _NUMBERS
-    ]
-    largest: dict[str, Tensor] = {}
-    with opened(file.source, device, names) as get:
-
-        def read(name: str) -> Tensor:
-            x = get(name)
-            x = x.float() if x.dtype.itemsize == 1 else x
-            largest[name] = torch.linalg.vector_norm(x, ord=math.inf, dtype=torch.float32)
-            return x
-
-        yield read
-    if largest and not (sound := torch.stack(list(largest.values())).isfinite()).all():
-        name = list(largest)[int(sound.int().argmin())]
-        raise NonFiniteError(f"{file.path}: NaN or infinity in {name}. Next: train or fetch the LoRA again.")
 
 
 def _device(module: nn.Module) -> torch.device:
