@@ -186,6 +186,7 @@ class Words:
             return {
                 official: [(prefix + name, self.table.linears[flat(name)]) for name in names]
                 for official, names in self.table.diffusers.items()
+                if flat(official) in self.table.linears
             }
         names = [name.removesuffix(".weight") for name, shape in self.table.shapes.items() if len(shape) == 2]
         spelled = {name: flat(name) if self.to == "kohya" else name for name in names}
@@ -212,9 +213,9 @@ class Words:
         return F.pad(x, (0,) * (2 * x.ndim - 1) + (target.spare_rows,)) if target.spare_rows else x
 
     def _named(self, name: str, factors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """Factors down, up, magnitude and bias under the dialect's names."""
-        found = {f"{name}.alpha": part.alpha}
-        for role, x in factors.items():
+        """Factors down, up, magnitude and bias under the dialect's names: copies, since safetensors shares nothing."""
+        found = {f"{name}.alpha": part.alpha.clone()}
+        for role, x in ((role, x.clone()) for role, x in factors.items()):
             if self.to != "diffusers":
                 end = _ENDS["diff_b" if role == "bias" else role]
                 found[name + end] = x[:, None] if role == "magnitude" else x

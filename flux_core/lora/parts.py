@@ -101,11 +101,11 @@ def _set_bits(x: Tensor) -> Tensor:
 
 def join(parts: Sequence[Part], start: int, stop: int) -> Part:
     """The part of these rows that is the sum of its pieces. CannotSay."""
+    parts = sorted(parts, key=lambda part: part.start)
     first, rows = parts[0], stop - start
     if len(parts) == 1 and (first.start, first.stop) == (start, stop):
         return first
-    covered = sorted((part.start, part.stop) for part in parts)
-    apart = all(a[1] <= b[0] for a, b in pairwise(covered))
+    apart = all(a.stop <= b.start for a, b in pairwise(parts))
     magnitude = _joined_magnitude(parts, rows, apart)
     bias = None
     if any(part.bias is not None for part in parts):
@@ -121,7 +121,7 @@ def join(parts: Sequence[Part], start: int, stop: int) -> Part:
 
 
 def _joined_magnitude(parts: Sequence[Part], rows: int, apart: bool) -> Tensor | None:
-    found = [part.magnitude for part in sorted(parts, key=lambda part: part.start) if part.magnitude is not None]
+    found = [part.magnitude for part in parts if part.magnitude is not None]
     if not found:
         return None
     if len(found) < len(parts) or not apart or sum(map(len, found)) < rows:
