@@ -1,16 +1,24 @@
 """`lora info`, `lora convert`, `lora merge`, `lora extract`: LoRA files without a picture."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..checkpoint import check_files, with_files
 from ..checkpoint.contents import listing
 from ..errors import FileError, UsageError
 from ..files import user_path
 from ..images.metadata import printable
 from ..lora.describe import best_fit, describe
+from ..lora.dialects import NETWORKS, TEXT
+from ..lora.file import LoraFile, check_matched, read_lora, resolve_text, widened_input
 from ..terminal import note, tell
-from .table import LORA_CONVERT
+from ..variants import Variant
+from .table import LORA_CONVERT, LORA_MERGE, SAVED_DTYPES
 
 _CONVERT = {field.name: field for field in LORA_CONVERT}
+_MERGE = {field.name: field for field in LORA_MERGE}
 
 
 def print_info(file: str) -> None:
@@ -49,6 +57,80 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, allow
     return path
 
 
+def merge(
+    loras: Sequence[str | Path],
+    name: str | None = None,
+    scale: Sequence[str | float] = (1.0,),
+    allow_partial: bool = False,
+    format: str = _MERGE["format"].default,
+    dtype: str = _MERGE["dtype"].default,
+    output: str | Path | None = None,
+    **files: str | Path | None,
+) -> Path:
+    """Write the model of that name with these LoRAs in its weights to the folder `output`, and return its path.
+
+    scale: one for all, or one for each. allow_partial: merge what matches. The rest is as for `save`; text encoders'
+    modules go into the text encoders that are written. UsageError, FileError, AccessError or DiskError, NonFiniteError,
+    and then no folder is made.
+    """
+    variant, scales = with_files(name, **files), _scales(scale, len(loras))
+    format, dtype = _MERGE["format"].parse(format), _MERGE["dtype"].parse(dtype)
+    folder = user_path(output) if output else Path("output") / f"{variant.name}-{format}-{dtype}-merged"
+    found = [_read_to_merge(path, variant) for path in loras]
+    check_files(variant)
+    if not variant.embedded:
+        note(variant.licence_line)
+
+    import torch  # only now, so that errors in arguments and headers appear at once
+
+    from ..checkpoint.files import text_files
+    from ..checkpoint.layouts import Changes, text_linears, write_diffusers, write_official
+    from ..checkpoint.write import new_folder
+    from ..lora.merge import merging
+
+    text = text_files(variant)
+    linears = text_linears(text)
+    found = [resolve_text(lora, {network: linears[network] for network in TEXT}) for lora in found]
+    for lora in found:
+        check_matched(lora, allow_partial, "--allow-partial")
+        if lora.unmatched:
+            note(f"left out of {lora.name}: {listing('modules that name nothing in the model', list(lora.unmatched))}")
+        if lora.tokens:
+            note(f"left out of {lora.name}: {listing('trained tokens', list(lora.tokens))}")
+    what = ", ".join(f"{lora.name} at {scale:g}" for lora, scale in zip(found, scales, strict=True))
+    write = write_diffusers if format == "diffusers" else write_official
+    with new_folder(folder) as part, merging(found, scales) as of:
+        changes = Changes({network: of.get(network, {}) for network in NETWORKS}, what)
+        write(part, variant, text, getattr(torch, SAVED_DTYPES[dtype]), changes=changes)
+    return folder
+
+
+def _scales(given: Sequence[str | float], count: int) -> list[float]:
+    """A finite scale for each of so many files. UsageError."""
+    scales = [float(_MERGE["scale"].parse(str(scale))) for scale in given]
+    if not all(math.isfinite(scale) for scale in scales):
+        raise UsageError(f"--scale must be a number, as in 0.8, not {' '.join(map(str, given))}")
+    if len(scales) not in (1, count):
+        raise UsageError(f"--scale has {len(scales)} values for {count} files. Next: give one, or one for each.")
+    return scales * count if len(scales) == 1 else scales
+
+
+def _read_to_merge(path: str | Path, variant: Variant) -> LoraFile:
+    """The file, which fits the model. FileError, UsageError."""
+    lora = read_lora(path, variant.params)
+    if (width := widened_input(lora, variant.params)) > variant.params.in_channels:
+        raise UsageError(
+            f"{path} is for a control model: its img_in takes {width} features, and that of {variant.name} "
+            f"{variant.params.in_channels}. Next: merge another LoRA."
+        )
+    return lora
+
+
+def print_merged(**flags: Any) -> None:
+    """Run `merge` and print its folder."""
+    tell(str(merge(**flags)))
+
+
 def _new_file(path: str | Path) -> Path:
     """A path to write a file to. UsageError where something is there already, or its folder is not."""
     path = user_path(path)
@@ -61,6 +143,6 @@ def _new_file(path: str | Path) -> Path:
     return path
 
 
-def print_converted(source: str, target: str, **flags: object) -> None:
+def print_converted(**flags: Any) -> None:
     """Run `convert` and print its file."""
-    tell(str(convert(source, target, **flags)))  # type: ignore[arg-type]
+    tell(str(convert(**flags)))

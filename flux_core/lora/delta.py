@@ -59,13 +59,15 @@ class Delta:
 
     def pieces(self, start: int, dtype: torch.dtype) -> list[Piece]:
         """The branch: pieces whose sum is this difference. start: the first of the rows in the weight."""
-        found: list[Piece] = []
-        for role in ("diff_b", "up_bias"):
-            if role in self.tensors:
-                found.append(Shift(self._by_rows(self.tensors[role].flatten()).to(dtype), start))
+        found: list[Piece] = [Shift(shift.to(dtype), start) for shift in self.shifts()]
         if self.module.algebra != "bias":
             found += self._dora(start, dtype) if "magnitude" in self.tensors else self._plain(start, dtype)
         return found
+
+    def shifts(self) -> list[Tensor]:
+        """The differences to the bias of these rows, fp32 [rows], by the official order."""
+        roles = [role for role in ("diff_b", "up_bias") if role in self.tensors]
+        return [self._by_rows(self.tensors[role].flatten()).float() for role in roles]
 
     def dense(self) -> Tensor:
         """The difference at scale 1, fp32 [rows, K], by the official order of rows."""

@@ -19,6 +19,7 @@ from ..params import FluxParams
 
 Network = Literal["transformer", "clip", "t5"]
 TEXT: tuple[Network, ...] = ("clip", "t5")
+NETWORKS: tuple[Network, ...] = ("transformer", *TEXT)
 
 PREFIXES: tuple[tuple[str, Network, str], ...] = (
     ("base_model.model.transformer.", "transformer", "PEFT"),

@@ -49,7 +49,7 @@ def _not_finite(file: LoraFile, name: str) -> str:
 
 
 @contextmanager
-def reading(file: LoraFile, device: torch.device) -> Iterator[Callable[[str], Tensor]]:
+def reading(file: LoraFile, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
     """A context with a function that reads a tensor by its name, and checks at the end that all were finite."""
     names = list(file.norms.values()) + [
         name for module in file.modules for role, name in module.tensors.items() if role not in NUMBERS
