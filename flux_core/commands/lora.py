@@ -3,21 +3,29 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_files, with_files
-from ..checkpoint.contents import listing
+from ..checkpoint.check import check_network
+from ..checkpoint.contents import Contents, find_contents, listing
+from ..checkpoint.files import flow_path
 from ..errors import FileError, UsageError
 from ..files import user_path
 from ..images.metadata import printable
 from ..lora.describe import best_fit, describe
 from ..lora.dialects import NETWORKS, TEXT
 from ..lora.file import LoraFile, check_matched, read_lora, resolve_text, widened_input
+from ..params import FluxParams
 from ..terminal import note, tell
 from ..variants import Variant
-from .table import LORA_CONVERT, LORA_MERGE, SAVED_DTYPES
+from .table import LORA_CONVERT, LORA_EXTRACT, LORA_MERGE, SAVED_DTYPES
+
+if TYPE_CHECKING:
+    from ..lora.convert import Dialect
+    from ..lora.extract import Extracted
 
 _CONVERT = {field.name: field for field in LORA_CONVERT}
+_EXTRACT = {field.name: field for field in LORA_EXTRACT}
 _MERGE = {field.name: field for field in LORA_MERGE}
 
 
@@ -34,7 +42,7 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, allow
     """
     if to is None:
         raise UsageError("--to is missing. Next: say --to official, diffusers or kohya.")
-    to = _CONVERT["to"].parse(to)
+    dialect: Dialect = _CONVERT["to"].parse(to)
     path = _new_file(target)
     lora, variants, reason = best_fit(source)
     if not variants:
@@ -43,7 +51,7 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, allow
     from ..checkpoint.write import write_safetensors
     from ..lora.convert import convert as converted
 
-    found = converted(lora, variants[0].params, to)  # type: ignore[arg-type]
+    found = converted(lora, variants[0].params, dialect)
     if found.left_out:
         what = listing(f"modules that the dialect {to} cannot say", found.left_out)
         if not found.tensors:
@@ -146,3 +154,76 @@ def _new_file(path: str | Path) -> Path:
 def print_converted(**flags: Any) -> None:
     """Run `convert` and print its file."""
     tell(str(convert(**flags)))
+
+
+def extract(
+    base: str | Path | None = None,
+    tuned: str | Path | None = None,
+    rank: str | int | None = None,
+    output: str | Path | None = None,
+    to: str = _EXTRACT["to"].default,
+    dtype: str = _EXTRACT["dtype"].default,
+    device: str = "auto",
+) -> list[str]:
+    """Write what `tuned` is more than `base` as a LoRA of that rank to the new file `output`.
+
+    Both are transformers of the same sizes: files, folders, or models' names. Returns lines: the file, and how much of
+    the squared difference it holds. UsageError, FileError, DiskError, NonFiniteError, and then no file is written.
+    """
+    for flag, value in (("base", base), ("tuned", tuned), ("rank", rank), ("output", output)):
+        if value is None:
+            raise UsageError(f"--{flag} is missing: {_EXTRACT[flag].help}.")
+    ranks, dialect = _EXTRACT["rank"].parse(str(rank)), _EXTRACT["to"].parse(to)
+    dtype, path = SAVED_DTYPES[_EXTRACT["dtype"].parse(dtype)], _new_file(str(output))
+    params, before = _transformer(base, "--base")
+    _, after = _transformer(tuned, "--tuned")
+    check_network(before, params)
+    check_network(after, params)
+
+    import torch
+
+    from ..checkpoint.write import write_safetensors
+    from ..device.choice import memory_errors, pick_device
+    from ..lora.extract import extract as extracted
+    from ..lora.extract import spelled
+
+    kind, place = getattr(torch, dtype), pick_device(device)
+    place = torch.device("cpu") if place.type == "mps" else place  # which has no SVD
+    with memory_errors("extracting", place, "choose --device cpu"):
+        found = extracted(before, after, params, ranks, kind, place)
+    if not found.squares and not found.others:
+        raise UsageError(f"{base} and {tuned} are the same. Next: name two models that differ.")
+    file = spelled(found, params, dialect, kind)
+    if not file.tensors:
+        raise UsageError(f"{base} and {tuned} differ in biases and norms alone, which the dialect {to} cannot say.")
+    lines = _shares(found, ranks, to)
+    names = f"{after.source.path.name} less {before.source.path.name}"
+    write_safetensors(path, file.tensors, {"extracted": "\n".join([names, *lines])})
+    return [str(path), *lines]
+
+
+def _transformer(path: str | Path | None, flag: str) -> tuple[FluxParams, Contents]:
+    """The sizes and tensors of a transformer: of a file, a folder, or a model by its name. FileError, AccessError."""
+    try:
+        variant = with_files(model=path)
+        return variant.params, find_contents(flow_path(variant), "transformer")
+    except FileError as error:
+        finding = str(error).partition(" Next:")[0].removeprefix("--model ")
+        advice = "Next: give a transformer: a file, a folder, or a model's name."
+        raise FileError(f"{flag} {finding} {advice}") from None
+
+
+def _shares(found: "Extracted", rank: int, to: str) -> list[str]:
+    """What of the difference is held, for people."""
+    worst = ", ".join(f"{name} {share:.2%}" for name, share in found.worst())
+    lines = [f"rank {rank} holds {found.share:.4%} of the squared difference of {len(found.squares)} Linears"]
+    lines += [f"least of {worst}"] if worst else []
+    if found.others:
+        kept = "biases are in the file, norms are not" if to == "official" else "they are not in the file"
+        lines.append(f"biases and norms are {found.share_of_others:.4%} of the whole: no rank holds them; {kept}")
+    return lines
+
+
+def print_extracted(**flags: Any) -> None:
+    """Run `extract` and print its lines."""
+    tell("\n".join(extract(**flags)))

@@ -215,7 +215,7 @@ class Words:
     def _named(self, name: str, factors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
         """Factors down, up, magnitude and bias under the dialect's names: copies, since safetensors shares nothing."""
         found = {f"{name}.alpha": part.alpha.clone()}
-        for role, x in ((role, x.clone()) for role, x in factors.items()):
+        for role, x in ((role, x.clone(memory_format=torch.contiguous_format)) for role, x in factors.items()):
             if self.to != "diffusers":
                 end = _ENDS["diff_b" if role == "bias" else role]
                 found[name + end] = x[:, None] if role == "magnitude" else x

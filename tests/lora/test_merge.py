@@ -111,9 +111,8 @@ def test_what_cannot_be_merged_leaves_no_folder(tmp_path):
                "diffusion_model.img_in.lora_B.weight": torch.ones(256, 1)}  # fmt: skip
     save_file(control, tmp_path / "control.safetensors")
     save_file({k: x * torch.nan for k, x in state.items() if "alpha" not in k}, tmp_path / "nan.safetensors")
-    save_file(
-        state | {f"lora_unet_nothing.{k.split('.', 1)[1]}": x for k, x in state.items()}, tmp_path / "more.safetensors"
-    )
+    unknown = {f"lora_unet_nothing.lora_{x}.weight": torch.ones(1, 1) for x in ("up", "down")}
+    save_file(state | unknown, tmp_path / "more.safetensors")
     for file, error, text in (
         ("control", UsageError, "is for a control model"),
         ("nan", NonFiniteError, "NaN or infinity"),
