@@ -28,7 +28,7 @@ from ..checkpoint.shapes import clip_shapes, t5_shapes
 from ..params import FluxParams
 from ..variants import VARIANTS
 from .dialects import Network, Table, Target, flat, flat_text
-from .file import ADAPTER_METADATA, LoraFile, Module
+from .file import ADAPTER_METADATA, LoraFile, Module, check_factors
 from .parts import CannotSay, Part, alpha_of, cut, join
 from .tensors import read_all
 
@@ -81,6 +81,7 @@ def convert(lora: LoraFile, params: FluxParams, to: Dialect) -> Converted:
         tensors = {role: given[name] for role, name in module.tensors.items()}
         with _saying(found, module.stem):
             if module.network != "transformer":
+                check_factors(lora, module)
                 found.tensors |= words.text(module, tensors)
             elif _is_thin(module, tensors):
                 part = _part(module, tensors, words.table.shape(module.target)[1])

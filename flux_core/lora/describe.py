@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.contents import listing
 from ..checkpoint.source import Source, find_source
 from ..errors import FileError
-from ..variants import VARIANTS, Variant
+from ..variants import DEFAULT, VARIANTS, Variant
 from .dialects import TEXT, other_algebra, other_model
 from .file import LoraFile, check_shapes, find_lora, read_names, widened_input
 
@@ -73,8 +73,8 @@ def _lines(path: str | Path, lora: LoraFile) -> list[str]:
         f"modules: {', '.join(counts)}",
         _tensors(lora.source),
     ]
-    width = max((widened_input(lora, x.params) for x in VARIANTS.values()), default=0)
-    if width > max(x.params.in_channels for x in VARIANTS.values()):
+    params = VARIANTS[DEFAULT].params
+    if (width := widened_input(lora, params)) > params.in_channels:
         lines.append(f"for a control model: img_in takes {width} features")
     lines += [f"words: {lora.words[:MOST]}"] if lora.words else []
     lines += [listing("trained tokens, which are not used", list(lora.tokens))] if lora.tokens else []

@@ -335,9 +335,7 @@ def _target(key: Key, table: Table) -> Target | None:
 
 def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
     """FileError where factors do not go together, or do not have the size of the rows that they train."""
-    path, shapes = lora.path, {role: _matrix(shape) for role, shape in module.shapes.items()}
-    _check_pairs(path, module)
-    found = _product_shape(path, module, shapes)
+    path, found = lora.path, check_factors(lora, module)
     wide = expected[0] + module.target.spare_rows, *(size + module.target.spare_columns for size in expected[1:])
     if found is not None and found not in (expected, wide) and not _widens(module, found, expected):
         raise FileError(_misfit(path, module.stem, found, expected))
@@ -347,6 +345,13 @@ def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
         by_rows = math.prod(shape) in (expected[0], wide[0])
         if not (_magnitude_fits(shape, expected, wide) if role == "magnitude" else by_rows):
             raise FileError(_misfit(path, f"{module.stem} ({role})", shape, expected[:1]))
+
+
+def check_factors(lora: LoraFile, module: Module) -> Shape | None:
+    """The shape of the difference that a module's factors make; None where they make none. FileError where they do not
+    go together."""
+    _check_pairs(lora.path, module)
+    return _product_shape(lora.path, module, {role: _matrix(shape) for role, shape in module.shapes.items()})
 
 
 def _magnitude_fits(shape: Shape, *weights: Shape) -> bool:
@@ -367,7 +372,7 @@ def widened_input(lora: LoraFile, params: FluxParams) -> int:
         for module in lora.of("transformer")
         if module.target.module == "img_in"
         for role in ("down", "diff")
-        if role in module.shapes
+        if len(module.shapes.get(role, ())) > 1
     ]
     return max([params.in_channels, *widths])
 

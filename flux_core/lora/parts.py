@@ -8,6 +8,7 @@ opposite: pieces with the same factor down share it, others are stacked, and up 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -115,8 +116,9 @@ def join(parts: Sequence[Part], start: int, stop: int) -> Part:
     if apart and all(_same_down(first, part) for part in parts):
         up = _placed([(part.start - start, part.up) for part in parts], rows)
         return Part(first.stem, start, first.down, up, first.alpha, magnitude, bias)
-    ups = [_placed([(part.start - start, _folded(part, first))], rows) for part in parts]
-    joined = first.with_ranks(torch.cat([part.down for part in parts]), torch.cat(ups, dim=1))
+    ups = _of_one_dtype([_placed([(part.start - start, _folded(part, first))], rows) for part in parts])
+    downs = _of_one_dtype([part.down for part in parts])
+    joined = first.with_ranks(torch.cat(downs), torch.cat(ups, dim=1))
     return replace(joined, start=start, magnitude=magnitude, bias=bias)
 
 
@@ -126,7 +128,7 @@ def _joined_magnitude(parts: Sequence[Part], rows: int, apart: bool) -> Tensor |
         return None
     if len(found) < len(parts) or not apart or sum(map(len, found)) < rows:
         raise CannotSay("DoRA of some of its rows")
-    return torch.cat(found)
+    return torch.cat(_of_one_dtype(found))
 
 
 def _same_down(one: Part, other: Part) -> bool:
@@ -148,13 +150,20 @@ def _alike(one: Fraction, other: Fraction) -> bool:
 
 def _placed(pieces: Sequence[tuple[int, Tensor]], rows: int) -> Tensor:
     """[rows, ...] with pieces at their places, and zeros elsewhere."""
-    dtype = pieces[0][1].dtype
-    for _, piece in pieces[1:]:
-        dtype = torch.promote_types(dtype, piece.dtype)
-    found = torch.zeros(rows, *pieces[0][1].shape[1:], dtype=dtype, device="cpu")
-    for at, piece in pieces:
-        found[at : at + len(piece)] = piece.to(dtype)
+    same = _of_one_dtype([piece for _, piece in pieces])
+    found = torch.zeros(rows, *same[0].shape[1:], dtype=same[0].dtype, device="cpu")
+    for (at, _), piece in zip(pieces, same, strict=True):
+        found[at : at + len(piece)] = piece
     return found
+
+
+def _of_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the least dtype that holds all of them; torch promotes no fp8 by itself."""
+    kinds = {x.dtype for x in tensors}
+    if len(kinds) == 1:
+        return list(tensors)
+    wide = reduce(torch.promote_types, [torch.bfloat16 if kind.itemsize == 1 else kind for kind in kinds])
+    return [x.to(wide) for x in tensors]
 
 
 def _folded(part: Part, like: Part) -> Tensor:

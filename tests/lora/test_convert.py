@@ -180,6 +180,15 @@ def test_alphas_that_differ_by_a_power_of_two_go_into_the_factors(tmp_path):
     assert distance(velocity(out), velocity(path)) < 1e-6
 
 
+def test_parts_of_several_dtypes_are_joined_in_one_that_holds_both(tmp_path):
+    path = two_parts((1.0, 1.0), tmp_path)
+    state = load_file(path)
+    kinds = {"to_q": torch.float8_e4m3fn, "to_k": torch.float16}
+    write_safetensors(path, {name: x.to(kinds[name.split(".")[4]]) for name, x in state.items()})
+    assert converted(path, "official", out := tmp_path / "out.safetensors") == []
+    assert distance(velocity(out), velocity(path)) < 1e-6
+
+
 def test_other_alphas_that_differ_cannot_share_one(tmp_path):
     left_out = converted(two_parts((1.0, 3.0), tmp_path), "kohya", tmp_path / "out.safetensors")
     assert len(left_out) == 1 and "alphas that differ" in left_out[0]
