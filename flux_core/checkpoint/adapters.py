@@ -4,6 +4,7 @@ They tell a LoRA from other weights: its keys need not have the word in them (Lo
 """
 
 import re
+from collections.abc import Container
 
 ENDINGS: dict[str, str] = {
     ".lora_A.weight": "down",
@@ -58,3 +59,9 @@ def is_adapter(name: str) -> bool:
     """Whether only a LoRA, or another kind of adapter, has such a key."""
     bare = _DEFAULT.sub("", name) if ".default" in name else name
     return bare.endswith(_CERTAIN) or any(re.search(pattern, name) for pattern, _ in OTHER_ALGEBRAS)
+
+
+def is_idle_alpha(name: str, names: Container[str]) -> bool:
+    """Whether a key is the alpha of a LoKr whose factors are both whole: it means nothing, and is infinite in some."""
+    stem, role = split_ending(name)
+    return role == "alpha" and all(f"{stem}.{factor}" in names for factor in ("lokr_w1", "lokr_w2"))

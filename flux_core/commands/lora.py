@@ -68,7 +68,7 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, allow
 def merge(
     loras: Sequence[str | Path],
     name: str | None = None,
-    scale: Sequence[str | float] = (1.0,),
+    scale: float | Sequence[str | float] = 1.0,
     allow_partial: bool = False,
     format: str = _MERGE["format"].default,
     dtype: str = _MERGE["dtype"].default,
@@ -113,11 +113,12 @@ def merge(
     return folder
 
 
-def _scales(given: Sequence[str | float], count: int) -> list[float]:
+def _scales(given: float | Sequence[str | float], count: int) -> list[float]:
     """A finite scale for each of so many files. UsageError."""
-    scales = [float(_MERGE["scale"].parse(str(scale))) for scale in given]
+    values = [given] if isinstance(given, int | float) else given
+    scales = [float(_MERGE["scale"].parse(str(value))) for value in values]
     if not all(math.isfinite(scale) for scale in scales):
-        raise UsageError(f"--scale must be a number, as in 0.8, not {' '.join(map(str, given))}")
+        raise UsageError(f"--scale must be a number, as in 0.8, not {' '.join(map(str, values))}")
     if len(scales) not in (1, count):
         raise UsageError(f"--scale has {len(scales)} values for {count} files. Next: give one, or one for each.")
     return scales * count if len(scales) == 1 else scales

@@ -24,7 +24,7 @@ from .convert import Converted, Dialect, Words, spell
 from .parts import Part, alpha_of
 
 WIDER, ITERATIONS = 16, 8
-"""directions beside the rank, and products with D D^T, after which singular values agree to fp32 in trained models"""
+"""directions beside the rank, and products with D D^T: a test holds them to 1e-5 where singular values fall as 1/n"""
 WHOLE = 8
 """times the rank, up to which a matrix's smaller side is decomposed whole"""
 

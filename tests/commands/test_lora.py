@@ -167,3 +167,12 @@ def test_verify_finds_nan_in_a_lora(style, capsys):
     assert main(["verify", "nan.safetensors"]) == 4 and "lora_unet_img_in.lora_up" in capsys.readouterr().err
     code, _, err = run(capsys, "convert", "nan.safetensors", "out.safetensors", "--to", "official")
     assert code == 7 and "lora_unet_img_in.lora_up" in err and not Path("out.safetensors").exists()
+
+
+def test_verify_knows_that_the_alpha_of_a_whole_lokr_means_nothing(capsys):
+    state = {name: x.half() for name, x in load_file(LORAS / "aitoolkit_lokr.safetensors").items()}
+    assert any(x.isinf().any() for x in state.values())
+    save_file(state, "lokr.safetensors")
+    assert main(["verify", "lokr.safetensors"]) == 0
+    save_file({name: x for name, x in state.items() if "lokr_w1" not in name}, "half.safetensors")
+    assert main(["verify", "half.safetensors"]) == 4 and "alpha" in capsys.readouterr().err
