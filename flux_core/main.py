@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .commands.table import COMMANDS, Command
+from .commands.table import COMMANDS, GROUPS, Command
 from .errors import FluxError, UsageError, nearest
 from .hub.client import read_env
 from .request.fields import Field
@@ -41,8 +41,9 @@ def build_parser(name: str) -> Parser:
         others = ", ".join(f"{other} ({entry.help})" for other, entry in COMMANDS.items() if other != name)
         parser.epilog = f"other commands: {others}; each has its --help"
         parser.add_argument("--version", action="version", version=f"flux_core {__version__}")
-    if command.positional:
-        parser.add_argument(command.positional)
+    for field in command.positional:
+        several: dict[str, Any] = {"nargs": "+"} if field.multiple else {}
+        parser.add_argument(field.name, metavar=field.metavar or None, help=field.help or None, **several)
     for field in command.fields:
         _add(parser, field)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -73,7 +74,7 @@ def _add(parser: Parser, field: Field) -> None:
 def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     """The command and the values of its flags. UsageError for an unknown flag, with the nearest known flag."""
     words = [_dashes(word) for word in argv]
-    name = words.pop(0) if words and words[0] in COMMANDS else "generate"
+    name, words = _command(words)
     parser = build_parser(name)
     flags, unknown = parser.parse_known_args(words)
     if unknown:
@@ -81,6 +82,30 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     values = {key: value for key, value in vars(flags).items() if value is not None}
     del values["debug"]
     return COMMANDS[name], values
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """A command's name, of one word or two, and the words behind it. UsageError for an unknown word of a group."""
+    for count in (2, 1):
+        if (name := " ".join(words[:count])) in COMMANDS:
+            return name, words[count:]
+    if words and words[0] in GROUPS:
+        _help_on_group(*words[:2])
+    return "generate", words
+
+
+def _help_on_group(group: str, word: str = "--help") -> NoReturn:
+    """Print a group's commands and exit. UsageError for a word that is none of them."""
+    inside = {name.split()[1]: command for name, command in COMMANDS.items() if name.startswith(f"{group} ")}
+    prog = f"{_program(sys.argv[0])} {group}"
+    if word not in ("--help", "-h"):
+        hint = nearest(word, inside)
+        raise UsageError(f"no command {group} {word[:60]}; there are {', '.join(inside)}.{hint} See `{prog} --help`")
+    width = max(map(len, inside))
+    print(f"usage: {prog} COMMAND ...\n\n{GROUPS[group]}\n\ncommands:")
+    print("\n".join(f"  {name:<{width}}  {command.help}" for name, command in inside.items()))
+    print("\neach has its --help")
+    raise SystemExit(0)
 
 
 def _dashes(word: str) -> str:

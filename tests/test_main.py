@@ -101,12 +101,28 @@ def test_help_shows_every_flag_and_the_defaults_of_the_rows():
         (["--prompt", "x", "--name", "flux-schnel"], "Did you mean flux-schnell?"),
         (["info"], "file"),
         (["save", "--format", "zip"], "zip"),
+        (["lora", "inof"], "no command lora inof; there are info, convert, merge, extract. Did you mean info?"),
+        (["lora", "convert", "a.safetensors"], "required: OUT"),
+        (["lora", "extract", "--rnak", "4"], "Did you mean --rank?"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(words, finding, capsys):
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and finding in err
+
+
+@pytest.mark.parametrize("words", [["lora"], ["lora", "--help"], ["lora", "-h"]])
+def test_a_group_lists_its_commands(words, capsys):
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name.split()[1]} " in out and COMMANDS[name].help in out for name in COMMANDS if " " in name)
+
+
+def test_a_command_of_two_words_takes_several_values_without_flags():
+    command, given = parse(["lora", "merge", "a", "b", "--scale", "0.8", "0.5"])
+    assert command is COMMANDS["lora merge"] and given == {"loras": ["a", "b"], "scale": ["0.8", "0.5"]}
+    assert parse(["lora", "convert", "a", "b", "--to=kohya"])[1] == {"source": "a", "target": "b", "to": "kohya"}
 
 
 def test_exit_codes_of_other_errors(capsys, monkeypatch):
@@ -136,7 +152,9 @@ def test_no_progress_bar_without_a_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["--promt", "x"], ["info", "--help"], ["info", "--x"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["--promt", "x"], ["info", "--help"], ["info", "--x"], ["lora"]]
+)
 def test_help_and_wrong_flags_are_answered_with_the_standard_library_alone(words):
     code = (
         "import sys; before = set(sys.modules); from flux_core.main import main; main(sys.argv[1:])\n"

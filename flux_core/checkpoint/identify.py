@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .adapters import is_adapter
+
 Shapes = Mapping[str, tuple[int, ...]]
 Part = Literal["transformer", "autoencoder", "t5", "clip", "lora", "other"]
 Layout = Literal["official", "diffusers"]
@@ -75,7 +77,7 @@ MODELS: dict[tuple[int, ...], str] = {
 
 def identify(shapes: Shapes, part: Part = "transformer") -> Identity:
     """The network in a file. part: which to find in a file that holds several."""
-    if any("lora" in name.lower() for name in shapes):
+    if any(is_adapter(name) for name in shapes):
         return Identity("lora", "a LoRA, which goes on top of a model")
     prefixes = ("", WHOLE[part], *WHOLE.values()) if part in WHOLE else ("", *WHOLE.values())
     whole = sum(any(name.startswith(prefix) for name in shapes) for prefix in WHOLE.values()) > 1

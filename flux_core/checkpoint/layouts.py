@@ -8,23 +8,26 @@ diffusers itself is not needed to write its layout: seven small JSON files, the 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
 from .check import check_network
-from .contents import find_contents
+from .contents import Contents, find_contents
 from .files import TextFiles, ae_path, encoder_config, flow_path
 from .identify import Layout, Part, identify
 from .keymaps import to_diffusers
-from .names import Params
-from .read import load_autoencoder, load_flux
+from .names import Params, network_shapes
+from .read import load_autoencoder, load_flux, opened_official
 from .scales import METADATA, find_scales, to_dense
+from .shapes import Shape
 from .source import SUFFIXES, Source, find_source
 from .tensors import DTYPES, opened
 from .write import write_safetensors
@@ -36,6 +39,26 @@ NOT_OURS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text
 """prefixes of the other tensors in full T5 and CLIP files"""
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of tensors before they are rounded and written."""
+
+    of: Mapping[Part, Mapping[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    """by part and name (official, or the text encoder's own): of the tensor in fp32 to its successor in fp32"""
+    note: str = ""
+    """what the changed files' metadata say under "merged\""""
+
+    def of_part(self, part: Part) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return self.of.get(part, {})
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"merged": self.note} if self.note else {}
+
+
+NONE = Changes()
+
+
 def write_official(
     folder: Path,
     variant: Variant,
@@ -44,40 +67,48 @@ def write_official(
     fp8: bool = False,
     codes: Mapping[str, Tensor] | None = None,
     rounding: str = "",
+    changes: Changes = NONE,
 ) -> None:
     """Write two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
 
     fp8: the transformer in the format of `linears.fp8`, with a `weight_scale` beside each quantized weight. codes:
-    replace its codes for the same scales, by weight name; the metadata's `rounding` says how they were found.
+    replace its codes for the same scales, by weight name; the metadata's `rounding` says how they were found. changes:
+    made on the way, not with fp8.
     """
     if fp8:
         state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | dict(codes or {})
         write_safetensors(folder / variant.flow_file, state, METADATA | ({"rounding": rounding} if codes else {}))
     else:
-        _network(folder / variant.flow_file, variant, "transformer", "official", dtype)
+        _network(folder / variant.flow_file, variant, "transformer", "official", dtype, changes)
     _network(folder / variant.ae_file, variant, "autoencoder", "official", dtype)
-    _text_encoder(text.t5, folder / "t5", variant, "t5", dtype)
-    _text_encoder(text.clip, folder / "clip", variant, "clip", dtype)
+    _text_encoder(text.t5, folder / "t5", variant, "t5", dtype, changes)
+    _text_encoder(text.clip, folder / "clip", variant, "clip", dtype, changes)
     copy_tokenizer(text.t5_tokenizer, folder / "t5")
     copy_tokenizer(text.clip_tokenizer, folder / "clip")
 
 
-def write_diffusers(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype) -> None:
-    """Write a folder for `FluxPipeline.from_pretrained(folder)`."""
+def write_diffusers(
+    folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, changes: Changes = NONE
+) -> None:
+    """Write a folder for `FluxPipeline.from_pretrained(folder)`, with those changes."""
     configs = {"transformer": transformer_config(variant.params), "vae": vae_config(variant.ae_params)}
     parts: dict[str, Part] = {"transformer": "transformer", "vae": "autoencoder"}
     for name, config in configs.items():
         _json(folder / name / "config.json", config)
-        _network(folder / name / "diffusion_pytorch_model.safetensors", variant, parts[name], "diffusers", dtype)
+        _network(
+            folder / name / "diffusion_pytorch_model.safetensors", variant, parts[name], "diffusers", dtype, changes
+        )
     _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(variant.shift))
-    _text_encoder(text.clip, folder / "text_encoder", variant, "clip", dtype)
-    _text_encoder(text.t5, folder / "text_encoder_2", variant, "t5", dtype)
+    _text_encoder(text.clip, folder / "text_encoder", variant, "clip", dtype, changes)
+    _text_encoder(text.t5, folder / "text_encoder_2", variant, "t5", dtype, changes)
     copy_tokenizer(text.clip_tokenizer, folder / "tokenizer")
     copy_tokenizer(text.t5_tokenizer, folder / "tokenizer_2")
     _json(folder / "model_index.json", _index(text))
 
 
-def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: torch.dtype) -> None:
+def _network(
+    target: Path, variant: Variant, part: Part, layout: Layout, dtype: torch.dtype, changes: Changes = NONE
+) -> None:
     """Write transformer or autoencoder in that layout. Files that have it already are copied, byte for byte."""
     flow = part == "transformer"
     path = flow_path(variant) if flow else ae_path(variant)
@@ -85,11 +116,37 @@ def _network(target: Path, variant: Variant, part: Part, layout: Layout, dtype: 
     contents = find_contents(path, part)
     check_network(contents, params)
     source, same = contents.source, contents.found.layout == layout and contents.is_exact
+    if of_part := changes.of_part(part):
+        _write_changed(target, contents, params, layout, dtype, of_part, changes.metadata)
+        return
     if same and _has_dtype(source, dtype) and _shards_fit(source, target, layout):
         _copy(source, target)
         return
     state = (load_flux if flow else load_autoencoder)(variant, "cpu", dtype).state_dict()
     write_safetensors(target, state if layout == "official" else to_diffusers(state, params))
+
+
+def _write_changed(
+    target: Path,
+    contents: Contents,
+    params: Params,
+    layout: Layout,
+    dtype: torch.dtype,
+    changes: Mapping[str, Callable[[Tensor], Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a network with changes. One tensor at a time is in fp32; those without a change stay mapped."""
+    names = network_shapes(params)
+    if missing := [name for name in changes if name not in names]:
+        raise FileError(f"{contents.source.path} has no {missing[0]} to change. Next: leave this LoRA out.")
+    with opened_official(contents, params) as get:
+
+        def made(name: str) -> Tensor:
+            return changes[name](get(name, torch.float32)).to(dtype) if name in changes else get(name, dtype)
+
+        state = {name: made(name) for name in names}
+        target.parent.mkdir(exist_ok=True)
+        write_safetensors(target, state if layout == "official" else to_diffusers(state, params), metadata)
 
 
 def _has_dtype(source: Source, dtype: torch.dtype) -> bool:
@@ -187,17 +244,37 @@ def _index(text: TextFiles) -> dict[str, Any]:
     }
 
 
-def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype: torch.dtype) -> None:
+def text_linears(text: TextFiles) -> dict[Part, dict[str, Shape]]:
+    """Names and shapes of the matrices in the text encoders' files, which changes may name (without ".weight")."""
+    found: dict[Part, dict[str, Shape]] = {}
+    paths: dict[Part, Path] = {"clip": text.clip, "t5": text.t5}
+    for part, path in paths.items():
+        source = find_source(path)
+        names = _encoder_names(source, identify(source.shapes, part).prefix)
+        shapes = {bare: source.shapes[name] for name, bare in names.items() if bare.endswith(".weight")}
+        found[part] = {bare.removesuffix(".weight"): shape for bare, shape in shapes.items() if len(shape) == 2}
+    return found
+
+
+def _encoder_names(source: Source, prefix: str) -> dict[str, str]:
+    """A text encoder's tensors: the file's names -> without the prefix."""
+    names = {name: name.removeprefix(prefix) for name in source.shapes if name.startswith(prefix)}
+    scales = find_scales(source, prefix).names
+    return {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales}
+
+
+def _text_encoder(
+    path: Path, target: Path, variant: Variant, part: Part, dtype: torch.dtype, changes: Changes = NONE
+) -> None:
     """Write a text encoder's configuration, and its weights in `dtype`, without other networks in its file.
 
     A folder that has both already is copied, byte for byte.
     """
     source, word = find_source(path), str(dtype).removeprefix("torch.")
     found, config = identify(source.shapes, part), encoder_config(variant, part, path)
-    names = {name: name.removeprefix(found.prefix) for name in source.shapes if name.startswith(found.prefix)}
-    scales = find_scales(source, found.prefix)
-    mine = {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales.names}
-    stays = path.is_dir() and len(mine) == len(source.shapes) and _has_dtype(source, dtype)
+    scales, mine = find_scales(source, found.prefix), _encoder_names(source, found.prefix)
+    of_part = changes.of_part(part)
+    stays = not of_part and path.is_dir() and len(mine) == len(source.shapes) and _has_dtype(source, dtype)
     file = target / "model.safetensors"
     if stays and config.get("dtype", config.get("torch_dtype")) == word and _shards_fit(source, file, "diffusers"):
         _copy(source, file)
@@ -211,9 +288,12 @@ def _text_encoder(path: Path, target: Path, variant: Variant, part: Part, dtype:
             x, scale = get(name), scales.of.get(name)
             if not x.is_floating_point():
                 return x  # position ids stay whole numbers
-            return to_dense(x, None if scale is None else get(scale), dtype)
+            change = of_part.get(mine[name])
+            dense = to_dense(x, None if scale is None else get(scale), torch.float32 if change else dtype)
+            return change(dense).to(dtype) if change else dense
 
-        write_safetensors(file, {bare: cast(name) for name, bare in mine.items()})
+        metadata = changes.metadata if of_part else {}
+        write_safetensors(file, {bare: cast(name) for name, bare in mine.items()}, metadata)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

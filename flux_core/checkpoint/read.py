@@ -8,6 +8,7 @@ header before a tensor is read.
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,6 +102,25 @@ def _load(
         if isinstance(module, Fp8Linear):
             module.choose_matmul()
     return model
+
+
+@contextmanager
+def opened_official(contents: Contents, params: Params) -> Iterator[Callable[[str, torch.dtype], Tensor]]:
+    """A context with a function that reads a network's tensor by its official name, in a dtype, on the CPU."""
+    pairs = {pair.official: pair for pair in _in_order(contents, params)}
+    names = contents.scales.among(contents.names.values())
+    with opened(contents.source, "cpu", names) as get:
+
+        def dense(name: str, dtype: torch.dtype) -> Tensor:
+            in_file = contents.names[name]
+            scale = contents.scales.of.get(in_file)
+            return to_dense(get(in_file), None if scale is None else get(scale), dtype)
+
+        def read(official: str, dtype: torch.dtype) -> Tensor:
+            ((_, tensor),) = streamed_from_diffusers(lambda name: dense(name, dtype), [pairs[official]], params)
+            return tensor
+
+        yield read
 
 
 def _in_order(contents: Contents, params: Params) -> list[Pair]:

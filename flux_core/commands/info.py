@@ -9,6 +9,7 @@ from ..checkpoint.identify import identify
 from ..checkpoint.source import SUFFIXES, find_source
 from ..errors import FileError
 from ..images.metadata import KEY, describe_foreign, printable, read_texts
+from ..lora.describe import describe
 from ..terminal import tell
 
 
@@ -32,9 +33,11 @@ def _pretty(text: str) -> str:
 
 
 def _describe_weights(path: Path) -> str:
-    """Part, layout, tensors and metadata, from the headers alone."""
+    """Part, layout, tensors and metadata, from the headers alone; of a LoRA as `lora info` has it."""
     source = find_source(path)
     kind, shapes = identify(source.shapes), source.shapes
+    if kind.part == "lora":
+        return printable("\n".join(describe(path)))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(source.dtypes.values()).most_common())
     files = f" in {len(source.headers)} files" if len(source.headers) > 1 else ""
     lines = [

@@ -35,6 +35,7 @@ def of_request(*names: str) -> tuple[Field, ...]:
     return tuple(FIELDS[name] for name in names)
 
 
+FILE = Field("file", str, "", path=True)
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),
     Field(
@@ -221,16 +222,47 @@ DOWNLOAD = (
     replace(OUTPUT_DIR, help="with --source modelscope: the folder (default: beside the hub's cache)", default=None),
 )
 
+LORA_DIALECTS = ("official", "diffusers", "kohya")
+"""dialects that LoRA files are written in (`lora/spell.py`)"""
+_PARTIAL = Field("allow_partial", bool, "leave out what cannot be written, and list it", default=False)
+MERGED_DTYPES = tuple(name for name in SAVED_DTYPES if name != "fp8")
+LORA_CONVERT = (
+    Field("to", str, f"dialect: {', '.join(LORA_DIALECTS)}", choices=LORA_DIALECTS, metavar="NAME"),
+    _PARTIAL,
+)
+LORA_MERGE = (
+    NAME,
+    *FILES,
+    Field("scale", float, "factor of each LoRA: one for all, or as many as files (default: 1)", multiple=True),
+    replace(_PARTIAL, help="merge what matches where some modules name nothing in the model"),
+    Field("format", str, "official (single files) or diffusers (a folder)",
+          choices=("official", "diffusers"), default="diffusers", metavar="NAME"),
+    Field("dtype", str, f"precision of the saved weights: {', '.join(MERGED_DTYPES)}", choices=MERGED_DTYPES,
+          default="bf16", metavar="NAME"),
+    replace(SAVE[-1], help="new folder to write to (default: output/NAME-FORMAT-DTYPE-merged)"),
+)  # fmt: skip
+LORA_EXTRACT = (
+    Field("base", str, "the transformer before: a file, a folder or a model's name", metavar="PATH", path=True),
+    Field("tuned", str, "the transformer after, of the same sizes", metavar="PATH", path=True),
+    Field("rank", int, "of each module", minimum=1, maximum=4096),
+    Field("output", str, "new file to write to, .safetensors", metavar="FILE", path=True),
+    replace(LORA_CONVERT[0], default="official"),
+    Field("dtype", str, f"precision of the factors: {', '.join(MERGED_DTYPES)}", choices=MERGED_DTYPES, default="bf16",
+          metavar="NAME"),
+    DEVICE,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the first word of the command line."""
+    """A command: the first word or words of the command line."""
 
     help: str
     function: str
     """`module:function`, the module in this package"""
     fields: tuple[Field, ...] = ()
-    positional: str | None = None
+    positional: tuple[Field, ...] = ()
+    """values without a flag; the last may be several"""
 
     def run(self, **flags: Any) -> None:
         """Import the function and call it with the flags, `~` in paths expanded. UsageError for an unknown home."""
@@ -240,15 +272,18 @@ class Command:
 
     def with_whole_paths(self, flags: dict[str, Any]) -> dict[str, Any]:
         """The flags, with `~` in paths expanded."""
-        paths = {field.name: field.flag for field in self.fields if field.path} | {"file": "file"}
+        paths = {field.name: field.flag for field in self.fields if field.path}
+        paths |= {field.name: field.name for field in self.positional if field.path}
         return flags | {key: _whole(flags[key], flag) for key, flag in paths.items() if key in flags}
 
 
-def _whole(value: Any, flag: str) -> Any:
-    """A path, or the first of each group of values, with `~` expanded."""
+def _whole(value: Any, named: str) -> Any:
+    """A path, several, or the first of each group of values, with `~` expanded."""
     if isinstance(value, str):
-        return expand_home(value, flag)
-    return [[expand_home(words[0], flag), *words[1:]] for words in value]
+        return expand_home(value, named)
+    if value and isinstance(value[0], list):
+        return [[expand_home(words[0], named), *words[1:]] for words in value]
+    return [expand_home(path, named) for path in value]
 
 
 COMMANDS = {
@@ -257,23 +292,49 @@ COMMANDS = {
     ),
     "explore": Command("draw over seeds, steps and guidance, with grids and a record", "explore:explore", EXPLORE),
     "repeat": Command(
-        "draw a recorded picture again: a row of metadata.csv, a PNG, latents", "repeat:repeat", REPEAT, "file"
+        "draw a recorded picture again: a row of metadata.csv, a PNG, latents", "repeat:repeat", REPEAT, (FILE,)
     ),
     "edit": Command("change what the words say and keep the rest (Stable Flow)", "edit:edit", EDIT),
     "importance": Command("measure how important each block is, by DINOv2", "importance:importance", IMPORTANCE),
     "info": Command(
-        "print the request that drew a picture, or what a file of weights holds", "info:print_info", positional="file"
+        "print the request that drew a picture, or what a file of weights holds", "info:print_info", positional=(FILE,)
     ),
     "verify": Command(
-        "check a file of weights for damage, NaN and infinity", "verify:print_verdict", positional="file"
+        "check a file of weights for damage, NaN and infinity", "verify:print_verdict", positional=(FILE,)
     ),
     "sites": Command("list the named values of a model's forward, which plans use", "sites:print_sites", SITES),
-    "run": Command("run the commands in a job file (JSON)", "run:run", positional="file"),
+    "run": Command("run the commands in a job file (JSON)", "run:run", positional=(FILE,)),
     "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
     "download": Command(
-        "fetch an official model's files from the hub or ModelScope", "download:download", DOWNLOAD, "name"
+        "fetch an official model's files from the hub or ModelScope",
+        "download:download",
+        DOWNLOAD,
+        (Field("name", str, ""),),
     ),
+    "lora info": Command(
+        "print what a LoRA holds, and which models it fits",
+        "lora:print_info",
+        positional=(replace(FILE, help="a safetensors file, or a trainer's folder"),),
+    ),
+    "lora convert": Command(
+        "write a LoRA in another dialect, without a loss",
+        "lora:print_converted",
+        LORA_CONVERT,
+        (
+            Field("source", str, "the LoRA to read", metavar="IN", path=True),
+            Field("target", str, "the new file", metavar="OUT", path=True),
+        ),
+    ),
+    "lora merge": Command(
+        "write a model with LoRAs merged into its weights",
+        "lora:print_merged",
+        LORA_MERGE,
+        (Field("loras", str, "one LoRA, or several", metavar="FILE", path=True, multiple=True),),
+    ),
+    "lora extract": Command("write the difference of two models as a LoRA", "lora:print_extracted", LORA_EXTRACT),
     "doctor": Command(
         "print what this machine has, and what would fit: versions, devices, token, cache", "doctor:print_report"
     ),
 }
+GROUPS = {"lora": "LoRA files: what they hold, other dialects, merged into a model, extracted from one"}
+"""the first words of commands of two words, with their help"""

@@ -67,18 +67,19 @@ class Delta:
         """Whether it changes the "weight", or the "bias"."""
         return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(_BIASES)
 
-    def shifts(self) -> list[Shift]:
-        """The differences to the bias, in fp32."""
-        biases = (self.tensors[role] for role in _BIASES if role in self.tensors)
-        return [Shift(self._by_rows(bias.flatten()).float(), self.start) for bias in biases]
-
     def pieces(self, dtype: torch.dtype) -> list[Piece]:
         """The branch: pieces whose sum is this difference."""
-        found: list[Piece] = [shift._replace(bias=shift.bias.to(dtype)) for shift in self.shifts()]
+        found: list[Piece] = [Shift(shift.to(dtype), self.start) for shift in self.shifts()]
         if self.changes("weight"):
             dora = "magnitude" in self.tensors
             found += self._dora(self.start, dtype) if dora else self._plain(self.start, dtype)
         return found
+
+    def shifts(self) -> list[Tensor]:
+        """The differences to the bias of these rows at scale 1, fp32 [rows], by the official order."""
+        units = {"diff_b": 1.0, "up_bias": self.unit}  # the latter is of the product, and scaled with it
+        biases = {role: self.tensors[role].flatten().float() for role in units if role in self.tensors}
+        return [self._by_rows(bias * units[role]) for role, bias in biases.items()]
 
     def dense(self) -> Tensor:
         """The difference at scale 1, fp32 [rows, K], by the official order of rows."""

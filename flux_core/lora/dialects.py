@@ -1,7 +1,7 @@
-"""The dialects of LoRA files, as data: prefixes, names of modules, endings of keys, marks of other models. No torch.
+"""The dialects of LoRA files, as data: prefixes, names of modules, marks of other models. No torch.
 
-A key is prefix + module + ending. `PREFIXES` says which network a prefix means, `ENDINGS` which factor an ending is,
-and `Table` which rows of which official weight a module trains, under every name that tools give it:
+A key is prefix + module + ending. `PREFIXES` says which network a prefix means, `checkpoint/adapters.py` which factor
+an ending is, and `Table` which rows of which official weight a module trains, under every name that tools give it:
 official ones, diffusers', XLabs' and OneTrainer's newer ones, each dotted or with `_` for `.`. So a mixture of dialects
 is read like any of them. Sources: the tools' own writers, listed in `docs/lora.md`.
 """
@@ -12,11 +12,14 @@ from functools import cached_property
 from itertools import product
 from typing import Literal, NamedTuple
 
+from ..checkpoint.adapters import OTHER_ALGEBRAS, split_ending
 from ..checkpoint.names import TRANSFORMER, added_width
 from ..checkpoint.shapes import Shape, flux_shapes
 from ..params import FluxParams
 
 Network = Literal["transformer", "clip", "t5"]
+TEXT: tuple[Network, ...] = ("clip", "t5")
+NETWORKS: tuple[Network, ...] = ("transformer", *TEXT)
 
 PREFIXES: tuple[tuple[str, Network, str], ...] = (
     ("base_model.model.transformer.", "transformer", "PEFT"),
@@ -44,43 +47,6 @@ PREFIXES: tuple[tuple[str, Network, str], ...] = (
 """prefix, network, the tool that writes it; the first that fits counts. What of a prefix goes on in the module's name
 (`encoder.block.`) is put back by `split_key`"""
 _GOES_ON = ("text_model.", "encoder.block.")
-
-ENDINGS: dict[str, str] = {
-    ".lora_A.weight": "down",
-    ".lora_down.weight": "down",
-    ".lora.down.weight": "down",
-    ".down.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_up.weight": "up",
-    ".lora.up.weight": "up",
-    ".up.weight": "up",
-    ".lora_mid.weight": "mid",
-    ".lora_B.bias": "up_bias",
-    ".alpha": "alpha",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
-    ".magnitude": "magnitude",
-    ".dora_scale": "magnitude",
-    ".diff": "diff",
-    ".diff_b": "diff_b",
-    ".set_weight": "set_weight",
-    ".reshape_weight": "reshape_weight",
-    ".w_norm": "diff",
-    ".b_norm": "diff_b",
-    **{f".lokr_{x}": f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    **{f".hada_{x}": f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".{x}.weight": f"glora_{x}" for x in ("a1", "a2", "b1", "b2")},
-}
-"""what a key ends with -> the factor it is, in every spelling"""
-_DEFAULT = re.compile(r"\.default(?=\.weight$|\.bias$|$)")
-"""the name of PEFT's only adapter, which files saved by hand have in their keys"""
-_ENDINGS = sorted(ENDINGS, key=len, reverse=True)
-
-OTHER_ALGEBRAS: tuple[tuple[str, str], ...] = (
-    (r"\.(oft_\w+|boft_\w+)(\.weight)?$", "OFT"),
-    (r"\.(hra_\w+|vera_\w+|ia3_l|on_input|lora_embedding_[AB]|randlora_\w+)(\.weight)?$", "another kind of adapter"),
-)
-"""endings of adapters that are no difference to a weight: (pattern, name)"""
 
 TOKENS = ("bundle_emb.", "emb_params", "clip_l_emb", "t5_emb")
 """what keys of trained tokens begin with; prompts cannot name these tokens yet"""
@@ -142,17 +108,15 @@ class Key(NamedTuple):
     module: str
     """the stem without its prefix"""
     role: str
-    """the factor, of `ENDINGS`; "" for a tensor that replaces a parameter"""
+    """the factor, of `adapters.ENDINGS`; "" for a tensor that replaces a parameter"""
 
 
 def split_key(name: str) -> Key:
     """A key's parts. Keys with an unknown ending have the role "" and are a whole stem."""
-    bare = _DEFAULT.sub("", name)
-    ending = next((end for end in _ENDINGS if bare.endswith(end)), "")
-    stem = bare[: len(bare) - len(ending)]
+    stem, role = split_ending(name)
     prefix, network, tool = next(row for row in PREFIXES if stem.startswith(row[0]))
     kept = next((end for end in _GOES_ON if prefix.endswith(end)), "")
-    return Key(network, tool, stem, kept + stem[len(prefix) :], ENDINGS.get(ending, ""))
+    return Key(network, tool, stem, kept + stem[len(prefix) :], role)
 
 
 def flat(name: str) -> str:
@@ -208,6 +172,12 @@ class Table:
                 for spelled in (name, norm, f"{norm}.weight", theirs[norm], f"{theirs[norm]}.weight"):
                     found[flat(spelled)] = name
         return found
+
+    @cached_property
+    def diffusers(self) -> Mapping[str, list[str]]:
+        """Official module -> diffusers' modules for it, by the rows' order; of norms, too."""
+        mine = {name.rpartition(".")[0] for name in self.shapes}
+        return {official: names for official, names, _ in _modules(self.params) if official in mine}
 
     def shape(self, target: Target) -> Shape:
         """The shape of the rows that a module trains."""

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .dialects import (
     Table,
     Target,
     flat,
+    flat_text,
     other_algebra,
     other_model,
     split_key,
@@ -54,7 +55,7 @@ class Module:
     target: Target
     """of a text encoder: its module, `flat`, and no rows"""
     tensors: Mapping[str, str]
-    """role (`dialects.ENDINGS`) -> the tensor's name in the file"""
+    """role (`adapters.ENDINGS`) -> the tensor's name in the file"""
     shapes: Mapping[str, Shape]
     """by role"""
     scale: float | None = None
@@ -76,8 +77,8 @@ class Module:
         for role, axis in (
             ("down", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("hada_w1_b", 0), ("glora_b2", 0),
         ):  # fmt: skip
-            if role in self.shapes:
-                return self.shapes[role][axis]
+            if len(shape := self.shapes.get(role, ())) > axis:
+                return shape[axis]
         return None
 
 
@@ -177,6 +178,13 @@ def read_lora(path: str | Path, params: FluxParams) -> LoraFile:
 
     Modules that name nothing in the model are listed, not refused: `check_matched` does that.
     """
+    found = read_names(path, params)
+    check_shapes(found, params)
+    return found
+
+
+def read_names(path: str | Path, params: FluxParams) -> LoraFile:
+    """`read_lora` for a transformer of as many blocks, whose sizes may differ."""
     file = find_lora(path)
     source = find_source(file)
     keys = {name: split_key(name) for name in source.shapes}
@@ -185,7 +193,7 @@ def read_lora(path: str | Path, params: FluxParams) -> LoraFile:
         _refuse_model(file, source)
     tokens = tuple(name for name in keys if name.startswith(TOKENS))
     table = Table(params)
-    norms, rest = _norms(source, {name: key for name, key in keys.items() if name not in tokens}, table)
+    norms, rest = _norms({name: key for name, key in keys.items() if name not in tokens}, table)
     configs = _peft_configs(file, source.headers[0].metadata)
     modules, unmatched = [], []
     for stem, tensors in _grouped(rest).items():
@@ -197,18 +205,47 @@ def read_lora(path: str | Path, params: FluxParams) -> LoraFile:
         shapes = {role: source.shapes[name] for role, name in tensors.items()}
         scale = _header_scale(key, shapes, configs)
         modules.append(Module(stem, key.network, key.tool, target, tensors, shapes, scale))
-    found = LoraFile(
+    return LoraFile(
         Path(path), source, tuple(modules), norms, tuple(unmatched), tokens,
         sum(len(shape) == 2 for shape in table.shapes.values()),
     )  # fmt: skip
-    for module in modules:
-        if module.network == "transformer":
-            check_module(found, module, table.shape(module.target))
-    return found
 
 
-def check_matched(lora: LoraFile, allow_partial: bool) -> None:
-    """FileError for a file with nothing for the transformer, or with modules that name nothing in the model."""
+def check_shapes(lora: LoraFile, params: FluxParams) -> None:
+    """FileError where factors do not go together, or have not the sizes of the transformer."""
+    table = Table(params)
+    for parameter, name in lora.norms.items():
+        if (found := lora.source.shapes[name]) != table.shapes[parameter]:
+            raise FileError(_misfit(lora.source.path, name, found, table.shapes[parameter]))
+    for module in lora.of("transformer"):
+        check_module(lora, module, table.shape(module.target))
+
+
+def resolve_text(lora: LoraFile, linears: Mapping[Network, Mapping[str, Shape]]) -> LoraFile:
+    """The file with its text encoders' modules by the names that the encoders have; others are unmatched. FileError.
+
+    linears: of the encoders that are there, by name, with their shapes.
+    """
+    modules, unmatched = [], list(lora.unmatched)
+    tables = {network: {flat_text(name): name for name in shapes} for network, shapes in linears.items()}
+    for module in lora.modules:
+        if module.network in tables:
+            name = tables[module.network].get(flat_text(module.target.module))
+            if name is None:
+                unmatched.append(module.stem)
+                continue
+            shape = linears[module.network][name]
+            check_module(lora, module, shape)
+            module = replace(module, target=module.target._replace(module=name, stop=shape[0]))
+        modules.append(module)
+    return replace(lora, modules=tuple(modules), unmatched=tuple(unmatched))
+
+
+def check_matched(lora: LoraFile, allow_partial: bool, flag: str = "--lora-allow-partial") -> None:
+    """FileError for a file with nothing for the transformer, or with modules that name nothing in the model.
+
+    flag: the one that allows the latter, for the error.
+    """
     path = lora.path
     if not lora.of("transformer") and not lora.norms:
         text = lora.of("clip") + lora.of("t5")
@@ -223,7 +260,7 @@ def check_matched(lora: LoraFile, allow_partial: bool) -> None:
         matched = len(lora.modules) + len(lora.norms)
         raise FileError(
             f"{path}: {len(lora.unmatched)} of {len(lora.unmatched) + matched} modules name nothing in this model: "
-            f"{_first(lora.unmatched)}. Next: check that it is for this model, or add --lora-allow-partial "
+            f"{_first(lora.unmatched)}. Next: check that it is for this model, or add {flag} "
             "to apply the others."
         )
 
@@ -270,8 +307,8 @@ def _grouped(keys: Mapping[str, Key]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _norms(source: Source, keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
-    """Norm scales that the file replaces, and the other keys. FileError for a scale of another size."""
+def _norms(keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
+    """Norm scales that the file replaces, and the other keys."""
     found, rest = {}, {}
     for name, key in keys.items():
         replaces = key.network == "transformer" and key.role in ("", "set_weight")
@@ -279,8 +316,6 @@ def _norms(source: Source, keys: Mapping[str, Key], table: Table) -> tuple[dict[
         if parameter is None:
             rest[name] = key
             continue
-        if source.shapes[name] != table.shapes[parameter]:
-            raise FileError(_misfit(source.path, name, source.shapes[name], table.shapes[parameter]))
         found[parameter] = name
     return found, rest
 
@@ -300,9 +335,7 @@ def _target(key: Key, table: Table) -> Target | None:
 
 def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
     """FileError where factors do not go together, or do not have the size of the rows that they train."""
-    path, shapes = lora.path, {role: _matrix(shape) for role, shape in module.shapes.items()}
-    _check_pairs(path, module)
-    found = _product_shape(path, module, shapes)
+    path, found = lora.path, check_factors(lora, module)
     wide = expected[0] + module.target.spare_rows, *(size + module.target.spare_columns for size in expected[1:])
     if found is not None and found not in (expected, wide) and not _widens(module, found, expected):
         raise FileError(_misfit(path, module.stem, found, expected))
@@ -312,6 +345,13 @@ def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
         by_rows = math.prod(shape) in (expected[0], wide[0])
         if not (_magnitude_fits(shape, expected, wide) if role == "magnitude" else by_rows):
             raise FileError(_misfit(path, f"{module.stem} ({role})", shape, expected[:1]))
+
+
+def check_factors(lora: LoraFile, module: Module) -> Shape | None:
+    """The shape of the difference that a module's factors make; None where they make none. FileError where they do not
+    go together."""
+    _check_pairs(lora.path, module)
+    return _product_shape(lora.path, module, {role: _matrix(shape) for role, shape in module.shapes.items()})
 
 
 def _magnitude_fits(shape: Shape, *weights: Shape) -> bool:
@@ -332,7 +372,7 @@ def widened_input(lora: LoraFile, params: FluxParams) -> int:
         for module in lora.of("transformer")
         if module.target.module == "img_in"
         for role in ("down", "diff")
-        if role in module.shapes
+        if len(module.shapes.get(role, ())) > 1
     ]
     return max([params.in_channels, *widths])
 
@@ -479,7 +519,7 @@ def _header_scale(key: Key, shapes: Mapping[str, Shape], configs: Mapping[str, M
         alpha = float(_by_pattern(config.get("alpha_pattern"), key.module, config["lora_alpha"]))
         rank = shapes["down"][0]
         return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError, IndexError):
         return math.nan
 
 

@@ -5,7 +5,7 @@ where each layer is. A layer gets one `BranchedLinear`, however many files are a
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.tensors import opened
-from ..errors import FileError, NonFiniteError, UsageError
+from ..checkpoint.shapes import Shape
+from ..errors import UsageError
 from ..linears.branch import BranchedLinear, Term
 from ..linears.contract import dense
 from ..model import MODULATION, Flux
 from ..model.layers import RMSNorm
 from .delta import Delta
-from .dialects import flat_text
-from .file import LoraFile, Module, check_matched, check_module, read_lora, widened_input
+from .dialects import TEXT, Network
+from .file import LoraFile, Module, check_matched, read_lora, resolve_text, widened_input
 from .merged import MergedLayer, Written, check_mergeable
+from .tensors import NUMBERS, alphas_of, read_factors
 
 Scales = float | Mapping[str, float]
 """a scale for all layers, or for each by name"""
@@ -192,7 +193,7 @@ def attach_file(
 
     merge: into their weights. UsageError if those cannot be written to.
     """
-    file = _resolve_text(file, networks)
+    file = resolve_text(file, _text_linears(networks))
     check_matched(file, allow_partial)
     if merge:
         _check_mergeable(file, networks)
@@ -365,35 +366,23 @@ class _Found:
     norms: dict[str, tuple[str, Tensor]]
 
 
-def _resolve_text(file: LoraFile, networks: Networks) -> LoraFile:
-    """The file with its text encoders' modules by the names that the loaded encoders have; others are unmatched."""
-    modules, unmatched = [], list(file.unmatched)
-    tables = {
-        key: {flat_text(name): name for name, x in network.named_modules() if hasattr(x, "in_features")}
-        for key, network in networks.items()
-        if key != "transformer"
-    }
-    for module in file.modules:
-        if module.network in tables:
-            name = tables[module.network].get(flat_text(module.target.module))
-            if name is None:
-                unmatched.append(module.stem)
-                continue
-            layer: Any = networks[module.network].get_submodule(name)
-            size = layer.out_features, layer.in_features
-            check_module(file, module, size)
-            module = replace(module, target=module.target._replace(module=name, stop=size[0]))
-        modules.append(module)
-    return replace(file, modules=tuple(modules), unmatched=tuple(unmatched))
+def _text_linears(networks: Networks) -> dict[Network, dict[str, Shape]]:
+    """The Linears of the text encoders that are loaded, by name, and their weights' shapes."""
+    found: dict[Network, dict[str, Shape]] = {}
+    for key in TEXT:
+        if (network := networks.get(key)) is not None:
+            layers: list[tuple[str, Any]] = [(x, y) for x, y in network.named_modules() if hasattr(y, "in_features")]
+            found[key] = {name: (layer.out_features, layer.in_features) for name, layer in layers}
+    return found
 
 
 def _read(file: LoraFile, networks: Networks) -> _Found:
     """The differences of a file's modules, read onto the transformer's device. NonFiniteError, FileError."""
-    alphas, found = _alphas(file), _Found({key: {} for key in networks}, {})
+    alphas, found = alphas_of(file), _Found({key: {} for key in networks}, {})
     modules = [module for module in file.modules if module.network in networks]
-    of_module = [{role: x for role, x in module.tensors.items() if role not in _NUMBERS} for module in modules]
+    of_module = [{role: x for role, x in module.tensors.items() if role not in NUMBERS} for module in modules]
     names = chain(file.norms.values(), *(roles.values() for roles in of_module))
-    read = _tensors(file, names, _device(networks["transformer"]))
+    read = read_factors(file, names, _device(networks["transformer"]))
     found.norms = {name: ("set", read[tensor]) for name, tensor in file.norms.items()}
     for module, roles in zip(modules, of_module, strict=True):
         tensors = {role: read.pop(name) for role, name in roles.items()}
@@ -407,20 +396,6 @@ def _read(file: LoraFile, networks: Networks) -> _Found:
     return found
 
 
-def _tensors(file: LoraFile, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of these names, in the order of the file. NonFiniteError names the first that is not finite."""
-    order = sorted(names, key=file.source.spans.__getitem__)
-    with opened(file.source, device, order) as get:
-        found = {name: x.float() if x.dtype.itemsize == 1 else x for name in order for x in [get(name)]}
-    if found:
-        largest = torch._foreach_norm(list(found.values()), ord=math.inf, dtype=torch.float32)
-        sound = torch.stack(largest).isfinite()
-        if not sound.all():
-            name = order[int(sound.int().argmin())]
-            raise NonFiniteError(f"{file.path}: NaN or infinity in {name}. Next: train or fetch the LoRA again.")
-    return found
-
-
 def _on_device(deltas: list[Delta], dtype: torch.dtype, device: torch.device) -> list[Any]:
     """The branches of a layer's differences, on its device."""
     pieces = [piece for delta in deltas for piece in delta.pieces(dtype)]
@@ -429,10 +404,6 @@ def _on_device(deltas: list[Delta], dtype: torch.dtype, device: torch.device) ->
 
 def _moved(part: Any, device: torch.device) -> Any:
     return part.to(device) if isinstance(part, Tensor) else part
-
-
-_NUMBERS = ("alpha", "reshape_weight")
-"""roles that are no factors"""
 
 
 def _delta(
@@ -461,24 +432,6 @@ def _dense_weight(layer: nn.Module) -> Tensor:
     with torch.no_grad():
         rows = layer(torch.eye(size, dtype=torch.bfloat16, device=device))
     return (rows if bias is None else rows - bias).t()
-
-
-def _alphas(file: LoraFile) -> dict[str, float]:
-    """Each module's alpha, by its stem. FileError for one that is no number."""
-    named = {module.stem: module.tensors["alpha"] for module in file.modules if "alpha" in module.tensors}
-    whole = {module.stem for module in file.modules if module.algebra.endswith("lokr") and module.rank is None}
-    found: dict[str, float] = {}
-    with opened(file.source, "cpu", named.values()) as get:
-        for stem, name in named.items():
-            x = get(name)
-            value = float(x.reshape(-1)[0]) if x.numel() == 1 else math.nan
-            if not math.isfinite(value) and stem not in whole:
-                raise FileError(f"{file.path}: {name} is {value}: an alpha is a number. Next: train or save it again.")
-            found[stem] = value
-    bad = next((module.stem for module in file.modules if module.scale is not None and math.isnan(module.scale)), None)
-    if bad is not None:
-        raise FileError(f"{file.path}: the header's lora_alpha or rank of {bad} is no number. Next: save it again.")
-    return found
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -59,8 +59,9 @@ class MergedLayer:
     def _shifted(self, bias: Tensor) -> Tensor:
         total = bias.float().clone()
         for written in self.written.values():
-            for shift in (shift for delta in written.deltas for shift in delta.shifts()):
-                total[shift.start : shift.start + len(shift.bias)] += written.scale * shift.bias.to(total)
+            for delta in written.deltas:
+                for shift in delta.shifts():
+                    total[delta.start : delta.start + delta.rows] += written.scale * shift.to(total)
         return total.to(bias.dtype)
 
 

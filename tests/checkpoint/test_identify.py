@@ -39,6 +39,11 @@ def test_every_part_is_found_in_an_all_in_one_file():
         ({T5: (1,)}, "t5", "official", ()),
         ({CLIP: (1,)}, "clip", "official", ()),
         (FLUX | {"double_blocks.0.img_mod.lin.lora_up.weight": (1,)}, "lora", "official", ()),
+        ({"lycoris_transformer_blocks_0_attn_to_v.lokr_w1": (4, 4)}, "lora", "official", ()),
+        ({"lora_unet_img_in.hada_w1_a": (4, 4)}, "lora", "official", ()),
+        ({"diffusion_model.img_in.diff": (3072, 64)}, "lora", "official", ()),
+        ({"diffusion_model.img_in.oft_blocks": (4, 4, 4)}, "lora", "official", ()),
+        ({"exploration.img_in.weight": (3072, 64)}, "other", "official", ()),  # the word is no mark
         ({"img_in.weight": (3072,)}, "transformer", "official", ()),  # a shape that makes no sense is no reason to fall
         ({}, "other", "official", ()),
     ],
