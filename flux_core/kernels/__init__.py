@@ -157,4 +157,4 @@ def _triton_thin() -> Thin:
     """The functions for low-rank branches beside a layer, of these models and of those attached later."""
     from . import quantized, thin
 
-    return Thin(thin.thin, quantized.quantize_wide, thin.MOST_RANKS)
+    return Thin(quantized.quantize_wide, thin.MOST_RANKS)

@@ -29,8 +29,7 @@ from torch.library import wrap_triton
 from ..linears.contract import Widened, needs_grad, widening
 from ..model import ops
 from ..model.ops import Heads, Scales
-from .launch import dense_rows, operator
-from .thin import write_behind
+from .launch import dense_rows, opaque, operator
 
 MODULATE_WARPS = 4
 SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4
@@ -82,10 +81,16 @@ def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return modulated(x, shift, scale, 0)
 
 
-@operator("modulate_wide")
-def modulate_wide_op(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor, factor: Tensor, room: int) -> Tensor:
-    out = modulated(x, shift, scale, room)
-    write_behind(out, down, factor)
+def wide_without_values(x: Tensor, shift: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[2] + len(scaled))
+
+
+@opaque("modulate_wide", wide_without_values)
+def modulate_wide_op(x: Tensor, shift: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
+    """[x | x @ scaled.T] of the modulated x."""
+    out = modulated(x, shift, scale, len(scaled))
+    rows, features = out.flatten(0, 1), x.shape[2]
+    torch.mm(rows[:, :features], scaled.t(), out=rows[:, features:])
     return out
 
 
@@ -96,7 +101,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None
     found = widening(consumer)
     if found is None or found.gain is not None:
         return modulate_op(x, shift, scale)
-    return Widened(modulate_wide_op(x, shift, scale, found.down, found.factor, found.room))
+    return Widened(modulate_wide_op(x, shift, scale, found.scaled))
 
 
 # The residual -----------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """How Triton kernels are launched, by a compiler and without one."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
-from torch.library import triton_op
+from torch.library import custom_op, triton_op
 
 
 def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,6 +26,29 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
                 return traced(*args)
             with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):  # Triton launches on the current device
                 return launch(*args)
+
+        return call
+
+    return decorate
+
+
+def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`operator` for functions that launch more than Triton's kernels, and that a compiler shall not take apart.
+
+    fake: an output without values, of the same arguments.
+    """
+
+    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(launch)
+        def body(*args: Any) -> Any:
+            with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):
+                return launch(*args)
+
+        custom_op(f"flux_core::{name}", body, mutates_args=()).register_fake(fake)
+        traced = getattr(torch.ops.flux_core, name)
+
+        def call(*args: Any) -> Any:
+            return traced(*args) if torch.compiler.is_compiling() else body(*args)
 
         return call
 

@@ -61,7 +61,7 @@ def largest(room: int) -> float:
 
 def behind(rows: QuantizedTokens, down: Tensor, factor: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens with the codes of their thin product written behind them."""
-    write_codes_behind(*rows, down, factor, gain)
+    write_codes_behind(rows, down, factor, gain)
     return rows.codes, rows.scale
 
 

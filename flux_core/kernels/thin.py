@@ -1,11 +1,11 @@
-"""The thin product of low-rank branches, t = factor * (A x), as a Triton kernel; its other half is a layer's product.
+"""The thin product of low-rank branches on quantized tokens, t = gain * factor * (codes @ A.T), written behind them.
 
-Nearly all of its time goes to reading x, so a program takes few rows (4608 then fill a card), and all ranks of them.
-Sums are in fp32, in a fixed order. Where x leaves room behind its rows (`Widened`), t is written there, so that no
-product copies either. Ranks are read from memory in blocks of a power of two, from 16; the factor in every call.
+Of tensors cuBLAS computes it, in a few microseconds; it does not multiply e4m3 by bf16. Here codes become bf16 in
+registers. Nearly all of the time goes to reading them, so a program takes few rows and a part of their features, and
+leaves its sums in fp32; a second kernel adds up the parts in a fixed order, and writes t in codes.
 
-Tokens are read in their codes. If a token's t would not fit into the range of codes, the program scales the codes of
-the token down by a power of two: exact but for the smallest, and rare, since tokens leave a margin.
+If a token's t would not fit into the range of codes, the second kernel scales the codes of the token down by a power of
+two: exact but for the smallest, and rare, since tokens leave a margin.
 """
 
 import torch
@@ -14,147 +14,112 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ..linears.contract import parts
+from ..linears.contract import QuantizedTokens, parts
 from ..linears.fp8 import LARGEST
-from .launch import dense_rows, operator
+from .launch import dense_rows
 
 ROWS = 16
-"""of x in a program; `MANY_ROWS` where each has so many ranks that A, too, takes time to read"""
+"""of tokens in a program; `MANY_ROWS` where each has so many ranks that A, too, takes time to read"""
 MANY_RANKS, MANY_ROWS = 64, 32
 TILE = 16384
 """numbers of A that a program holds at a time"""
+FEATURES = 1024
+"""of tokens in a program, at the least"""
+SUMS = 512
+"""ranks times parts, at the most: sums that are written and read"""
 WARPS, STAGES = 4, 3
 MOST_RANKS = 512
-"""of a program; more are several programs' for tensors, and do not fit behind tokens"""
+"""that fit behind tokens"""
 
 
 @triton.jit
-def multiplied(
-    x, down, total, inside, ranks, x_row, down_row,
-    K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+def sums_kernel(
+    codes, down, sums, batch_stride, row_stride, down_row, L, R,
+    K: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """total + x @ down.T. x: pointers to rows [ROWS]; down: to rows [RANKS]; inside, ranks: which of them are there."""
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        a = tl.load(x + x_row[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-        b = tl.load(down + down_row[:, None] + k[None, :], mask=ranks[:, None] & (k < K)[None, :], other=0.0)
-        a = a.to(down.dtype.element_ty)
+    """codes @ down.T of PART features, fp32 [parts, B, L, RANKS]."""
+    part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
+    inside, ranks, row = row < L, rank < R, row.to(tl.int64)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for start in range(0, PART, BLOCK):
+        k = part * PART + start + tl.arange(0, BLOCK)
+        there = (k < K)[None, :]
+        place = codes + batch * batch_stride + (row * row_stride)[:, None] + k[None, :]
+        a = tl.load(place, mask=inside[:, None] & there, other=0.0).to(down.dtype.element_ty)
+        b = tl.load(down + (rank * down_row)[:, None] + k[None, :], mask=ranks[:, None] & there, other=0.0)
         if EXACT:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
-    return total
+    out = sums + ((part * tl.num_programs(2) + batch) * L + row)[:, None] * RANKS + rank[None, :]
+    tl.store(out, total, mask=inside[:, None])
 
 
 @triton.jit
-def thin_kernel(
-    x, y, down, factor, gain, scales, out, x_batch, x_row, y_batch, y_row, down_row, out_batch, out_row, L, R,
-    K: tl.constexpr, M: tl.constexpr, ROOM: tl.constexpr, BLOCK_ROOM: tl.constexpr, ROWS: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr,
+def behind_kernel(
+    codes, scales, sums, factor, gain, batch_stride, row_stride, L, R,
+    K: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, BLOCK_ROOM: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """factor * ([x | y] @ down.T) into `out`; without one behind the features of x, and zeros behind it up to ROOM.
-
-    y: None with M = 0. With gain it is of tokens: x are codes, and `scales` theirs; a rank has PARTS columns.
-    """
-    batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    """t in codes behind the K of each token, COLUMNS for each rank, and zeros behind it up to ROOM."""
+    batch, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, RANKS)
     inside, ranks, row = row < L, rank < R, row.to(tl.int64)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    total = multiplied(x + batch * x_batch, down, total, inside, ranks, row * x_row, rank * down_row, K, BLOCK, EXACT)
-    if M > 0:
-        total = multiplied(
-            y + batch * y_batch, down + K, total, inside, ranks, row * y_row, rank * down_row, M, BLOCK, EXACT
-        )
-    f = tl.load(factor + rank, mask=ranks, other=0.0)
-    if out is None:  # noqa: SIM108 - and not x a second time, which a compiler would take for another tensor
-        place = x + batch * x_batch + row * x_row + K
-    else:
-        place = out + batch * out_batch + row * out_row
-    if gain is not None:
-        t = total * (f * tl.load(gain + rank, mask=ranks, other=0.0))[None, :]
-        most = tl.max(tl.abs(t), axis=1)
-        shrink = tl.where(most > LARGEST, tl.exp2(tl.ceil(tl.log2(most / LARGEST))), 1.0)
-        t = t / shrink[:, None]
-        if tl.max(shrink, axis=0) > 1.0:
-            fitted = x + batch * x_batch + row * x_row
-            for start in range(0, K, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                there = inside[:, None] & (k < K)[None, :]
-                codes = tl.load(fitted[:, None] + k[None, :], mask=there, other=0.0).to(tl.float32)
-                tl.store(fitted[:, None] + k[None, :], (codes / shrink[:, None]).to(x.dtype.element_ty), mask=there)
-            one = scales + batch * L + row
-            tl.store(one, tl.load(one, mask=inside, other=0.0) * shrink, mask=inside)
-    else:
-        t = total * f[None, :]
-    some, place = inside[:, None] & ranks[None, :], place[:, None]
-    rounded = t.to(x.dtype.element_ty)
+    for part in range(PARTS):
+        found = sums + ((part * tl.num_programs(1) + batch) * L + row)[:, None] * RANKS + rank[None, :]
+        total += tl.load(found, mask=inside[:, None], other=0.0)
+    f = tl.load(factor + rank, mask=ranks, other=0.0) * tl.load(gain + rank, mask=ranks, other=0.0)
+    t = total * f[None, :]
+    most = tl.max(tl.abs(t), axis=1)
+    shrink = tl.where(most > LARGEST, tl.exp2(tl.ceil(tl.log2(most / LARGEST))), 1.0)
+    t = t / shrink[:, None]
+    token = codes + batch * batch_stride + row * row_stride
+    if tl.max(shrink, axis=0) > 1.0:
+        for start in range(0, K, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            there = inside[:, None] & (k < K)[None, :]
+            own = tl.load(token[:, None] + k[None, :], mask=there, other=0.0).to(tl.float32)
+            tl.store(token[:, None] + k[None, :], (own / shrink[:, None]).to(codes.dtype.element_ty), mask=there)
+        one = scales + batch * L + row
+        tl.store(one, tl.load(one, mask=inside, other=0.0) * shrink, mask=inside)
+    some, place = inside[:, None] & ranks[None, :], token[:, None] + K
+    rounded = t.to(codes.dtype.element_ty)
     tl.store(place + rank[None, :], rounded, mask=some)
-    if PARTS > 1:
+    if COLUMNS > 1:
         left_over = t - rounded.to(tl.float32)
-        tl.store(place + R + rank[None, :], left_over.to(x.dtype.element_ty), mask=some)
-    if PARTS > 2:
+        tl.store(place + R + rank[None, :], left_over.to(codes.dtype.element_ty), mask=some)
+    if COLUMNS > 2:
         tl.store(place + 2 * R + rank[None, :], rounded, mask=some)
-    if ROOM > 0:
+    if ROOM > COLUMNS * R:
         rest = tl.arange(0, BLOCK_ROOM)[None, :]
-        zeros = tl.zeros((ROWS, BLOCK_ROOM), tl.float32).to(x.dtype.element_ty)
-        tl.store(place + rest, zeros, mask=inside[:, None] & (rest >= PARTS * R) & (rest < ROOM))
+        zeros = tl.zeros((ROWS, BLOCK_ROOM), tl.float32).to(codes.dtype.element_ty)
+        tl.store(place + rest, zeros, mask=inside[:, None] & (rest >= COLUMNS * R) & (rest < ROOM))
 
 
-INTERPRETED = not isinstance(thin_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(sums_kernel, triton.JITFunction)
 """whether kernels run on the CPU, where Triton's interpreter multiplies no bf16"""
 
 
-def launch(
-    x: Tensor, y: Tensor | None, down: Tensor, factor: Tensor, out: Tensor | None,
-    gain: Tensor | None = None, scales: Tensor | None = None,
-) -> None:  # fmt: skip
-    """The kernel on x [B, L, K] and y [B, L, M] or None, into `out` [B, L, R]; without it into x [B, L, K + room].
+def write_codes_behind(tokens: QuantizedTokens, down: Tensor, factor: Tensor, gain: Tensor) -> None:
+    """Write t in the room behind the features of tokens [B, L, K + room], then zeros. A token may be scaled down.
 
-    Of tokens with `gain`; `scales` are theirs.
+    down: [R, K]; factor, gain: fp32 [R].
     """
-    (B, L), R, M = x.shape[:2], len(down), 0 if y is None else y.shape[2]
-    room, many = 0 if out is not None else x.shape[2] - down.shape[1], triton.next_power_of_2(max(R, 16))
-    number = 1 if gain is None else parts(R, room)
-    ranks, rows = min(many, MOST_RANKS), MANY_ROWS if MANY_RANKS <= many < MOST_RANKS else ROWS
-    wrap_triton(thin_kernel)[(triton.cdiv(L, rows), triton.cdiv(R, ranks), B)](
-        x, y, down, factor, gain, scales, out, *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]),
-        down.stride(0), *((0, 0) if out is None else out.stride()[:2]), L, R,
-        K=down.shape[1] - M, M=M, PARTS=number, ROOM=room if room > number * R else 0,
-        BLOCK_ROOM=triton.next_power_of_2(max(room, 1)), ROWS=rows, RANKS=ranks,
-        BLOCK=max(32, min(256, TILE // ranks)), EXACT=INTERPRETED, LARGEST=LARGEST,
-        num_warps=WARPS if ranks < 256 else 2 * WARPS, num_stages=STAGES,
+    (B, L, width), (R, K), down = tokens.codes.shape, down.shape, dense_rows(down)
+    room, ranks = width - K, triton.next_power_of_2(max(R, 16))
+    rows, block = MANY_ROWS if MANY_RANKS <= ranks < MOST_RANKS else ROWS, max(32, min(256, TILE // ranks))
+    number = max(1, min(triton.cdiv(K, FEATURES), SUMS // ranks))
+    part = triton.cdiv(triton.cdiv(K, number), block) * block
+    number = triton.cdiv(K, part)
+    sums = torch.empty((number, B, L, ranks), dtype=torch.float32, device=down.device)
+    strides, warps = tokens.codes.stride()[:2], WARPS if ranks < 256 else 2 * WARPS
+    wrap_triton(sums_kernel)[(triton.cdiv(L, rows), number, B)](
+        tokens.codes, down, sums, *strides, down.stride(0), L, R,
+        K=K, PART=part, ROWS=rows, RANKS=ranks, BLOCK=block, EXACT=INTERPRETED, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
-
-
-def write_behind(both: Tensor, down: Tensor, factor: Tensor) -> None:
-    """Write factor * (x @ down.T), then zeros, behind x in the rows [x | room]."""
-    launch(both, None, dense_rows(down), factor, None)
-
-
-def write_codes_behind(codes: Tensor, scales: Tensor, down: Tensor, factor: Tensor, gain: Tensor) -> None:
-    """`write_behind` in tokens: gain * factor * (codes @ down.T). A token that needs it is scaled down."""
-    launch(codes, None, dense_rows(down), factor, None, gain, scales)
-
-
-@operator("thin")
-def thin_op(x: Tensor, down: Tensor, factor: Tensor) -> Tensor:
-    x, down = dense_rows(x), dense_rows(down)
-    out = torch.empty((*x.shape[:2], len(down)), dtype=x.dtype, device=x.device)
-    launch(x, None, down, factor, out)
-    return out
-
-
-@operator("thin_of_two")
-def thin_of_two_op(x: Tensor, y: Tensor, down: Tensor, factor: Tensor) -> Tensor:
-    x, y, down = dense_rows(x), dense_rows(y), dense_rows(down)
-    out = torch.empty((*x.shape[:2], len(down)), dtype=x.dtype, device=x.device)
-    launch(x, y, down, factor, out)
-    return out
-
-
-def thin(x: Tensor, y: Tensor | None, down: Tensor, factor: Tensor) -> Tensor:
-    """factor * ([x | y] @ down.T), rounded once. x: [..., K]; y: [..., M] or None -> [..., R]"""
-    shape = x.shape[:-1]
-    x = x.reshape(1, -1, x.shape[-1]) if x.ndim != 3 else x
-    if y is None:
-        return thin_op(x, down, factor).view(*shape, -1)
-    return thin_of_two_op(x, y.reshape(*x.shape[:2], -1), down, factor).view(*shape, -1)
+    wrap_triton(behind_kernel)[(triton.cdiv(L, ROWS), B)](
+        *tokens, sums, factor, gain, *strides, L, R, K=K, PARTS=number, COLUMNS=parts(R, room), ROOM=room,
+        BLOCK_ROOM=triton.next_power_of_2(room), ROWS=ROWS, RANKS=ranks, BLOCK=256, LARGEST=LARGEST, num_warps=warps,
+    )  # fmt: skip

@@ -60,10 +60,8 @@ SPARE = 4 * 2**30
 
 
 class Thin(NamedTuple):
-    """What kernels compute for branches on a device."""
+    """What kernels compute for branches on a device; without quantized inputs, branches are products of torch's."""
 
-    product: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
-    """x [..., K], y [..., M] or None, down [R, K + M], factor [R] -> factor * ([x | y] @ down.T)"""
     quantize: Callable[[Tensor, Branches], Widened]
     """x [..., K], quantized"""
     ranks: int
@@ -175,9 +173,12 @@ class BranchedLinear(Leaf):
     """A layer of any kind and the branches beside it. Each branch has an owner, whose scale and removal it follows.
 
     `down` [R, K] and `up` [N, R] are the joined factors and `factor` [R] what is between them, or all three are None.
+    `scaled` is factor * down, so that a forward does not multiply by the factor; behind it there are rows of zeros for
+    the rest of the room of `wide`. Where inputs are quantized it is None.
     """
 
     factor: Tensor | None
+    scaled: Tensor | None
     shift: Tensor | None
 
     def __init__(self, base: nn.Module, joins: bool = True) -> None:
@@ -189,9 +190,8 @@ class BranchedLinear(Leaf):
         self.terms = nn.ModuleList()
         self.register_parameter("down", None)
         self.register_parameter("up", None)
-        self.register_buffer("unit", None)
-        self.register_buffer("factor", None)
-        self.register_buffer("shift", None)
+        for name in ("unit", "factor", "scaled", "shift"):
+            self.register_buffer(name, None)
         self.owners: list[tuple[object, str, Any]] = []
         """owner, kind of its piece, and which: ranks (start, stop), an index of `terms`, or a Shift"""
         self.thin: Thin | None = None
@@ -230,7 +230,8 @@ class BranchedLinear(Leaf):
             return None
         wide = self.wide if self._is_joined() else None
         gain = None if wide is None else self.gain
-        return Branches(self.base, self.down, cast(Tensor, self.up), cast(Tensor, self.factor), self.shift, wide, gain)
+        up, factor = cast(Tensor, self.up), cast(Tensor, self.factor)
+        return Branches(self.base, self.down, up, factor, self.scaled, self.shift, wide, gain)
 
     def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
         """Its forward of [x | y]: the thin product of each, and the layer's own way."""
@@ -260,20 +261,18 @@ class BranchedLinear(Leaf):
     def _thin(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """factor * ([x | y] @ down.T), rounded to their dtype. [..., R]"""
         down, factor = cast(Tensor, self.down), cast(Tensor, self.factor)
-        if self.thin is not None and x.dtype == down.dtype and not needs_grad(x, y, down):
-            return self.thin.product(x, y, down, factor)
-        of_x, of_y = down.split([x.shape[-1], down.shape[1] - x.shape[-1]], dim=1)
-        thin = F.linear(x, of_x) if y is None else F.linear(x, of_x) + F.linear(y, of_y)
-        return (thin * factor).to(thin.dtype)
+        if self.scaled is None or needs_grad(down):
+            down = down * factor[:, None].to(down.dtype)
+        else:
+            down = self.scaled[: len(down)]
+        if y is None:
+            return F.linear(x, down)
+        of_x, of_y = down.split([x.shape[-1], y.shape[-1]], dim=1)
+        return plus_product(F.linear(x, of_x), y, of_y)
 
     def _raised(self, y: Tensor, thin: Tensor) -> Tensor:
-        """y + up @ thin."""
-        up = cast(Tensor, self.up)
-        if needs_grad(y, thin, up) or not y.is_contiguous() or y.device.type == "cpu" or y.dtype != thin.dtype:
-            return y + F.linear(thin, up)
-        add = torch.ops.flux_core.add_product if torch.compiler.is_compiling() else add_product
-        add(y, thin, up)  # in place: the layer's output is nobody else's
-        return y
+        """y + up @ thin; y is nobody else's."""
+        return plus_product(y, thin, cast(Tensor, self.up))
 
     # How its device computes it ----------------------------------------------------------------------------------
 
@@ -283,11 +282,36 @@ class BranchedLinear(Leaf):
         self.thin = THIN.get(weight.device.type) if isinstance(weight, Tensor) else None
         if self._joins():
             try:
-                return self._join_memory()
+                self._join_memory()
+                return self._fit_scaled()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
         self._part_memory()
+        self._fit_scaled()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute `scaled` again, in place, after `factor` was written to."""
+        if self.scaled is not None:
+            down, factor = cast(Tensor, self.down), cast(Tensor, self.factor)
+            torch.mul(down, factor[:, None], out=self.scaled[: len(down)])
+
+    def _fit_scaled(self) -> None:
+        """Give `scaled` as many rows as `down` has, or the room of `wide`; none where inputs are quantized."""
+        down = self.down
+        if down is None or self.gain is not None:
+            self.scaled = None
+            return
+        rows = len(down) if self.wide is None else self.wide.shape[1] - down.shape[1]
+        like = self.scaled
+        if (
+            like is None
+            or like.shape != (rows, down.shape[1])
+            or (like.dtype, like.device) != (down.dtype, down.device)
+        ):
+            self.scaled = torch.zeros(rows, down.shape[1], dtype=down.dtype, device=down.device)
+        self.refresh()
 
     def _joins(self) -> bool:
         """Whether weight and up should be side by side: for a wide output, and in fp8."""
@@ -499,6 +523,15 @@ def _static(x: Tensor) -> Tensor:
 def has_memory(like: Tensor, numbers: int) -> bool:
     """Whether a card has memory for so many more numbers, and to spare."""
     return not like.is_cuda or torch.cuda.mem_get_info(like.device)[0] > numbers * like.itemsize + SPARE
+
+
+def plus_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x @ weight.T, in place on a device where no gradient is needed."""
+    if needs_grad(y, x, weight) or not y.is_contiguous() or y.device.type == "cpu" or y.dtype != x.dtype:
+        return y + F.linear(x, weight)
+    add = torch.ops.flux_core.add_product if torch.compiler.is_compiling() else add_product
+    add(y, x, weight)
+    return y
 
 
 def add_product(y: Tensor, thin: Tensor, up: Tensor) -> None:

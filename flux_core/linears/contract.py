@@ -67,6 +67,8 @@ class Branches(NamedTuple):
     """[N, R]"""
     factor: Tensor
     """fp32 [R], which may change between two calls"""
+    scaled: Tensor | None
+    """factor * down, with rows of zeros behind it up to `room`; None where inputs are quantized"""
     shift: Tensor | None
     """[N]"""
     wide: Tensor | None = None

@@ -72,6 +72,7 @@ class Handle:
             return
         self._written = scales, text
         by_value: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        branched: list[BranchedLinear] = []
         for key, layers in self.places.items():
             for name, layer in layers.items():
                 value = scales if isinstance(scales, float) else scales.get(name, 0.0)
@@ -81,11 +82,15 @@ class Handle:
                     layer.written[self].scale = value
                     layer.write()
                     continue
+                branched.append(layer)
                 layer.scale_shifts(self, value)
                 by_value.setdefault(value, []).extend(layer.scales_of(self))
         for value, numbers in by_value.items():
-            places, units = ([*x] for x in zip(*numbers, strict=True))
-            torch._foreach_copy_(places, torch._foreach_mul(units, value))
+            if numbers:  # a layer may have a difference to its bias alone
+                places, units = ([*x] for x in zip(*numbers, strict=True))
+                torch._foreach_copy_(places, torch._foreach_mul(units, value))
+        for layer in branched:
+            layer.refresh()
         for network in self.networks.values():
             _apply_norms(network)
 

@@ -84,31 +84,20 @@ def near(dtype):
 # The kernel
 
 
-@DTYPES
+@pytest.mark.parametrize("features", [32, 1024])
 @pytest.mark.parametrize(("rows", "width", "rank"), [(1, 16, 1), (5, 72, 3), (37, 200, 20), (3, 600, 130)])
-def test_the_thin_product(dtype, rows, width, rank):
-    down, factor = draw(rank, width, dtype=dtype), draw(rank).abs()
-    joined = draw(2, rows + 3, width, dtype=dtype)
-    for x in (joined, joined[:, 3:], joined[:1]):
-        found = thin.thin(x, None, down, factor)
-        assert found.shape == (*x.shape[:2], rank) and found.dtype == dtype
-        assert distance(found, x.double() @ down.double().t() * factor.double()) < near(dtype)
-
-
-@DTYPES
-def test_the_thin_product_of_two_inputs(dtype):
-    x, y = draw(2, 5, 72, dtype=dtype), draw(2, 5, 200, dtype=dtype)
-    down, factor = draw(6, 272, dtype=dtype), draw(6)
-    expected = torch.cat((x, y), dim=-1).double() @ down.double().t() * factor.double()
-    assert distance(thin.thin(x, y, down, factor), expected) < near(dtype)
-    flat = thin.thin(x[0], y[0], down, factor)
-    assert flat.shape == (5, 6) and distance(flat, expected[0]) < near(dtype)
-
-
-def test_more_ranks_than_a_program_has(monkeypatch):
-    monkeypatch.setattr(thin, "MOST_RANKS", 16)
-    x, down, factor = draw(1, 5, 64), draw(40, 64), draw(40)
-    assert distance(thin.thin(x, None, down, factor), x @ down.t() * factor) < near(torch.float32)
+def test_the_thin_product_of_tokens(monkeypatch, rows, width, rank, features):
+    """In one part, or in several that are added up."""
+    monkeypatch.setattr(thin, "FEATURES", features)
+    down, factor, gain = draw(rank, width, dtype=torch.bfloat16), draw(rank).abs(), torch.full((rank,), 1e-2)
+    tokens = quantized.quantized(draw(2, rows, width, dtype=torch.bfloat16), 2 * rank - 1)
+    gain = gain.to(tokens.codes.device)
+    codes, scale = tokens.codes[..., :width].double(), tokens.scale.clone()
+    thin.write_codes_behind(tokens, down, factor, gain)
+    found, rest = tokens.codes[..., width:].double().split([rank, rank - 1], dim=-1)
+    assert torch.equal(tokens.codes[..., :width].double(), codes) and torch.equal(tokens.scale, scale)
+    error = distance(found, codes @ down.double().t() * (factor * gain).double())
+    assert error < (0.04 if CUDA else 0.15) and not rest.any()  # the interpreter rounds e4m3 worse
 
 
 @pytest.mark.parametrize("loud", [1.0, 1e4])
@@ -148,6 +137,7 @@ def test_a_wide_layer_takes_its_branches_into_the_product(dtype, bias):
     assert distance(layer(inputs), exact(layer, plain)) < near(dtype)
     assert distance(layer(plain), exact(layer, plain)) < near(dtype)
     layer.factor.zero_()
+    layer.refresh()
     assert distance(layer(modulated(x, layer)[0]), layer.base(plain)) > 1e-3  # other modulation
     inputs, plain = modulated(x, layer)
     assert distance(layer(inputs), layer.base(plain)) < near(dtype)
@@ -196,13 +186,13 @@ def test_a_table_of_all_steps_sees_branches(dtype):
 
 def test_three_files_share_the_columns_and_leave_no_trace():
     base = dense(256, 512)
-    before, address = base.weight.clone(), base.weight.data_ptr()
+    before = base.weight.clone()
     layer, x = BranchedLinear(base), draw(1, 5, 256)
     for owner, rank in (("a", 4), ("b", 20), ("c", 30)):
         layer.add(owner, pieces(base, rank=rank))
         inputs, plain = modulated(x, layer)
         assert isinstance(inputs, Widened) and distance(layer(inputs), exact(layer, plain)) < near(torch.float32)
-        assert torch.equal(base.weight, before) and base.weight.data_ptr() == layer.wide.data_ptr() != address
+        assert torch.equal(base.weight, before) and base.weight.data_ptr() == layer.wide.data_ptr()
     assert layer.wide.shape == (512, 256 + 64)  # whole tiles of 32 fp32 numbers
     assert layer.remove("b")
     inputs, plain = modulated(x, layer)
@@ -228,6 +218,7 @@ def test_no_kernels_no_columns(monkeypatch):
     layer, x = branched(dense(256, 512)), draw(1, 5, 256)
     assert layer.wide is None and not isinstance(modulated(x, layer)[0], Widened)
     layer.factor.zero_()
+    layer.refresh()
     assert torch.equal(layer(x), layer.base(x)) or CUDA
     monkeypatch.setitem(THIN, DEVICE, kernels._triton_thin())
     layer.prepare()  # as `install` does for branches that were there before
@@ -339,6 +330,7 @@ def test_in_fp8_layer_and_branch_are_as_near_to_the_truth_as_the_layer_alone(siz
     base = scaled(512, 768)
     layer, bare = branched(base, torch.bfloat16, size=size, rank=rank), base
     layer.factor.mul_(scale)
+    layer.refresh()
     x = draw(1, 64 if way == "rounded" else 7, 512, dtype=torch.bfloat16)
     x[..., 7] *= 30  # features that stand out, as FLUX's do
     if way == "rounded":
@@ -394,14 +386,14 @@ def test_mlp_and_linear2_of_tokens_see_branches():
 # A compiler
 
 
-def modulate_wide(x, shift, scale, down, factor, room):
+def modulate_wide(x, shift, scale, scaled):
     x = ops.modulate(x, shift, scale)
-    return torch.cat((x, F.pad(F.linear(x, down) * factor, (0, room - len(down))).to(x.dtype)), dim=-1)
+    return torch.cat((x, F.linear(x, scaled)), dim=-1)
 
 
 def tokens_wide(x, down, factor, gain, room):
     nothing = x[:0, :0, :0]
-    found = Branches(nn.Identity(), down, nothing, factor, None, x.new_empty(1, x.shape[-1] + room), gain)
+    found = Branches(nn.Identity(), down, nothing, factor, None, None, x.new_empty(1, x.shape[-1] + room), gain)
     return tuple(widened_plainly(x, found).both)
 
 
@@ -413,10 +405,6 @@ def join_gelu_wide(attn, hidden, *rest):
     return tokens_wide(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1), *rest)
 
 
-def thin_plainly(x, y, down, factor):
-    return F.linear(torch.cat((x, y), dim=-1), down) * factor
-
-
 @pytest.fixture
 def traceable(monkeypatch):
     """Kernels by plain functions: no compiler traces into the interpreter."""
@@ -424,7 +412,6 @@ def traceable(monkeypatch):
         monkeypatch.setattr(fused, "modulate_wide_op", modulate_wide)
         monkeypatch.setattr(quantized, "modulate_wide_op", modulate_tokens_wide)
         monkeypatch.setattr(quantized, "join_gelu_wide_op", join_gelu_wide)
-        monkeypatch.setitem(THIN, DEVICE, THIN[DEVICE]._replace(product=thin_plainly))
 
 
 class Block(nn.Module):
@@ -486,6 +473,7 @@ def is_tensor(node):
 def with_scale(block, scale):
     for layer in (block.first, block.last):
         layer.factor.copy_(scale * layer.unit)
+        layer.refresh()
     return block
 
 
@@ -547,6 +535,7 @@ def test_a_whole_model_with_branches(monkeypatch, narrow, first):
     assert distance(model(**inputs), plainly) < (2e-3 if CUDA else 1e-5)
     for layer in layers:
         layer.factor.zero_()
+        layer.refresh()
     assert distance(model(**inputs), bare) < (2e-3 if CUDA else 1e-5)
 
 
