@@ -17,6 +17,8 @@ t = s (A x). Then W x + B t is one product of a few more columns, whose bias, GE
 layer's own weight is a view of the joined memory, equal to the bit, and gets memory of its own again when the last
 branch is removed. s acts on t alone, so it may change at any time. docs/lora.md has the figures.
 
+That is for a wide output; where it is no wider than the input, A costs more, and lies below W (`below.py`).
+
 In fp8 B is written in the codes of W, whose rows have scales s_n already: code = B_nj / (s_n c_j), and t is multiplied
 by c_j. e4m3 has the same precision over a factor of 2^15, so there is room for both: c_j is such that B's codes fill
 the range, or t's are not lost in small numbers. t's range is the token's: tokens leave a margin (`fp8.MARGIN`), and one
@@ -33,9 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
+from .below import Below, join
 from .contract import (
     Branches,
     Leaf,
+    QuantizedTokens,
     Widened,
     dense,
     is_bare,
@@ -198,6 +202,10 @@ class BranchedLinear(Leaf):
         self.wide: Tensor | None = None
         """weight and up side by side"""
         self.gain: Tensor | None = None
+        self.below: Below | None = None
+        """weight and down one below the other"""
+        self._seen: Branches | None = None
+        """what `branches` returns, gathered once: a block asks for it several times"""
 
     @property
     def weight(self) -> Tensor:
@@ -209,10 +217,19 @@ class BranchedLinear(Leaf):
         """The layer's own bias."""
         return cast("Tensor | None", getattr(self.base, "bias", None))
 
-    def forward(self, x: Tensor | Widened) -> Tensor:
+    def takes_tokens(self) -> bool:
+        """Whether weight and `down` are codes, one below the other."""
+        below = self._below()
+        return below is not None and below.scale is not None
+
+    def forward(self, x: Tensor | QuantizedTokens | Widened) -> Tensor:
         """[..., K] -> [..., N]"""
         if isinstance(x, Widened):
             return self._of_widened(x)
+        if isinstance(x, QuantizedTokens):
+            return cast(Below, self.below).of_tokens(x)
+        if (below := self._below()) and not needs_grad(x):
+            return below.of(x) if below.scale is None else below.of_tokens(cast(Fp8Linear, self.base).quantize(x))
         found = self.branches()
         if found is not None and found.gain is not None and not needs_grad(x):
             return self._of_widened(cast(Thin, self.thin).quantize(x, found))
@@ -226,16 +243,15 @@ class BranchedLinear(Leaf):
 
     def branches(self) -> Branches | None:
         """Its low-rank branches, where there are no other terms."""
-        if self.down is None or len(self.terms):
-            return None
-        wide = self.wide if self._is_joined() else None
-        gain = None if wide is None else self.gain
-        up, factor = cast(Tensor, self.up), cast(Tensor, self.factor)
-        return Branches(self.base, self.down, up, factor, self.scaled, self.shift, wide, gain)
+        seen = self._seen
+        return seen if seen is None or seen.wide is None or self._is_joined() else seen._replace(wide=None, gain=None)
 
     def multiply_columns(self, x: Tensor, y: Tensor) -> Tensor:
         """Its forward of [x | y]: the thin product of each, and the layer's own way."""
-        if self.terms or (self.gain is not None and self._is_joined()):
+        below = None if needs_grad(x, y) else self._below()
+        if below is not None and below.scale is None:
+            return below.of_two(x, y)
+        if self.terms or below is not None or (self.gain is not None and self._is_joined()):
             return self(torch.cat((x, y), dim=-1))
         if self.down is None:
             own = multiply_columns(self.base, x, y)
@@ -280,29 +296,42 @@ class BranchedLinear(Leaf):
         """Take the kernels of its device, and join weight and up where that is faster and there is memory for it."""
         weight = getattr(self.base, "weight", None)
         self.thin = THIN.get(weight.device.type) if isinstance(weight, Tensor) else None
-        if self._joins():
-            try:
+        try:
+            if not self._joins():
+                self._part_memory()
+            elif self.out_features > self.in_features:
                 self._join_memory()
-                return self._fit_scaled()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-        self._part_memory()
+            else:
+                self._join_below()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._part_memory()
         self._fit_scaled()
+        self._seen = None
+        if self.down is not None and not len(self.terms):
+            up, factor, gain = cast(Tensor, self.up), cast(Tensor, self.factor), self.gain
+            self._seen = Branches(self.base, self.down, up, factor, self.scaled, self.shift, self.wide, gain)
+            for one in self._seen:
+                if self.thin is not None and isinstance(one, Tensor):
+                    _static(one)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute `scaled` again, in place, after `factor` was written to."""
-        if self.scaled is not None:
-            down, factor = cast(Tensor, self.down), cast(Tensor, self.factor)
+        down, factor = cast(Tensor, self.down), cast(Tensor, self.factor)
+        if self.below is not None:
+            self.below.set_factor(down, factor)
+        elif self.scaled is not None:
             torch.mul(down, factor[:, None], out=self.scaled[: len(down)])
 
     def _fit_scaled(self) -> None:
-        """Give `scaled` as many rows as `down` has, or the room of `wide`; none where inputs are quantized."""
+        """Give `scaled` as many rows as `down` has, or the room of `wide`; none where inputs are quantized, or `below`
+        has them."""
         down = self.down
-        if down is None or self.gain is not None:
+        if down is None or self.gain is not None or self.below is not None:
             self.scaled = None
-            return
+            return None if down is None else self.refresh()
         rows = len(down) if self.wide is None else self.wide.shape[1] - down.shape[1]
         like = self.scaled
         if (
@@ -325,7 +354,7 @@ class BranchedLinear(Leaf):
             return False
         with torch.no_grad():
             if is_bare(base, nn.Linear):
-                return weight.dtype == up.dtype and self.out_features > self.in_features and not weight.requires_grad
+                return weight.dtype == up.dtype and not weight.requires_grad
             fp8 = isinstance(base, Fp8Linear) and is_leaf(base) and base.takes_tokens()
             return fp8 and len(down) <= self.thin.ranks
 
@@ -353,10 +382,35 @@ class BranchedLinear(Leaf):
             wide = torch.empty((N, K + room), dtype=weight.dtype, device=weight.device)
             wide[:, :K] = weight
         wide[:, K:] = F.pad(behind, (0, room - behind.shape[1])).to(weight.dtype)
-        self.wide, self.gain = _static(wide), None if gain is None else _static(gain)
+        self.wide, self.gain = wide, gain
         base.weight.data = wide[:, :K]
         if gain is None:
             self.up.data = wide[:, K : K + len(down)]  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _join_below(self) -> None:
+        base, up, down = cast(Any, self.base), cast(Tensor, self.up), cast(Tensor, self.down)
+        self._part_memory()
+        scale = base.weight_scale if isinstance(base, Fp8Linear) else None
+        rows = self._room(len(down) * (1 if scale is None else 2), base.weight.dtype)
+        if has_memory(base.weight, (self.out_features + rows) * self.in_features):
+            below = join(base.weight.detach(), rows, scale, down.detach(), up.detach())
+            base.weight.data = below.both[: self.out_features]
+            below.set_bias(base.bias, self.shift)
+            for one in (below.both, below.bias, below.up, below.scale):
+                if one is not None:
+                    _static(one)
+            self.below = below
+
+    def _below(self) -> Below | None:
+        """The joined memory, if the layer's weight is still a part of it, and the layer may be multiplied by it."""
+        below, base = self.below, cast(Any, self.base)
+        if below is None or len(self.terms):
+            return None
+        if not torch.compiler.is_compiling() and base.weight.data_ptr() != below.both.data_ptr():
+            return None
+        ours = is_bare(base, nn.Linear) if below.scale is None else is_leaf(base) and base.takes_tokens()
+        return below if ours and not torch.is_autocast_enabled(below.both.device.type) else None
 
     def _is_joined(self, room: int | None = None) -> bool:
         """Whether the layer's weight is a part of `wide` (with that room) and the layer may be multiplied by it."""
@@ -375,6 +429,11 @@ class BranchedLinear(Leaf):
     @torch.no_grad()
     def _part_memory(self) -> None:
         """Give weight and up memory of their own."""
+        if self._below() is not None:
+            weight = cast(Any, self.base).weight
+            with suppress(torch.OutOfMemoryError):
+                weight.data = weight.data.clone()
+        self.below = None
         if self.wide is None:
             return
         for one in (getattr(self.base, "weight", None), self.up):
@@ -395,7 +454,7 @@ class BranchedLinear(Leaf):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has memory of its own for weight and up."""
-        return {**self.__dict__, "wide": None, "gain": None}
+        return {**self.__dict__, "wide": None, "gain": None, "below": None, "_seen": None}
 
     # Branches, their owners and scales ---------------------------------------------------------------------------
 
@@ -487,6 +546,8 @@ class BranchedLinear(Leaf):
             self.shift = total.to(first.dtype)
         else:
             self.shift.copy_(total)
+        if self.below is not None:
+            self.below.set_bias(self.bias, self.shift)
 
     def extra_repr(self) -> str:
         ranks = 0 if self.down is None else len(self.down)

@@ -24,7 +24,7 @@ from flux_core.linears.contract import (
     parts,
     widening,
 )
-from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize
+from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize, quantize_rows
 from flux_core.model import MODULATION, ops
 from flux_core.pipeline.placement import move
 
@@ -401,8 +401,12 @@ def modulate_tokens_wide(x, shift, scale, *rest):
     return tokens_wide(ops.modulate(x, shift, scale), *rest)
 
 
+def activated(attn, hidden):
+    return torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1)
+
+
 def join_gelu_wide(attn, hidden, *rest):
-    return tokens_wide(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1), *rest)
+    return tokens_wide(activated(attn, hidden), *rest)
 
 
 @pytest.fixture
@@ -412,6 +416,9 @@ def traceable(monkeypatch):
         monkeypatch.setattr(fused, "modulate_wide_op", modulate_wide)
         monkeypatch.setattr(quantized, "modulate_wide_op", modulate_tokens_wide)
         monkeypatch.setattr(quantized, "join_gelu_wide_op", join_gelu_wide)
+        monkeypatch.setattr(
+            quantized, "join_gelu_op", lambda attn, hidden: tuple(quantize_rows(activated(attn, hidden)))
+        )
 
 
 class Block(nn.Module):
@@ -567,3 +574,41 @@ def test_a_layer_with_branches_moves_whole(narrow):
     for name, layer in model.named_modules():
         if isinstance(layer, BranchedLinear) and not name.endswith(MODULATION):
             assert layer.wide is None and {x.device.type for x in (*layer.parameters(), *layer.buffers())} == {"meta"}
+
+
+# A below W
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("kind", [dense, scaled])
+def test_a_layer_as_wide_as_its_input_has_its_branches_below_the_weight(kind, scale):
+    base = kind(768, 512)
+    before = base.weight.clone()
+    layer = branched(base, torch.float32 if kind is dense else torch.bfloat16, rank=20, size=0.2)
+    assert layer.below is not None and layer.wide is None and torch.equal(layer.base.weight, before)
+    layer.factor.copy_(scale * layer.unit)
+    layer.refresh()
+    x = draw(2, 5, 768, dtype=layer.up.dtype)
+    truth = exact(layer, x)
+    own = distance(base(x), exact(base_alone(base), x)) if kind is scaled else near(torch.float32)
+    assert distance(layer(x), truth) < 1.2 * own + 2e-3
+    if kind is dense:
+        assert distance(layer.multiply_columns(x[..., :256], x[..., 256:]), truth) < near(torch.float32)
+    layer.add("bias", [Shift(torch.ones(100, dtype=layer.up.dtype, device=DEVICE), 7)])
+    more = torch.zeros(512, dtype=torch.float64, device=DEVICE)
+    more[7:107] = 1
+    assert distance(layer(x), truth + more) < 1.2 * own + 3e-3
+    layer.remove("bias"), layer.remove(layer.owners[0][0])
+    assert (
+        layer.below is None
+        and torch.equal(base.weight, before)
+        and base.weight.untyped_storage().nbytes() == (before.untyped_storage().nbytes())
+    )
+
+
+def base_alone(base):
+    """The layer with branches that add nothing."""
+    layer = BranchedLinear(base)
+    layer.down, layer.up = (nn.Parameter(torch.zeros(*size, device=DEVICE)) for size in ((1, 768), (512, 1)))
+    layer.factor = torch.zeros(1, device=DEVICE)
+    return layer
