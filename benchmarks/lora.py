@@ -1,6 +1,6 @@
 """Cost of LoRAs in a full-size step, of changing their scale, and of attaching them.
 
-    python benchmarks/lora.py [--dtype bf16|fp8] [--compile blocks|none] [--size 1024] [--rounds 5] [--elsewhere]
+    python benchmarks/lora.py [--dtype bf16|fp8] [--compile none|blocks] [--replay] [--size 1024] [--rounds 5] [--elsewhere]
 
 Random weights of FLUX.1-dev and random LoRAs in kohya's layout on all 304 Linears of the blocks, batch 1, the
 modulation from a table, as the pipeline has it. A second model on the same weights takes the LoRAs, and the steps of
@@ -120,7 +120,11 @@ class Bench:
             compile_blocks(model)
         call = partial(model, **self.inputs, mods=mods)
         call()
-        return call
+        if not self.args.replay:
+            return call
+        img = self.inputs["img"]
+        graph = Graph(lambda x, _, mods: model(**self.inputs | {"img": x}, mods=mods), img, SIGMAS[0], mods)
+        return partial(graph.replay, img)
 
     @contextmanager
     def attached(self, ranks: list[int], kernels: bool = True, merge: bool = False) -> Iterator[Flux]:
@@ -301,7 +305,8 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=list(MODELS), default="bf16")
-    parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
+    parser.add_argument("--compile", choices=["none", "blocks"], default="none")
+    parser.add_argument("--replay", action="store_true", help="steps from CUDA graphs, as the pipeline's in fp8")
     parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels, a multiple of 16")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of a second")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
@@ -321,7 +326,7 @@ def main() -> int:
         if args.elsewhere:
             figures["elsewhere"] = elsewhere(bench)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
-    about = {"benchmark": "lora", "dtype": args.dtype, "compile": args.compile, "size": args.size}
+    about = {"benchmark": "lora", "dtype": args.dtype, "compile": args.compile, "replay": args.replay}
     last = {**card, "device": device, "torch": torch.__version__}
     print(json.dumps({**about, **figures, **last}))
     return 0

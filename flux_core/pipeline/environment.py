@@ -35,5 +35,11 @@ def is_replayed(placement: Placement, request: GenerationRequest) -> bool:
     return (
         placement.is_fixed
         and not request.hooks
-        and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps)
+        and is_worth_it(
+            placement.components.flux,
+            placement.device,
+            tokens,
+            request.num_forward_steps,
+            branched=any(not entry.merge for entry in request.loras),
+        )
     )

@@ -16,19 +16,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..linears.branch import BranchedLinear
 from ..linears.contract import is_untouched
+from ..linears.fp8 import is_quantized
 from ..model import Modulations, ModulationTable
 from ..terminal import note
 
 TOKENS = 2048
 """of text and picture, in all rows of a batch, up to which launches bound the time of a step"""
+WITH_BRANCHES = 8192
+"""the same for a model in fp8 with LoRAs, whose steps are short and have more launches"""
 STEPS = 4
 """in a schedule from which a recording pays: it takes the host as long as a step"""
 
 
-def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int) -> bool:
-    """Whether so many steps of so many tokens are faster from a graph on that device, and may be recorded."""
-    return device.type == "cuda" and tokens <= TOKENS and steps >= STEPS and not has_user_code(model)
+def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int, branched: bool = False) -> bool:
+    """Whether so many steps of so many tokens are faster from a graph on that device, and may be recorded.
+
+    branched: whether LoRAs will be beside the model's layers, if none are yet.
+    """
+    if device.type != "cuda" or steps < STEPS or tokens > WITH_BRANCHES or has_user_code(model):
+        return False
+    return tokens <= TOKENS or (is_quantized(model) and (branched or has_branches(model)))
+
+
+def has_branches(model: nn.Module) -> bool:
+    """Whether LoRAs are beside any of its layers."""
+    return any(isinstance(part, BranchedLinear) for part in model.modules())
 
 
 def has_user_code(model: nn.Module) -> bool:

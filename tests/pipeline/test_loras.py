@@ -289,3 +289,49 @@ def test_a_control_lora_is_not_drawn_with(pipeline, tmp_path):
 def test_euler_knows_no_lora():
     """The seam is the velocity's: a sampler of somebody else's gets the scales of the steps, too."""
     assert "adapt" not in euler.__code__.co_varnames
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, monkeypatch):
+    """Scales by step, and changed by hand between two steps: replayed or not, the same bits, from one recording."""
+    from random_model import small_variant
+
+    from flux_core.kernels import install
+    from flux_core.linears.fp8 import quantize
+    from flux_core.model import Flux
+    from flux_core.pipeline.loras import LoraSteps
+    from flux_core.sampling import graph
+
+    params = small_variant().params
+    torch.manual_seed(0)
+    model = Flux(params).cuda().bfloat16().eval().requires_grad_(False)
+    if dtype == "fp8":
+        quantize(model)
+    install(model, "cuda")
+    steps, by_hand = (
+        attach(model, write(tmp_path / f"{i}.safetensors", factors(params, seed=i, strength=0.3))) for i in range(2)
+    )
+    sigmas = get_schedule(6, 12)
+    adapt = LoraSteps([(steps, [Lora(file="x", scale=0.8, steps="0-2"), Lora(file="x", scale=0.2)])], sigmas)
+    draw = torch.Generator("cuda").manual_seed(0)
+    shapes = {"txt": (1, 4, params.context_in_dim), "vec": (1, params.vec_in_dim)}
+    inputs = {name: torch.randn(x, generator=draw, device="cuda").bfloat16() for name, x in shapes.items()}
+    inputs |= {"img_ids": image_ids(1, 3, 4, "cuda"), "txt_ids": torch.zeros(1, 4, 3, device="cuda"), "guidance": 3.5}
+    x = torch.randn(1, 12, 64, generator=draw, device="cuda").bfloat16()
+    recorded = []
+    record = graph.GraphedVelocity._record
+    monkeypatch.setattr(graph.GraphedVelocity, "_record", lambda *args: recorded.append(1) or record(*args))
+
+    def sample(replay):
+        by_hand.scale = 0.5
+        velocity = flow_velocity(model, **inputs, sigmas=sigmas[:-1], replay=replay, adapt=adapt)
+
+        def change(step):
+            if step.index == 3:
+                by_hand.scale = -0.5
+
+        return euler(velocity, x, sigmas, change)
+
+    assert torch.equal(sample(True), sample(False)) and len(recorded) == 1
