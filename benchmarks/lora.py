@@ -1,13 +1,13 @@
 """Cost of LoRAs in a full-size step, of changing their scale, and of attaching them.
 
-    python benchmarks/lora.py [--dtype bf16|fp8] [--compile none|blocks] [--replay] [--size 1024] [--rounds 5] [--elsewhere]
+    python benchmarks/lora.py [--dtype bf16|fp8] [--replay] [--compile none|blocks] [--rounds 5] [--elsewhere]
 
 Random weights of FLUX.1-dev and random LoRAs in kohya's layout on all 304 Linears of the blocks, batch 1, the
 modulation from a table, as the pipeline has it. A second model on the same weights takes the LoRAs, and the steps of
 both take turns (`timing.py`). Prints a line of JSON:
 
-ratio      of a step with a LoRA of rank 16, one of rank 128, and three of rank 16, to the step without; in bf16 `merged`,
-           that of rank 16 in the weights. Goals: bf16 1.04, 1.10, 1.08 and 1.00, fp8 1.06, 1.15 and 1.12
+ratio      of a step with a LoRA of rank 16, one of rank 128, and three of rank 16, to the step without; in bf16 also
+           of one in the weights, `merged`. Goals: bf16 1.04, 1.10, 1.08 and 1.00, fp8 1.06, 1.15 and 1.12
 ms         of those steps, and of the step without beside each
 error      of a forward with the LoRA of rank 16: relative difference of the change that it makes, to the same in the
            plain way without kernels
@@ -17,8 +17,9 @@ attach_s   seconds from the file of rank 128 (1.2 GB) to an attached LoRA on the
            and seconds to take it off
 peak_gib   of memory in a step without a LoRA, and with each, of the only model
 
-`--elsewhere` also measures diffusers and PEFT, if they are installed: the step with the LoRA of rank 16 to the step
-without, and the seconds to load the file of rank 128. `--tiny` runs small on any machine.
+`--replay` takes the steps of both from CUDA graphs, as the pipeline takes those in fp8 with LoRAs. `--elsewhere` also
+measures diffusers and PEFT, if they are installed: the step with the LoRA of rank 16 to the step without, and the
+seconds to load the file of rank 128. `--tiny` runs small on any machine.
 """
 
 import argparse
