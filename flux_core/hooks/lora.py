@@ -97,7 +97,9 @@ class Typed:
 
     @classmethod
     def of(cls, words: Any) -> Self:
-        """From the words behind --lora, or a text of both. UsageError."""
+        """From the words behind --lora, or a text of both, as a scale needs that begins with a dash. UsageError."""
+        if not isinstance(words, str) and len(words) == 1:
+            words = str(words[0])
         parts = words.rsplit(maxsplit=1) if isinstance(words, str) else [str(word) for word in words]
         if isinstance(words, str) and len(parts) == 2 and not _SCALE.fullmatch(parts[1]):
             parts = [words]  # a space in the file's name

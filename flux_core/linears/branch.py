@@ -103,7 +103,7 @@ class Term(nn.Module):
             self.register_buffer(name, torch.tensor(unit, dtype=torch.float32, device="cpu"))
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """[..., K] -> [..., n]. y: what the layer itself computes of x, [..., N]."""
+        """[..., K] -> [..., n]. y: what the layer itself computes of x, [..., N]. x may have more features by now."""
         raise NotImplementedError
 
 
@@ -115,7 +115,7 @@ class Dense(Term):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x[..., : self.weight.shape[1]], self.weight)
 
 
 class Kron(Term):
@@ -126,7 +126,8 @@ class Kron(Term):
         self.w1, self.w2 = (nn.Parameter(x, requires_grad=False) for x in (w1, w2))
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        inner = F.linear(x.unflatten(-1, (self.w1.shape[1], self.w2.shape[1])), self.w2)
+        b, d = self.w1.shape[1], self.w2.shape[1]
+        inner = F.linear(x[..., : b * d].unflatten(-1, (b, d)), self.w2)
         return torch.einsum("ab,...bc->...ac", self.w1, inner).flatten(-2)
 
 
@@ -150,7 +151,7 @@ class ColumnGain(Term):
         self.gain = nn.Parameter(gain, requires_grad=False)
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        x = x * self.gain
+        x = x * F.pad(self.gain, (0, x.shape[-1] - len(self.gain)))
         if found := dense(base, x):
             return F.linear(x, found[0][self.start : self.stop])
         own, bias = base(x)[..., self.start : self.stop], _bias(base, self.start, self.stop)
@@ -458,6 +459,14 @@ class BranchedLinear(Leaf):
 
     # Branches, their owners and scales ---------------------------------------------------------------------------
 
+    def exchange(self, base: nn.Module) -> None:
+        """Put the branches beside another layer, which may take more features, or fewer, than the one before."""
+        self._part_memory()
+        self.base, self.in_features = base, cast(int, base.in_features)
+        if (down := cast("Tensor | None", self.down)) is not None:
+            self.down = nn.Parameter(with_columns(down.detach(), self.in_features), requires_grad=False)
+        self.prepare()
+
     def add(self, owner: object, pieces: Sequence[Piece]) -> None:
         """Add an owner's branches, at scale 1."""
         for piece in pieces:
@@ -477,6 +486,7 @@ class BranchedLinear(Leaf):
         up = piece.up
         if len(up) < self.out_features:
             up = F.pad(up, (0, 0, piece.start, self.out_features - piece.start - len(up)))
+        piece = piece._replace(down=with_columns(piece.down, self.in_features))
         if self.down is not None:
             assert self.up is not None and self.unit is not None and self.factor is not None
             piece = LowRank(torch.cat((self.down, piece.down)), up, torch.cat((self.unit, piece.unit)))
@@ -552,6 +562,11 @@ class BranchedLinear(Leaf):
     def extra_repr(self) -> str:
         ranks = 0 if self.down is None else len(self.down)
         return f"ranks={ranks}, owners={len({id(owner) for owner, _, _ in self.owners})}"
+
+
+def with_columns(x: Tensor, width: int) -> Tensor:
+    """x [n, K] with zero columns behind, or without the last, up to `width`."""
+    return x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1]))
 
 
 @torch.no_grad()

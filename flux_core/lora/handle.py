@@ -14,18 +14,17 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.shapes import Shape
 from ..errors import UsageError
-from ..linears.branch import BranchedLinear, Term
+from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
 from ..model import MODULATION, Flux
 from ..model.layers import RMSNorm
 from .delta import Delta
 from .dialects import TEXT, Network
-from .file import LoraFile, Module, check_matched, read_lora, resolve_text, widened_input
+from .file import LoraFile, Module, check_drawable, check_matched, read_lora, resolve_text, widened_input
 from .merged import MergedLayer, Written, check_mergeable
 from .tensors import NUMBERS, alphas_of, read_factors
 
@@ -202,15 +201,29 @@ def attach_file(
     check_matched(file, allow_partial)
     if merge:
         _check_mergeable(file, networks)
+    elif "img_in" in _state(networks["transformer"]).merged:
+        check_drawable(file, networks["transformer"].params)  # type: ignore[arg-type]
     handle, found = Handle(file, networks, merge), _read(file, networks)
-    for key, network in networks.items():
+    try:
+        _add(handle, found)
+        handle.scale = scale
+    except BaseException:  # memory may run out in the middle
+        handle.remove()
+        raise
+    return handle
+
+
+def _add(handle: Handle, found: "_Found") -> None:
+    """Put a file's differences beside, or into, the layers of its networks."""
+    for key, network in handle.networks.items():
         state = _state(network)
         state.handles.append(handle)
         state.norms[handle] = found.norms if key == "transformer" else {}
+        _fit_input(network)
         for name in list(found.of.get(key, {})):
             deltas = found.of[key].pop(name)  # factors are freed once they are joined
             layer = _without_branch(network.get_submodule(name))
-            if merge:
+            if handle.is_merged:
                 merged = state.merged.setdefault(name, MergedLayer.of(layer))  # type: ignore[arg-type]
                 merged.written[handle] = Written(deltas)
                 merged.write()
@@ -220,13 +233,16 @@ def attach_file(
                 handle.places[key][name] = branched = _branched(network, name)
                 branched.add(handle, pieces)
         _apply_norms(network)
-        _fit_input(network)
         _changed(network, scales=False)
-    handle.scale = scale
-    return handle
 
 
 def _check_mergeable(file: LoraFile, networks: Networks) -> None:
+    state = _state(networks["transformer"])
+    if state.narrow is not None and any(module.target.module == "img_in" for module in file.of("transformer")):
+        raise UsageError(
+            f"{file.name} cannot be merged into an input that a control LoRA made wider. Next: merge it first"
+        )
+    check_drawable(file, state.params(networks["transformer"]))  # type: ignore[arg-type]
     if file.norms or any(module.target.module.endswith(".scale") for module in file.of("transformer")):
         raise UsageError(f"{file.name} changes norms, which --lora-merge does not write. Next: leave --lora-merge out")
     for module in file.modules:
@@ -322,9 +338,7 @@ def _fit_input(network: nn.Module) -> None:
         return
     wide = own if width == params.in_channels else _widened(own, width)
     if isinstance(layer, BranchedLinear):
-        layer.base, layer.in_features = wide, width
-        if layer.down is not None:
-            layer.down = nn.Parameter(_columns(layer.down, width), requires_grad=False)
+        layer.exchange(wide)
     else:
         network.img_in = wide  # type: ignore[assignment]
     state.narrow = None if wide is own else (params, own)
@@ -340,13 +354,8 @@ def _widened(linear: nn.Module, width: int) -> nn.Linear:
     assert isinstance(linear, nn.Linear)
     wide = deepcopy(linear)
     wide.in_features = width
-    wide.weight = nn.Parameter(_columns(linear.weight, width), requires_grad=linear.weight.requires_grad)
+    wide.weight = nn.Parameter(with_columns(linear.weight.detach(), width), requires_grad=linear.weight.requires_grad)
     return wide
-
-
-def _columns(x: Tensor, width: int) -> Tensor:
-    """x [n, K] with zero columns behind, or without columns, up to `width`."""
-    return F.pad(x.detach(), (0, width - x.shape[1])) if width > x.shape[1] else x.detach()[:, :width].contiguous()
 
 
 def _branched(network: nn.Module, name: str) -> BranchedLinear:
@@ -420,7 +429,7 @@ def _delta(
 
     def rows() -> Tensor:
         device = next(iter(tensors.values())).device
-        return _columns(weight()[start:stop].to(device).float(), columns)
+        return with_columns(weight()[start:stop].to(device).float(), columns)
 
     return Delta(module, tensors, alpha, stop - start, columns, rows)
 

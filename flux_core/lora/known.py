@@ -29,6 +29,10 @@ REMEMBERED = 500
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?")
 
 
+_NAMED: dict[str, "Known"] = {}
+"""the files that this process was given, by hash: where nothing can be written they are known all the same"""
+
+
 @dataclass(frozen=True)
 class Known:
     """A file that the user named, and what it is known by."""
@@ -86,8 +90,9 @@ def remember(path: Path) -> Known:
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror}.") from None
     entries = _read()
-    old = next((x for x in entries if x.path == str(path)), None)
+    old = next((x for x in (*_NAMED.values(), *entries) if x.path == str(path)), None)
     known = old if old is not None and old.is_there else _hashed(path, found)
+    _NAMED[known.sha256] = known
     if not entries or entries[-1] != known:
         _write([*(x for x in entries if x.path != known.path), known])
     return known
@@ -95,7 +100,7 @@ def remember(path: Path) -> Known:
 
 def recall(sha256: str) -> Path | None:
     """The path of a file with that hash which the user named before, if it is still there."""
-    for known in reversed(_read()):
+    for known in (*filter(None, [_NAMED.get(sha256)]), *reversed(_read())):
         if known.sha256 == sha256 and known.is_there:
             return Path(known.path)
     return None

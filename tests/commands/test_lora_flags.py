@@ -189,6 +189,7 @@ def test_what_is_typed_wrong(words, finding):
 def test_spellings():
     assert vars(Typed.of("my style.safetensors")) == {"file": "my style.safetensors", "scale": None, "steps": None}
     assert vars(Typed.of("style.safetensors .5@0-3,7")) == {"file": "style.safetensors", "scale": 0.5, "steps": "0-3,7"}
+    assert vars(Typed.of(["style.safetensors -0.5@0-3"]))["scale"] == -0.5
     assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
 
 
@@ -211,3 +212,12 @@ def test_importance_keeps_it_for_every_picture(files, tmp_path):
     kinds = [[entry.kind for entry in study.request_of(Task(0, 1, block)).plan] for block in (REFERENCE, "layer.0")]
     assert kinds == [["lora"], ["lora", "skip"]]
     assert importance  # which builds that request from --lora
+
+
+def test_where_nothing_can_be_remembered_it_draws_all_the_same(files, tmp_path, monkeypatch):
+    from flux_core.lora import known
+
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(known, "_place", lambda: tmp_path / "file" / "loras.json")
+    (drawn,) = run("--prompt", "x", *SMALL, "--lora", files[0], out=tmp_path / "out")
+    assert scales(drawn) == [("style", 1.0, None)]

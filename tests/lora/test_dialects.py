@@ -136,3 +136,24 @@ def test_newer_names_of_onetrainer(tmp_path):
             assert "OneTrainer" in handle.summary or number
             pictures.append(velocity())
     assert torch.equal(*pictures) and distance(pictures[0], velocity()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "names", [("bfl_control", "kohya"), ("bfl_control", "lycoris_full"), ("kohya", "lycoris_full")]
+)
+@pytest.mark.parametrize("first_out", [0, 1])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wider_input_goes_with_others_in_any_order(names, order, first_out):
+    """All of them train `img_in`, one makes it wider, one has a full difference to it."""
+    before = {key: x.clone() for key, x in MODEL.state_dict().items()}
+    wide = "bfl_control" if "bfl_control" in names else ""
+    handles = {name: attach(MODEL, file_of(name)) for name in names[::order]}
+    both = velocity(wide)
+    handles[names[first_out]].remove()
+    left = names[1 - first_out]
+    assert distance(velocity(left), EXPECTED.tensors[f"{left}/out.velocity_1.0"]) < TOLERANCE
+    assert distance(both, EXPECTED.tensors[f"{left}/out.velocity_1.0"]) > 1e-3
+    handles[left].remove()
+    after = MODEL.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], x) for key, x in before.items())
+    assert MODEL.in_channels == MODEL.params.in_channels == 64
