@@ -182,6 +182,8 @@ class BranchedLinear(Leaf):
     the rest of the room of `wide`. Where inputs are quantized it is None.
     """
 
+    down: nn.Parameter | None
+    up: nn.Parameter | None
     factor: Tensor | None
     scaled: Tensor | None
     shift: Tensor | None
@@ -463,8 +465,8 @@ class BranchedLinear(Leaf):
         """Put the branches beside another layer, which may take more features, or fewer, than the one before."""
         self._part_memory()
         self.base, self.in_features = base, cast(int, base.in_features)
-        if (down := cast("Tensor | None", self.down)) is not None:
-            self.down = nn.Parameter(with_columns(down.detach(), self.in_features), requires_grad=False)
+        if self.down is not None:
+            self.down = nn.Parameter(with_columns(self.down.detach(), self.in_features), requires_grad=False)
         self.prepare()
 
     def add(self, owner: object, pieces: Sequence[Piece]) -> None:
@@ -533,6 +535,10 @@ class BranchedLinear(Leaf):
             elif other is owner and kind == "term":
                 found.append((which.scale, which.unit))
         return found
+
+    def is_dense(self, owner: object) -> bool:
+        """Whether a difference of an owner's has no structure that is cheaper than the layer itself."""
+        return any(other is owner and isinstance(which, Dense) for other, _, which in self.owners)
 
     def scale_shifts(self, owner: object, scale: float) -> None:
         """Write an owner's scale to its differences to the bias."""

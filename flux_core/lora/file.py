@@ -74,11 +74,12 @@ class Module:
     @property
     def rank(self) -> int | None:
         """Of its low-rank factor; None without one."""
-        for role, axis in (
-            ("down", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("hada_w1_b", 0), ("glora_b2", 0),
-        ):  # fmt: skip
-            if len(shape := self.shapes.get(role, ())) > axis:
-                return shape[axis]
+        glora = [self.shapes.get(f"glora_{x}", ()) for x in ("a1", "a2", "b1", "b2")]
+        if all(len(shape) > 1 for shape in glora):
+            return glora[3][0] if glora_is_new(*glora) else glora[2][0]
+        for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+            if shape := self.shapes.get(role):
+                return shape[0]
         return None
 
 
@@ -199,7 +200,8 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
     for stem, tensors in _grouped(rest).items():
         key = split_key(next(iter(tensors.values())))
         target = _target(key, table)
-        if target is None or not tensors.keys().isdisjoint({"", "set_weight"}):
+        odd = not tensors.keys().isdisjoint({"", "set_weight"})
+        if target is None or odd or (target.module.endswith(".scale") and set(tensors) != {"diff"}):
             unmatched.append(stem)
             continue
         shapes = {role: source.shapes[name] for role, name in tensors.items()}
@@ -362,7 +364,8 @@ def _magnitude_fits(shape: Shape, *weights: Shape) -> bool:
 
 def _widens(module: Module, found: Shape, expected: Shape) -> bool:
     """Whether a module makes the model's input wider, as a control LoRA does."""
-    return module.target.module == "img_in" and found[0] == expected[0] and found[1] > expected[1]
+    wide = len(found) == len(expected) == 2 and found[0] == expected[0] and found[1] > expected[1]
+    return wide and module.target.module == "img_in"
 
 
 def widened_input(lora: LoraFile, params: FluxParams) -> int:
@@ -406,6 +409,8 @@ _NEEDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     *((f"hada_{x}", (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),)) for x in ("w1_a", "w1_b", "w2_a", "w2_b")),
     ("hada_t1", (("hada_t2",),)),
     ("hada_t2", (("hada_t1",),)),
+    ("lokr_t2", (("lokr_w2_a",),)),
+    ("reshape_weight", (("down",), ("diff",))),
     *((f"glora_{x}", (("glora_a1", "glora_a2", "glora_b1", "glora_b2"),)) for x in ("a1", "a2", "b1", "b2")),
     ("alpha", (("down",), ("lokr_w1",), ("lokr_w1_a",), ("hada_w1_a",), ("glora_a1",), ("diff",), ("diff_b",))),
 )

@@ -44,6 +44,8 @@ class Handle:
         self.file, self.networks, self.is_merged = file, networks, merge
         self.places: dict[str, dict[str, Any]] = {name: {} for name in networks}
         """layers with a branch of this file, or with it in their weights, by network and name"""
+        self.alphas: Mapping[str, float] = {}
+        """of its modules, where the file has them"""
         self._scale = 1.0
         self._written: tuple[Scales, float | None] = (1.0, None)
         """what is in memory now"""
@@ -141,16 +143,24 @@ class Handle:
     @property
     def summary(self) -> str:
         """What was found and applied, in a line: dialect, rank, alpha, modules, text encoders, words."""
-        return summary(self.file, self.networks)
+        text, layers = (
+            summary(self.file, self.networks, self.alphas),
+            chain(*(x.values() for x in self.places.values())),
+        )
+        dense = sum(isinstance(layer, BranchedLinear) and layer.is_dense(self) for layer in layers)
+        return f"{text}, {dense} computed dense" if dense else text
 
 
-def summary(file: LoraFile, networks: Networks | None = None) -> str:
-    """What a file holds, in a line. networks: those that it is attached to; without, its modules are not called left
-    out."""
+def summary(file: LoraFile, networks: Networks | None = None, alphas: Mapping[str, float] | None = None) -> str:
+    """What a file holds, in a line.
+
+    networks: those that it is attached to; without, its modules are not called left out. alphas: of its modules.
+    """
     matched, all_modules = len(file.of("transformer")) + len(file.norms), len(file.unmatched)
     parts = [
         f"{file.name}: {file.dialect}",
         file.ranks,
+        *([] if alphas is None else [_alpha(file, alphas)]),
         f"{matched} of {matched + all_modules} modules, {len(_weights(file))} of {file.total} Linears",
     ]
     for network, name in (("clip", "CLIP"), ("t5", "T5")):
@@ -164,6 +174,15 @@ def summary(file: LoraFile, networks: Networks | None = None) -> str:
     if file.words:
         parts.append(f"words: {file.words[:200]}")
     return ", ".join(parts)
+
+
+def _alpha(file: LoraFile, alphas: Mapping[str, float]) -> str:
+    """The alphas that count, as text: "alpha 8", "alphas 1 to 4", "alpha / rank 2 by the header", or "no alpha"."""
+    found = sorted({alphas[module.stem] for module in file.modules if module.stem in alphas and module.rank})
+    if found:
+        return f"alpha {found[0]:g}" if len(found) == 1 else f"alphas {found[0]:g} to {found[-1]:g}"
+    units = sorted({module.scale for module in file.modules if module.scale is not None})
+    return f"alpha / rank {units[0]:g} by the header" if units else "no alpha"
 
 
 def _weights(file: LoraFile) -> set[str]:
@@ -215,6 +234,7 @@ def attach_file(
 
 def _add(handle: Handle, found: "_Found") -> None:
     """Put a file's differences beside, or into, the layers of its networks."""
+    handle.alphas = found.alphas
     for key, network in handle.networks.items():
         state = _state(network)
         state.handles.append(handle)
@@ -377,6 +397,7 @@ class _Found:
     """A file's differences: by network and layer, and those to norms."""
 
     of: dict[str, dict[str, list[Delta]]]
+    alphas: dict[str, float]
     norms: dict[str, tuple[str, Tensor]]
 
 
@@ -392,7 +413,8 @@ def _text_linears(networks: Networks) -> dict[Network, dict[str, Shape]]:
 
 def _read(file: LoraFile, networks: Networks) -> _Found:
     """The differences of a file's modules, read onto the transformer's device. NonFiniteError, FileError."""
-    alphas, found = alphas_of(file), _Found({key: {} for key in networks}, {})
+    alphas = alphas_of(file)
+    found = _Found({key: {} for key in networks}, alphas, {})
     modules = [module for module in file.modules if module.network in networks]
     of_module = [{role: x for role, x in module.tensors.items() if role not in NUMBERS} for module in modules]
     names = chain(file.norms.values(), *(roles.values() for roles in of_module))

@@ -1,6 +1,7 @@
 """What is wrong with a LoRA file is said in one line, and the model is as it was."""
 
 import json
+import random
 import struct
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from random_lora import PREFIX, factors, text_factors, write
 from tiny import tiny_variant
 
+from flux_core.checkpoint.adapters import ENDINGS
 from flux_core.errors import FileError, FluxError, NonFiniteError, UsageError
 from flux_core.lora import attach, read_lora
 from flux_core.main import main
@@ -243,3 +245,30 @@ def test_every_error_is_one_of_ours(model, lora):
             read_lora(path, PARAMS)
         except FluxError:
             continue
+
+
+def test_any_mixture_of_factors_is_applied_or_refused(model, tmp_path):
+    """Random endings, shapes and dtypes, on Linears, the input and a norm; afterwards the model is as it was."""
+    draw = random.Random(0)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    modules = (QKV, "single_blocks.0.linear1", "img_in", "single_blocks.0.norm.query_norm")
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    applied = 0
+    for _ in range(500):
+        names = [
+            f"{module}{ending}"
+            for module in draw.sample(modules, draw.choice((1, 2)))
+            for ending in draw.sample(list(ENDINGS), draw.choice((1, 1, 3)))
+        ]
+        tensors = {}
+        for name in names:
+            shape = [draw.choice((0, 1, 2, 8, 16, 48)) for _ in range(draw.choice((0, 1, 1, 2, 2, 4)))]
+            tensors[PREFIX + name] = torch.ones(shape).to(draw.choice(kinds))
+        try:
+            with attach(model, write(tmp_path / "mixed.safetensors", tensors), allow_partial=draw.random() < 0.5):
+                applied += 1
+        except FluxError:
+            pass
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(after[name], x) for name, x in before.items())
+    assert applied
