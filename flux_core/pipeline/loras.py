@@ -7,6 +7,7 @@ largest of a file's scales at all steps.
 """
 
 from collections.abc import Hashable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,17 @@ class Loras:
         for entry in self.recorded(entries):
             assert entry.sha256 is not None
             groups.setdefault((entry.sha256, entry.partial, entry.merge), []).append(entry)
-        for key in [key for key in self._asked if key not in groups]:
+        wanted, there = sorted(groups), list(self._asked)  # in one order, whatever was drawn before: sums round by it
+        kept = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(wanted, there, strict=False))))
+        for key in there[kept:]:
             self._asked.pop(key)[0].remove()
-        for key, (first, *_) in groups.items():
-            if key not in self._asked:
-                path = find_recorded(first.file, key[0])
-                self._asked[key] = self._attach(path, first.partial, first.merge)
-                note(self._asked[key][0].summary)
+        for key in wanted[kept:]:
+            first = groups[key][0]
+            self._asked[key] = self._attach(find_recorded(first.file, key[0]), first.partial, first.merge)
+            note(self._asked[key][0].summary)
         if not groups:
             return None
-        steps = LoraSteps([(self._asked[key][0], group) for key, group in groups.items()], sigmas)
+        steps = LoraSteps([(self._asked[key][0], groups[key]) for key in wanted], sigmas)
         steps.set(sigmas[0])
         return steps
 

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from contextlib import suppress
 
 import pytest
 import torch
@@ -263,9 +264,7 @@ def test_any_mixture_of_factors_leaves_no_trace(model, tmp_path):
         for name in names:
             shape = [draw.choice((0, 1, 2, 8, 16, 48)) for _ in range(draw.choice((0, 1, 1, 2, 2, 4)))]
             tensors[PREFIX + name] = torch.ones(shape).to(draw.choice(kinds))
-        try:
+        with suppress(FluxError):
             attach(model, write(tmp_path / "mixed.safetensors", tensors), allow_partial=draw.random() < 0.5).remove()
-        except FluxError:
-            pass
         after = model.state_dict()
         assert list(after) == list(before) and all(torch.equal(after[name], x) for name, x in before.items())

@@ -156,6 +156,18 @@ def test_two_files_in_either_order_and_a_skip(pipeline, files):
     assert pixels(pipeline, plan=[a, Skip(blocks="layer.1")]) != pixels(pipeline, plan=[a])
 
 
+def test_what_was_drawn_before_changes_no_bit(pipeline, files):
+    """The order in which files came to be attached is not the order in which they are added up."""
+    a, b = entry(files["a"], scale=0.5), entry(files["b"], scale=0.3)
+    for earlier in ([a], [b], [b, a]):
+        pixels(pipeline, plan=earlier)
+        assert pixels(pipeline, plan=[a, b]) == pixels(tiny_pipeline(), plan=[a, b])
+        layer = pipeline.model.double_blocks[0].img_attn.qkv
+        fresh = tiny_pipeline()
+        pixels(fresh, plan=[a, b])
+        assert torch.equal(layer.down, fresh.model.double_blocks[0].img_attn.qkv.down)
+
+
 # Compiled and recorded -----------------------------------------------------------------------------------------
 
 
