@@ -24,7 +24,7 @@ A new format is one file with one class, a direct subclass of `Leaf`, that overr
 
 - a branch around any layer: a forward that adds it, and `multiply_columns` of the layer and of the branch; `branches`
   if it is low-rank;
-- GGUF, NF4: a forward that dequantizes, and `dense`, which does so for one call. No parameter needs to be dense.
+- a weight in few bits (`frozen.Frozen`): a forward that widens it, and `dense`, which does so for one call.
 
 A class derived from such a format is only called: it may have changed the forward.
 """

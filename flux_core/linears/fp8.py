@@ -34,11 +34,11 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
-from .contract import Leaf, QuantizedTokens, is_transformed, needs_grad
+from .contract import Leaf, QuantizedTokens, needs_grad
+from .frozen import Frozen
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -109,52 +109,17 @@ def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     return torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def product(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize: Quantize | None = None
-) -> Tensor:
-    """x @ weight.T for x [..., K] and e4m3 [N, K] with its scales [N] -> [..., N].
-
-    In fp8, of `quantize(x)`, to bf16; without `quantize` with dequantized weights, in the dtype of x.
-    """
-    if quantize is None:
-        return F.linear(x, dequantize(weight, weight_scale, x.dtype), bias)
-    return product_of_tokens(quantize(x), weight, weight_scale, bias)
-
-
 def product_of_tokens(x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` in fp8, of tokens [..., K] -> bf16 [..., N]."""
+    """x @ weight.T in fp8, for tokens [..., K] and e4m3 [N, K] with its scales [N] -> bf16 [..., N]."""
     rows = x.codes.reshape(-1, weight.shape[1]), x.scale.reshape(-1, 1)
     y = scaled_product(*rows, weight, weight_scale[:, None], bias)
     return y.reshape(*x.codes.shape[:-1], len(weight))
 
 
-class DifferentiableProduct(torch.autograd.Function):
-    """`product`, whose backward dequantizes the weight once more: no dense weight is kept from forward to backward.
-
-    The rounding of tokens counts as the identity. Codes and scales take no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize: Any
-    ) -> Tensor:
-        ctx.save_for_backward(weight, weight_scale)
-        ctx.dtype = x.dtype
-        return product(x, weight, weight_scale, bias, quantize)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (weight, weight_scale) = grads, ctx.saved_tensors
-        of_x, of_weight, _, of_bias, _ = ctx.needs_input_grad
-        if of_weight:
-            raise RuntimeError("e4m3 weights cannot be trained. Next: freeze them, and train a branch beside them")
-        x_grad = (grad @ dequantize(weight, weight_scale, grad.dtype)).to(ctx.dtype) if of_x else None
-        return x_grad, None, None, grad.flatten(0, -2).sum(0) if of_bias else None, None
-
-
-class Fp8Linear(Leaf):
+class Fp8Linear(Frozen, Leaf):
     """An nn.Linear in e4m3, with `weight` and `bias` under the same names; the weight is frozen."""
 
+    CODES = ("weight", "weight_scale")
     weight_scale: Tensor
     quantize: Quantize = staticmethod(quantize_rows)
     """quantizes inputs that are not `QuantizedTokens`; a kernel may replace it"""
@@ -182,11 +147,15 @@ class Fp8Linear(Leaf):
         """[..., K] -> [..., N]"""
         if isinstance(x, QuantizedTokens):
             return product_of_tokens(x, self.weight, self.weight_scale, self.bias)
-        tensors = self.weight, self.weight_scale, self.bias
-        if is_transformed():
-            return product(x, *tensors)  # which torch.func knows how to transform
-        multiply = DifferentiableProduct.apply if needs_grad(x, *tensors) else product
-        return multiply(x, *tensors, self.quantize if self.scaled else None)
+        return self.differentiable(x, self.multiply) if self.scaled else self.multiply_widened(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Its forward in fp8."""
+        return product_of_tokens(self.quantize(x), self.weight, self.weight_scale, self.bias)
+
+    def widen(self, dtype: torch.dtype) -> Tensor:
+        """codes * scale"""
+        return dequantize(self.weight, self.weight_scale, dtype)
 
     def takes_tokens(self) -> bool:
         """Whether its product runs in fp8, which has no backward for a trained bias."""
@@ -194,7 +163,7 @@ class Fp8Linear(Leaf):
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """The dequantized weight, where the product runs in that dtype."""
-        return None if self.scaled else (dequantize(self.weight, self.weight_scale, dtype), self.bias)
+        return None if self.scaled else (self.widen(dtype), self.bias)
 
     def scales_on(self, device: torch.device) -> bool:
         """Whether its product can run in fp8 there. The units take sizes that are multiples of 16."""
@@ -209,18 +178,12 @@ class Fp8Linear(Leaf):
         self.choose_matmul()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A move applies to all tensors, a cast not to codes and scales, which mean nothing in bf16."""
-        kept = {"weight": self.weight.data, "weight_scale": self.weight_scale.data}
         super()._apply(fn, recurse)
-        for name, old in kept.items():
-            if (new := getattr(self, name)).dtype != old.dtype:
-                new.data = old.to(new.device)
         self.choose_matmul()
         return self
 
     def extra_repr(self) -> str:
-        how = "scaled" if self.scaled else "weight only"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {how}"
+        return f"{super().extra_repr()}, {'scaled' if self.scaled else 'weight only'}"
 
 
 def quantize(model: nn.Module) -> frozenset[str]:

@@ -1,0 +1,76 @@
+"""What layers with a weight in few bits have in common: it is moved, never cast, and gradients pass it to the inputs.
+
+A class of a format is `class Some(Frozen, Leaf)`. It names the tensors that are codes, or numbers about them (`CODES`),
+and says what they stand for (`widen`). Its forward may be `multiply_widened`, a product in the dtype of x by a weight
+in that dtype, which exists during the product only.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import is_transformed, needs_grad
+
+Multiply = Callable[[Tensor], Tensor]
+"""[..., K] -> [..., N]"""
+
+
+class Frozen(nn.Module):
+    """Base, before `Leaf`, of layers whose weight is kept in few bits."""
+
+    CODES: ClassVar[tuple[str, ...]] = ("weight",)
+    """names of its tensors that a cast would spoil"""
+    bias: nn.Parameter | None
+    weight: nn.Parameter
+
+    def widen(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] that the codes stand for, rounded once."""
+        raise NotImplementedError
+
+    def multiply_widened(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias in the dtype of x. [..., K] -> [..., N]"""
+        return self.differentiable(x, lambda x: F.linear(x, self.widen(x.dtype), self.bias))
+
+    def differentiable(self, x: Tensor, multiply: Multiply) -> Tensor:
+        """`multiply(x)`, with a gradient of x and of the bias where one is wanted, past any rounding of x."""
+        if is_transformed():
+            return F.linear(x, self.widen(x.dtype), self.bias)  # which torch.func knows how to transform
+        if needs_grad(x, self.bias, self.weight):
+            return _Product.apply(x, self.weight, self.bias, self.widen, multiply)
+        return multiply(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A move applies to all tensors, a cast not to codes and scales, which mean nothing in bf16."""
+        kept = {name: x.data for name in self.CODES if (x := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            if (new := getattr(self, name)).dtype != old.dtype:
+                new.data = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Product(torch.autograd.Function):
+    """A product whose backward widens the weight once more: no wide weight is kept from forward to backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widen: Any, multiply: Multiply) -> Tensor:
+        ctx.widen, ctx.dtype = widen, x.dtype
+        ctx.save_for_backward(weight)  # so that a change to it before the backward is noticed
+        return multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), _ = grads, ctx.saved_tensors
+        of_x, of_weight, of_bias, _, _ = ctx.needs_input_grad
+        if of_weight:
+            raise RuntimeError(
+                "weights in few bits cannot be trained. Next: freeze them, and train a branch beside them"
+            )
+        x_grad = (grad @ ctx.widen(grad.dtype)).to(ctx.dtype) if of_x else None
+        return x_grad, None, grad.flatten(0, -2).sum(0) if of_bias else None, None, None
