@@ -32,6 +32,7 @@ Source: ggml-quants.c and ggml-common.h (github.com/ggml-org/ggml); gguf-py's qu
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, Self
 
 import torch
@@ -44,7 +45,7 @@ from .gguf_types import TYPES, is_whole, size_of
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """what the codes of IQ4_NL and IQ4_XS stand for"""
-CHUNK = 2**18
+CHUNK = 2**19
 """values that are widened or quantized at a time on the CPU, so that temporaries stay in its cache"""
 Unpack = Callable[[Tensor, str, torch.dtype], Tensor]
 """(codes, type, dtype) -> values [n], flat"""
@@ -106,8 +107,8 @@ def _fields(codes: Tensor, bits: int, run: int) -> Tensor:
     """uint8 [n, bytes] cut into fields of some bits: for each run of bytes first the lowest field of each, then the
     next of each, and so on.
     """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
-    return ((codes.unflatten(1, (-1, 1, run)) >> shifts) & (2**bits - 1)).flatten(1)
+    runs = codes.unflatten(1, (-1, run))
+    return torch.stack([(runs >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=2).flatten(1)
 
 
 def _below(codes: Tensor, offset: int) -> Tensor:
@@ -210,8 +211,8 @@ UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _join(q: Tensor, bits: int, run: int) -> Tensor:
     """The bytes that `_fields` takes apart. [n, values] -> uint8 [n, bytes]"""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=q.device)[:, None]
-    return (q.to(torch.uint8).unflatten(1, (-1, 8 // bits, run)) << shifts).sum(2, dtype=torch.uint8).flatten(1)
+    fields = q.to(torch.uint8).unflatten(1, (-1, 8 // bits, run)).unbind(2)
+    return reduce(torch.bitwise_or, (field << i * bits for i, field in enumerate(fields))).flatten(1)
 
 
 def _halves(*numbers: Tensor) -> list[Tensor]:
