@@ -50,7 +50,7 @@ from timing import Call, ratio, turns, watched
 from torch import Tensor
 
 from flux_core.kernels import install, install_decode
-from flux_core.linears.fp8 import quantize
+from flux_core.linears.formats import quantize
 from flux_core.model import MODULATION, Flux, FluxParams, ModulationTable
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pack, unpack
 from flux_core.sampling.graph import Graph, is_worth_it

@@ -137,7 +137,7 @@ def methods(variant: Variant, path: Path, device: str) -> dict[str, Callable[[],
     return {
         "plain": lambda: plain(path, device),
         "bf16": lambda: lambda: load_flux(own, device, torch.bfloat16),
-        "fp8": lambda: lambda: load_flux(own, device, torch.bfloat16, fp8=True),
+        "fp8": lambda: lambda: load_flux(own, device, torch.bfloat16, format="fp8"),
         "safetensors": lambda: by_safetensors(path, device),
     }
 

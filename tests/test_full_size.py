@@ -8,7 +8,8 @@ import torch
 from golden_files import distance
 
 from flux_core.kernels import install, put
-from flux_core.linears.fp8 import has_fp8_units, quantize
+from flux_core.linears.formats import quantize
+from flux_core.linears.fp8 import has_fp8_units
 from flux_core.model import ModulationTable, ops
 from flux_core.variants import VARIANTS
 

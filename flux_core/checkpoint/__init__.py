@@ -7,15 +7,17 @@ if TYPE_CHECKING:
     from .check import check_files
     from .files import resolve, weights_hashes, with_files
     from .keymaps import from_diffusers, to_diffusers
-    from .read import load_autoencoder, load_flux
+    from .read import dequantized, load_autoencoder, load_flux, load_into
     from .write import write_safetensors
 
 _MODULES = {
     "check_files": ".check",
+    "dequantized": ".read",
     "embedded_folder": "..hub.places",
     "from_diffusers": ".keymaps",
     "load_autoencoder": ".read",
     "load_flux": ".read",
+    "load_into": ".read",
     "resolve": ".files",
     "to_diffusers": ".keymaps",
     "weights_hashes": ".files",
@@ -24,10 +26,12 @@ _MODULES = {
 }
 __all__ = [
     "check_files",
+    "dequantized",
     "embedded_folder",
     "from_diffusers",
     "load_autoencoder",
     "load_flux",
+    "load_into",
     "resolve",
     "to_diffusers",
     "weights_hashes",

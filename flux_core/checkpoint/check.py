@@ -7,7 +7,7 @@ from ..errors import FileError
 from ..variants import VARIANTS, Variant
 from .contents import Contents, check_fit, find_contents
 from .files import PARTS, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
-from .identify import Identity, Part, identify
+from .identify import Identity, Part
 from .names import Params, network_shapes
 from .shapes import Shapes, clip_shapes, t5_shapes
 from .source import find_source
@@ -42,7 +42,7 @@ def _check(path: Path, part: Part, variant: Variant) -> None:
 
 def fits(path: Path) -> str:
     """A line with the names of the models that a file or folder fits, or why it does not fit the likeliest."""
-    part = identify(find_source(path).shapes).part
+    part = find_source(path).identity().part
     if part not in PARTS:
         return "fits: no model, as it is no part of one"
     contents, findings = find_contents(path, part), {}

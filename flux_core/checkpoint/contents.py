@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ..errors import FileError
 from .header import WEIGHT_DTYPES
-from .identify import WHOLE, Identity, Part, identify
+from .identify import WHOLE, Identity, Part
 from .names import renamed
-from .scales import Scales, find_scales
+from .scales import find_scales
 from .shapes import Shape, Shapes
 from .source import Source, find_source
+from .stored import Storage
 
 OTHERS = (*WHOLE.values(), "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
 """prefixes of other networks' names, which may be in the same file"""
@@ -30,14 +31,15 @@ class Contents:
     part: Part
     """the network that was looked for"""
     found: Identity
-    scales: Scales
+    storage: Storage
+    """its weights in few bits"""
     names: Mapping[str, str]
     """a tensor's name in its layout (`names.RENAMES` applied) -> in the file"""
 
     @cached_property
     def shapes(self) -> Shapes:
         """By the layout's names."""
-        return {name: self.source.shapes[in_file] for name, in_file in self.names.items()}
+        return {name: self.source.weights[in_file] for name, in_file in self.names.items()}
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
@@ -53,12 +55,19 @@ class Contents:
 def find_contents(path: Path, part: Part) -> Contents:
     """The tensors of that network in a file or folder. FileError: no weights, or scales of an unknown kind."""
     source = find_source(path)
-    found = identify(source.shapes, part)
-    scales = find_scales(source, found.prefix)
-    weights = (name for name in source.shapes if name.startswith(found.prefix) and name not in scales.names)
+    found = source.identity(part)
+    storage = find_storage(source, found.prefix)
+    weights = (name for name in source.shapes if name.startswith(found.prefix) and name not in storage.names)
     names = renamed([name.removeprefix(found.prefix) for name in weights], part)
     kept = {name: found.prefix + bare for name, bare in names.items() if _belongs(name, part)}
-    return Contents(source, part, found, scales, kept)
+    return Contents(source, part, found, storage, kept)
+
+
+def find_storage(source: Source, prefix: str = "") -> Storage:
+    """The weights in few bits under that prefix. FileError for an unknown kind."""
+    scaled, stored = find_scales(source, prefix), source.stored
+    of = {name: one for name, one in stored.of.items() if name.startswith(prefix)}
+    return Storage({**scaled.of, **of}, scaled.names | stored.names)
 
 
 def _belongs(name: str, part: Part) -> bool:
@@ -76,7 +85,11 @@ def check_fit(contents: Contents, expected: Mapping[str, Shape], advice: str) ->
             f"{path} does not hold the tensors of this model: {'; '.join(findings)}. "
             f"This is {contents.found.text}. Next: {advice}."
         )
-    foreign = [f"{name} is {kind}" for name, kind in contents.dtypes.items() if kind not in WEIGHT_DTYPES]
+    foreign = [
+        f"{name} is {kind}"
+        for name, kind in contents.dtypes.items()
+        if kind not in WEIGHT_DTYPES and contents.names[name] not in contents.storage.of
+    ]
     if foreign:
         raise FileError(f"{path}: {listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
 

@@ -15,7 +15,7 @@ from ..files import user_path
 from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..jsonfile import read_json
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
-from .identify import WHOLE, Identity, Part, identify
+from .identify import WHOLE, Identity, Part
 from .source import SUFFIXES, find_source
 
 LARGE = 2**28
@@ -85,7 +85,7 @@ def _name_in(path: Path) -> str:
     _existing(path, f"--model {path}", f"give a safetensors file, a folder, or a name: {', '.join(VARIANTS)}")
     variants = sorted(VARIANTS.values(), key=lambda variant: not _is_named(path, variant.flow_file))
     inside = _inside(path, variants[0], "transformer")
-    found = identify(find_source(inside).shapes)
+    found = find_source(inside).identity()
     for variant in variants:
         if found.features == features_of(variant):
             return variant.name
@@ -202,7 +202,7 @@ def own_path(variant: Variant, part: Part) -> Path | None:
     if model[0].is_dir():
         inside = _inside(model[0], variant, part)
         return inside if inside != model[0] else None
-    found = identify(find_source(model[0]).shapes, part)
+    found = find_source(model[0]).identity(part)
     return model[0] if found.part == part and found.prefix == WHOLE[part] else None
 
 

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked in plain Python, before torch is imported.
+"""The header of a safetensors file, read and checked in plain Python, before torch is imported; GGUF is in `gguf.py`.
 
 The format: eight bytes with the header's length, little-endian; the header, JSON, a tensor's dtype, shape and place for
 each name; the tensors' bytes without holes (github.com/huggingface/safetensors). Everything that the library refuses is
@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ _KINDS = (  # first bytes, lower case -> what the file is, and the next step
     (b"{", "is JSON text, likely an error that was saved or an index. Next: fetch the file itself"),
     (b"pk\x03\x04", "is a zip, likely a PyTorch pickle, which is never opened. Next: fetch the safetensors file"),
     (b"\x80", "is a pickle, which is never opened. Next: fetch the safetensors file"),
-    (b"gguf", "is a GGUF file, not safetensors. Next: fetch the safetensors file"),
 )
 
 
@@ -71,6 +70,8 @@ class Header:
     """bytes of the whole file"""
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    is_gguf: bool = False
+    """whether it is of a GGUF file (`gguf.py`), where tensors may be blocks of codes"""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,11 +79,15 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a safetensors file, checked. FileError says what is wrong with it or what it is instead."""
+    """The header of a safetensors or GGUF file, checked. FileError says what is wrong with it or what it is instead."""
     path = Path(path)
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(32)
+        if start[:4] == b"GGUF" or path.suffix.lower() == ".gguf":
+            from .gguf import read_gguf
+
+            return replace(read_gguf(path), is_gguf=True)
         if len(start) < 8:
             raise FileError(f"{path} is empty or truncated ({size} bytes). {AGAIN}")
         length = int.from_bytes(start[:8], "little")
@@ -131,6 +136,17 @@ def read_into(memory: memoryview, file: io.BufferedReader, path: Path, start: in
         raise FileError(f"{path} could not be read: {error.strerror or error}.") from None
     if memory:
         raise FileError(f"{path} became shorter while it was read. Next: wait until it is all there, and try again.")
+
+
+def read_tensor_bytes(header: Header, name: str, most: int) -> bytes:
+    """The bytes of a small tensor. FileError if there are more than `most`."""
+    entry = header.tensors[name]
+    if (size := entry.end - entry.start) > most:
+        raise _damaged(header.path, name, f"takes {size:,} bytes, and {most:,} are the most that make sense")
+    memory = bytearray(size)
+    with open_file(header.path) as file:
+        read_into(memoryview(memory), file, header.path, entry.start)
+    return bytes(memory)
 
 
 def _read_at(file: io.BufferedReader, memory: memoryview, start: int) -> int:

@@ -63,6 +63,7 @@ MARKS = (
         "diffusers",
     ),
     Mark("encoder.block.0.layer.0.SelfAttention.q.weight", "t5", "a T5 text encoder"),
+    Mark("enc.blk.0.attn_q.weight", "t5", "a T5 text encoder by llama.cpp's names"),
     Mark("text_model.encoder.layers.0.self_attn.q_proj.weight", "clip", "a CLIP text encoder"),
     Mark("encoder.layers.0.self_attn.q_proj.weight", "clip", "a CLIP text encoder"),  # as transformers 5 writes it
 )
@@ -75,8 +76,8 @@ MODELS: dict[tuple[int, ...], str] = {
 """hidden size, input features, whether guidance is embedded -> which of the family"""
 
 
-def identify(shapes: Shapes, part: Part = "transformer") -> Identity:
-    """The network in a file. part: which to find in a file that holds several."""
+def identify(shapes: Shapes, part: Part = "transformer", architecture: str | None = None) -> Identity:
+    """The network in a file. part: which to find in a file that holds several; architecture: what a GGUF file says."""
     if any(is_adapter(name) for name in shapes):
         return Identity("lora", "a LoRA, which goes on top of a model")
     prefixes = ("", WHOLE[part], *WHOLE.values()) if part in WHOLE else ("", *WHOLE.values())
@@ -87,6 +88,8 @@ def identify(shapes: Shapes, part: Part = "transformer") -> Identity:
                 features = _features(mark, shapes, prefix)
                 text = _text(mark, features, prefix, whole)
                 return Identity(mark.part, text, mark.layout, prefix, features)
+    if architecture:
+        return Identity("other", f"a GGUF file of the architecture {architecture[:40]!a}, which is not known here")
     return Identity("other", "no kind of weights that is known here")
 
 

@@ -102,6 +102,11 @@ def _official_values(x: Tensor, how: str, params: Params) -> Tensor:
     return x
 
 
+def joins_rows(how: str, params: Params) -> bool:
+    """Whether an official tensor is the rows of its parts, one below the other, and nothing else."""
+    return not how or (how.startswith("widen") and not added_width(params))
+
+
 def _swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 

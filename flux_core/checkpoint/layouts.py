@@ -7,26 +7,32 @@ diffusers itself is not needed to write its layout: seven small JSON files, the 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FileError
+from ..linears.frozen import Frozen
+from ..linears.gguf import quantize
+from ..linears.gguf_types import PLAIN, is_whole
 from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
 from .check import check_network
-from .contents import Contents, find_contents
+from .contents import Contents, find_contents, find_storage
 from .files import TextFiles, ae_path, encoder_config, flow_path
-from .identify import Layout, Part, identify
+from .gguf import write_gguf
+from .identify import Layout, Part
 from .keymaps import to_diffusers
 from .names import Params, network_shapes
-from .read import load_autoencoder, load_flux, opened_official
-from .scales import METADATA, find_scales, to_dense
+from .read import dense, load_autoencoder, load_flux, opened_official
+from .scales import METADATA
 from .shapes import Shape
 from .source import SUFFIXES, Source, find_source
 from .tensors import DTYPES, opened
@@ -64,27 +70,84 @@ def write_official(
     variant: Variant,
     text: TextFiles,
     dtype: torch.dtype,
-    fp8: bool = False,
+    format: str | None = None,
     codes: Mapping[str, Tensor] | None = None,
     rounding: str = "",
     changes: Changes = NONE,
 ) -> None:
     """Write two safetensors files with official names, and folders `t5` and `clip`: like `weights/flux-mini`.
 
-    fp8: the transformer in the format of `linears.fp8`, with a `weight_scale` beside each quantized weight. codes:
-    replace its codes for the same scales, by weight name; the metadata's `rounding` says how they were found. changes:
-    made on the way, not with fp8.
+    format: of `linears.formats`, that of the transformer's Linears. codes: replace those of fp8 for the same scales, by
+    weight name; the metadata's `rounding` says how they were found. changes: made on the way, not with a format.
     """
-    if fp8:
-        state = load_flux(variant, "cpu", dtype, fp8=True).state_dict() | dict(codes or {})
-        write_safetensors(folder / variant.flow_file, state, METADATA | ({"rounding": rounding} if codes else {}))
+    if format:
+        state = file_state(load_flux(variant, "cpu", dtype, format)) | dict(codes or {})
+        says = METADATA[format] | ({"rounding": rounding} if codes else {})
+        write_safetensors(folder / variant.flow_file, state, says)
     else:
         _network(folder / variant.flow_file, variant, "transformer", "official", dtype, changes)
+    _official_rest(folder, variant, text, dtype, changes)
+
+
+def _official_rest(
+    folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, changes: Changes = NONE
+) -> None:
+    """Write all but the transformer."""
     _network(folder / variant.ae_file, variant, "autoencoder", "official", dtype)
     _text_encoder(text.t5, folder / "t5", variant, "t5", dtype, changes)
     _text_encoder(text.clip, folder / "clip", variant, "clip", dtype, changes)
     copy_tokenizer(text.t5_tokenizer, folder / "t5")
     copy_tokenizer(text.clip_tokenizer, folder / "clip")
+
+
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+"""types that most of a GGUF file's blocks have -> llama.cpp's number for such a file"""
+SMALL = 1024
+"""numbers of a tensor up to which ComfyUI-GGUF's converter keeps fp32"""
+
+
+def write_gguf_model(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, kind: str) -> None:
+    """Write `write_official`'s folder with the transformer in a GGUF file, its blocks' matrices of type `kind`.
+
+    As ComfyUI-GGUF's converter: official names, small tensors in fp32, embeddings and the last layer in bf16. Numbers
+    are quantized as the source's file has them, without another rounding before.
+    """
+    contents, params = find_contents(flow_path(variant), "transformer"), variant.params
+    check_network(contents, params)
+    with opened_official(contents, params) as get:
+
+        def data(name: str, found: str) -> Tensor:
+            x = get(name, torch.float32)
+            return x if found in PLAIN else quantize(x, found)
+
+        tensors: dict[str, Any] = {}
+        for name, shape in network_shapes(params).items():
+            found = gguf_type(name, shape, kind)
+            tensors[name] = found, shape, partial(data, name, found)
+        says: dict[str, Any] = {
+            "general.architecture": "flux",
+            "general.quantization_version": 2,
+            "general.file_type": FILE_TYPES[kind],
+        }
+        write_gguf((folder / variant.flow_file).with_suffix(".gguf"), tensors, says)
+    _official_rest(folder, variant, text, dtype)
+
+
+def gguf_type(name: str, shape: Shape, kind: str) -> str:
+    """The type that a tensor of the transformer has in a file of that type."""
+    if len(shape) < 2 or math.prod(shape) <= SMALL:
+        return "F32"
+    return kind if "_blocks." in name and is_whole(kind, shape) else "BF16"
+
+
+def file_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as files have it: of a layer in few bits what its format keeps (`tensors`)."""
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Frozen):
+            state = {key: x for key, x in state.items() if key not in {f"{name}.{code}" for code in layer.CODES}}
+            state |= {f"{name}.{ending}": x for ending, x in layer.tensors().items()}
+    return state
 
 
 def write_diffusers(
@@ -250,8 +313,8 @@ def text_linears(text: TextFiles) -> dict[Part, dict[str, Shape]]:
     paths: dict[Part, Path] = {"clip": text.clip, "t5": text.t5}
     for part, path in paths.items():
         source = find_source(path)
-        names = _encoder_names(source, identify(source.shapes, part).prefix)
-        shapes = {bare: source.shapes[name] for name, bare in names.items() if bare.endswith(".weight")}
+        names = _encoder_names(source, source.identity(part).prefix)
+        shapes = {bare: source.weights[name] for name, bare in names.items() if bare.endswith(".weight")}
         found[part] = {bare.removesuffix(".weight"): shape for bare, shape in shapes.items() if len(shape) == 2}
     return found
 
@@ -259,8 +322,8 @@ def text_linears(text: TextFiles) -> dict[Part, dict[str, Shape]]:
 def _encoder_names(source: Source, prefix: str) -> dict[str, str]:
     """A text encoder's tensors: the file's names -> without the prefix."""
     names = {name: name.removeprefix(prefix) for name in source.shapes if name.startswith(prefix)}
-    scales = find_scales(source, prefix).names
-    return {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in scales}
+    inner = find_storage(source, prefix).names
+    return {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in inner}
 
 
 def _text_encoder(
@@ -271,8 +334,8 @@ def _text_encoder(
     A folder that has both already is copied, byte for byte.
     """
     source, word = find_source(path), str(dtype).removeprefix("torch.")
-    found, config = identify(source.shapes, part), encoder_config(variant, part, path)
-    scales, mine = find_scales(source, found.prefix), _encoder_names(source, found.prefix)
+    found, config = source.identity(part), encoder_config(variant, part, path)
+    storage, mine = find_storage(source, found.prefix), _encoder_names(source, found.prefix)
     of_part = changes.of_part(part)
     stays = not of_part and path.is_dir() and len(mine) == len(source.shapes) and _has_dtype(source, dtype)
     file = target / "model.safetensors"
@@ -282,15 +345,14 @@ def _text_encoder(
         return
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     _json(target / "config.json", kept | {"dtype": word})
-    with opened(source, "cpu", scales.among(mine)) as get:
+    with opened(source, "cpu", storage.among(mine)) as get:
 
         def cast(name: str) -> Tensor:
-            x, scale = get(name), scales.of.get(name)
-            if not x.is_floating_point():
+            if name not in storage.of and not (x := get(name)).is_floating_point():
                 return x  # position ids stay whole numbers
             change = of_part.get(mine[name])
-            dense = to_dense(x, None if scale is None else get(scale), torch.float32 if change else dtype)
-            return change(dense).to(dtype) if change else dense
+            x = dense(get, name, storage, torch.float32 if change else dtype)
+            return change(x).to(dtype) if change else x
 
         metadata = changes.metadata if of_part else {}
         write_safetensors(file, {bare: cast(name) for name, bare in mine.items()}, metadata)

@@ -1,15 +1,15 @@
 """Load a model from files: built on `meta`, filled tensor by tensor, each directly on its device and in its dtype.
 
 So there is never a second copy of the model in memory; on the CPU, tensors that keep their dtype stay mapped from the
-file until they are used. fp8 weights are quantized as they are read: the whole model never exists in bf16. Official
-names, ComfyUI's prefix and all-in-one file, and diffusers' layout are all read; names and shapes are compared with the
-header before a tensor is read.
+file until they are used. Weights are quantized as they are read, and those that a file has in few bits may stay so: the
+whole model never exists in bf16. Official names, ComfyUI's prefix and all-in-one file, and diffusers' layout are all
+read, from safetensors and GGUF; names and shapes are compared with the header before a tensor is read.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, starmap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..linears.fp8 import Fp8Linear, quantize
+from ..errors import FileError, UsageError
+from ..linears.formats import FORMATS, to_dense
 from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
 from .check import check_network
-from .contents import Contents, find_contents
+from .contents import Contents, find_contents, find_storage
 from .files import ae_path, flow_path
-from .identify import Part
-from .keymaps import streamed_from_diffusers
+from .identify import WHOLE, Part
+from .keymaps import joins_rows, streamed_from_diffusers
 from .names import Pair, Params, pairs_of
-from .scales import as_fp8, to_dense
+from .source import Source, find_source
+from .stored import Storage, Stored
 from .tensors import DTYPES, opened, reserve
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,13 +39,50 @@ P = TypeVar("P", FluxParams, AutoEncoderParams)
 
 
 def load_flux(
-    variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, fp8: bool = False
+    variant: Variant,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    format: str | None = None,
 ) -> Flux:
     """The transformer of that name, weights loaded and frozen. FileError says what does not fit.
 
-    fp8: most of its Linears in the format of `linears.fp8`, the rest in `dtype`.
+    format: of `linears.formats`, which most of its Linears get; the rest is in `dtype`. A file that has weights in that
+    format is taken as it is.
     """
-    return _load(Flux, "transformer", variant.params, flow_path(variant), device, dtype, fp8)
+    return _load(Flux, "transformer", variant.params, flow_path(variant), device, dtype, format)
+
+
+def load_into(model: Flux, path: str | Path) -> None:
+    """Fill a transformer from any file or folder of its sizes, on its device and in its dtype, frozen. FileError.
+
+    Linears that the file has in few bits become layers of that format; nothing else is quantized. On an error the model
+    stays as it was.
+    """
+    like = model.img_in.weight
+    device = torch.device("cpu") if like.is_meta else like.device
+    loaded = _load(Flux, "transformer", model.params, Path(path), device, like.dtype, AS_STORED)
+    for name, part in loaded.named_children():
+        setattr(model, name, part)
+
+
+def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a file or folder: its name in the file without a wrapping prefix, and its numbers, fp32.
+
+    The file need not hold a whole model. FileError, also for a weight in few bits that is not finite.
+    """
+    source = find_source(Path(path))
+    storage = find_storage(source)
+    names = [name for name in source.shapes if name not in storage.names]
+    with opened(source, "cpu", storage.among(names)) as get:
+        for name in names:
+            x = dense(get, name, storage, torch.float32)
+            if name in storage.of and not x.isfinite().all():
+                raise FileError(f"{source.path}: {name} holds NaN or infinity. Next: fetch the file again.")
+            yield _bare(name), x
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(next((prefix for prefix in WHOLE.values() if name.startswith(prefix)), ""))
 
 
 def load_autoencoder(
@@ -70,6 +109,11 @@ def skip_init() -> SkipInit:
     return SkipInit()
 
 
+Choice = Callable[[str, list[Stored | None]], str | None]
+AS_STORED = "as stored"
+"""in place of a format's name: whatever the file has"""
+
+
 def _load(
     kind: Callable[[P], M],
     part: Part,
@@ -77,7 +121,7 @@ def _load(
     path: Path,
     device: torch.device | str,
     dtype: torch.dtype,
-    fp8: bool = False,
+    format: str | None = None,
 ) -> M:
     """A network of these sizes, filled from a file that may hold other parts, too. FileError.
 
@@ -85,42 +129,151 @@ def _load(
     """
     contents = find_contents(path, part)
     check_network(contents, params)
-    note_precision(contents, dtype, fp8)
-    pairs = _in_order(contents, params)
+    note_precision(contents, dtype, format)
+    pairs, storage = _in_order(contents, params), contents.storage
     names = (contents.names[name] for pair in pairs for name in pair.diffusers)
-    with opened(contents.source, device, contents.scales.among(names)) as get:
+    with opened(contents.source, device, storage.among(names)) as get, _progress(contents.source, get) as take:
         with torch.device("meta"), skip_init():
             model = kind(params)
-        state = model.state_dict()
-        coded = {f"{name}.weight" for name in quantize(model)} if fp8 else set()
-        reserve(device, _sizes(state, coded, dtype))
-        modules = dict(model.eval().named_modules())
-        for name, tensor in _tensors(contents, get, pairs, params, dtype, coded):
-            owner, _, leaf = name.rpartition(".")
-            _put(modules[owner], leaf, tensor)
-    for module in modules.values():
-        if isinstance(module, Fp8Linear):
-            module.choose_matmul()
-    return model
+        filling = Filling(contents, params, dtype, *_format_of_linears(contents, format))
+        reserve(device, filling.sizes(model, pairs))
+        for pair in pairs:
+            filling.fill(model, pair, take)
+    return model.eval()
+
+
+@contextmanager
+def _progress(source: Source, get: Callable[[str], Tensor]) -> Iterator[Callable[[str], Tensor]]:
+    """The same function with a bar, where reading takes time and somebody looks."""
+    quiet = source.size < 10**9 or not sys.stderr.isatty()
+    with tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {source.path.name}", disable=quiet) as bar:
+
+        def take(name: str) -> Tensor:
+            tensor = get(name)
+            bar.update(tensor.nbytes)
+            return tensor
+
+        yield take
+
+
+def _format_of_linears(contents: Contents, format: str | None) -> tuple[Choice, bool]:
+    """A function from a Linear's name, and how the file has its weight, to the format that it gets; and whether others
+    are quantized to it. UsageError for a format that can only be read where the file has none of it.
+    """
+    of = contents.storage.of
+    stored = {of[name].format for name in contents.names.values() if name in of}
+    if format == AS_STORED or (format in stored and format != "fp8"):  # an fp8 file may have more in fp8 than is good
+        only = None if format == AS_STORED else format
+        return lambda name, found: _shared(found) if only in (None, _shared(found)) else None, False
+    if format is None:
+        return lambda name, found: None, False
+    if format == "gguf":
+        raise UsageError(f"--dtype {format} is for a {format.upper()} file, and {contents.source.path} is none.")
+    stays = FORMATS[format].stays
+    return lambda name, found: None if stays(name) else format, True
+
+
+def _shared(found: list[Stored | None]) -> str | None:
+    """The format that all parts of a weight are in."""
+    formats = {None if one is None else one.format for one in found}
+    return formats.pop() if len(formats) == 1 else None
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What becomes of a file's tensors in a network."""
+
+    contents: Contents
+    params: Params
+    dtype: torch.dtype
+    choose: Choice
+    quantizes: bool = False
+
+    def fill(self, model: nn.Module, pair: Pair, get: Callable[[str], Tensor]) -> None:
+        """Put one tensor in its place; for a weight that is to be in few bits, a layer in the place of its Linear.
+
+        A function of its own, so that nothing of a tensor is left while the next is read.
+        """
+        owner, _, leaf = pair.official.rpartition(".")
+        module, format = model.get_submodule(owner), self.format_of(model, pair)
+        if format is None:
+            _put(module, leaf, self.dense(pair, get, self.dtype))
+        elif (layer := self.layer(module, pair, format, get)) is not None:
+            model.set_submodule(owner, layer)
+
+    def format_of(self, model: nn.Module, pair: Pair) -> str | None:
+        """The format that a tensor gets."""
+        owner, _, leaf = pair.official.rpartition(".")
+        is_weight = leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
+        format = self.choose(owner, self.stored(pair)) if is_weight else None
+        return format if format is None or self.quantizes or self.is_kept(pair, format) else None
+
+    def stored(self, pair: Pair) -> list[Stored | None]:
+        return [self.contents.storage.of.get(self.contents.names[name]) for name in pair.diffusers]
+
+    def is_kept(self, pair: Pair, format: str) -> bool:
+        """Whether the file has the codes that a layer needs."""
+        return _shared(self.stored(pair)) == format and joins_rows(pair.how, self.params)
+
+    def layer(self, linear: Any, pair: Pair, format: str, get: Callable[[str], Tensor]) -> nn.Module | None:
+        """The layer for a Linear; None where codes can't be joined, and the Linear got its dense weight."""
+        kind, bias = FORMATS[format].kind, None if linear.bias is None else linear.bias.detach()
+        if not self.is_kept(pair, format):
+            _put(linear, "weight", self.dense(pair, get, torch.bfloat16))  # so all files of a model give the same codes
+            return kind.of(linear)
+        names = [self.contents.names[name] for name in pair.diffusers]
+        parts = [kept(get, self.contents.storage.of[name], None if names[1:] else bias) for name in names]
+        if (layer := kind.joined(parts, bias) if names[1:] else parts[0]) is None:
+            _put(linear, "weight", torch.cat([part.widen(self.dtype) for part in parts]))
+        return layer
+
+    def dense(self, pair: Pair, get: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        """The official tensor in that dtype."""
+        names = self.contents.names
+
+        def read(name: str) -> Tensor:
+            return dense(get, names.get(name, name), self.contents.storage, dtype)
+
+        if self.contents.found.layout == "diffusers":
+            ((_, tensor),) = streamed_from_diffusers(read, [pair], self.params)
+            return tensor
+        return read(pair.official)
+
+    def sizes(self, model: nn.Module, pairs: list[Pair]) -> list[int]:
+        """Bytes of each tensor, and of the temporaries of the largest quantization: bf16 as read, absolute values, and
+        quotients in fp32.
+        """
+        state, found, largest = model.state_dict(), [], 0
+        for pair in pairs:
+            numel, format = state[pair.official].numel(), self.format_of(model, pair)
+            found.append(numel * self.dtype.itemsize if format is None else round(numel * FORMATS[format].bits / 8))
+            if format is not None and not self.is_kept(pair, format):
+                largest = max(largest, numel)
+        return [*found, 8 * largest] if largest else found
+
+
+def kept(get: Callable[[str], Tensor], stored: Stored, bias: Tensor | None) -> Any:
+    """The layer of the codes in a file."""
+    tensors = {role: get(name) for role, name in stored.parts.items()}
+    return FORMATS[stored.format].kind.read(tensors, stored.shape, stored.details, bias)
+
+
+def dense(get: Callable[[str], Tensor], name: str, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file in that dtype."""
+    if (stored := storage.of.get(name)) is None:
+        return get(name).to(dtype)
+    tensors = {role: get(part) for role, part in stored.parts.items()}
+    return to_dense(stored.format, tensors, stored.shape, stored.details, dtype=dtype)
 
 
 @contextmanager
 def opened_official(contents: Contents, params: Params) -> Iterator[Callable[[str, torch.dtype], Tensor]]:
     """A context with a function that reads a network's tensor by its official name, in a dtype, on the CPU."""
     pairs = {pair.official: pair for pair in _in_order(contents, params)}
-    names = contents.scales.among(contents.names.values())
+    names = contents.storage.among(contents.names.values())
+    filling = Filling(contents, params, torch.float32, lambda name, found: None)
     with opened(contents.source, "cpu", names) as get:
-
-        def dense(name: str, dtype: torch.dtype) -> Tensor:
-            in_file = contents.names[name]
-            scale = contents.scales.of.get(in_file)
-            return to_dense(get(in_file), None if scale is None else get(scale), dtype)
-
-        def read(official: str, dtype: torch.dtype) -> Tensor:
-            ((_, tensor),) = streamed_from_diffusers(lambda name: dense(name, dtype), [pairs[official]], params)
-            return tensor
-
-        yield read
+        yield lambda official, dtype: filling.dense(pairs[official], get, dtype)
 
 
 def _in_order(contents: Contents, params: Params) -> list[Pair]:
@@ -132,61 +285,23 @@ def _in_order(contents: Contents, params: Params) -> list[Pair]:
     return sorted(pairs, key=lambda pair: contents.source.spans[contents.names[pair.diffusers[0]]])
 
 
-def _sizes(state: Mapping[str, Tensor], coded: Collection[str], dtype: torch.dtype) -> list[int]:
-    """Bytes of each tensor, and of the temporaries of the largest quantization: bf16 as read, absolute values, and
-    quotients in fp32.
-    """
-    sizes = [x.numel() * (1 if name in coded else dtype.itemsize) for name, x in state.items()]
-    return [*sizes, 8 * max(state[name].numel() for name in coded)] if coded else sizes
-
-
-def _tensors(
-    contents: Contents,
-    get: Callable[[str], Tensor],
-    pairs: list[Pair],
-    params: Params,
-    dtype: torch.dtype,
-    coded: Collection[str],
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a network by their official names, in `dtype`.
-
-    coded: the weights to yield in e4m3, with a `weight_scale` after each. At most one of them exists unquantized at
-    a time.
-    """
-    source = contents.source
-    quiet = source.size < 10**9 or not sys.stderr.isatty()
-    with tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {source.path.name}", disable=quiet) as bar:
-
-        def take(name: str) -> tuple[Tensor, Tensor | None]:
-            tensor = get(contents.names[name])
-            bar.update(tensor.nbytes)
-            scale = contents.scales.of.get(contents.names[name])
-            return tensor, None if scale is None else get(scale)
-
-        def made(name: str, tensor: Tensor, scale: Tensor | None = None) -> list[tuple[str, Tensor]]:
-            if name not in coded:
-                return [(name, to_dense(tensor, scale, dtype))]
-            weight, rows = as_fp8(tensor, scale)
-            return [(name, weight), (f"{name}_scale", rows)]
-
-        # Written without a loop variable, which would hold on to a tensor while the next is read.
-        if contents.found.layout == "diffusers":  # which cuts and joins weights: not as codes
-            joined = streamed_from_diffusers(lambda name: to_dense(*take(name), dtype), pairs, params)
-            yield from chain.from_iterable(starmap(made, joined))
-        else:
-            yield from chain.from_iterable(made(pair.official, *take(pair.official)) for pair in pairs)
-
-
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter (frozen) or buffer on `meta` by that tensor."""
     is_parameter = isinstance(getattr(module, name), nn.Parameter)
     setattr(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def note_precision(contents: Contents, dtype: torch.dtype, fp8: bool = False) -> None:
-    """A line on stderr where weights are read with fewer bits than the file has, or come in fp8."""
-    known = {dtype, torch.bfloat16} | ({torch.float8_e4m3fn} if fp8 else set())
-    kinds = sorted({kind for kind in contents.dtypes.values() if DTYPES[kind] not in known})
-    if kinds:  # bf16 goes into fp32 without a loss
-        word = "fp8" if fp8 else str(dtype).removeprefix("torch.")
-        note(f"{contents.source.path.name} holds {' and '.join(kinds)}; it is read as {word}")
+def note_precision(contents: Contents, dtype: torch.dtype, format: str | None = None) -> None:
+    """A line on stderr where weights are read with fewer bits than the file has, or rounded a second time."""
+    known = {dtype, torch.bfloat16} | ({torch.float8_e4m3fn} if format == "fp8" else set())
+    of, kinds, stored = contents.storage.of, set(), set()
+    for name, kind in contents.dtypes.items():
+        one = of.get(contents.names[name])
+        if one is None:
+            kinds |= set() if DTYPES[kind] in known else {kind}
+        elif format != AS_STORED and one.format != format:
+            stored.add(kind if one.format in ("fp8", "gguf") else one.format)
+    word = str(dtype).removeprefix("torch.") if format in (None, AS_STORED) else format
+    if held := sorted(kinds | stored):
+        twice = f", and what was {' and '.join(sorted(stored))} is rounded a second time" if stored and format else ""
+        note(f"{contents.source.path.name} holds {' and '.join(held)}; it is read as {word}{twice}")

@@ -1,66 +1,83 @@
-"""fp8 weights in files: plain, ours, and ComfyUI's two layouts with scales.
+"""Weights with scales in files: fp8, plain, ours and ComfyUI's two layouts; and ComfyUI's int8.
 
-| layout | beside `X.weight` in e4m3 (or e5m2) | elsewhere |
+| layout | beside `X.weight` | elsewhere |
 | --- | --- | --- |
-| plain | nothing: the numbers are the weights | |
-| ours | `X.weight_scale`, fp32 [N] | metadata `quantization` |
-| ComfyUI, older | `X.scale_weight`, perhaps `X.scale_input` | an empty tensor `scaled_fp8` |
-| ComfyUI, newer | `X.weight_scale`, perhaps `X.input_scale`, `X.comfy_quant` | or metadata `_quantization_metadata` |
+| fp8, plain | nothing: the numbers in e4m3 (or e5m2) are the weights | |
+| fp8, ours | `X.weight_scale`, fp32 [N] | metadata `quantization` |
+| fp8, ComfyUI's older | `X.scale_weight`, perhaps `X.scale_input` | an empty tensor `scaled_fp8` |
+| fp8, int8, ComfyUI's newer | `X.weight_scale`, `X.comfy_quant`, perhaps `X.input_scale` | or it is in the metadata |
 
 In all of them weight = codes * scale, with one scale for the tensor, one for each row, or (kohya's scripts) one for
-each of a row's blocks, [N, blocks, 1]. Scales of inputs come from a calibration; `linears/fp8.py` finds its own for
-every token, so they are left out. torch is imported only where tensors are.
+each of a row's blocks, [N, blocks, 1]; int8 may be rotated (`linears/int8.py`), which `comfy_quant` says. Scales of
+inputs come from a calibration; layers here find their own for every token, so they are left out. No torch.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+import json
+from typing import Any
 
 from ..errors import FileError
-from .header import WEIGHT_DTYPES
+from .header import read_tensor_bytes
 from .source import Source
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from .stored import Storage, Stored
 
 SCALES = ("weight_scale", "scale_weight")
-BESIDE = ("input_scale", "scale_input", "comfy_quant")
+BESIDE = ("input_scale", "scale_input")
+SAYS = "comfy_quant"
+"""behind a module's name: JSON that says how its weight is quantized; or in the metadata, for all modules:"""
+METADATA_KEY = "_quantization_metadata"
 MARKER = "scaled_fp8"
 FLOATS = ("F32", "BF16", "F16")
-METADATA = {"quantization": "float8_e4m3fn, fp32 weight_scale for each row"}
-"""what our own fp8 file says of itself"""
+FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8_tensorwise": "int8"}
+"""what ComfyUI calls a format -> what it is here"""
+DTYPES = {"fp8": ("F8_E4M3", "F8_E5M2"), "int8": ("I8",)}
+METADATA = {
+    "fp8": {"quantization": "float8_e4m3fn, fp32 weight_scale for each row"},
+    "int8": {"quantization": "int8, rotated, fp32 weight_scale for each row (ComfyUI's int8_tensorwise with convrot)"},
+    "nf4": {"quantization": "nf4 with double quantization, as bitsandbytes writes it"},
+}
+"""what our own files say of themselves"""
+MOST_JSON = 1 << 16
+"""bytes"""
+ADVICE = "Next: take the bf16 file, or an fp8 file with a scale for each tensor or row."
 
 
-class Scales(NamedTuple):
-    """The tensors of a file that say how to read its quantized weights."""
-
-    of: dict[str, str]
-    """a weight's name in the file -> its scale's"""
-    names: frozenset[str]
-    """all such tensors: scales, and those that are not used"""
-
-    def among(self, names: Iterable[str]) -> list[str]:
-        """Those names, each followed by its scale's, if there is one."""
-        return [found for name in names for found in (name, self.of.get(name)) if found]
-
-
-def find_scales(source: Source, prefix: str = "") -> Scales:
-    """The scales of weights under that prefix. FileError for an unknown kind."""
+def find_scales(source: Source, prefix: str = "") -> Storage:
+    """The weights under that prefix that are fp8, or have scales. FileError for an unknown kind."""
     shapes, dtypes = source.shapes, source.dtypes
-    stems = {
-        name.removesuffix("weight"): name for name in shapes if name.startswith(prefix) and name.endswith(".weight")
-    }
-    of = {name: stem + end for stem, name in stems.items() for end in SCALES if stem + end in shapes}
-    for name, scale in of.items():
-        kinds = dtypes[name], dtypes[scale]
-        if kinds[0] not in WEIGHT_DTYPES or kinds[1] not in FLOATS or not _fits(shapes[scale], shapes[name]):
+    told, of, beside = _in_metadata(source), {}, {prefix + MARKER} & shapes.keys()
+    for name in shapes:
+        stem = name.removesuffix("weight")
+        if not (name.startswith(prefix) and name.endswith(".weight")):
+            continue
+        scale = next((stem + end for end in SCALES if stem + end in shapes), None)
+        says = _said(source, stem) if stem + SAYS in shapes else told.get(stem.removesuffix("."))
+        beside |= {stem + end for end in (*BESIDE, SAYS)} & shapes.keys()
+        word, kind = (says or {}).get("format"), dtypes[name]
+        format = FORMATS.get(str(word)) if says else "fp8" if kind in DTYPES["fp8"] or scale else None
+        if not says and format is None:
+            continue
+        if format is None or not _is_known(source, name, scale, format, bool(says)):
+            found = f"{scale} {dtypes[scale]} {list(shapes[scale])}" if scale else f"without {stem}{SCALES[0]}"
+            words = f", {SAYS} {str(word)[:40]!a}" if says else ""
             raise FileError(
-                f"{source.path} is quantized in a way that is not known here: {name} is {kinds[0]} "
-                f"{list(shapes[name])}, {scale} {kinds[1]} {list(shapes[scale])}. "
-                "Next: take the bf16 file, or an fp8 file with a scale for each tensor or row."
+                f"{source.path} is quantized in a way that is not known here: {name} is {kind} "
+                f"{list(shapes[name])}{words}, {found}. {ADVICE}"
             )
-    beside = {stem + end for stem in stems for end in BESIDE}
-    return Scales(of, frozenset({*of.values(), *(beside | {prefix + MARKER}) & shapes.keys()}))
+        if scale or len(shapes[name]) == 2:
+            parts = {"weight": name} | ({"weight_scale": scale} if scale else {})
+            of[name] = Stored(format, shapes[name], parts, says or {})
+    scales = {stored.parts["weight_scale"] for stored in of.values() if "weight_scale" in stored.parts}
+    return Storage(of, frozenset(scales | beside))
+
+
+def _is_known(source: Source, name: str, scale: str | None, format: str, says: bool) -> bool:
+    """Whether these tensors are codes and scales of that format. An fp8 scale may be beside a wider weight."""
+    shapes, dtypes = source.shapes, source.dtypes
+    if scale is None:
+        return format == "fp8" and dtypes[name] in DTYPES["fp8"]
+    wide = () if says else ("BF16", "F16", "F32", "F64")
+    right = dtypes[name] in (*DTYPES[format], *wide) and dtypes[scale] in FLOATS
+    return right and _fits(shapes[scale], shapes[name])
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
@@ -73,25 +90,26 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return scale in (weight[:1], (weight[0], 1)) or (in_blocks and scale[1] > 0 and weight[1] % scale[1] == 0)
 
 
-def to_dense(weight: "Tensor", scale: "Tensor | None", dtype: "torch.dtype") -> "Tensor":
-    """The plain weight: codes times scale, rounded once."""
-    if scale is None:
-        return weight.to(dtype)
-    if scale.numel() == 1:
-        return (weight.float() * scale.float().reshape(())).to(dtype)
-    blocks = scale.float().reshape(len(weight), -1, 1)
-    return (weight.float().reshape(*blocks.shape[:2], -1) * blocks).reshape(weight.shape).to(dtype)
+def _said(source: Source, stem: str) -> dict[str, Any]:
+    """What a module's `comfy_quant` says. FileError."""
+    return _parsed(source, stem + SAYS, read_tensor_bytes(source.headers_of[stem + SAYS], stem + SAYS, MOST_JSON))
 
 
-def as_fp8(weight: "Tensor", scale: "Tensor | None") -> "tuple[Tensor, Tensor]":
-    """The weight in e4m3 [N, K], and scales fp32 [N]. e4m3 keeps its codes; else bf16 is quantized, by rows."""
-    import torch
+def _in_metadata(source: Source) -> dict[str, dict[str, Any]]:
+    """What the metadata say of modules, by their names. FileError."""
+    found: dict[str, dict[str, Any]] = {}
+    for header in source.headers:
+        if METADATA_KEY in header.metadata:
+            layers = _parsed(source, METADATA_KEY, header.metadata[METADATA_KEY].encode()).get("layers")
+            found |= {str(name): says for name, says in (layers or {}).items() if isinstance(says, dict)}
+    return found
 
-    from ..linears.fp8 import E4M3, quantize_rows
 
-    rows = len(weight)
-    if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, rows)):
-        codes, found = quantize_rows(to_dense(weight, scale, torch.bfloat16))
-        return codes, found.flatten()
-    one = torch.ones(1, dtype=torch.float32, device=weight.device) if scale is None else scale.float()
-    return weight, one.flatten().expand(rows).contiguous()
+def _parsed(source: Source, name: str, text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is no table")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source.path}: {name} is damaged: {str(error)[:80]}. Next: fetch the file again.") from None

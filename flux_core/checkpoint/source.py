@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..errors import FileError
+from ..linears.gguf_types import PLAIN, TYPES
 from .header import Header, open_file, read_header
+from .identify import Identity, Part, identify
+from .stored import Storage, Stored
 
 T = TypeVar("T")
 
 SUFFIXES = (".safetensors", ".sft")
-"""of files of weights; Black Forest Labs' first ones ended in the shorter"""
+"""of safetensors; Black Forest Labs' first ones ended in the shorter"""
+WEIGHTS = (*SUFFIXES, ".gguf")
+"""of all files of weights"""
 INDEX = re.compile(r"(?P<name>.+)\.(?:safetensors|sft)\.index(?P<variant>\.[^.]+)?\.json")
 NUMBERED = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(?P<variant>(?:\.[^.]+)?)")
 """a shard's name without its suffix. The variant is here where diffusers once wrote it, else it is in the name"""
@@ -47,8 +52,39 @@ class Source:
         return {name: shape for header in self.headers for name, shape in header.shapes.items()}
 
     @cached_property
+    def stored(self) -> Storage:
+        """The weights of other shapes than their tensors, or with numbers in no dtype of torch's. FileError.
+
+        Weights that have a scale besides are found by `scales.find_scales`.
+        """
+        from .bnb import find_bnb
+
+        of, names = find_bnb(self)
+        for header in self.headers:
+            for name, entry in header.tensors.items():
+                if header.is_gguf and entry.dtype in TYPES and entry.dtype not in PLAIN:
+                    of[name] = Stored("gguf", entry.shape, {"weight": name}, {"type": entry.dtype})
+        return Storage(of, names)
+
+    @cached_property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights, without tensors that are a part of another."""
+        of, names = self.stored
+        return {x: of[x].shape if x in of else shape for x, shape in self.shapes.items() if x not in names}
+
+    def identity(self, part: Part = "transformer") -> Identity:
+        """The network in it. part: which to find where there are several."""
+        architecture = next((header.metadata.get("general.architecture") for header in self.headers), None)
+        return identify(self.weights, part, architecture)
+
+    @cached_property
     def dtypes(self) -> dict[str, str]:
         return {name: entry.dtype for header in self.headers for name, entry in header.tensors.items()}
+
+    @cached_property
+    def headers_of(self) -> dict[str, Header]:
+        """The header of the file that has a tensor."""
+        return {name: header for header in self.headers for name in header.tensors}
 
     @cached_property
     def spans(self) -> dict[str, Span]:
@@ -68,7 +104,7 @@ def find_source(path: Path) -> Source:
     if not path.is_dir():
         return Source(path, (read_header(path),))
     files, indices = _sets(path)
-    found = f"{sum(map(len, files.values()))} safetensors files and {len(indices)} indices" if files or indices else ""
+    found = f"{sum(map(len, files.values()))} files of weights and {len(indices)} indices" if files or indices else ""
     indices, files = _plain(indices, {*indices, *files}), _plain(files, {*indices, *files})
     if len(indices) == 1:
         (index,) = indices.values()
@@ -78,7 +114,7 @@ def find_source(path: Path) -> Source:
         if (whole := _whole(parts)) is not None:
             return Source(path, tuple(read_header(file) for file in whole))
     raise FileError(
-        f"{path} is a folder with {found or 'no safetensors file'}. Next: name the file itself, or a folder with one "
+        f"{path} is a folder with {found or 'no file of weights'}. Next: name the file itself, or a folder with one "
         "set of weights."
     )
 
@@ -88,7 +124,7 @@ def _sets(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path]]:
     files: dict[str, list[Path]] = {}
     indices = {}
     for file in _listed(folder):
-        if file.suffix in SUFFIXES:
+        if file.suffix in WEIGHTS:
             shard = NUMBERED.fullmatch(file.stem)
             files.setdefault(shard["name"] + shard["variant"] if shard else file.stem, []).append(file)
         elif index := INDEX.fullmatch(file.name):

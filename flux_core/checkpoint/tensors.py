@@ -1,4 +1,4 @@
-"""Read tensors by name: mapped by safetensors, or read where a file can't be mapped.
+"""Read tensors by name, from safetensors or GGUF: mapped into memory, or read where a file can't be mapped.
 
 Some network and merged file systems have no mmap (`os error 19`), Windows runs out of page file (1455), containers out
 of address space (12). For CUDA nothing is mapped: `stream.py` reads ahead.
@@ -7,6 +7,7 @@ of address space (12). For CUDA nothing is mapped: `stream.py` reads ahead.
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from mmap import ACCESS_COPY, mmap
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,7 +63,7 @@ def streamed(source: Source, device: torch.device | str, names: Iterable[str]) -
         def get(name: str) -> Tensor:
             if name != (expected := next(order, None)):
                 raise RuntimeError(f"{name} was asked for when {expected} was next")
-            return fill(torch.empty(source.shapes[name], dtype=READABLE[source.dtypes[name]], device=device))
+            return fill(_empty(source.headers_of[name].tensors[name], device))
 
         yield get
 
@@ -83,6 +84,10 @@ def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
 @contextmanager
 def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
     """A context with that function for one file, mapped or read. Its header is sound, so errors are the mapping's."""
+    if header.is_gguf:
+        with _mapped_gguf(header) as get:
+            yield lambda name: get(name).to(device)
+        return
     try:
         mapped = safe_open(header.path, framework="pt", device=str(device))
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -95,9 +100,36 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
         yield (lambda name: opened.get_tensor(name).clone()) if aligned else opened.get_tensor
 
 
+@contextmanager
+def _mapped_gguf(header: Header) -> Iterator[Callable[[str], Tensor]]:
+    """`_opened` for GGUF."""
+    with open_file(header.path) as file:
+        try:
+            whole = torch.frombuffer(mmap(file.fileno(), 0, access=ACCESS_COPY), dtype=torch.uint8)
+        except (OSError, ValueError) as error:
+            note(f"{header.path.name} cannot be mapped into memory here ({error}); it is read instead")
+            yield lambda name: _read_tensor(file, header, header.tensors[name])
+            return
+
+        def get(name: str) -> Tensor:
+            entry = header.tensors[name]
+            x = whole[entry.start : entry.end]
+            x = x if header.size >= SMALL else x.clone()
+            return x.view(READABLE[entry.dtype]).view(entry.shape) if entry.dtype in READABLE else x
+
+        yield get
+
+
+def _empty(entry: Entry, device: torch.device | str) -> Tensor:
+    """Memory for a tensor: in its shape and dtype, or where its numbers are in no dtype of torch's, for its bytes."""
+    if entry.dtype not in READABLE:
+        return torch.empty(entry.end - entry.start, dtype=torch.uint8, device=device)
+    return torch.empty(entry.shape, dtype=READABLE[entry.dtype], device=device)
+
+
 def _read_tensor(file: io.BufferedReader, header: Header, entry: Entry) -> Tensor:
     """A tensor in new memory, read from the file."""
-    tensor = torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="cpu")
+    tensor = _empty(entry, "cpu")
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, file, header.path, entry.start)
     return tensor

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 from ..checkpoint.check import fits
-from ..checkpoint.identify import identify
 from ..checkpoint.source import SUFFIXES, find_source
 from ..errors import FileError
 from ..images.metadata import KEY, describe_foreign, printable, read_texts
@@ -35,7 +34,7 @@ def _pretty(text: str) -> str:
 def _describe_weights(path: Path) -> str:
     """Part, layout, tensors and metadata, from the headers alone; of a LoRA as `lora info` has it."""
     source = find_source(path)
-    kind, shapes = identify(source.shapes), source.shapes
+    kind, shapes = source.identity(), source.shapes
     if kind.part == "lora":
         return printable("\n".join(describe(path)))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(source.dtypes.values()).most_common())

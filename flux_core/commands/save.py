@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_files, with_files
 from ..checkpoint.files import flow_path
-from ..checkpoint.identify import identify
 from ..checkpoint.source import find_source
 from ..device.threads import set_threads
 from ..errors import UsageError
 from ..files import user_path
+from ..request.fields import FORMATS
 from ..request.generation import GenerationRequest
 from ..request.prompt_lines import read_lines
 from ..terminal import note, tell
 from ..variants import Variant
-from .table import SAVE, SAVED_DTYPES
+from .table import GGUF_DTYPES, SAVE, SAVED_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +32,26 @@ def save(
 ) -> Path:
     """Write the model of that name to the folder `output`, which must be new or empty, and return its path.
 
-    format: `official` (two safetensors files, and folders for the text encoders) or `diffusers` (what
-    `FluxPipeline.from_pretrained` opens; the default, except for fp8, which it cannot hold); dtype: bf16, fp16, fp32,
-    or fp8: the transformer's Linears as in `linears/fp8.py`, everything else in bf16; calibrate: a file of prompts,
+    format: `official` (two safetensors files, and folders for the text encoders), `diffusers` (what
+    `FluxPipeline.from_pretrained` opens; the default, except for formats in few bits, which it cannot hold), or `gguf`
+    (official, with the transformer as a GGUF file; the default for its types); dtype: bf16, fp16, fp32, or what most of
+    the transformer's Linears get (fp8, int8, nf4, q8_0, …), with everything else in bf16; calibrate: a file of prompts,
     with whose pictures fp8 is rounded (`linears/gptq.py`). Without `output`: `output/NAME-FORMAT-DTYPE`. UsageError,
     FileError, AccessError or DiskError, and then no folder is made.
     """
     variant = with_files(name, **files)
-    fp8 = _FIELDS["dtype"].parse(dtype) == "fp8"
-    format = _FIELDS["format"].parse(format, "official" if fp8 else "diffusers")
-    if fp8 and format == "diffusers":
+    packed = dtype if _FIELDS["dtype"].parse(dtype) in FORMATS else None
+    blocks = dtype.upper() if dtype in GGUF_DTYPES else None
+    format = _FIELDS["format"].parse(format, "gguf" if blocks else "official" if packed else "diffusers")
+    if packed and format == "diffusers":
         raise UsageError(
-            "--format diffusers has no fp8 with a scale for each row. Next: use --format official, or --dtype bf16."
+            f"--format diffusers has no {packed} as it is here. Next: use --format official, or --dtype bf16."
         )
-    if calibrate is not None and not fp8:
+    if (format == "gguf") != bool(blocks):
+        raise UsageError(
+            f"--format gguf goes with --dtype {', '.join(GGUF_DTYPES)}, and these with it. Next: give both or neither."
+        )
+    if calibrate is not None and packed != "fp8":
         raise UsageError("--calibrate says how fp8 is rounded. Next: add --dtype fp8, or leave it out.")
     requests = _calibration_requests(variant, calibrate) if calibrate is not None else []
     folder = user_path(output) if output else Path("output") / f"{variant.name}-{format}-{dtype}"
@@ -61,16 +67,18 @@ def save(
     import torch  # only now, so that errors in arguments appear at once
 
     from ..checkpoint.files import text_files
-    from ..checkpoint.layouts import write_diffusers, write_official
+    from ..checkpoint.layouts import write_diffusers, write_gguf_model, write_official
     from ..checkpoint.write import new_folder
 
     kind = getattr(torch, SAVED_DTYPES[dtype])
     with new_folder(folder) as part:
         if format == "diffusers":
             write_diffusers(part, variant, text_files(variant), kind)
+        elif blocks:
+            write_gguf_model(part, variant, text_files(variant), kind, blocks)
         else:
             codes, rounding = _calibrated(variant, requests), f"GPTQ (arXiv 2210.17323) on {len(requests)} pictures"
-            write_official(part, variant, text_files(variant), kind, fp8, codes, rounding)
+            write_official(part, variant, text_files(variant), kind, packed, codes, rounding)
     return folder
 
 
@@ -83,7 +91,7 @@ def _calibration_requests(variant: Variant, file: str) -> list[GenerationRequest
 def _is_fp8(path: Path) -> bool:
     """Whether the transformer in that file or folder has weights in fp8."""
     source = find_source(path)
-    prefix = identify(source.shapes, "transformer").prefix
+    prefix = source.identity().prefix
     return any(kind.startswith("F8") for name, kind in source.dtypes.items() if name.startswith(prefix))
 
 

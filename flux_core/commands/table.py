@@ -175,16 +175,22 @@ IMPORTANCE = (
     replace(OUTPUT_DIR, help="the study's folder (default: output/importance-NAME)", default=None),
     *MACHINE,
 )
-SAVED_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
-"""values of `save --dtype` -> torch's dtype of the saved weights; for fp8, of those that are not quantized"""
+GGUF_DTYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""types of blocks that `save --format gguf` writes"""
+MERGED_DTYPES = ("bf16", "fp16", "fp32")
+SAVED_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32",
+    **dict.fromkeys(("fp8", "int8", "nf4", *GGUF_DTYPES), "bfloat16"),
+}  # fmt: skip
+"""values of `save --dtype` -> torch's dtype of the saved weights; of those that are not quantized"""
 SAVE = (
     NAME,
     *FILES,
     Field(
         "format",
         str,
-        "official (single files) or diffusers (a folder; default, except for fp8)",
-        choices=("official", "diffusers"),
+        "official (single files), diffusers (a folder; default for bf16, fp16, fp32), or gguf (default for its types)",
+        choices=("official", "diffusers", "gguf"),
         metavar="NAME",
     ),
     Field(
@@ -225,7 +231,6 @@ DOWNLOAD = (
 LORA_DIALECTS = ("official", "diffusers", "kohya")
 """dialects that LoRA files are written in (`lora/spell.py`)"""
 _PARTIAL = Field("allow_partial", bool, "leave out what cannot be written, and list it", default=False)
-MERGED_DTYPES = tuple(name for name in SAVED_DTYPES if name != "fp8")
 LORA_CONVERT = (
     Field("to", str, f"dialect: {', '.join(LORA_DIALECTS)}", choices=LORA_DIALECTS, metavar="NAME"),
     _PARTIAL,

@@ -8,8 +8,11 @@ import torch
 
 from ..errors import MemoryShortage, UsageError, is_out_of_memory
 from ..linears.fp8 import has_fp8_units
-from ..request.fields import DTYPES
+from ..request.fields import DTYPES, FORMATS
 from ..terminal import note
+
+OWN = tuple(name for name in FORMATS if name != "fp8")
+"""formats beside which a device computes in its own precision"""
 
 
 def available_devices() -> list[str]:
@@ -22,7 +25,7 @@ def available_devices() -> list[str]:
 def pick_device(name: str | torch.device | None = None) -> torch.device:
     """The device of that name, or the best that this machine has. UsageError when it has no such device."""
     known = available_devices()
-    if name in (None, "auto"):
+    if name in (None, "auto", *OWN):
         return torch.device(known[0])
     asked = str(name)
     if asked in known or (asked == "cuda" and known[0] == "cuda:0"):
@@ -45,10 +48,10 @@ def _reason(asked: str) -> str:
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run.
 
-    For fp8 it is bfloat16, in which everything but the quantized Linears computes.
+    For a format it is what everything but the Linears in few bits computes in: for fp8 bfloat16, else the device's own.
     """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name in (None, "auto"):
+    if name in (None, "auto", *OWN):
         return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
     known = DTYPES.get(str(name).removeprefix("torch."))
     if known is None:
@@ -62,9 +65,9 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return torch.bfloat16
 
 
-def wants_fp8(name: str | torch.dtype | None) -> bool:
-    """Whether that name asks for the transformer's Linears in fp8."""
-    return DTYPES.get(str(name)) == "fp8"
+def format_named(name: str | torch.dtype | None) -> str | None:
+    """The format of Linears that the name of a precision asks for."""
+    return str(name) if str(name) in FORMATS else None
 
 
 def _check_fp8(device: torch.device) -> None:
@@ -83,7 +86,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 SMALLER = (
-    "choose a smaller --width and --height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+    "choose a smaller --width and --height, a smaller --dtype (nf4, then int8 or fp8, then bfloat16, then float32), or "
+    "another --device"
 )
 
 

@@ -36,13 +36,13 @@ of luck and of a screen that hangs on the same card: so it is with 24 GB and bf1
 
 
 def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Share]:
-    """Memory of text encoders, transformer and autoencoder of an official model, in bfloat16, float32 or fp8."""
-    flux, modulation, codes, ae = _count(variant.params, variant.ae_params)
+    """Memory of text encoders, transformer and autoencoder of an official model, by the name of a precision."""
+    format = None if dtype in ("bfloat16", "float32") else dtype
+    flux, modulation, saved, ae = _count(variant.params, variant.ae_params, format)
     wide = FP32 if dtype == "float32" else BF16
-    saved = codes if dtype == "fp8" else 0  # one byte for two
     return (
         Share(wide * (T5_XXL + CLIP_L), TEXT * wide // BF16),
-        Share(wide * flux - saved, TRANSFORMER * wide // BF16, wide * modulation),
+        Share(wide * flux - saved[0], TRANSFORMER * wide // BF16, wide * modulation - saved[1]),
         Share(wide * ae, AUTOENCODER * wide // BF16),
     )
 
@@ -54,24 +54,31 @@ def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
 
 
 @cache
-def _count(params: FluxParams, ae_params: AutoEncoderParams) -> tuple[int, int, int, int]:
-    """Numbers of parameters: transformer, its modulation, its weights that fp8 halves, autoencoder.
+def _count(
+    params: FluxParams, ae_params: AutoEncoderParams, format: str | None
+) -> tuple[int, int, tuple[int, int], int]:
+    """Numbers of parameters of transformer, its modulation and autoencoder; third, the bytes that a format saves, of
+    bf16's, of the transformer and of its modulation.
 
     Built on the meta device: shapes without memory.
     """
     import torch
     from torch import nn
 
-    from ..linears.fp8 import stays_bf16
+    from ..linears.formats import FORMATS, quantizable
     from ..model import MODULATION, AutoEncoder, Flux
 
     with torch.device("meta"):
         flux, ae = Flux(params), AutoEncoder(ae_params)
     linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
     modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
-    codes = sum(one.weight.numel() for name, one in linears.items() if not stays_bf16(name))
+    saved = [0, 0]
+    for name, one in quantizable(flux, format).items() if format else ():
+        less = round(one.weight.numel() * (BF16 - FORMATS[format].bits / 8))  # type: ignore[index]
+        saved[0] += less
+        saved[1] += less if name.endswith(MODULATION) else 0
     whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
-    return whole_flux, modulation, codes, whole_ae
+    return whole_flux, modulation, (saved[0], saved[1]), whole_ae
 
 
 def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:

@@ -28,7 +28,7 @@ Gradients pass through to x, by dequantized weights, so that layers below can be
 Not here: fp8 attention, training of the weights, e5m2 (which has the range of gradients), other blocks than rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from typing import Any, Self
@@ -78,6 +78,25 @@ def quantize_rows(x: Tensor) -> QuantizedTokens:
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The dense weight, codes * scale, of e4m3 [N, K] and the scales of its rows [N], rounded once."""
     return (codes.float() * scale[:, None]).to(dtype)
+
+
+def to_dense(
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    details: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The numbers that codes and scales in a file stand for, rounded once. Scales are of the tensor, rows or blocks.
+
+    tensors: "weight" in any dtype, and "weight_scale", if it has one.
+    """
+    weight, scale = tensors["weight"], tensors.get("weight_scale")
+    if scale is None:
+        return weight.to(dtype)
+    if scale.numel() == 1:
+        return (weight.float() * scale.float().reshape(())).to(dtype)
+    blocks = scale.float().reshape(len(weight), -1, 1)
+    return (weight.float().reshape(*blocks.shape[:2], -1) * blocks).reshape(shape).to(dtype)
 
 
 @cache
@@ -143,6 +162,33 @@ class Fp8Linear(Frozen, Leaf):
             codes, scale = quantize_rows(weight)
         return cls(codes, scale.flatten(), None if linear.bias is None else linear.bias.detach())
 
+    @classmethod
+    def read(
+        cls,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        details: Mapping[str, Any],
+        bias: Tensor | None,
+    ) -> Self:
+        """The layer of a file's tensors (`to_dense`). e4m3 keeps its codes, but where scales are of blocks; else bf16
+        is quantized."""
+        weight, scale = tensors["weight"], tensors.get("weight_scale")
+        if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, len(weight))):
+            codes, found = quantize_rows(to_dense(tensors, shape, details, torch.bfloat16))
+            return cls(codes, found.flatten(), bias)
+        one = torch.ones(1, dtype=torch.float32, device=weight.device) if scale is None else scale.float()
+        return cls(weight, one.flatten().expand(len(weight)).contiguous(), bias)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], bias: Tensor | None) -> Self:
+        """One layer of the rows of several."""
+        codes = torch.cat([part.weight.detach().view(torch.uint8) for part in parts]).view(E4M3)
+        return cls(codes, torch.cat([part.weight_scale for part in parts]), bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file gets for it, by the ending behind its name."""
+        return {"weight": self.weight.detach(), "weight_scale": self.weight_scale}
+
     def forward(self, x: Tensor | QuantizedTokens) -> Tensor:
         """[..., K] -> [..., N]"""
         if isinstance(x, QuantizedTokens):
@@ -184,18 +230,3 @@ class Fp8Linear(Frozen, Leaf):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'scaled' if self.scaled else 'weight only'}"
-
-
-def quantize(model: nn.Module) -> frozenset[str]:
-    """Replace every Linear that does not stay in bf16 by an Fp8Linear. Returns their names."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not stays_bf16(name)}
-    names = frozenset(linears)
-    while linears:  # each is freed before the next
-        name, linear = linears.popitem()
-        model.set_submodule(name, Fp8Linear.of(linear))
-    return names
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any Linear of it is an Fp8Linear."""
-    return any(isinstance(module, Fp8Linear) for module in model.modules())

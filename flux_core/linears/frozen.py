@@ -30,6 +30,10 @@ class Frozen(nn.Module):
         """The weight [N, K] that the codes stand for, rounded once."""
         raise NotImplementedError
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file gets for its weight, by the ending behind its name."""
+        raise NotImplementedError
+
     def multiply_widened(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias in the dtype of x. [..., K] -> [..., N]"""
         return self.differentiable(x, lambda x: F.linear(x, self.widen(x.dtype), self.bias))

@@ -78,7 +78,10 @@ def quantize(x: Tensor, kind: str) -> Tensor:
 
 
 def to_dense(
-    tensors: Mapping[str, Tensor], shape: tuple[int, ...], details: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    details: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The numbers that a tensor of a file stands for. tensors: "weight", uint8. details: {"type": "Q4_K"}. FileError."""
     codes, kind = checked(tensors["weight"], shape, details)

@@ -17,7 +17,6 @@ from typing import Any
 from ..checkpoint.check import NOUNS
 from ..checkpoint.contents import listing
 from ..checkpoint.header import WEIGHT_DTYPES, Header
-from ..checkpoint.identify import identify
 from ..checkpoint.shapes import Shape
 from ..checkpoint.source import SUFFIXES, Source, find_source
 from ..errors import FileError
@@ -273,7 +272,7 @@ def _first(names: tuple[str, ...]) -> str:
 
 def _refuse_model(file: Path, source: Source) -> None:
     """FileError for weights that are no LoRA at all."""
-    found = identify(source.shapes)
+    found = source.identity()
     if found.part in NOUNS:
         raise FileError(f"{file} is {found.text}, and no LoRA. Next: give it with --model, --ae, --clip-l or --t5xxl.")
     if found.part == "other" and not any("norm" in name for name in source.shapes):

@@ -26,10 +26,19 @@ class Components:
         return iter((self.t5, self.clip, self.flux, self.ae))
 
 
-def load_components(variant: Variant, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Components:
-    """The networks of a model on that device; the transformer's Linears in e4m3 if `fp8`. Errors as in `load_flux`."""
-    t5, clip = load_text_encoders(variant, device, dtype)
-    return Components(t5, clip, load_flux(variant, device, dtype, fp8), load_autoencoder(variant, device, dtype))
+def load_components(
+    variant: Variant,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: str | None = None,
+    t5_format: str | None = None,
+) -> Components:
+    """The networks of a model on that device. Errors as in `load_flux`.
+
+    format, t5_format: those of the transformer's Linears and of T5's.
+    """
+    t5, clip = load_text_encoders(variant, device, dtype, t5_format)
+    return Components(t5, clip, load_flux(variant, device, dtype, format), load_autoencoder(variant, device, dtype))
 
 
 def install_kernels(components: Components, device: torch.device) -> Components:

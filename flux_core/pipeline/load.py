@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_files
-from ..device.choice import empty_device_cache, memory_errors, pick_device, pick_dtype, wants_fp8
+from ..checkpoint.contents import find_contents
+from ..checkpoint.files import own_path
+from ..checkpoint.identify import Part
+from ..device.choice import OWN, empty_device_cache, format_named, memory_errors, pick_device, pick_dtype
 from ..device.oom import CPU, OomFallback
 from ..kernels import install_decode
 from ..variants import Variant
@@ -25,6 +28,19 @@ def load_codec(variant: Variant, device: torch.device, dtype: torch.dtype, vae_t
     return Codec(Placement(components, OomFallback(device, vae_tiling=vae_tiling)), dtype)
 
 
+def own_format(variant: Variant, part: Part) -> str | None:
+    """The format that a part's file has weights in, if it is one that a model keeps without being asked.
+
+    fp8 is not: a device with fp8 units would then round inputs, too, which nobody asked for.
+    """
+    if (path := own_path(variant, part)) is None:
+        return None
+    contents = find_contents(path, part)
+    names = set(contents.names.values())
+    formats = [one.format for name, one in contents.storage.of.items() if name in names]
+    return next((format for format in formats if format in OWN), None)
+
+
 def load_pipeline(
     name: str | Variant | None = None,
     device: str | torch.device | None = None,
@@ -34,12 +50,14 @@ def load_pipeline(
     compile: bool = False,
     **files: str | Path | None,
 ) -> Pipeline:
-    """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32.
+    """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32, and
+    what an int8, NF4 or GGUF file has in few bits stays so.
 
     offload: load it to the CPU, and move each part to the device only while it is used. vae_tiling: the autoencoder
     in strips, for large pictures. Where memory runs out, both are switched on. compile: the blocks are compiled at
-    their first step, one graph for each kind. files: your own instead of the model's, as in `checkpoint.with_files`:
-    `model`, `ae`, `clip_l`, `t5xxl`.
+    their first step, one graph for each kind. dtype: a precision, or a format for most of the transformer's Linears
+    (`request.fields.FORMATS`). files: your own instead of the model's, as in `checkpoint.with_files`: `model`, `ae`,
+    `clip_l`, `t5xxl`.
     """
     variant = name if isinstance(name, Variant) else with_files(name, **files)
     place = pick_device(device)
@@ -51,9 +69,13 @@ def load_pipeline(
     empty_device_cache(place)
     fallback = OomFallback(place, offload)
 
+    format, t5_format = format_named(dtype), own_format(variant, "t5")
+    if dtype in (None, "auto"):
+        format = own_format(variant, "transformer")
+
     def load() -> Components:
         home = CPU if fallback.offload else place
-        return install_kernels(load_components(variant, home, kind, wants_fp8(dtype)), place)
+        return install_kernels(load_components(variant, home, kind, format, t5_format), place)
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
     return Pipeline(variant, components, place, kind, weights_hashes(variant), fallback.offload, vae_tiling, compile)

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..hooks import Custom, Intervention, Lora
 from ..images.metadata import describe
 from ..images.pictures import crop_centre, fit_note, open_source
-from ..linears.fp8 import is_quantized
+from ..linears.formats import format_of
 from ..lora import Handle
 from ..model import AutoEncoder, Flux
 from ..request.fields import FIT
@@ -56,8 +56,8 @@ class Pipeline:
         compile: bool = False,
     ) -> None:
         self.variant, self.components, self.dtype, self.weights = variant, components, dtype, weights or {}
-        self.precision = "fp8" if is_quantized(components.flux) else dtype_name(dtype)
-        """the precision as requests name it; `dtype` is that of everything but fp8 Linears"""
+        self.precision = format_of(components.flux) or dtype_name(dtype)
+        """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         self.placement = Placement(components, self.fallback)
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)

@@ -16,9 +16,17 @@ MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1000
 """the largest number of pictures or seeds in a flag"""
 
-DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32", "fp8": "fp8"}
-"""accepted spellings of a dtype -> the recorded name; no float16, in which FLUX overflows. fp8 is bfloat16 with most of
-the transformer's Linears in 8 bits"""
+FORMATS: dict[str, str] = {
+    "fp8": "bfloat16 with most of the transformer's Linears in e4m3",
+    "int8": "the same Linears in int8, rotated: nearer to bfloat16",
+    "nf4": "the blocks in four bits",
+    "gguf": "as a GGUF file has it",
+}
+"""values of --dtype that are formats of `linears.formats`, and what they are"""
+DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"} | {x: x for x in FORMATS}
+"""accepted spellings of a dtype -> the recorded name; no float16, in which FLUX overflows"""
+Dtype = Literal["bfloat16", "float32", "fp8", "int8", "nf4", "gguf"]
+"""the recorded names"""
 
 PICTURES = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF", "AVIF")
 """formats of picture files that are opened, AVIF where Pillow can"""
@@ -204,7 +212,8 @@ REQUEST = (
     Field(
         "dtype",
         str,
-        "precision: bfloat16, float32 or fp8 (default: bfloat16 on CUDA, else float32)",
+        f"precision: bfloat16, float32, {', '.join(FORMATS)} (default: what an int8, NF4 or GGUF file has, else "
+        "bfloat16 on CUDA and float32 elsewhere)",
         choices=("auto", *DTYPES),
         metavar="NAME",
     ),

@@ -7,7 +7,7 @@ so that a request always says what will happen. Every failure is a UsageError of
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import (
@@ -25,7 +25,7 @@ from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
 from ..variants import Variant, get_variant
 from ..version import __version__
-from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Fit
+from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Dtype, Fit
 
 PATCH = 16
 """pixels that one image token covers along each side"""
@@ -119,7 +119,7 @@ class GenerationRequest(BaseModel):
     fit: Fit | None = _of("fit", _fit)
     """how the init image gets this picture's shape; None: no init image. Version 0.1 recorded none and stretched
     (`images/metadata.py`)"""
-    dtype: Annotated[Literal["bfloat16", "float32", "fp8"] | None, BeforeValidator(_dtype)] = _of("dtype")
+    dtype: Annotated[Dtype | None, BeforeValidator(_dtype)] = _of("dtype")
     """None: the pipeline's, which fills it when it draws"""
     plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
     """interventions, in the order in which they are applied"""

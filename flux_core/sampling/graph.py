@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..linears.branch import BranchedLinear
 from ..linears.contract import is_untouched
-from ..linears.fp8 import is_quantized
+from ..linears.formats import format_of
 from ..model import Modulations, ModulationTable
 from ..terminal import note
 
@@ -37,7 +37,7 @@ def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int,
     """
     if device.type != "cuda" or steps < STEPS or tokens > WITH_BRANCHES or has_user_code(model):
         return False
-    return tokens <= TOKENS or (is_quantized(model) and (branched or has_branches(model)))
+    return tokens <= TOKENS or (format_of(model) == "fp8" and (branched or has_branches(model)))
 
 
 def has_branches(model: nn.Module) -> bool:

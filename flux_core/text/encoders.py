@@ -8,6 +8,7 @@ transformers takes longer to import than everything else here, so it is imported
 only the modules that are needed.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,11 @@ from ..checkpoint.contents import Contents, find_contents
 from ..checkpoint.files import encoder_config, text_files
 from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
-from ..checkpoint.read import note_precision
-from ..checkpoint.scales import to_dense
+from ..checkpoint.read import AS_STORED, dense, kept, note_precision
 from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
+from ..linears.formats import FORMATS
 from ..variants import Variant
 
 CLIP_TOKENS = 77
@@ -104,15 +105,21 @@ def _shortened(text: str, length: int) -> str:
 
 @plain_defaults()
 def load_text_encoders(
-    variant: Variant, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    variant: Variant,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    t5_format: str | None = None,
 ) -> tuple[TextEncoder, TextEncoder]:
-    """T5 and CLIP of that model, frozen, their output in `dtype`. FileError, AccessError or DiskError."""
+    """T5 and CLIP of that model, frozen, their output in `dtype`. FileError, AccessError or DiskError.
+
+    t5_format: that of T5's Linears, as in `checkpoint.load_flux`.
+    """
     files = text_files(variant)
     with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
         from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        t5_model = load_encoder(T5EncoderModel, "t5", files.t5, variant, device, dtype)
+        t5_model = load_encoder(T5EncoderModel, "t5", files.t5, variant, device, dtype, t5_format)
         clip_model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype)
         t5_tokenizer = load_tokenizer(files.t5_tokenizer, "T5TokenizerFast", t5_model)
         clip_tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", clip_model)
@@ -123,26 +130,48 @@ def load_text_encoders(
     )
 
 
+STAYS = re.compile(r".*\.wo")
+"""Linears of T5 that stay as they are: transformers asks them for the dtype of their weight, and they need its range"""
+
+
 def load_encoder(
-    kind: Any, part: Part, path: Path, variant: Variant, device: torch.device | str, dtype: torch.dtype
+    kind: Any,
+    part: Part,
+    path: Path,
+    variant: Variant,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    format: str | None = None,
 ) -> Any:
     """A text encoder, frozen, from a file or a folder of any layout, tensor by tensor. FileError says what is wrong.
 
     Its sizes come from the config.json beside the weights, from that of the model that ships, or from the variant.
+    format: of `linears.formats`, that its Linears get, or AS_STORED.
     """
     contents = find_contents(path, part)
-    source, scales = contents.source, contents.scales
+    source, storage = contents.source, contents.storage
     if contents.found.part != part:
         raise FileError(f"{path}: the text encoder could not be read: this is {contents.found.text}.")
     check_part(contents, variant)
-    note_precision(contents, dtype)
+    note_precision(contents, dtype, format)
     model, parameters = _empty_encoder(kind, contents, variant, dtype)
+    owners = {id(one.weight): (name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)}
     order = sorted(parameters, key=source.spans.__getitem__)
     reserve(device, (x.numel() * dtype.itemsize for x in parameters.values()))
-    with opened(source, device, scales.among(order)) as get:
+    with opened(source, device, storage.among(order)) as get:
         for name in order:
-            scale = scales.of.get(name)
-            parameters[name].data = to_dense(get(name), None if scale is None else get(scale), dtype)
+            owner, linear = owners.get(id(parameters[name]), ("", None))
+            stored = storage.of.get(name)
+            held = stored.format if stored else None
+            if linear is None or STAYS.fullmatch(owner) or (format in (None, AS_STORED) and held is None):
+                parameters[name].data = dense(get, name, storage, dtype)
+            elif stored is not None and format in (AS_STORED, held):
+                model.set_submodule(owner, kept(get, stored, linear.bias))
+            elif format not in (None, AS_STORED):
+                parameters[name].data = dense(get, name, storage, torch.bfloat16)
+                model.set_submodule(owner, FORMATS[format].kind.of(linear))
+            else:
+                parameters[name].data = dense(get, name, storage, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -142,7 +142,7 @@ def test_row_9_an_unknown_dtype(tmp_path):
         (b'{"error": "Access to model is restricted"}', "is JSON text"),
         (b"PK\x03\x04" + bytes(60), "is a zip, likely a PyTorch pickle, which is never opened"),
         (b"\x80\x02}q\x00." + bytes(60), "is a pickle, which is never opened"),
-        (b"GGUF\x03" + bytes(60), "is a GGUF file"),
+        (b"GGUF\x03" + bytes(60), "holds no tensors"),
         (b"\xff" * 64, "is no safetensors file"),
     ],
 )

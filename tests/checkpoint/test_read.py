@@ -78,7 +78,7 @@ def test_a_variable_set_for_flux_dev_does_not_touch_an_embedded_model(small, sma
 def test_a_variable_that_names_a_folder_without_weights(official, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("FLUX_AE", str(tmp_path / "empty"))
-    with pytest.raises(FileError, match="empty is a folder with no safetensors file"):
+    with pytest.raises(FileError, match="empty is a folder with no file of weights"):
         load_autoencoder(DEV)
 
 

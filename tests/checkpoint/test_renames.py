@@ -13,7 +13,7 @@ from flux_core.commands.info import info
 from flux_core.commands.save import save
 from flux_core.commands.verify import verify
 from flux_core.errors import FileError
-from flux_core.linears.fp8 import quantize
+from flux_core.linears.formats import quantize
 from flux_core.model import AutoEncoder, Flux
 
 SMALL = small_variant()
@@ -77,7 +77,9 @@ def test_every_layout_loads(small, state, tmp_path, layout, fp8):
     plain_file = tmp_path / "ours" / "ours.safetensors"
     plain_file.parent.mkdir()
     save_file(state, plain_file)
-    found, expected = (load_flux(with_files(None, model=x), fp8=fp8).state_dict() for x in (path, plain_file))
+    found, expected = (
+        load_flux(with_files(None, model=x), format="fp8" if fp8 else None).state_dict() for x in (path, plain_file)
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in found)
     assert "whole and finite" in verify(str(path)) and "fits: flux-mini" in info(str(path))
@@ -94,7 +96,7 @@ def test_fp8_with_scales(small, state, tmp_path, scale):
     variants = [with_files(None, model=tmp_path / f"{name}.safetensors") for name in ("theirs", "ours")]
     check_files(variants[0])
     for kind in (False, True):
-        found, expected = (load_flux(variant, fp8=kind).state_dict() for variant in variants)
+        found, expected = (load_flux(variant, format="fp8" if kind else None).state_dict() for variant in variants)
         assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
 
 

@@ -72,13 +72,13 @@ def test_the_plain_set_is_read(tmp_path, there, indices, read):
 @pytest.mark.parametrize(
     ("there", "found"),
     [
-        (("a.safetensors", "b.safetensors"), "2 safetensors files and 0 indices"),
-        (("model.safetensors", "model.sft"), "2 safetensors files"),
-        (("model.fp16.safetensors", "model.bf16.safetensors"), "2 safetensors files"),
-        (("flux1-dev.safetensors", "flux1-dev-fp8.safetensors"), "2 safetensors files"),
-        (PLAIN + CUT, "3 safetensors files"),
-        (("m-00001-of-00002.safetensors", "m-00002-of-00003.safetensors"), "2 safetensors files"),
-        ((), "no safetensors file"),
+        (("a.safetensors", "b.safetensors"), "2 files of weights and 0 indices"),
+        (("model.safetensors", "model.sft"), "2 files of weights"),
+        (("model.fp16.safetensors", "model.bf16.safetensors"), "2 files of weights"),
+        (("flux1-dev.safetensors", "flux1-dev-fp8.safetensors"), "2 files of weights"),
+        (PLAIN + CUT, "3 files of weights"),
+        (("m-00001-of-00002.safetensors", "m-00002-of-00003.safetensors"), "2 files of weights"),
+        ((), "no file of weights"),
     ],
 )
 def test_what_is_several_sets_or_none_is_told(tmp_path, there, found):

@@ -19,7 +19,8 @@ from flux_core.checkpoint.files import text_files
 from flux_core.checkpoint.source import Span, find_source
 from flux_core.checkpoint.write import write_safetensors
 from flux_core.errors import FileError
-from flux_core.linears.fp8 import Fp8Linear, quantize
+from flux_core.linears.formats import quantize
+from flux_core.linears.fp8 import Fp8Linear
 from flux_core.model import AutoEncoder, Flux
 from flux_core.text import encoders
 
@@ -185,7 +186,7 @@ def test_whatever_ends_the_block_ends_the_readers(shards, monkeypatch, error):
 
 
 def states(variant):
-    models = load_flux(variant, dtype=torch.float32), load_flux(variant, fp8=True), load_autoencoder(variant)
+    models = load_flux(variant, dtype=torch.float32), load_flux(variant, format="fp8"), load_autoencoder(variant)
     return [model.state_dict() for model in models]
 
 
@@ -325,7 +326,7 @@ def test_what_was_read_is_what_the_network_holds(tmp_path, monkeypatch, fp8):
 
     monkeypatch.setattr(read, "opened", watched)
     monkeypatch.setattr(Fp8Linear, "scales_on", lambda self, device: device.type == "cpu")
-    model = load_flux(row, fp8=fp8)
+    model = load_flux(row, format="fp8" if fp8 else None)
     state = model.state_dict()
     kept = [name for name in taken if state[name].dtype == torch.bfloat16]
     assert len(kept) == len(taken) - fp8 * sum(isinstance(one, Fp8Linear) for one in model.modules())
@@ -365,7 +366,7 @@ def test_the_block_is_as_large_as_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "reserve", lambda device, sizes: asked.append(sum(sizes)))
     state = load_flux(row).state_dict()
     assert asked.pop() == sum(x.nbytes for x in state.values())
-    state = load_flux(row, fp8=True).state_dict()
+    state = load_flux(row, format="fp8").state_dict()
     coded = [x for x in state.values() if x.dtype == torch.float8_e4m3fn]
     scales = sum(x.nbytes for name, x in state.items() if name.endswith("weight_scale"))  # small: from elsewhere
     assert asked.pop() == sum(x.nbytes for x in state.values()) - scales + 8 * max(x.numel() for x in coded)

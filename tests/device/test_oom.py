@@ -137,7 +137,8 @@ def test_under_the_last_rung_is_exit_code_5(pipeline, monkeypatch, capsys, tmp_p
     assert short.calls == len(told) + 1 == (2 if owner == "model" else 3)
     assert error == (
         f"error: out of memory on cpu:0 while {while_} 64x48 pixels: 2.00 GiB more were asked for. Next: choose a "
-        "smaller --width and --height, a smaller --dtype (fp8, then bfloat16, then float32), or another --device"
+        "smaller --width and --height, a smaller --dtype (nf4, then int8 or fp8, then bfloat16, then float32), "
+        "or another --device"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -24,7 +24,8 @@ from flux_core.linears.contract import (
     parts,
     widening,
 )
-from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize, quantize_rows
+from flux_core.linears.formats import quantize
+from flux_core.linears.fp8 import E4M3, LARGEST, MARGIN, Fp8Linear, dequantize, quantize_rows
 from flux_core.model import MODULATION, ops
 from flux_core.pipeline.placement import move
 

@@ -8,7 +8,8 @@ from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 from flux_core import kernels
 from flux_core.kernels import fused, install, products, put, quantized
 from flux_core.linears.contract import QuantizedTokens
-from flux_core.linears.fp8 import Fp8Linear, has_fp8_units, quantize, quantize_rows
+from flux_core.linears.formats import quantize
+from flux_core.linears.fp8 import Fp8Linear, has_fp8_units, quantize_rows
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd

@@ -14,7 +14,8 @@ from flux_core import kernels
 from flux_core.kernels import describe, install, put
 from flux_core.linears import fp8
 from flux_core.linears.contract import Leaf
-from flux_core.linears.fp8 import Fp8Linear, quantize
+from flux_core.linears.formats import quantize
+from flux_core.linears.fp8 import Fp8Linear
 from flux_core.model import Flux, FluxParams, ops
 
 PARAMS = FluxParams(

@@ -24,14 +24,13 @@ from flux_core.device.choice import pick_dtype
 from flux_core.errors import FileError, UsageError
 from flux_core.images.metadata import read_request
 from flux_core.linears import fp8
+from flux_core.linears.formats import format_of, quantize
 from flux_core.linears.fp8 import (
     BF16,
     E4M3,
     Fp8Linear,
     dequantize,
     has_fp8_units,
-    is_quantized,
-    quantize,
     quantize_rows,
     stays_bf16,
 )
@@ -188,7 +187,7 @@ def test_compiled_blocks_share_two_graphs():
 
 def test_on_the_fly_saved_and_loaded_are_the_same(small, tmp_path):
     row = with_files("flux-mini")
-    on_the_fly = load_flux(row, fp8=True).state_dict()
+    on_the_fly = load_flux(row, format="fp8").state_dict()
     saved = save("flux-mini", dtype="fp8", output=tmp_path / "fp8")
     header = read_header(saved / small.flow_file)
     assert header.metadata["quantization"] == "float8_e4m3fn, fp32 weight_scale for each row"
@@ -199,7 +198,7 @@ def test_on_the_fly_saved_and_loaded_are_the_same(small, tmp_path):
     assert kinds["img_in.weight"] == kinds["single_blocks.0.norm.key_norm.scale"] == "BF16"
     assert {one.dtype for one in read_header(saved / small.ae_file).tensors.values()} == {"BF16"}
     again = with_files(model=saved)
-    same(load_flux(again, fp8=True).state_dict(), on_the_fly)
+    same(load_flux(again, format="fp8").state_dict(), on_the_fly)
     twice = save("flux-mini", "official", "fp8", tmp_path / "twice", model=saved)  # from fp8 to fp8
     same(load_file(twice / small.flow_file), load_file(saved / small.flow_file))
 
@@ -219,12 +218,12 @@ def test_files_of_any_dtype_and_layout_are_quantized_from_bf16(plain, load, dtyp
     model.load_state_dict({name: x.bfloat16() for name, x in state.items()}, assign=True)
     quantize(model)
     for layout in (state, to_diffusers(state, DEV.params), {f"model.diffusion_model.{x}": state[x] for x in state}):
-        same(load(layout, fp8=True).state_dict(), model.state_dict())
+        same(load(layout, format="fp8").state_dict(), model.state_dict())
 
 
 def test_a_plain_cast_keeps_its_codes(plain, load, capsys):
     cast = {name: x.to(E4M3) for name, x in plain.items()}
-    model = load(cast, fp8=True)
+    model = load(cast, format="fp8")
     assert capsys.readouterr().err == ""
     for name, x in model.state_dict().items():
         if name.endswith("weight_scale"):
@@ -264,7 +263,7 @@ def comfy(plain, how, newer):
 def test_comfyuis_two_layouts(plain, load, newer, how, prefix, capsys):
     state = comfy(plain, how, newer)
     files = {prefix + name: x for name, x in state.items()}
-    in_bf16, in_fp8 = load(files).state_dict(), load(files, fp8=True).state_dict()
+    in_bf16, in_fp8 = load(files).state_dict(), load(files, format="fp8").state_dict()
     if how != "e5m2":
         assert capsys.readouterr().err.count("; it is read as ") == 1  # fp8 in bf16, not fp8 in fp8
     for stem in QUANTIZED:
@@ -295,7 +294,7 @@ def test_what_no_fp8_file_has_is_told(plain, load):
     with pytest.raises(FileError, match=r"is quantized in a way that is not known here: .*qkv.weight is U8 \[96, 16\]"):
         load(state | wrong)
     with pytest.raises(FileError, match=r"weight_scale F32 \[5\]. Next: take the bf16 file"):
-        load(state | {f"{stem}.weight_scale": torch.ones(5)}, fp8=True)
+        load(state | {f"{stem}.weight_scale": torch.ones(5)}, format="fp8")
     with pytest.raises(FileError, match=r"1 unexpected \(nowhere.weight_scale\)"):
         load(state | {"nowhere.weight_scale": torch.ones(1)})
 
@@ -354,7 +353,7 @@ def test_no_more_than_one_linear_is_there_unquantized(plain, load, layout, monke
 
     monkeypatch.setattr(read, "opened", watched)
     state = {name: x.bfloat16() for name, x in plain.items()}  # a cast would make others of them
-    load(state if layout == "official" else to_diffusers(state, DEV.params), fp8=True)
+    load(state if layout == "official" else to_diffusers(state, DEV.params), format="fp8")
     assert most == (1 if layout == "official" else 4)  # there q, k, v and the MLP's rows make one Linear
     assert not alive
 
@@ -393,7 +392,7 @@ def load_picture(path):
 
 def test_a_pipeline_knows_its_precision(small):
     pipeline = load_pipeline("flux-mini", "cpu", "fp8")
-    assert pipeline.precision == "fp8" and pipeline.dtype == torch.bfloat16 and is_quantized(pipeline.model)
+    assert pipeline.precision == "fp8" and pipeline.dtype == torch.bfloat16 and format_of(pipeline.model) == "fp8"
     request = GenerationRequest(prompt="a red apple", width=128, height=128)
     assert pipeline.complete(request).dtype == "fp8"
     with pytest.raises(UsageError, match="the request is for bfloat16, but the model is loaded in fp8"):
@@ -427,9 +426,7 @@ def test_flux_mini_draws_the_same_picture_in_fp8(one_thread, monkeypatch):
 
 
 def test_errors(tmp_path, small):
-    with pytest.raises(
-        UsageError, match=r"--format diffusers has no fp8 with a scale for each row. Next: use --format"
-    ):
+    with pytest.raises(UsageError, match=r"--format diffusers has no fp8 as it is here. Next: use --format"):
         save("flux-mini", "diffusers", "fp8", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--dtype must be one of auto, bfloat16, bf16, float32, fp32, fp8"):

@@ -14,7 +14,7 @@ MINI = VARIANTS["flux-mini"]
 
 
 def model(fp8=False):
-    return load_flux(MINI, "cpu", torch.bfloat16 if fp8 else torch.float32, fp8=fp8)
+    return load_flux(MINI, "cpu", torch.bfloat16 if fp8 else torch.float32, format="fp8" if fp8 else None)
 
 
 @pytest.fixture(scope="module")

@@ -311,7 +311,7 @@ def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, monkeypatch
     from random_model import small_variant
 
     from flux_core.kernels import install
-    from flux_core.linears.fp8 import quantize
+    from flux_core.linears.formats import quantize
     from flux_core.model import Flux
     from flux_core.pipeline.loras import LoraSteps
     from flux_core.sampling import graph
