@@ -14,7 +14,7 @@ mean m, has codes of eight bits in its turn, in blocks B of 256, and a weight ta
     A_B = max |a_b - m| for b in B        d_b = the code of the number p[d] nearest to (a_b - m) / A_B
     a_b ~ p[d_b] A_B + m
 
-The error. A number is off by half of the gap it lies in: at most 0.15 of its block's largest in NF4, 0.17 in FP4. Of
+The error is half of the gap that a number lies in, or less: 0.15 of its block's largest in NF4, 0.17 in FP4. Of
 normal numbers that is 9.2 % in the mean (rms) in NF4 and 12.2 % in FP4, where e4m3 is off by 2.5 %. Double quantization
 changes no digit of these.
 
