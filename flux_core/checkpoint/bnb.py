@@ -21,12 +21,14 @@ from typing import Any
 from ..errors import FileError
 from ..jsonfile import quoted
 from ..linears.codebooks import CODEBOOKS
-from .header import open_file, read_into
+from .header import WEIGHT_DTYPES, open_file, read_into
 from .source import Source
 from .stored import Stored
 
 STATE = ".quant_state.bitsandbytes__"
 ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STORAGE = ("U8", "I8", *WEIGHT_DTYPES)
+"""the dtypes that packed codes may have (`bnb_4bit_quant_storage`)"""
 KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 BLOCKS = frozenset(32 << i for i in range(8))
@@ -85,6 +87,8 @@ def _stored(source: Source, name: str, weight: str, kind: str, text: bytes) -> S
     for part in parts.values():
         if part not in source.shapes:
             raise _wrong(source, part, "is missing")
+    if source.dtypes[weight] not in STORAGE:
+        raise _wrong(source, weight, f"is {source.dtypes[weight]}, which no packed codes are")
     size, expected = source.spans[weight].end - source.spans[weight].start, -(-count // 2)
     if size != expected:
         raise _wrong(source, weight, f"has {size:,} bytes where a weight of {list(shape)} has {expected:,}")

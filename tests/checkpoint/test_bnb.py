@@ -199,6 +199,7 @@ PARTS = {
     "no weight": (WEIGHT, without(WEIGHT)),
     "a byte more": (WEIGHT, put(WEIGHT, torch.zeros(1537, 1, dtype=torch.uint8))),
     "codes not packed": (WEIGHT, put(WEIGHT, torch.zeros(48, 64, dtype=torch.uint8))),
+    "codes of 16 bits": (WEIGHT, put(WEIGHT, torch.zeros(768, 1, dtype=torch.int16))),
     "no quant_map": (f"{WEIGHT}.quant_map", without(f"{WEIGHT}.quant_map")),
     "another table": (f"{WEIGHT}.quant_map", put(f"{WEIGHT}.quant_map", torch.linspace(-1, 1, 16))),
     "a table of NaN": (f"{WEIGHT}.quant_map", put(f"{WEIGHT}.quant_map", torch.full((16,), float("nan")))),
