@@ -1,6 +1,6 @@
 """Codes of four bits to a dense weight in one pass: half a byte is read and a number written for each weight.
 
-The plain function goes over the weight five times. Here a program takes a few blocks: a thread four bytes, so that 32
+The plain function goes over the weight four times. Here a program takes a few blocks: a thread four bytes, so that 32
 threads read one line of memory and each writes its eight numbers next to each other. Both codebooks are a few lines of
 the cache. A block's absmax is found once for all numbers of it that a thread has, from its own codes where it is
 quantized, too.
