@@ -21,12 +21,14 @@ from typing import Any
 from ..errors import FileError
 from ..jsonfile import quoted
 from ..linears.codebooks import CODEBOOKS
-from .header import open_file, read_into
+from .header import WEIGHT_DTYPES, open_file, read_into
 from .source import Source
 from .stored import Stored
 
 STATE = ".quant_state.bitsandbytes__"
 ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STORAGE = ("U8", "I8", *WEIGHT_DTYPES)
+"""the dtypes that packed codes may have (`bnb_4bit_quant_storage`)"""
 KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 BLOCKS = frozenset(32 << i for i in range(8))
@@ -79,19 +81,21 @@ def _stored(source: Source, name: str, weight: str, kind: str, text: bytes) -> S
         raise _wrong(source, name, f"is no quant_state that is known here: {error}") from None
     if details["quant_type"] != kind:
         raise _wrong(source, name, f"says quant_type {details['quant_type']}")
-    parts = {"weight": weight}
-    for role, (dtype, count) in _expected(math.prod(shape), details).items():
-        part = parts[role] = f"{weight}.{role}"
+    count, parts = math.prod(shape), {"weight": weight}
+    roles = _expected(count, details)
+    parts |= {role: f"{weight}.{role}" for role in roles}
+    for part in parts.values():
         if part not in source.shapes:
             raise _wrong(source, part, "is missing")
-        if (source.dtypes[part], source.shapes[part]) != (dtype, (count,)):
-            kept = f"{source.dtypes[part]} {list(source.shapes[part])[:8]}"
-            raise _wrong(source, part, f"is {kept} instead of {dtype} [{count}]")
-    if weight not in source.shapes:
-        raise _wrong(source, weight, "is missing")
-    size, expected = source.spans[weight].end - source.spans[weight].start, -(-math.prod(shape) // 2)
+    if source.dtypes[weight] not in STORAGE:
+        raise _wrong(source, weight, f"is {source.dtypes[weight]}, which no packed codes are")
+    size, expected = source.spans[weight].end - source.spans[weight].start, -(-count // 2)
     if size != expected:
         raise _wrong(source, weight, f"has {size:,} bytes where a weight of {list(shape)} has {expected:,}")
+    for role, (dtype, numbers) in roles.items():
+        kept = source.dtypes[parts[role]], source.shapes[parts[role]]
+        if kept != (dtype, (numbers,)):
+            raise _wrong(source, parts[role], f"is {kept[0]} {list(kept[1])[:8]} instead of {dtype} [{numbers}]")
     return Stored("nf4", shape, parts, details)
 
 

@@ -14,7 +14,7 @@ mean m, has codes of eight bits in its turn, in blocks B of 256, and a weight ta
     A_B = max |a_b - m| for b in B        d_b = the code of the number p[d] nearest to (a_b - m) / A_B
     a_b ~ p[d_b] A_B + m
 
-The error. A number is off by half of the gap it lies in: at most 0.15 of its block's largest in NF4, 0.17 in FP4. Of
+The error is half of the gap that a number lies in, or less: 0.15 of its block's largest in NF4, 0.17 in FP4. Of
 normal numbers that is 9.2 % in the mean (rms) in NF4 and 12.2 % in FP4, where e4m3 is off by 2.5 %. Double quantization
 changes no digit of these.
 
@@ -95,9 +95,11 @@ def unpack(
 
     codes: two in each byte, [ceil(n / 2), 1]; quant_map: fp32 [16]; absmax: fp32, or codes if nested, [ceil(n / 64)].
     """
-    places = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[: math.prod(shape)].int()
-    values = quant_map.index_select(0, places)
-    return multiply_blocks(values, widen_absmax(absmax, nested), blocksize).view(shape).to(dtype)
+    pairs = torch.stack((quant_map.repeat_interleave(16), quant_map.repeat(16)), dim=1)  # what each byte stands for
+    # Two fp32 numbers are looked up as one of 64 bits: a quarter of the time that an index for each number takes.
+    values = pairs.view(torch.int64).flatten().index_select(0, codes.flatten().int()).view(torch.float32)
+    values = multiply_blocks(values[: math.prod(shape)], widen_absmax(absmax, nested), blocksize)
+    return values.view(shape).to(dtype)
 
 
 def to_dense(
@@ -192,9 +194,9 @@ def quantize(
     tensors = {"weight": torch.cat(codes)[:, None], "absmax": absmax, "quant_map": numbers}
     details = {"quant_type": quant_type, "blocksize": blocksize, "dtype": ORIGINAL.get(x.dtype, "float32")}
     if double:
-        offset, table = absmax.mean(), dynamic_map(x.device)
-        ratios, largest_of = scaled(absmax - offset, NESTED_BLOCK)
-        tensors |= {"absmax": nearest(ratios, table), "nested_absmax": largest_of, "nested_quant_map": table}
+        offset, numbers = absmax.mean(), dynamic_map(x.device)
+        ratios, nested = scaled(absmax - offset, NESTED_BLOCK)
+        tensors |= {"absmax": nearest(ratios, numbers), "nested_absmax": nested, "nested_quant_map": numbers}
         details |= {"nested_blocksize": NESTED_BLOCK, "nested_offset": offset.item()}
     return tensors, details
 
