@@ -15,7 +15,7 @@ from .commands.table import COMMANDS, GROUPS, Command
 from .errors import FluxError, UsageError, nearest
 from .hub.client import read_env
 from .request.fields import Field
-from .terminal import abandon_stdout, note, tolerate_any_encoding
+from .terminal import abandon_stdout, note, one_line, tolerate_any_encoding
 from .version import __version__
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
@@ -157,7 +157,7 @@ def _run(argv: Sequence[str]) -> int:
 def _report(error: Exception) -> int:
     """Print an error and return its exit code."""
     if isinstance(error, FluxError):
-        note(f"error: {error}")
+        note(f"error: {one_line(str(error))}")
         return error.exit_code
     note(f"unexpected error: {type(error).__name__}: {error}\nrun with --debug to see where it comes from")
     return UNEXPECTED
