@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import FileError, UsageError
 from ..hooks import Lora
 from ..hooks.lora import Typed
 from ..hooks.plan import parse_plan
 from ..lora.file import check_drawable, check_matched, read_lora
 from ..lora.known import find_recorded, locate, record_of
 from ..request.fields import FIELDS, LORAS, pop_fields
+from ..terminal import one_line
 from ..variants import Variant
 
 
@@ -61,7 +62,7 @@ def checked_plan(plan: Sequence[Any], variant: Variant) -> tuple[Any, ...]:
 def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, Typed | None]]:
     """A picture's LoRAs, whose files are among those given, or are remembered; each with what was typed for it.
 
-    Files given beside are appended. UsageError asks for a file that is nowhere.
+    Files given beside are appended. FileError asks for a file that is nowhere.
     """
     typed = [Typed.of(words) for words in _groups(given)]
     files = {locate(one.file): one for one in typed}
@@ -73,6 +74,23 @@ def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, 
         used.add(path)
         found.append((entry, files.get(path)))
     return found + [(Lora(file=str(path)), one) for path, one in files.items() if path not in used]
+
+
+def found_again(recorded: Sequence[Lora], given: Sequence[Any], variant: Variant, what: str) -> list[Lora]:
+    """The LoRAs of `what` was drawn, `checked`, at their own scales. FileError for a file that is none of them,
+    UsageError for a scale."""
+    found = located(recorded, given)
+    names = ", ".join(one_line(entry.file) for entry in recorded)
+    for entry, typed in found:
+        if typed is not None and typed.text is not None:
+            raise UsageError(
+                f"--lora {typed.file} {typed.text}: {what} has scales of its own, and they are kept. Next: leave "
+                f"{typed.text} out, or draw anew"
+            )
+        if entry.sha256 is None and typed is not None:
+            those = f"none of {what}'s LoRAs, by its SHA-256 ({names})" if recorded else f"not needed: {what} has no LoRA"
+            raise FileError(f"{typed.file} is {those}. Next: leave it out, or draw anew")
+    return [checked(entry, variant) for entry, _ in found]
 
 
 def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) -> tuple[Any, ...]:
