@@ -95,6 +95,8 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any]) -> Explorat
         "save_latents": _FIELDS["save_latents"].parse(flags.pop("save_latents", None)),
         "metadata": not flags.pop("no_metadata", False),
     }
+    if lists["lora_scales"] and flags.get("lora_scale") is not None:
+        raise UsageError("--lora-scale and --lora-scales both say the scales. Next: leave --lora-scale out")
     variant = with_files(flags.get("name"), **files)
     loras = typed_entries(flags, variant)
     varied = [i for i, (_, typed) in enumerate(loras) if typed.scale is None]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
-from ..errors import MemoryShortage, UsageError
+from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
@@ -114,12 +114,12 @@ def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], va
 
 
 def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
-    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. UsageError."""
+    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. Errors name it."""
     fields = dict(line.fields)
     try:
         own = entries_of(fields, variant)
-    except UsageError as error:
-        raise UsageError(f"{line.where}: {error}") from None
+    except FluxError as error:
+        raise type(error)(f"{line.where}: {error}") from None
     kept = tuple(entry for entry in plan if not isinstance(entry, Lora))
     return replace(line, fields=fields | {"plan": (*kept, *own)}) if own else line
 

@@ -26,10 +26,16 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
     typed = [Typed.of(words) for words in _groups(flags.get("lora"))]
     if not typed and (idle := [FIELDS[name].flag for name, value in flags.items() if value]):
         raise UsageError(f"{idle[0]} does nothing without --lora. Next: add --lora FILE")
+    if typed and flags.get("lora_scale") is not None and all(one.scale is not None for one in typed):
+        raise UsageError(_idle_scale("every --lora has a scale of its own"))
     scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     entries = parse_plan([one.entry(scale, *options) for one in typed])
     return [(checked(entry, variant), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
+
+
+def _idle_scale(reason: str) -> str:
+    return f"--lora-scale is for LoRAs without a scale of their own, and {reason}. Next: leave it out"
 
 
 def _groups(value: Any) -> Sequence[Any]:
@@ -88,7 +94,9 @@ def found_again(recorded: Sequence[Lora], given: Sequence[Any], variant: Variant
                 f"{typed.text} out, or draw anew"
             )
         if entry.sha256 is None and typed is not None:
-            those = f"none of {what}'s LoRAs, by its SHA-256 ({names})" if recorded else f"not needed: {what} has no LoRA"
+            those = (
+                f"none of {what}'s LoRAs, by its SHA-256 ({names})" if recorded else f"no LoRA of {what}: it has none"
+            )
             raise FileError(f"{typed.file} is {those}. Next: leave it out, or draw anew")
     return [checked(entry, variant) for entry, _ in found]
 
@@ -99,8 +107,14 @@ def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) 
     flags = pop_fields(fields, LORAS)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     default = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")))
-    entries: list[Lora] = []
-    for entry, one in located([x for x in plan if isinstance(x, Lora)], flags.get("lora") or ()):
+    recorded, given = [x for x in plan if isinstance(x, Lora)], flags.get("lora") or ()
+    found, entries = located(recorded, given), list[Lora]()
+    if default is not None and all(one is not None and one.scale is not None for _, one in found):
+        raise UsageError(_idle_scale("each has one" if found else "the picture has no LoRA"))
+    if any(options) and not given:
+        flag = FIELDS["lora_allow_partial" if options[0] else "lora_merge"].flag
+        raise UsageError(f"{flag} does nothing without --lora. Next: add --lora FILE")
+    for entry, one in found:
         scale = entry.scale if default is None else default
         is_new = entry.sha256 is None
         if one is not None and (is_new or one.scale is not None):
@@ -108,5 +122,8 @@ def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) 
             (new,) = parse_plan([{**changed, "blocks": entry.blocks} if entry.blocks else changed])
             entries.append(checked(new, variant))  # type: ignore[arg-type]
         else:
-            entries.append(checked(entry.model_copy(update={"scale": scale}), variant))
+            added = {
+                name: True for name, on in zip(("partial", "merge"), options, strict=True) if on and one is not None
+            }
+            entries.append(checked(entry.model_copy(update={"scale": scale, **added}), variant))
     return (*(x for x in plan if not isinstance(x, Lora)), *entries)

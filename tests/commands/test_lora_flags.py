@@ -177,7 +177,7 @@ def test_what_repeat_would_ignore_is_an_error(files, tmp_path, capsys):
             assert main([*map(str, words), "--lora", *given]) == code
             assert re.search(finding, capsys.readouterr().err)
     assert main(["repeat", str(plain), "--force", "--lora", files[0]]) == 4
-    assert "the picture has no LoRA" in capsys.readouterr().err
+    assert "is no LoRA of the picture" in capsys.readouterr().err
 
 
 def test_edit_and_importance_draw_with_it(files, tmp_path):
@@ -351,3 +351,53 @@ def test_names_in_the_text_for_other_tools_are_what_they_split_rightly():
     text = parameters(GenerationRequest(prompt="x", width=48, height=32, force=True, plan=plan))
     assert text.startswith("x<lora:a_b__c__:1><lora:a_b__c__:1>\n")
     assert f'Lora hashes: "a_b__c__: {"1" * 12}, a_b__c__: {"2" * 12}"' in text
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "finding"),
+    [
+        (5, 2, "lora must be a text"),
+        ([], 2, "lora must be a text"),
+        ([5, 0.8], 2, "lora must be a text"),
+        ({"file": "a.safetensors", "scale": 1}, 2, "lora must be a text"),
+        ("", 2, "names no file"),
+        ("lost.safetensors 0.5", 4, "lost.safetensors"),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_prompts_is_told_with_its_line(files, tmp_path, capsys, value, code, finding):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": "x", "lora": value}))
+    assert main(["--prompt-file", str(lines), *SMALL]) == code
+    assert re.match(rf"error: {lines}, line 2: .*{finding}", capsys.readouterr().err)
+
+
+def test_a_table_with_decimal_commas(files, tmp_path, capsys):
+    lines, out = tmp_path / "lines.csv", tmp_path / "out"
+    cells = [f"{files[0]} 0,8", f"{files[0]} -,5@0,1", f"{files[0]} 1@0,1"]
+    lines.write_text("prompt;seed;lora\n" + "\n".join(f"x;{seed};{cell}" for seed, cell in enumerate(cells)))
+    run("--prompt-file", lines, *SMALL, out=out)
+    found = {read_request(path).seed: scales(path) for path in out.glob("flux*.png")}
+    assert found == {0: [("style", 0.8, None)], 1: [("style", -0.5, (0, 1))], 2: [("style", 1.0, (0, 1))]}
+    lines.write_text("prompt;lora\nx;lost.safetensors 0,8")
+    assert main(["--prompt-file", str(lines), *SMALL]) == 4
+    assert f"error: {lines}, line 2: lost.safetensors" in capsys.readouterr().err
+
+
+def test_a_scale_that_none_would_have_is_an_error(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    (plain,) = run("--prompt", "x", *SMALL, out=out)
+    (picture,) = run("--prompt", "x", *SMALL, "--lora", files[0], "0.8", out=out)
+    for words in (
+        ["--prompt", "x", *SMALL, "--lora", files[0], "0.8"],
+        ["--from-image", plain, "--force"],
+        ["--from-image", picture, "--force", "--lora", files[0], "0.8"],
+        ["explore", "--prompt", "x", *SMALL, "--lora", files[0], "--lora-scales", "0,0.5"],
+    ):
+        capsys.readouterr()
+        assert main([*map(str, words), "--lora-scale", "0.3"]) == 2
+        assert re.search("--lora-scale .* Next: leave", capsys.readouterr().err)
+    assert main(["--from-image", str(picture), "--force", "--lora-merge"]) == 2
+    (merged,) = run("--from-image", picture, "--force", "--lora", files[0], "--lora-merge", out=out)
+    assert read_request(merged).loras[0].merge and scales(merged) == [("style", 0.8, None)]
+    (changed,) = run("--from-image", picture, "--force", "--lora-scale", "0.3", out=out)
+    assert scales(changed) == [("style", 0.3, None)]
