@@ -67,8 +67,13 @@ class Known:
 def locate(text: str) -> Path:
     """The file that the user means: a path, a trainer's folder, or a hub id, as `owner/name` or with a file behind it.
 
-    FileError, AccessError or DiskError.
+    UsageError for a link, FileError, AccessError or DiskError.
     """
+    if re.match("https?://", text, re.IGNORECASE):
+        raise UsageError(
+            f"{text[:200]} is a link, and links are not fetched. Next: download the file and name it, or give its id "
+            "on the hub, as in --lora owner/name/file.safetensors"
+        )
     path = user_path(text)
     hub = _HUB.fullmatch(text)
     if path.exists() or path.is_symlink() or hub is None or text.startswith(("./", "../")):
@@ -81,7 +86,8 @@ def locate(text: str) -> Path:
 
 def _file_of(repo: str) -> str:
     """The LoRA in a hub repository. FileError where it is not clear which."""
-    every = [path.name for path in cached(repo, "*")] if offline() else hub_listing(repo, "the LoRA")
+    here = sorted({path.name for path in cached(repo, "*")}) if offline() else []
+    every = here or hub_listing(repo, "the LoRA")
     files = [name for name in every if name.endswith(SUFFIXES)]
     named = [name for want in FILE_NAMES for name in files if Path(name).stem == want]
     if named or len(files) == 1:

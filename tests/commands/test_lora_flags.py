@@ -17,6 +17,7 @@ from flux_core.commands.edit import edit
 from flux_core.commands.importance import importance
 from flux_core.errors import UsageError
 from flux_core.hooks.lora import Typed, ranges
+from flux_core.hub.client import without_network
 from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.session.record import read_rows
@@ -401,3 +402,31 @@ def test_a_scale_that_none_would_have_is_an_error(files, tmp_path, capsys):
     assert read_request(merged).loras[0].merge and scales(merged) == [("style", 0.8, None)]
     (changed,) = run("--from-image", picture, "--force", "--lora-scale", "0.3", out=out)
     assert scales(changed) == [("style", 0.3, None)]
+
+
+@pytest.mark.parametrize("given", ["owner/name", "owner/name/file.safetensors"])
+def test_without_network_the_hub_was_not_reached(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with without_network():  # which imports the client, that reads the variable below once
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert main(["--prompt", "x", "--lora", given]) == 4
+    err = capsys.readouterr().err
+    assert "of owner/name is not on this disk, and the hub could not be reached" in err and "FLUX_MODEL" not in err
+
+
+def test_a_link_is_not_fetched(capsys):
+    assert main(["--prompt", "x", "--lora", "https://example.org/a.safetensors"]) == 2
+    assert "links are not fetched. Next: download the file and name it, or give its id" in capsys.readouterr().err
+
+
+def test_a_scale_in_one_word_or_behind_an_equals_sign(files, tmp_path, capsys):
+    (drawn,) = run(
+        "--prompt", "x", *SMALL, "--lora", f"{files[0]} 0.5@1", f"--lora={files[1]} -2", out=tmp_path / "out"
+    )
+    assert scales(drawn) == [("style", 0.5, (1,)), ("other", -2.0, None)]
+    assert main(["--prompt", "x", "--lora=a.safetensors", "0.5"]) == 2
+    assert "Next: write --lora a.safetensors 0.5" in capsys.readouterr().err
+    assert main(["--prompt", "x", "--width=1", "2"]) == 2
+    assert "unexpected '2'" in capsys.readouterr().err
+    assert main(["--prompt", "x", "--lora", ""]) == 2
+    assert "--lora names no file" in capsys.readouterr().err
