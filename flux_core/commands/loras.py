@@ -83,7 +83,7 @@ def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, 
 
 
 def found_again(recorded: Sequence[Lora], given: Sequence[Any], variant: Variant, what: str) -> list[Lora]:
-    """The LoRAs of `what` was drawn, `checked`, at their own scales. FileError for a file that is none of them,
+    """The LoRAs that `what` records, `checked`, at their own scales. FileError for a file that is none of them,
     UsageError for a scale."""
     found = located(recorded, given)
     names = ", ".join(one_line(entry.file) for entry in recorded)
@@ -122,8 +122,7 @@ def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) 
             (new,) = parse_plan([{**changed, "blocks": entry.blocks} if entry.blocks else changed])
             entries.append(checked(new, variant))  # type: ignore[arg-type]
         else:
-            added = {
-                name: True for name, on in zip(("partial", "merge"), options, strict=True) if on and one is not None
-            }
-            entries.append(checked(entry.model_copy(update={"scale": scale, **added}), variant))
+            partial, merge = options if one is not None else (False, False)
+            update = {"scale": scale, "partial": entry.partial or partial, "merge": entry.merge or merge}
+            entries.append(checked(entry.model_copy(update=update), variant))
     return (*(x for x in plan if not isinstance(x, Lora)), *entries)

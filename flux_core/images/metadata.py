@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from ..errors import UsageError
 from ..request.fields import REQUEST
 from ..request.generation import MAX_PROMPT, GenerationRequest, check_untrusted
-from ..terminal import printable
+from ..terminal import one_line, printable
 from ..version import __version__
 from . import png
 from .pictures import parse_picture, read_bytes
@@ -145,9 +145,10 @@ def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
     if old.name != new.name:
         return []
     before, now = old.environment or {}, new.environment or {}
-    return [
+    found = [
         *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
         *(["it was drawn with other weights"] if old.weights != new.weights else []),
         *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
         *(f"{key} was {then}, now it is {now[key]}" for key, then in before.items() if now.get(key, then) != then),
     ]
+    return [one_line(reason) for reason in found]

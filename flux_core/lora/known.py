@@ -86,9 +86,8 @@ def locate(text: str) -> Path:
 
 def _file_of(repo: str) -> str:
     """The LoRA in a hub repository. FileError where it is not clear which."""
-    here = sorted({path.name for path in cached(repo, "*")}) if offline() else []
-    every = here or hub_listing(repo, "the LoRA")
-    files = [name for name in every if name.endswith(SUFFIXES)]
+    here = {path.name for suffix in SUFFIXES for path in cached(repo, f"*{suffix}")} if offline() else ()
+    files = sorted(here) or [name for name in hub_listing(repo, "the LoRA") if name.endswith(SUFFIXES)]
     named = [name for want in FILE_NAMES for name in files if Path(name).stem == want]
     if named or len(files) == 1:
         return (named or files)[0]

@@ -407,6 +407,8 @@ def test_a_scale_that_none_would_have_is_an_error(files, tmp_path, capsys):
 @pytest.mark.parametrize("given", ["owner/name", "owner/name/file.safetensors"])
 def test_without_network_the_hub_was_not_reached(tmp_path, monkeypatch, capsys, given):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--owner--name" / "snapshots" / "0").mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "snapshots" / "0" / "README.md").touch()
     with without_network():  # which imports the client, that reads the variable below once
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert main(["--prompt", "x", "--lora", given]) == 4
