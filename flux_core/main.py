@@ -15,7 +15,7 @@ from .commands.table import COMMANDS, GROUPS, Command
 from .errors import FluxError, UsageError, nearest
 from .hub.client import read_env
 from .request.fields import Field
-from .terminal import abandon_stdout, note, tolerate_any_encoding
+from .terminal import abandon_stdout, note, one_line, tolerate_any_encoding
 from .version import __version__
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     parser = build_parser(name)
     flags, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UsageError(_unknown(unknown, parser))
+        raise UsageError(_unknown(unknown, words, parser))
     values = {key: value for key, value in vars(flags).items() if value is not None}
     del values["debug"]
     return COMMANDS[name], values
@@ -114,10 +114,13 @@ def _dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") and " " not in flag else word
 
 
-def _unknown(words: list[str], parser: Parser) -> str:
-    """The error text for words that no flag takes."""
+def _unknown(words: list[str], argv: Sequence[str], parser: Parser) -> str:
+    """The error text for words of `argv` that no flag takes."""
     flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
+        before, _, value = argv[max(argv.index(words[0]) - 1, 0)].partition("=")
+        if value and any(before in action.option_strings and action.nargs == "+" for action in parser._actions):
+            return f"{before}= takes one value, and {words[0]!r} follows it. Next: write {before} {value} {words[0]}"
         return f"unexpected {words[0]!r}: a prompt follows --prompt, in quotes; a command comes first"
     known = [option for action in parser._actions for option in action.option_strings]
     return f"unknown flag {flag}.{nearest(flag, known)} See `{parser.prog} --help`"
@@ -157,7 +160,7 @@ def _run(argv: Sequence[str]) -> int:
 def _report(error: Exception) -> int:
     """Print an error and return its exit code."""
     if isinstance(error, FluxError):
-        note(f"error: {error}")
+        note(f"error: {one_line(str(error))}")
         return error.exit_code
     note(f"unexpected error: {type(error).__name__}: {error}\nrun with --debug to see where it comes from")
     return UNEXPECTED

@@ -1,6 +1,7 @@
 """Output to the terminal: without Unicode, into a closed pipe, or without any stream."""
 
 import os
+import re
 import sys
 
 
@@ -11,15 +12,25 @@ def tolerate_any_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(text: str) -> str:
+    """The text with a space for each control character but newline and tab, which PNG forbids or terminals act on."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, with a space for newline and tab, too: a name from a file must not look like lines of ours."""
+    return re.sub(r"[\n\t]", " ", printable(text))
+
+
 def tell(text: str) -> None:
     """Print a result to stdout."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def note(text: str) -> None:
     """Print what the user should know to stderr; nothing where there is no stderr."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def no_bars() -> bool | None:

@@ -31,7 +31,7 @@ from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from ..variants import Variant
 from ..version import __version__
-from .loras import checked, located, typed_entries
+from .loras import found_again, typed_entries
 from .stepwise import Stepwise
 from .table import EXPLORE
 
@@ -95,6 +95,8 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any]) -> Explorat
         "save_latents": _FIELDS["save_latents"].parse(flags.pop("save_latents", None)),
         "metadata": not flags.pop("no_metadata", False),
     }
+    if lists["lora_scales"] and flags.get("lora_scale") is not None:
+        raise UsageError("--lora-scale and --lora-scales both say the scales. Next: leave --lora-scale out")
     variant = with_files(flags.get("name"), **files)
     loras = typed_entries(flags, variant)
     varied = [i for i, (_, typed) in enumerate(loras) if typed.scale is None]
@@ -111,10 +113,7 @@ def _check_loras(exploration: Exploration, files: dict[str, Any], given: Any) ->
     """Find the LoRAs of a session, among those given or where they were; their headers are compared with the model."""
     variant = with_files(exploration.request["name"], **files)
     loras = exploration.request_of(next(iter(exploration.places))).loras
-    for entry, typed in located(loras, given or ()):
-        if entry.sha256 is None and typed is not None:
-            raise UsageError(f"--resume draws what the session's folder says: {typed.file} is none of its LoRAs")
-        checked(entry, variant)
+    found_again(loras, given or (), variant, "the session")
 
 
 def _prompts(file: str) -> list[str]:

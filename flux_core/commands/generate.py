@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
-from ..errors import MemoryShortage, UsageError
+from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan, parse_plan, read_plan, short_form
@@ -27,7 +27,7 @@ from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
 from ..request.prompt_lines import Line, read_lines
-from ..terminal import no_bars, note, tell
+from ..terminal import no_bars, note, one_line, tell
 from ..variants import Variant
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
@@ -114,12 +114,12 @@ def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], va
 
 
 def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
-    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. UsageError."""
+    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. Errors name it."""
     fields = dict(line.fields)
     try:
         own = entries_of(fields, variant)
-    except UsageError as error:
-        raise UsageError(f"{line.where}: {error}") from None
+    except FluxError as error:
+        raise type(error)(f"{line.where}: {error}") from None
     kept = tuple(entry for entry in plan if not isinstance(entry, Lora))
     return replace(line, fields=fields | {"plan": (*kept, *own)}) if own else line
 
@@ -131,7 +131,7 @@ def _recorded_fields(old: GenerationRequest, origin: InitImage | None) -> dict[s
     if old.init_image is not None and origin is not None and old.init_image.sha256 != origin.sha256:
         note(f"{origin.file!r} is another picture than the {old.init_image.file!r} that was used")
     if old.functions:
-        note(f"interventions that the picture's file cannot hold are missing: {'; '.join(old.functions)}")
+        note(f"interventions that the picture's file cannot hold are missing: {one_line('; '.join(old.functions))}")
     return old.model_dump(exclude={*DRAWN_BY, "init_image", "plan"})
 
 
@@ -179,7 +179,7 @@ def _draw_typed_lines(draw: Callable[[list[GenerationRequest]], list[Path]], fie
                 paths += draw(build_requests(None, fields))
                 fields = {**fields, "seed": None}
         except (UsageError, MemoryShortage) as error:
-            note(f"error: {error}")
+            note(f"error: {one_line(str(error))}")
     return paths
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from ..checkpoint.check import fits
 from ..checkpoint.source import SUFFIXES, find_source
 from ..errors import FileError
-from ..images.metadata import KEY, describe_foreign, printable, read_texts
+from ..images.metadata import KEY, describe_foreign, read_texts
 from ..lora.describe import describe
-from ..terminal import tell
+from ..terminal import printable, tell
 
 
 def info(file: str) -> str:

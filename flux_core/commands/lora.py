@@ -11,7 +11,6 @@ from ..checkpoint.contents import Contents, find_contents, listing
 from ..checkpoint.files import flow_path
 from ..errors import FileError, UsageError
 from ..files import user_path
-from ..images.metadata import printable
 from ..lora.describe import best_fit, describe
 from ..lora.dialects import NETWORKS, TEXT
 from ..lora.file import LoraFile, check_matched, read_lora, resolve_text, widened_input
@@ -31,7 +30,7 @@ _MERGE = {field.name: field for field in LORA_MERGE}
 
 def print_info(file: str) -> None:
     """Print what a LoRA holds: dialect, ranks, alphas, modules, the models that it fits, metadata."""
-    tell(printable("\n".join(describe(file))))
+    tell("\n".join(describe(file)))
 
 
 def convert(source: str | Path, target: str | Path, to: str | None = None, allow_partial: bool = False) -> Path:

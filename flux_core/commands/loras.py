@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import FileError, UsageError
 from ..hooks import Lora
 from ..hooks.lora import Typed
 from ..hooks.plan import parse_plan
 from ..lora.file import check_drawable, check_matched, read_lora
 from ..lora.known import find_recorded, locate, record_of
 from ..request.fields import FIELDS, LORAS, pop_fields
+from ..terminal import one_line
 from ..variants import Variant
 
 
@@ -25,10 +26,16 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
     typed = [Typed.of(words) for words in _groups(flags.get("lora"))]
     if not typed and (idle := [FIELDS[name].flag for name, value in flags.items() if value]):
         raise UsageError(f"{idle[0]} does nothing without --lora. Next: add --lora FILE")
+    if typed and flags.get("lora_scale") is not None and all(one.scale is not None for one in typed):
+        raise UsageError(_idle_scale("every --lora has a scale of its own"))
     scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     entries = parse_plan([one.entry(scale, *options) for one in typed])
     return [(checked(entry, variant), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
+
+
+def _idle_scale(reason: str) -> str:
+    return f"--lora-scale is for LoRAs without a scale of their own, and {reason}. Next: leave it out"
 
 
 def _groups(value: Any) -> Sequence[Any]:
@@ -61,7 +68,7 @@ def checked_plan(plan: Sequence[Any], variant: Variant) -> tuple[Any, ...]:
 def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, Typed | None]]:
     """A picture's LoRAs, whose files are among those given, or are remembered; each with what was typed for it.
 
-    Files given beside are appended. UsageError asks for a file that is nowhere.
+    Files given beside are appended. FileError asks for a file that is nowhere.
     """
     typed = [Typed.of(words) for words in _groups(given)]
     files = {locate(one.file): one for one in typed}
@@ -75,14 +82,39 @@ def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, 
     return found + [(Lora(file=str(path)), one) for path, one in files.items() if path not in used]
 
 
+def found_again(recorded: Sequence[Lora], given: Sequence[Any], variant: Variant, what: str) -> list[Lora]:
+    """The LoRAs that `what` records, `checked`, at their own scales. FileError for a file that is none of them,
+    UsageError for a scale."""
+    found = located(recorded, given)
+    names = ", ".join(one_line(entry.file) for entry in recorded)
+    for entry, typed in found:
+        if typed is not None and typed.text is not None:
+            raise UsageError(
+                f"--lora {typed.file} {typed.text}: {what} has scales of its own, and they are kept. Next: leave "
+                f"{typed.text} out, or draw anew"
+            )
+        if entry.sha256 is None and typed is not None:
+            those = (
+                f"none of {what}'s LoRAs, by its SHA-256 ({names})" if recorded else f"no LoRA of {what}: it has none"
+            )
+            raise FileError(f"{typed.file} is {those}. Next: leave it out, or draw anew")
+    return [checked(entry, variant) for entry, _ in found]
+
+
 def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) -> tuple[Any, ...]:
     """A recorded picture's plan with the LoRAs of the flags: a scale typed for one of its files replaces the recorded
     one, other files are added. Removes the flags."""
     flags = pop_fields(fields, LORAS)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     default = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")))
-    entries: list[Lora] = []
-    for entry, one in located([x for x in plan if isinstance(x, Lora)], flags.get("lora") or ()):
+    recorded, given = [x for x in plan if isinstance(x, Lora)], flags.get("lora") or ()
+    found, entries = located(recorded, given), list[Lora]()
+    if default is not None and all(one is not None and one.scale is not None for _, one in found):
+        raise UsageError(_idle_scale("each has one" if found else "the picture has no LoRA"))
+    if any(options) and not given:
+        flag = FIELDS["lora_allow_partial" if options[0] else "lora_merge"].flag
+        raise UsageError(f"{flag} does nothing without --lora. Next: add --lora FILE")
+    for entry, one in found:
         scale = entry.scale if default is None else default
         is_new = entry.sha256 is None
         if one is not None and (is_new or one.scale is not None):
@@ -90,5 +122,7 @@ def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) 
             (new,) = parse_plan([{**changed, "blocks": entry.blocks} if entry.blocks else changed])
             entries.append(checked(new, variant))  # type: ignore[arg-type]
         else:
-            entries.append(checked(entry.model_copy(update={"scale": scale}), variant))
+            partial, merge = options if one is not None else (False, False)
+            update = {"scale": scale, "partial": entry.partial or partial, "merge": entry.merge or merge}
+            entries.append(checked(entry.model_copy(update=update), variant))
     return (*(x for x in plan if not isinstance(x, Lora)), *entries)

@@ -15,16 +15,15 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FileError, UsageError
 from ..files import prepare_folder
-from ..hooks import Lora
 from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
 from ..request.fields import DEVICE, FILES, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..session.record import read_rows
-from ..terminal import note, tell
+from ..terminal import note, one_line, tell
 from ..variants import Variant
-from .loras import checked, located
+from .loras import found_again
 from .table import REPEAT
 
 _FIELDS = {field.name: field for field in REPEAT}
@@ -64,11 +63,11 @@ def repeat(
     if request.init_image is not None:
         raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
     for line in request.functions:
-        note(f"an intervention that the picture's file cannot hold is missing: {line}")
+        note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
     variant, given = with_files(request.name, **pop_fields(files, FILES)), files.pop("lora", None)
     fields = request.model_dump(exclude=set(DRAWN_BY))
-    if request.loras and not from_latents:
-        fields["plan"] = (*request.hooks, *_loras(request, given, variant))
+    if given or (request.loras and not from_latents):
+        fields["plan"] = (*request.hooks, *found_again(request.loras, given or (), variant, "the picture"))
     new = GenerationRequest(**fields, force=force, allow_empty_prompt=allow_empty_prompt)  # no file may grant these
     folder, num_threads = prepare_folder(output_dir), THREADS.parse(threads)
     set_threads(num_threads)
@@ -81,16 +80,6 @@ def repeat(
     tell(str(path))
     _compare(path, recorded)
     return path
-
-
-def _loras(request: GenerationRequest, given: Any, variant: Variant) -> list[Lora]:
-    """The picture's LoRAs, once their files are found. UsageError for a file that is none of them."""
-    found = located(request.loras, given or ())
-    for entry, typed in found:
-        if entry.sha256 is None and typed is not None:
-            names = ", ".join(x.file for x in request.loras)
-            raise UsageError(f"{typed.file} is none of the picture's LoRAs ({names}). Next: leave it out, or draw anew")
-    return [checked(entry, variant) for entry, _ in found]
 
 
 def _recorded(file: Path, row: int | None) -> Recorded:

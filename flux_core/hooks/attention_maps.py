@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 from ..params import FluxParams
 from .capture import Collector
-from .intervention import Patterns, _parse_steps
+from .intervention import Patterns, parse_steps
 from .seam import At, Placed
 from .sites import match_blocks
 
@@ -23,7 +23,7 @@ CHUNK = 256
 
 
 def _tokens(value: object) -> object:
-    return value if value in ("img", "txt", "all") else _parse_steps(value)
+    return value if value in ("img", "txt", "all") else parse_steps(value)
 
 
 Tokens = Annotated[Literal["img", "txt", "all"] | tuple[int, ...], BeforeValidator(_tokens)]

@@ -20,7 +20,7 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-def _parse_steps(value: Any) -> Any:
+def parse_steps(value: Any) -> Any:
     """Sorted steps from `3`, `"0-14"`, `"0-14/2"` (every second step), `"0-4,9"`, or a list of these."""
     if value is None or isinstance(value, range):
         return value and tuple(value)
@@ -39,7 +39,7 @@ def _parse_steps(value: Any) -> Any:
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
-Steps = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_steps)]
+Steps = Annotated[tuple[int, ...] | None, BeforeValidator(parse_steps)]
 
 
 class Intervention(BaseModel):

@@ -4,7 +4,6 @@ It hooks into nothing: the pipeline attaches the file and sets its scale before 
 record of one, as pictures carry it, has the file's own name and its hash; nothing is opened by that name.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +12,8 @@ from pydantic import AfterValidator, Field
 
 from ..errors import UsageError
 from ..params import FluxParams
-from .intervention import Intervention, Patterns
+from ..terminal import one_line
+from .intervention import Intervention, Patterns, parse_steps
 from .seam import Placed
 from .sites import match_blocks
 
@@ -21,10 +21,10 @@ LARGEST = 1000.0
 """the largest scale, of either sign"""
 
 
-def _finite(value: float) -> float:
-    if not (math.isfinite(value) and abs(value) <= LARGEST):
+def _bounded(value: float) -> float:
+    if not abs(value) <= LARGEST:
         raise ValueError(f"a scale is a number from -{LARGEST:g} to {LARGEST:g}")
-    return value
+    return value or 0.0  # -0 draws the same picture as 0, and is recorded as it
 
 
 class Lora(Intervention):
@@ -36,7 +36,7 @@ class Lora(Intervention):
     kind: Literal["lora"] = "lora"
     file: Annotated[str, Field(min_length=1)]
     """a safetensors file, a folder that a trainer wrote, or a hub repository; in a record the file's own name"""
-    scale: Annotated[float, AfterValidator(_finite)] = 1.0
+    scale: Annotated[float, Field(strict=True), AfterValidator(_bounded)] = 1.0
     blocks: Patterns | None = None
     """None: all layers, and the text encoders"""
     partial: bool = False
@@ -54,12 +54,12 @@ class Lora(Intervention):
 
     @property
     def label(self) -> str:
-        return f"the LoRA {Path(self.file).name} at {self.scale:g}"
+        return f"the LoRA {one_line(Path(self.file).name)} at {self.scale:g}"
 
     @property
     def name(self) -> str:
         """The file's name as other tools write it, without its suffix."""
-        return Path(self.file).stem
+        return one_line(Path(self.file).stem)
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         """Nothing; checks that there are such blocks."""
@@ -67,10 +67,18 @@ class Lora(Intervention):
             match_blocks(self.blocks, params)
         if self.merge and (self.blocks is not None or self.steps is not None):
             raise UsageError(
-                f"a merged LoRA is in the weights at every step and in every block: {Path(self.file).name} cannot be "
+                f"a merged LoRA is in the weights at every step and in every block: {self.name} cannot be "
                 "for some. Next: leave --lora-merge out"
             )
         return []
+
+    def check_steps(self, num_steps: int) -> None:
+        if self.steps is not None and self.steps[-1] >= num_steps:
+            last, file = num_steps - 1, one_line(Path(self.file).name)
+            raise UsageError(
+                f"--lora {file} {self.scale:g}@{ranges(self.steps)}: there is no step {self.steps[-1]}, the last is "
+                f"{last}. Next: name steps from 0 to {last}, as in {self.scale:g}@0-{last}, or more --num-steps"
+            )
 
     def settings(self) -> str:
         """Name, scale and steps, for people."""
@@ -92,8 +100,13 @@ def ranges(steps: tuple[int, ...]) -> str:
 class Typed:
     """A LoRA as a user writes it: a file, and maybe a scale, as in `style.safetensors 0.8@0-13`."""
 
-    def __init__(self, file: str, scale: float | None = None, steps: str | None = None) -> None:
-        self.file, self.scale, self.steps = file, scale, steps
+    def __init__(self, file: str, text: str | None = None) -> None:
+        """text: the scale, and behind an @ the steps. UsageError."""
+        self.file, self.text = file, text
+        self.scale: float | None = None
+        self.steps: str | None = None
+        if text is not None:
+            self.scale, self.steps = _scale_and_steps(file, text.strip())
 
     @classmethod
     def of(cls, words: Any) -> Self:
@@ -103,21 +116,14 @@ class Typed:
         parts = words.rsplit(maxsplit=1) if isinstance(words, str) else [str(word) for word in words]
         if isinstance(words, str) and len(parts) == 2 and not _SCALE.fullmatch(parts[1]):
             parts = [words]  # a space in the file's name
-        if not 1 <= len(parts) <= 2 or not parts[0].strip():
+        if len(parts) > 2:
             raise UsageError(
                 f"--lora takes a file and a scale, not {len(parts)} values ({' '.join(parts)[:60]!a}). "
                 "Next: --lora FILE SCALE for each file"
             )
-        file, text = parts[0].strip(), parts[1] if len(parts) == 2 else None
-        if text is None:
-            return cls(file)
-        found = _SCALE.fullmatch(text.strip())
-        if not found or not math.isfinite(float(found[1])) or abs(float(found[1])) > LARGEST:
-            raise UsageError(
-                f"--lora {file} {text}: a scale is a number from -{LARGEST:g} to {LARGEST:g}, with steps behind an @, "
-                "as in 0.8 or 0.8@0-13"
-            )
-        return cls(file, float(found[1]), found[2])
+        if not parts or not parts[0].strip():
+            raise UsageError("--lora names no file: its value is empty. Next: --lora FILE SCALE, or leave it out")
+        return cls(parts[0].strip(), *parts[1:])
 
     def entry(self, default: float = 1.0, partial: bool = False, merge: bool = False) -> dict[str, Any]:
         """The entry of a plan. default: the scale where none was written."""
@@ -128,4 +134,21 @@ class Typed:
         return entry if self.steps is None else entry | {"steps": self.steps}
 
 
-_SCALE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:@(\d[\d,/-]*))?")
+_SCALE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:@(\d[\d,/-]*))?", re.ASCII)
+
+
+def _scale_and_steps(file: str, text: str) -> tuple[float, str | None]:
+    """The scale in a text, and the steps behind its @. UsageError."""
+    found, start = _SCALE.fullmatch(text), f"--lora {file} {text}"
+    if not found or not abs(float(found[1])) <= LARGEST:
+        raise UsageError(
+            f"{start}: a scale is a number from -{LARGEST:g} to {LARGEST:g}, with steps behind an @. "
+            "Next: write it as 0.8 or 0.8@0-13"
+        )
+    try:
+        parse_steps(found[2])
+    except ValueError as error:
+        raise UsageError(
+            f"{start}: {error}. Next: write steps from the first to the last, as in {found[1]}@0-13, or no @ for all"
+        ) from None
+    return float(found[1]), found[2]

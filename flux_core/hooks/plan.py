@@ -76,7 +76,7 @@ def _finding(error: ValidationError | TypeError, entries: Any) -> str:
     if isinstance(error, TypeError):
         return f"a plan is a list of interventions, not {type(entries).__name__}"
     first = first_finding(error)
-    where = [part for part in first["loc"] if part not in KINDS]
+    where = [part for place, part in enumerate(first["loc"]) if place != 1]  # there is the kind
     number = int(where[0]) + 1 if where and isinstance(where[0], int) else 1
     entry = entries[number - 1] if isinstance(entries, Sequence) and len(entries) >= number else None
     kind = entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from ..errors import AccessError, DiskError, FileError, FluxError, UsageError
 from ..files import user_path
 from ..terminal import note
+from ..variants import VARIANTS
 
 HUB = "https://huggingface.co"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
@@ -322,9 +323,11 @@ def _unreachable(repo: str, wanted: str, detail: str = "") -> FileError:
         detail, first = " (HF_HUB_OFFLINE is set)", "unset HF_HUB_OFFLINE"
     else:
         detail, first = detail or f" ({endpoint()})", "connect"
+    is_model = any(repo == variant.repo for variant in VARIANTS.values())
+    own = "point FLUX_MODEL and FLUX_AE to files you have" if is_model else "name a file or folder you have"
     return FileError(
         f"{wanted} of {repo} is not on this disk, and the hub could not be reached{detail}. "
-        f"Next: {first} and run this again, or point FLUX_MODEL and FLUX_AE to files you have."
+        f"Next: {first} and run this again, or {own}."
     )
 
 

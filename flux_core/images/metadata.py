@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from ..errors import UsageError
 from ..request.fields import REQUEST
 from ..request.generation import MAX_PROMPT, GenerationRequest, check_untrusted
+from ..terminal import one_line, printable
 from ..version import __version__
 from . import png
 from .pictures import parse_picture, read_bytes
@@ -57,7 +58,8 @@ def cut(prompt: str) -> str:
 
 def parameters(request: GenerationRequest) -> str:
     """The `parameters` text of A1111. Its `CFG scale` is true CFG; learned guidance has Forge's name."""
-    words = "".join(f"<lora:{entry.name}:{entry.scale:g}>" for entry in request.loras)
+    loras = [(re.sub('[,<>:"]', "_", entry.name), entry) for entry in request.loras]  # at these readers split
+    words = "".join(f"<lora:{name}:{entry.scale:g}>" for name, entry in loras)
     texts = [request.prompt + words] + (
         [f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else []
     )
@@ -69,15 +71,10 @@ def parameters(request: GenerationRequest) -> str:
     values |= {"Seed": request.seed, "Size": f"{request.width}x{request.height}", "Model": request.name}
     if request.init_image is not None:
         values["Denoising strength"] = request.strength
-    if hashes := {entry.name: entry.autov3 for entry in request.loras if entry.autov3}:
-        values["Lora hashes"] = '"' + ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) + '"'
+    if hashes := dict.fromkeys(f"{name}: {entry.autov3}" for name, entry in loras if entry.autov3):
+        values["Lora hashes"] = f'"{", ".join(hashes)}"'
     values["Version"] = f"flux_core {request.version}"
     return "\n".join([*map(printable, texts), ", ".join(f"{key}: {value}" for key, value in values.items())])
-
-
-def printable(text: str) -> str:
-    """The text with a space for each control character but newline and tab, which PNG forbids or terminals act on."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -148,9 +145,10 @@ def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
     if old.name != new.name:
         return []
     before, now = old.environment or {}, new.environment or {}
-    return [
+    found = [
         *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
         *(["it was drawn with other weights"] if old.weights != new.weights else []),
         *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
         *(f"{key} was {then}, now it is {now[key]}" for key, then in before.items() if now.get(key, then) != then),
     ]
+    return [one_line(reason) for reason in found]

@@ -10,7 +10,7 @@ from ..checkpoint.source import Source, find_source
 from ..errors import FileError
 from ..variants import DEFAULT, VARIANTS, Variant
 from .dialects import TEXT, other_algebra, other_model
-from .file import LoraFile, check_shapes, find_lora, read_names, widened_input
+from .file import LoraFile, Misfit, check_shapes, find_lora, read_names, widened_input
 
 MOST = 200
 """characters of a header's value that are printed"""
@@ -29,6 +29,9 @@ def best_fit(path: str | Path) -> tuple[LoraFile, list[Variant], str]:
         try:
             check_shapes(lora, variant.params)
             fits.append((count, lora, variant))
+        except Misfit as error:
+            finding = str(error).partition(" Next:")[0].replace("the model has", f"{variant.name} has")
+            others.append((count, lora, f"{finding} It has not the sizes of FLUX.1. Next: give a LoRA for FLUX.1."))
         except FileError as error:
             others.append((count, lora, str(error)))
     most = max((count for count, _, _ in fits), default=0)

@@ -43,6 +43,10 @@ FILE_NAMES = ("pytorch_lora_weights", "adapter_model", "lora")
 """names of the file to use in a folder of several, the first that is there"""
 
 
+class Misfit(FileError):
+    """A LoRA for a model of other sizes."""
+
+
 @dataclass(frozen=True)
 class Module:
     """One trained module: where its difference goes, and the file's tensors that it is made of."""
@@ -217,7 +221,7 @@ def check_shapes(lora: LoraFile, params: FluxParams) -> None:
     table = Table(params)
     for parameter, name in lora.norms.items():
         if (found := lora.source.shapes[name]) != table.shapes[parameter]:
-            raise FileError(_misfit(lora.source.path, name, found, table.shapes[parameter]))
+            raise Misfit(_misfit(lora.source.path, name, found, table.shapes[parameter]))
     for module in lora.of("transformer"):
         check_module(lora, module, table.shape(module.target))
 
@@ -339,13 +343,13 @@ def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
     path, found = lora.path, check_factors(lora, module)
     wide = expected[0] + module.target.spare_rows, *(size + module.target.spare_columns for size in expected[1:])
     if found is not None and found not in (expected, wide) and not _widens(module, found, expected):
-        raise FileError(_misfit(path, module.stem, found, expected))
+        raise Misfit(_misfit(path, module.stem, found, expected))
     for role in ("diff_b", "up_bias", "magnitude"):
         if (shape := module.shapes.get(role)) is None:
             continue
         by_rows = math.prod(shape) in (expected[0], wide[0])
         if not (_magnitude_fits(shape, expected, wide) if role == "magnitude" else by_rows):
-            raise FileError(_misfit(path, f"{module.stem} ({role})", shape, expected[:1]))
+            raise Misfit(_misfit(path, f"{module.stem} ({role})", shape, expected[:1]))
 
 
 def check_factors(lora: LoraFile, module: Module) -> Shape | None:

@@ -22,6 +22,7 @@ from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
 from ..model import MODULATION, Flux
 from ..model.layers import RMSNorm
+from ..terminal import one_line
 from .delta import Delta
 from .dialects import TEXT, Network
 from .file import LoraFile, Module, check_drawable, check_matched, read_lora, resolve_text, widened_input
@@ -173,7 +174,7 @@ def summary(file: LoraFile, networks: Networks | None = None, alphas: Mapping[st
         parts.append(f"without {', '.join(file.unmatched[:5])}{', …' if len(file.unmatched) > 5 else ''}")
     if file.words:
         parts.append(f"words: {file.words[:200]}")
-    return ", ".join(parts)
+    return one_line(", ".join(parts))
 
 
 def _alpha(file: LoraFile, alphas: Mapping[str, float]) -> str:

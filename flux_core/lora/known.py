@@ -20,6 +20,7 @@ from ..files import user_path, write_whole
 from ..hooks import Lora
 from ..hub.client import cache_folder, cached, offline
 from ..hub.places import hub_file, hub_listing
+from ..terminal import one_line
 from .file import FILE_NAMES, find_lora
 
 CHUNK = 1 << 22
@@ -30,7 +31,8 @@ _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:safetenso
 
 
 _NAMED: dict[str, "Known"] = {}
-"""the files that this process was given, by hash: where nothing can be written they are known all the same"""
+"""the files that this process was given, by path, the latest last: where nothing can be written they are known all the
+same"""
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,30 @@ class Known:
     @property
     def is_there(self) -> bool:
         """Whether the file is where it was, unchanged since."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError, TypeError):
             found = os.stat(self.path)
             return (found.st_size, found.st_mtime_ns) == (self.size, self.changed)
+        return False
+
+    @property
+    def is_same(self) -> bool:
+        """Whether its path has the bytes of then, maybe with a new date."""
+        with suppress(OSError, ValueError, TypeError, FileError):
+            found = os.stat(self.path)
+            return found.st_size == self.size and _hashed(Path(self.path), found).sha256 == self.sha256
         return False
 
 
 def locate(text: str) -> Path:
     """The file that the user means: a path, a trainer's folder, or a hub id, as `owner/name` or with a file behind it.
 
-    FileError, AccessError or DiskError.
+    UsageError for a link, FileError, AccessError or DiskError.
     """
+    if re.match("https?://", text, re.IGNORECASE):
+        raise UsageError(
+            f"{text[:200]} is a link, and links are not fetched. Next: download the file and name it, or give its id "
+            "on the hub, as in --lora owner/name/file.safetensors"
+        )
     path = user_path(text)
     hub = _HUB.fullmatch(text)
     if path.exists() or path.is_symlink() or hub is None or text.startswith(("./", "../")):
@@ -71,8 +86,8 @@ def locate(text: str) -> Path:
 
 def _file_of(repo: str) -> str:
     """The LoRA in a hub repository. FileError where it is not clear which."""
-    every = [path.name for path in cached(repo, "*")] if offline() else hub_listing(repo, "the LoRA")
-    files = [name for name in every if name.endswith(SUFFIXES)]
+    here = {path.name for suffix in SUFFIXES for path in cached(repo, f"*{suffix}")} if offline() else ()
+    files = sorted(here) or [name for name in hub_listing(repo, "the LoRA") if name.endswith(SUFFIXES)]
     named = [name for want in FILE_NAMES for name in files if Path(name).stem == want]
     if named or len(files) == 1:
         return (named or files)[0]
@@ -84,38 +99,42 @@ def _file_of(repo: str) -> str:
 
 def remember(path: Path) -> Known:
     """What a file is known by; kept for `recall`. FileError."""
-    path = path.absolute()
     try:
         found = path.stat()
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror}.") from None
+    path = path.parent.resolve() / path.name  # not the file itself: the hub's are links to other names
     entries = _read()
     old = next((x for x in (*_NAMED.values(), *entries) if x.path == str(path)), None)
     known = old if old is not None and old.is_there else _hashed(path, found)
-    _NAMED[known.sha256] = known
+    _NAMED.pop(known.path, None)
+    _NAMED[known.path] = known
     if not entries or entries[-1] != known:
         _write([*(x for x in entries if x.path != known.path), known])
     return known
 
 
-def recall(sha256: str) -> Path | None:
-    """The path of a file with that hash which the user named before, if it is still there."""
-    for known in (*filter(None, [_NAMED.get(sha256)]), *reversed(_read())):
-        if known.sha256 == sha256 and known.is_there:
-            return Path(known.path)
-    return None
+def recall(sha256: str, name: str = "") -> Path | None:
+    """The path of a file with that hash which the user named before, if it is still there: one of that name, or else
+    the latest."""
+    known = [x for x in (*reversed(_NAMED.values()), *reversed(_read())) if x.sha256 == sha256]
+    known.sort(key=lambda x: Path(str(x.path)).name != name)
+    return next((Path(x.path) for x in known if x.is_there or x.is_same), None)
 
 
 def find_recorded(name: str, sha256: str, given: Iterable[Path] = ()) -> Path:
-    """The file of a record: among those that the user gives, or remembered. UsageError asks for it by its hash."""
+    """The file of a record: among those that the user gives, or remembered. FileError asks for it by its hash."""
+    others = []
     for path in given:
-        if remember(path).sha256 == sha256:
+        if (found := remember(path).sha256) == sha256:
             return path
-    if (found := recall(sha256)) is not None:
-        return found
-    raise UsageError(
-        f"that picture was drawn with the LoRA {name}, SHA-256 {sha256[:16]}…, and no file with this hash is known "
-        "here. Next: say where it is, with --lora FILE"
+        others.append(f"{path} has another, {found[:16]}…")
+    if (there := recall(sha256, name)) is not None:
+        return there
+    raise FileError(
+        f"that picture was drawn with the LoRA {one_line(name)}, SHA-256 {sha256[:16]}…; "
+        f"{', '.join(others) or 'no file with this hash is known here: it was moved, changed, or never given'}. "
+        "Next: say where it is, with --lora FILE"
     )
 
 

@@ -91,8 +91,9 @@ class Field:
         if text is None:
             return default
         try:
-            value = self.kind(text)
-            valid = self.minimum is None or self.maximum is None or self.minimum <= value <= self.maximum
+            value = self.kind(text) or self.kind()  # -0 is 0
+            valid = self.kind is str or text.isascii()  # Python reads any script's digits
+            valid = valid and (self.minimum is None or self.maximum is None or self.minimum <= value <= self.maximum)
         except ValueError:
             valid = False
         if not valid or (self.choices and text not in self.choices):

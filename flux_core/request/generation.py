@@ -23,6 +23,7 @@ from ..errors import UsageError, nearest
 from ..hooks import Intervention, Lora, Plan, check_plan, parse_plan
 from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
+from ..terminal import one_line
 from ..variants import Variant, get_variant
 from ..version import __version__
 from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Dtype, Fit
@@ -257,7 +258,7 @@ class GenerationRequest(BaseModel):
             parts.append("plan: " + ", ".join(entry.kind for entry in self.hooks))
         parts += [f"LoRA {entry.settings()}" for entry in self.loras]
         if self.init_image is not None:
-            parts.append(f"from {self.init_image.file} at strength {self.strength:g}")
+            parts.append(f"from {one_line(self.init_image.file)} at strength {self.strength:g}")
         return ", ".join(parts)
 
     def notes(self) -> list[str]:

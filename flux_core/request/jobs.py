@@ -51,8 +51,7 @@ def _as_typed(value: Any, field: Field, where: str) -> Any:
     if value is True and field.const:
         return field.const
     if field.repeated:
-        groups = value if isinstance(value, list) and any(isinstance(x, list) for x in value) else [value]
-        return [_group(x, where) for x in groups]
+        return groups_of(value, where)
     values = value if isinstance(value, list) else [value]
     if any(isinstance(item, bool | list | dict) for item in values) or (len(values) != 1 and not field.multiple):
         raise UsageError(f"{where} must be {field.expected}" + (", or a list of such" if field.multiple else ""))
@@ -60,9 +59,15 @@ def _as_typed(value: Any, field: Field, where: str) -> Any:
     return texts if field.multiple else texts[0]
 
 
+def groups_of(value: Any, where: str) -> list[list[str]]:
+    """The words of each occurrence of a flag that may be repeated, of --lora. UsageError."""
+    groups = value if isinstance(value, list) and any(isinstance(x, list) for x in value) else [value]
+    return [_group(x, where) for x in groups]
+
+
 def _group(value: Any, where: str) -> list[str]:
-    """The words of one occurrence of a flag that may be repeated: a text, or a list of texts and numbers."""
+    """The words of one occurrence: a text, or a list of a text and other texts and numbers. UsageError."""
     words = value if isinstance(value, list) else [value]
-    if not words or any(isinstance(item, bool | list | dict) or item is None for item in words):
+    if not words or not isinstance(words[0], str) or not all(type(word) in (str, int, float) for word in words):
         raise UsageError(f'{where} must be a text, a list as in ["style.safetensors", 0.8], or a list of such lists')
     return [str(item) for item in words]

@@ -25,6 +25,7 @@ from ..errors import FileError, UsageError, nearest
 from ..jsonfile import MAX_BYTES
 from .fields import FIELDS, LORAS, REQUEST, key_of
 from .generation import GenerationRequest
+from .jobs import groups_of
 
 csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
 OF_A_RUN = ("name", "dtype", "init_image", "force", "allow_empty_prompt")
@@ -148,8 +149,9 @@ def _cells(columns: Sequence[str], row: Sequence[str], where: str, delimiter: st
 
 def _with_point(column: str, cell: str) -> str:
     """The cell, with a point for the decimal comma of spreadsheets in many languages."""
-    decimal = FIELDS[column].kind is float and re.fullmatch(r"\d*,\d+", cell)
-    return cell.replace(",", ".") if decimal else cell
+    if FIELDS[column].kind is float:
+        return re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", cell)
+    return re.sub(r"(\s[+-]?\d*),(\d+(?:@\S*)?)$", r"\1.\2", cell) if column == "lora" else cell
 
 
 def _read_json(name: str, text: str) -> Iterator[Line]:
@@ -184,6 +186,8 @@ def _fields_of(entry: Any, where: str) -> dict[str, Any]:
     for name, value in fields.items():
         if isinstance(value, bool) and not FIELDS[name].const:
             raise UsageError(f"{where}: {FIELDS[name].flag} must be {FIELDS[name].expected}, not {str(value).lower()}")
+    if fields.get("lora") is not None:
+        fields["lora"] = groups_of(fields["lora"], f"{where}: lora")
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -17,11 +17,10 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UsageError
-from ..images.metadata import printable
 from ..jsonfile import first_finding
 from ..request.fields import FIELDS, MAX_SEED, Field
 from ..request.generation import DRAWN_BY, GenerationRequest
-from ..terminal import note
+from ..terminal import note, printable
 from ..version import __version__
 
 AXES = ("prompt", "seed", "steps", "guidance", "lora")

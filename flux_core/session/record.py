@@ -18,8 +18,8 @@ from typing import Any
 
 from ..errors import FileError, UsageError
 from ..files import disk_errors, write_whole
-from ..images.metadata import KEY, printable, read_texts
-from ..terminal import note
+from ..images.metadata import KEY, read_texts
+from ..terminal import note, printable
 
 NAME = "metadata.csv"
 COLUMNS = (

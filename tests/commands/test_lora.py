@@ -135,7 +135,7 @@ EXTRACT = ["extract", "--base=flux-mini", "--tuned=flux-mini", "--output=new.saf
         (["convert", "style.safetensors", "no/new.safetensors", "--to", "kohya"], 2, "no is no folder"),
         (["convert", "style.safetensors", "new.bin", "--to", "kohya"], 2, "end it with .safetensors"),
         (["convert", SDXL, "new.safetensors", "--to", "kohya"], 4, "a LoRA for SDXL"),
-        (["convert", LORAS / "kohya.safetensors", "new.safetensors", "--to", "kohya"], 4, "the model has [256, 256]"),
+        (["convert", LORAS / "kohya.safetensors", "new.safetensors", "--to", "kohya"], 4, "not the sizes of FLUX.1"),
         (["merge", SDXL, "--output", "new"], 4, "a LoRA for SDXL"),
         (["merge", "missing.safetensors", "--output", "new"], 4, "does not exist"),
         (["merge", "style.safetensors", "--output", "full"], 2, "exists already"),

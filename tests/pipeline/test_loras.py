@@ -282,7 +282,7 @@ def test_a_record_is_found_by_its_hash_alone(pipeline, tmp_path):
     assert pixels(pipeline, plan=recorded) == image.tobytes()
     path.rename(tmp_path / "elsewhere.safetensors")
     fresh = tiny_pipeline()
-    with pytest.raises(UsageError, match=r"only\.safetensors, SHA-256 [0-9a-f]{16}.*--lora FILE"):
+    with pytest.raises(FileError, match=r"only\.safetensors, SHA-256 [0-9a-f]{16}.*--lora FILE"):
         pixels(fresh, plan=recorded)
 
 
