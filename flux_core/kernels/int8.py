@@ -1,0 +1,326 @@
+"""The fused ops for layers in int8: their inputs are rotated and written as int8 tokens with scales; and the product.
+
+As in `quantized`, a program holds a whole token, and what another kernel just had in registers is quantized there.
+Before that it is rotated there, in groups of features, by stages of additions (`linears/int8.py`).
+
+quantize   tokens of attention's or a hook's results: one read
+modulate   LayerNorm and modulation -> the input of qkv, of an MLP, of `linear1`
+mlp        GELU between the two Linears of an MLP
+linear2    [attn | gelu(hidden)] -> the input of `linear2`; both are whole groups, else the layer is called
+product    int8 by int8 into int32, with the scales of tokens and rows and the bias in its last step
+
+Each checks whether its consumer is a layer that takes such tokens now, so a model may mix formats; where it is not, the
+functions of `quantized` are used, and those of `fused` and `products` by them.
+
+A token with a number that is not finite gets a scale that is not: codes could not say it.
+
+No autotuning: `tiles` has the sizes for a product; 256x128x128 was among the fastest on an H200. All kernels compile
+without spilled registers for compute capability 8.0 to 12.0.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.library import wrap_triton
+
+from ..linears.contract import QuantizedTokens, Widened, first_of, is_leaf, needs_grad
+from ..linears.int8 import LARGEST, SMALLEST, Int8Linear
+from . import products, quantized
+from .fused import normed
+from .launch import dense_rows, operator
+from .products import Activated, is_mlp
+from .quantized import gelu_tanh
+
+NARROW_WARPS, WIDE_WARPS, WIDE = 8, 16, 8192
+"""of a program for a token, and the features above which it is wide"""
+
+
+def warps(width: int) -> int:
+    return WIDE_WARPS if width > WIDE else NARROW_WARPS
+
+
+def empty_tokens(x: Tensor, width: int) -> QuantizedTokens:
+    B, L = x.shape[:2]
+    return QuantizedTokens(
+        torch.empty((B, L, width), dtype=torch.int8, device=x.device),
+        torch.empty((B, L, 1), dtype=torch.float32, device=x.device),
+    )
+
+
+def group_of(consumer: nn.Module) -> int | None:
+    """The group that a layer, or the first of a Sequential, takes int8 tokens in; None where it takes none now."""
+    layer = first_of(consumer)
+    if isinstance(layer, Int8Linear) and is_leaf(layer) and layer.takes_tokens():
+        return layer.group
+    return None
+
+
+# In registers ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rotated(y, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """`linears.int8.rotate` of fp32 [BLOCK], to the bit. A stage takes a feature's last digit and puts it first."""
+    if GROUP > 0:
+        FOURTHS: tl.constexpr = GROUP // 4
+        STAGES: tl.constexpr = 1 if GROUP == 4 else 2 if GROUP == 16 else 3 if GROUP == 64 else 4
+        for _ in tl.static_range(STAGES):
+            even, odd = tl.split(tl.reshape(y, (BLOCK // GROUP, FOURTHS, 2, 2)))
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            both, less = a + b, a - b
+            evens = tl.join(both + c - d, less + c + d)
+            odds = tl.join(both - c + d, c - less + d)
+            y = tl.permute(tl.reshape(tl.join(evens, odds), (BLOCK // GROUP, FOURTHS, 4)), (0, 2, 1))
+        y = tl.reshape(y, (BLOCK,)) * (1.0 / 2**STAGES)
+    return y
+
+
+@triton.jit
+def largest_of(y):
+    """The bits of max |y|; those of a NaN, if there is one, as they are above all others."""
+    return tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0)
+
+
+@triton.jit
+def scale_of(largest, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """largest: its bits."""
+    scale = largest.to(tl.float32, bitcast=True) * (1.0 / LARGEST)
+    return tl.where(scale < SMALLEST, SMALLEST, scale)
+
+
+@triton.jit
+def rounded(y):
+    """To the nearest whole number, ties to even, of |y| < 2^22: 3 * 2^22 has no bits for a fraction."""
+    return ((y + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+# Tokens ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def quantize_kernel(
+    x, codes, scales, x_batch, x_row,
+    K: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK)
+    y = tl.load(x + batch * x_batch + row * x_row + col, mask=col < K, other=0.0).to(tl.float32)
+    y = rotated(y, BLOCK, GROUP)
+    scale = scale_of(largest_of(y), LARGEST, SMALLEST)
+    exact = tl.div_rn(y, scale + tl.zeros_like(y))  # as `quantize_rows` does
+    tl.store(codes + at * K + col, rounded(exact), mask=col < K)
+    tl.store(scales + at, scale)
+
+
+@operator("quantize_int8")
+def quantize_op(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    (B, L, K), x = x.shape, dense_rows(x)
+    rows = empty_tokens(x, K)
+    wrap_triton(quantize_kernel)[(L, B)](
+        x, *rows, *x.stride()[:2],
+        K=K, BLOCK=block(K), GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps(K),
+    )  # fmt: skip
+    return rows.codes, rows.scale
+
+
+def quantize(x: Tensor, group: int) -> QuantizedTokens:
+    """`linears.int8.quantize_rows` of tokens [..., K], to the bit, without a gradient."""
+    if x.ndim == 3:
+        return QuantizedTokens(*quantize_op(x, group))
+    codes, scale = quantize_op(x.reshape(1, -1, x.shape[-1]), group)
+    return QuantizedTokens(codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+
+
+def block(width: int) -> int:
+    """Features of a program, in whole groups: those behind a token are zeros, and stay so."""
+    return max(256, triton.next_power_of_2(width))
+
+
+@triton.jit
+def modulate_kernel(
+    x, shift, scale, codes, scales, x_batch, x_row, shift_batch, scale_batch,
+    D: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK)
+    b = tl.load(shift + batch * shift_batch + col, mask=col < D, other=0.0).to(tl.float32)
+    g = tl.load(scale + batch * scale_batch + col, mask=col < D, other=-1.0).to(tl.float32)
+    y = (1.0 + g) * normed(x + batch * x_batch + row * x_row, col, D) + b
+    y = rotated(y, BLOCK, GROUP)
+    found = scale_of(largest_of(y), LARGEST, SMALLEST)
+    tl.store(codes + at * D + col, rounded(y * (1.0 / found)), mask=col < D)
+    tl.store(scales + at, found)
+
+
+@operator("modulate_int8")
+def modulate_op(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    D = x.shape[2]
+    x, shift, scale = dense_rows(x), dense_rows(shift), dense_rows(scale)
+    rows = empty_tokens(x, D)
+    wrap_triton(modulate_kernel)[(x.shape[1], x.shape[0])](
+        x, shift, scale, *rows, *x.stride()[:2], shift.stride(0), scale.stride(0),
+        D=D, BLOCK=block(D), GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps(D),
+    )  # fmt: skip
+    return rows.codes, rows.scale
+
+
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, consumer: nn.Module | None = None
+) -> Tensor | QuantizedTokens | Widened:
+    """`ops.modulate`, rotated and quantized where the consumer takes int8 tokens. x: [B, L, D]; shift, scale:
+    [B, 1, D]."""
+    group = None if consumer is None or needs_grad(x, shift, scale) else group_of(consumer)
+    if group is None:
+        return quantized.modulate(x, shift, scale, consumer)
+    return QuantizedTokens(*modulate_op(x, shift, scale, group))
+
+
+@triton.jit
+def join_gelu_kernel(
+    attn, hidden, codes, scales, attn_batch, attn_row, hidden_batch, hidden_row,
+    D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK_M)
+    y = tl.load(hidden + batch * hidden_batch + row * hidden_row + col, mask=col < M, other=0.0).to(tl.float32)
+    y = rotated(gelu_tanh(y), BLOCK_M, GROUP)
+    largest = largest_of(y)
+    if D > 0:
+        own = tl.arange(0, BLOCK_D)
+        x = tl.load(attn + batch * attn_batch + row * attn_row + own, mask=own < D, other=0.0).to(tl.float32)
+        x = rotated(x, BLOCK_D, GROUP)
+        scale = scale_of(tl.maximum(largest, largest_of(x)), LARGEST, SMALLEST)
+        tl.store(codes + at * (D + M) + own, rounded(x * (1.0 / scale)), mask=own < D)
+    else:
+        scale = scale_of(largest, LARGEST, SMALLEST)
+    tl.store(codes + at * (D + M) + D + col, rounded(y * (1.0 / scale)), mask=col < M)
+    tl.store(scales + at, scale)
+
+
+@operator("join_gelu_int8")
+def join_gelu_op(attn: Tensor, hidden: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    D, M = attn.shape[2], hidden.shape[2]
+    attn, hidden = dense_rows(attn), dense_rows(hidden)
+    rows = empty_tokens(hidden, D + M)
+    wrap_triton(join_gelu_kernel)[(hidden.shape[1], hidden.shape[0])](
+        attn, hidden, *rows, *attn.stride()[:2], *hidden.stride()[:2], D=D, M=M, BLOCK_D=block(D), BLOCK_M=block(M),
+        GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps(D + M),
+    )  # fmt: skip
+    return rows.codes, rows.scale
+
+
+def join_gelu(attn: Tensor, hidden: Tensor, group: int) -> QuantizedTokens:
+    """[attn | gelu(hidden)], rotated and quantized. [B, L, D], [B, L, M], both whole groups -> [B, L, D + M]"""
+    return QuantizedTokens(*join_gelu_op(attn, hidden, group))
+
+
+def mlp(layers: nn.Sequential, x: Tensor | QuantizedTokens | Widened) -> Tensor:
+    """`ops.mlp`, its hidden features activated, rotated and quantized in one pass where its second Linear takes so."""
+    group = group_of(layers[2]) if is_mlp(layers) else None
+    if group is None:
+        return quantized.mlp(layers, x)
+    first, gelu, last = layers
+    hidden = first(x)
+    return last(gelu(hidden) if needs_grad(hidden) else join_gelu(hidden[..., :0], hidden, group))
+
+
+def linear2(linear: nn.Module, attn: Tensor, hidden: Tensor | Activated) -> Tensor:
+    """`ops.linear2`, its input joined, activated, rotated and quantized in one pass where it takes that."""
+    group = None if isinstance(hidden, Activated) or needs_grad(attn, hidden) else group_of(linear)
+    if group is None:
+        return quantized.linear2(linear, attn, hidden)
+    if group and attn.shape[2] % group:
+        return products.linear2(linear, attn, hidden)  # a group would be of both
+    return linear(join_gelu(attn, cast(Tensor, hidden), group))
+
+
+# The product -------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """What a program multiplies: rows of tokens by rows of the weight, and features at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+BAND = 8
+"""rows of tiles that neighbouring programs stay in, so that what they read is in the L2 cache"""
+LARGE, MIDDLE, SMALL = Tiles(256, 128, 128, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 128, 4, 4)
+FEW_TOKENS = 64
+ROOMY, PROGRAMS = (9, 10), 132
+"""major versions of cards with the shared memory for LARGE (144 KiB), and about how many run at a time there"""
+
+
+def tiles(M: int, N: int, capability: tuple[int, int]) -> Tiles:
+    """Sizes for M tokens by N rows on a card of that compute capability."""
+    if M <= FEW_TOKENS:
+        return SMALL
+    many = triton.cdiv(M, LARGE.m) * triton.cdiv(N, LARGE.n) >= PROGRAMS
+    return LARGE if many and capability[0] in ROOMY else MIDDLE
+
+
+@triton.jit
+def product_kernel(
+    codes, scales, weight, weight_scales, bias, out, M, N, weight_row,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    program, across, down = tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    first = program // (BAND * across) * BAND
+    high = tl.minimum(down - first, BAND)
+    inside = program % (BAND * across)
+    m = (first + inside % high) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (inside // high) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # rows beyond the last read others, whose sums are not stored
+    a = codes + (m % M).to(tl.int64)[:, None] * K + k[None, :]
+    b = weight + (n % N).to(tl.int64)[:, None] * weight_row + k[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x, w = tl.load(a), tl.load(b)
+        else:
+            there = (start + k < K)[None, :]
+            x, w = tl.load(a, mask=there, other=0), tl.load(b, mask=there, other=0)
+        total = tl.dot(x, tl.trans(w), total, out_dtype=tl.int32)
+        a += BLOCK_K
+        b += BLOCK_K
+    y = total.to(tl.float32) * tl.load(scales + m, mask=m < M, other=0.0)[:, None]
+    y *= tl.load(weight_scales + n, mask=n < N, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    place = out + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@operator("product_int8")
+def product_op(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    (M, K), N, weight = codes.shape, len(weight), dense_rows(weight)
+    out = torch.empty((M, N), dtype=dtype, device=codes.device)
+    size = tiles(M, N, torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (0, 0))
+    wrap_triton(product_kernel)[(triton.cdiv(M, size.m) * triton.cdiv(N, size.n),)](
+        codes, scale, weight, weight_scale, weight_scale if bias is None else bias, out, M, N, weight.stride(0),
+        K=K, HAS_BIAS=bias is not None, BLOCK_M=size.m, BLOCK_N=size.n, BLOCK_K=size.k, BAND=BAND,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    return out
+
+
+def product(
+    x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linears.int8.product_of_tokens`: [..., K] by [N, K] -> [..., N]"""
+    codes = x.codes.reshape(-1, weight.shape[1])
+    y = product_op(codes.contiguous(), x.scale.contiguous(), weight, weight_scale, bias, dtype)
+    return y.reshape(*x.codes.shape[:-1], len(weight))
