@@ -16,7 +16,7 @@ from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_fol
 from ..jsonfile import read_json
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
 from .identify import WHOLE, Identity, Part
-from .source import SUFFIXES, find_source
+from .source import WEIGHTS, find_source
 
 LARGE = 2**28
 """bytes above which a file's hash is of its header and size instead of every byte"""
@@ -93,8 +93,8 @@ def _name_in(path: Path) -> str:
 
 
 def _spellings(file: str) -> list[str]:
-    """A file's name with each suffix that safetensors files have."""
-    return [Path(file).stem + suffix for suffix in SUFFIXES]
+    """A file's name with each suffix that files of weights have."""
+    return [Path(file).stem + suffix for suffix in WEIGHTS]
 
 
 def _is_named(path: Path, file: str) -> bool:

@@ -5,6 +5,7 @@ A block calls `self.ops`, a static tuple of functions. It is chosen here, once, 
 on a card older than Ampere.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,14 +14,14 @@ from torch import nn
 
 from ..errors import is_out_of_memory
 from ..linears.branch import THIN, BranchedLinear, Thin
-from ..linears.fp8 import Fp8Linear, Quantize
+from ..linears.formats import FORMATS
 from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..terminal import note
 from .attention import BACKENDS, attention_for
 
-__all__ = ["can_fuse", "describe", "fused_ops", "install", "install_decode"]
+__all__ = ["accelerate", "can_fuse", "describe", "fused_ops", "install", "install_decode"]
 
 OLDEST = (8, 0)
 """the lowest compute capability with bf16 in hardware, where the kernels pay"""
@@ -68,12 +69,9 @@ def install(model: Flux, device: torch.device | str) -> Ops:
     """
     device = torch.device(device)
     ops = fused_ops(device)
-    scaled = [] if ops is PLAIN else [m for m in model.modules() if isinstance(m, Fp8Linear) and m.scales_on(device)]
-    if scaled:
-        ops, quantize = _triton_fp8()
-        for linear in scaled:
-            linear.quantize = quantize
     if ops is not PLAIN:
+        found = accelerate(model, device)
+        ops = next((of_tokens() for name, of_tokens in _OPS.items() if name in found), ops)
         THIN[device.type] = _triton_thin()
         for layer in model.modules():
             if isinstance(layer, BranchedLinear):
@@ -81,6 +79,20 @@ def install(model: Flux, device: torch.device | str) -> Ops:
     ops = ops._replace(attend=attention_for(model, device))
     put(model, ops)
     return ops
+
+
+def accelerate(model: nn.Module, device: torch.device | str) -> list[str]:
+    """Give layers in few bits the kernels of their formats. Returns the formats whose layers have kernels now."""
+    device, found = torch.device(device), dict.fromkeys(FORMATS, False)
+    if fused_ops(device) is PLAIN:
+        return []
+    for layer in model.modules():
+        for name, format in FORMATS.items():
+            if isinstance(layer, format.kind) and (name not in _OPS or layer.scales_on(device)):
+                found[name] = True
+                for attribute, kernel in _kernels(name).items():
+                    setattr(layer, attribute, kernel)
+    return [name for name, has in found.items() if has]
 
 
 def put(model: nn.Module, ops: Ops | AeOps) -> None:
@@ -94,6 +106,7 @@ KERNELS = {
     PLAIN.modulate.__module__: "plain",
     f"{__name__}.fused": "triton",
     f"{__name__}.quantized": "triton fp8",
+    f"{__name__}.int8": "triton int8",
 }
 """names of tuples of functions, by the module of their `modulate`"""
 
@@ -144,12 +157,37 @@ def _triton() -> Ops:
 
 
 @cache
-def _triton_fp8() -> tuple[Ops, Quantize]:
-    """The same for models with layers that take quantized tokens, and the function that quantizes other inputs."""
+def _triton_fp8() -> Ops:
+    """The same for models with layers that take tokens in e4m3."""
     from . import quantized
 
-    ops = _triton()._replace(modulate=quantized.modulate, mlp=quantized.mlp, linear2=quantized.linear2)
-    return ops, quantized.quantize
+    return _triton()._replace(modulate=quantized.modulate, mlp=quantized.mlp, linear2=quantized.linear2)
+
+
+@cache
+def _triton_int8() -> Ops:
+    """The same for models with layers that take tokens in int8, or some in e4m3."""
+    from . import int8
+
+    return _triton()._replace(modulate=int8.modulate, mlp=int8.mlp, linear2=int8.linear2)
+
+
+_OPS: dict[str, Callable[[], Ops]] = {"int8": _triton_int8, "fp8": _triton_fp8}
+"""functions for formats whose layers take quantized tokens; those of the first also serve the next"""
+
+
+@cache
+def _kernels(format: str) -> dict[str, Callable[..., object]]:
+    """What kernels replace of a format's layers, by the attribute's name."""
+    from . import gguf, int8, nf4, quantized
+
+    found: dict[str, dict[str, Callable[..., object]]] = {
+        "fp8": {"quantize": quantized.quantize},
+        "int8": {"quantize": int8.quantize, "product": int8.product},
+        "nf4": {"unpack": nf4.unpack},
+        "gguf": {"unpack": gguf.unpack},
+    }
+    return found[format]
 
 
 @cache

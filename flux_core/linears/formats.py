@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import fp8, gguf, nf4
+from . import fp8, gguf, int8, nf4
 from .frozen import Frozen
 
 
@@ -30,6 +30,7 @@ def outside_blocks(name: str) -> bool:
 
 FORMATS: Mapping[str, Format] = {
     "fp8": Format(fp8.Fp8Linear, fp8.to_dense, fp8.stays_bf16, 8),
+    "int8": Format(int8.Int8Linear, int8.to_dense, fp8.stays_bf16, 8),
     "nf4": Format(nf4.Nf4Linear, nf4.to_dense, outside_blocks, 4.127),
     "gguf": Format(gguf.GgufLinear, gguf.to_dense, outside_blocks, 8.5),
 }

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..checkpoint import load_autoencoder, load_flux
-from ..kernels import install, install_decode
+from ..kernels import accelerate, install, install_decode
 from ..model import AutoEncoder, Flux
 from ..text import load_text_encoders
 from ..variants import Variant
@@ -42,7 +43,9 @@ def load_components(
 
 
 def install_kernels(components: Components, device: torch.device) -> Components:
-    """The same components, with the fastest functions that the device has in transformer and autoencoder."""
+    """The same components, with the fastest functions that the device has."""
     install(components.flux, device)
+    if isinstance(components.t5, nn.Module):
+        accelerate(components.t5, device)
     install_decode(components.ae, device)
     return components

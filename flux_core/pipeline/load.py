@@ -12,7 +12,9 @@ from ..checkpoint.files import own_path
 from ..checkpoint.identify import Part
 from ..device.choice import OWN, empty_device_cache, format_named, memory_errors, pick_device, pick_dtype
 from ..device.oom import CPU, OomFallback
-from ..kernels import install_decode
+from ..kernels import can_fuse, install_decode
+from ..linears.int8 import has_int8_units
+from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
 from .components import Components, install_kernels, load_components
@@ -39,6 +41,13 @@ def own_format(variant: Variant, part: Part) -> str | None:
     names = set(contents.names.values())
     formats = [one.format for name, one in contents.storage.of.items() if name in names]
     return next((format for format in formats if format in OWN), None)
+
+
+def _note_widening(format: str | None, device: torch.device) -> None:
+    """A line on stderr where a device has no fast way for a format; `pick_dtype` knows of fp8."""
+    fast = has_int8_units(device) if format == "int8" else format in (None, "fp8") or can_fuse(device)
+    if not fast:
+        note(f"{device} has no kernels for {format}: its weights are widened for each product (less memory, slower)")
 
 
 def load_pipeline(
@@ -72,6 +81,8 @@ def load_pipeline(
     format, t5_format = format_named(dtype), own_format(variant, "t5")
     if dtype in (None, "auto"):
         format = own_format(variant, "transformer")
+
+    _note_widening(format, place)
 
     def load() -> Components:
         home = CPU if fallback.offload else place
