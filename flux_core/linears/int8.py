@@ -24,7 +24,7 @@ velocity in fp8 (`fp8.py`): rotated int8 0.09, int8 without rotation 0.23, fp8 w
 The trade-off. Cards multiply int8 from Turing on, fp8 from Ada on. Where both are there int8 is the slower one: cuBLAS
 has no int8 product with scales of rows, and a short Triton kernel (`kernels/int8.py`) was 1.45 times as fast as bf16 on
 an H200, cuBLAS's fp8 1.8 times. Without Triton it is `torch._int_mm`, whose sums are written and read again. The
-rotation is seven additions for each number, in registers where a kernel quantizes.
+rotation is ten additions for each number, in registers where a kernel quantizes.
 
 Where a device has no int8 units, tokens are rotated, and multiplied by the rotated weights, codes * scale, in the dtype
 of x: as small in memory, no faster. Then only the weights are rounded.
