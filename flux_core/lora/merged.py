@@ -4,7 +4,8 @@ A merged weight is W + s D, summed in fp32 and rounded once, of all merged files
 in the CPU's memory (on the CPU it is the tensor that was there), so that a scale may change and a file be taken out.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ class Written:
     """What an owner writes into a layer: differences to rows of its weight and bias, at a scale."""
 
     deltas: list[Delta]
+    """without a weight of their own: they are to that of the layer"""
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> "Written":
+        return cls([replace(delta, weight=None) for delta in deltas])
 
 
 @dataclass
@@ -53,7 +59,8 @@ class MergedLayer:
         total = total.clone() if total is weight else total
         for written in self.written.values():
             for delta in filter(lambda x: x.changes("weight"), written.deltas):
-                total[delta.start : delta.start + delta.rows] += written.scale * delta.dense()
+                change = delta.beside(weight).dense().to(total)  # the file may have been read onto another device
+                total[delta.start : delta.start + delta.rows] += written.scale * change
         return total.to(weight.dtype)
 
     def _shifted(self, bias: Tensor) -> Tensor:
