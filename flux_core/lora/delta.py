@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..linears.branch import ColumnGain, Dense, Kron, LowRank, Piece, RowGain, Shift
-from .file import Module, glora_is_new
+from .file import BIASES, Module, glora_is_new
 
-_BIASES = ("diff_b", "up_bias")
 WORTH_IT = 0.5
 """of a dense difference's arithmetic, below which structure is kept"""
 
@@ -75,7 +74,7 @@ class Delta:
 
     def changes(self, what: str) -> bool:
         """Whether it changes the "weight", or the "bias"."""
-        return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(_BIASES)
+        return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(BIASES)
 
     def pieces(self, dtype: torch.dtype) -> list[Piece]:
         """The branch: pieces whose sum is this difference."""
