@@ -448,6 +448,8 @@ def _check_pairs(path: Path, module: Module) -> None:
             f"{path}: {module.stem} has factors of {' and '.join(kinds)} at once, of which only one can be meant. "
             "Next: fetch the file again, or train it again."
         )
+    if whole := next((x for x in ("lokr_w1", "lokr_w2") if {x, f"{x}_a"} <= module.tensors.keys()), None):
+        raise FileError(_twice(path, module.tensors[whole], module.tensors[f"{whole}_a"]))
     for role, options in _NEEDS:
         if role in module.tensors and not any(set(option) <= set(module.tensors) for option in options):
             lacking = options[0][0]

@@ -242,8 +242,8 @@ def attach_file(
     check_matched(file, allow_partial)
     if merge:
         _check_mergeable(file, networks)
-    elif "img_in" in _state(networks["transformer"]).merged:
-        check_drawable(file, networks["transformer"].params)  # type: ignore[arg-type]
+    else:
+        _check_input(file, networks["transformer"])
     handle, found = Handle(file, networks, merge), _read(file, networks)
     try:
         _add(handle, found)
@@ -282,7 +282,8 @@ def _check_mergeable(file: LoraFile, networks: Networks) -> None:
     state = _state(networks["transformer"])
     if state.narrow is not None and any(module.target.module == "img_in" for module in file.of("transformer")):
         raise UsageError(
-            f"{file.name} cannot be merged into an input that a control LoRA made wider. Next: merge it first"
+            f"{file.name} cannot be merged into an input that a control LoRA made wider. Next: attach it without "
+            "merging it"
         )
     check_drawable(file, state.params(networks["transformer"]))  # type: ignore[arg-type]
     if file.norms or any(module.target.module.endswith(".scale") for module in file.of("transformer")):
@@ -291,6 +292,14 @@ def _check_mergeable(file: LoraFile, networks: Networks) -> None:
         if module.network in networks and not module.target.module.endswith(".scale"):
             layer = _without_branch(networks[module.network].get_submodule(module.target.module))
             check_mergeable(module.target.module, layer)
+
+
+def _check_input(file: LoraFile, network: Any) -> None:
+    if "img_in" in _state(network).merged and widened_input(file, network.params) != network.params.in_channels:
+        raise UsageError(
+            f"{file.name} makes the input wider, and another LoRA is merged into it. Next: attach the other without "
+            "merging it"
+        )
 
 
 def checked_scale(scale: float) -> float:
@@ -388,6 +397,8 @@ def _fit_input(network: nn.Module) -> None:
     layer = network.img_in
     if width == network.in_channels:
         return
+    now = next(_without_branch(layer).parameters())  # `own` was apart while the network was moved or cast
+    own = own.to(device=now.device, dtype=now.dtype)
     wide = own if width == params.in_channels else _widened(own, width)
     if isinstance(layer, BranchedLinear):
         layer.exchange(wide)

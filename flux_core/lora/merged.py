@@ -55,13 +55,14 @@ class MergedLayer:
         return any(delta.changes(what) for written in self.written.values() for delta in written.deltas)
 
     def _summed(self, weight: Tensor) -> Tensor:
+        """fp32, for one rounding to what the layer's dtype is by now."""
         total = weight.float()  # a copy, or in fp32 the weight itself
         total = total.clone() if total is weight else total
         for written in self.written.values():
             for delta in filter(lambda x: x.changes("weight"), written.deltas):
                 change = delta.beside(weight).dense().to(total)  # the file may have been read onto another device
                 total[delta.start : delta.start + delta.rows] += written.scale * change
-        return total.to(weight.dtype)
+        return total
 
     def _shifted(self, bias: Tensor) -> Tensor:
         total = bias.float().clone()
@@ -69,7 +70,7 @@ class MergedLayer:
             for delta in written.deltas:
                 for shift in delta.shifts():
                     total[delta.start : delta.start + delta.rows] += written.scale * shift.to(total)
-        return total.to(bias.dtype)
+        return total
 
 
 def _kept(parameter: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def _kept(parameter: Tensor) -> Tensor:
 def _put(parameter: Tensor, values: Tensor) -> None:
     """Replace a parameter's values: in place on a device, where graphs may have recorded their address."""
     if parameter.device.type == "cpu":
-        parameter.data = values
+        parameter.data = values.to(parameter.dtype)
     else:
         parameter.data.copy_(values)
 

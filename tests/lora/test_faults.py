@@ -96,6 +96,7 @@ def glora(*shapes):
         (put(f"{PREFIX}{NORM}.weight", torch.ones(8), f"{PREFIX}{NORM}.scale"), "are the same factor"),
         (put(f"{PREFIX}{NORM}.set_weight", torch.ones(8), f"{PREFIX}{NORM}.scale.diff"), "are the same factor"),
         (put(f"{PREFIX}{NORM}.w_norm", torch.ones(8), f"{PREFIX}{NORM}.scale.diff"), "are the same factor"),
+        (only(lokr_w1=(4, 4), lokr_w2=(12, 4), lokr_w2_a=(12, 1), lokr_w2_b=(1, 4)), "are the same factor"),
         (only(**LOHA, hada_t1=(3, 4), hada_t2=(4, 4)), "cannot be multiplied"),
         (only(**LOHA, hada_t1=(4, 4), hada_t2=(4, 4, 3, 3)), "cannot be multiplied"),
         (only(lokr_w1=(4, 4), lokr_w2_a=(2, 12), lokr_w2_b=(3, 4), lokr_t2=(3, 2)), "cannot be multiplied"),

@@ -7,10 +7,14 @@ import weakref
 
 import pytest
 import torch
-from random_lora import factors, write
+import torch.nn.functional as F
+from random_lora import PREFIX, factors, write
+from safetensors.torch import load_file
 from tiny import tiny_variant
 from torch import nn
 
+from flux_core.errors import UsageError
+from flux_core.linears import branch
 from flux_core.linears.branch import BranchedLinear
 from flux_core.lora import attach, attached
 from flux_core.lora.merged import MergedLayer, Written
@@ -165,3 +169,94 @@ def test_a_merged_difference_goes_where_the_weight_is():
     merged.written["one"] = Written([Difference()], 0.5)
     merged.write()
     assert torch.equal(layer.weight, before + 0.5)
+
+
+def test_a_cast_leaves_scales_what_they_are(model, tmp_path):
+    tensors = {f"{PREFIX}{QKV}.lokr_w1": torch.ones(4, 4), f"{PREFIX}{QKV}.lokr_w2": torch.ones(12, 4)}
+    handle = attach(model, write(tmp_path / "lokr.safetensors", tensors), 0.3)
+    model.bfloat16()
+    (term,) = model.get_submodule(QKV).terms
+    assert torch.equal(term.scale, torch.tensor(0.3)) and term.unit.dtype == torch.float32
+    handle.scale = 0.7
+    assert torch.equal(term.scale, torch.tensor(0.7))
+
+
+@MERGE
+def test_a_model_that_was_cast_is_of_one_dtype_again(model, files, merge):
+    handle = attach(model, files[0], 0.5, merge=merge)
+    model.bfloat16()
+    handle.scale = 0.3
+    if merge:
+        whole = new_model().get_submodule(QKV).weight + 0.3 * product(QKV, load_file(files[0])) / 2
+        assert torch.equal(model.get_submodule(QKV).weight, whole.bfloat16())  # rounded once
+    handle.remove()
+    assert same(model, state_of(new_model().bfloat16()))
+
+
+@pytest.fixture
+def control(tmp_path):
+    tensors = factors(PARAMS, seed=3) | {f"{PREFIX}img_in.lora_down.weight": torch.randn(4, 128)}
+    return write(tmp_path / "control.safetensors", tensors)
+
+
+def test_an_input_that_was_made_wider_is_cast_with_the_model(model, control):
+    handle = attach(model, control)
+    model.bfloat16()
+    handle.remove()
+    assert same(model, state_of(new_model().bfloat16()))
+
+
+@MERGE
+@pytest.mark.parametrize("first", ["control", "other"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "without the input"])
+def test_a_control_lora_and_another_in_either_order(model, control, tmp_path, merge, first, whole):
+    """The right product, or with the other merged into the input an error before anything is attached."""
+    tensors = {name: x for name, x in factors(PARAMS, seed=4).items() if whole or "img_in" not in name}
+    other, before = write(tmp_path / "other.safetensors", tensors), state_of(model)
+
+    def add(name):
+        return attach(model, control) if name == "control" else attach(model, other, merge=merge)
+
+    order = ["control", "other"] if first == "control" else ["other", "control"]
+    handles = [add(order[0])]
+    if merge and whole:
+        between = state_of(model)
+        with pytest.raises(UsageError, match="without merging it"):
+            add(order[1])
+        assert same(model, between)
+    else:
+        handles.append(add(order[1]))
+        weight = F.pad(before["img_in.weight"], (0, 64)) + product("img_in", load_file(control))
+        weight += F.pad(product("img_in", tensors), (0, 64)) if whole else 0
+        x = torch.randn(1, 3, 128)
+        assert torch.allclose(model.img_in(x), F.linear(x, weight, before["img_in.bias"]), atol=1e-5)
+        x = torch.randn(1, 3, 16)
+        weight = before[f"{QKV}.weight"] + sum(product(QKV, found) for found in (load_file(control), tensors))
+        assert torch.allclose(model.get_submodule(QKV)(x), F.linear(x, weight, before[f"{QKV}.bias"]), atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert same(model, before)
+
+
+def product(name, tensors):
+    up, down = (tensors[f"{PREFIX}{name}.lora_{x}.weight"] for x in ("up", "down"))
+    return up @ down
+
+
+def test_autocast_decides_the_dtype(model, tmp_path):
+    tensors = factors(PARAMS) | {f"{PREFIX}{QKV}.diff_b": torch.ones(48)}
+    x, layer = torch.randn(1, 2, 16), model.get_submodule(QKV)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        attach(model, write(tmp_path / "a.safetensors", tensors))
+        assert model.get_submodule(QKV)(x).dtype == torch.bfloat16
+
+
+def test_under_autocast_nothing_is_added_in_place(monkeypatch):
+    """A device's autocast casts operands of a Linear, not of an addmm_."""
+    monkeypatch.setattr(branch, "add_product", lambda *_: pytest.fail("added in place"))
+    y, x, up = (torch.empty(shape, device="meta") for shape in ((1, 2, 8), (1, 2, 4), (8, 4)))
+    with pytest.raises(pytest.fail.Exception):
+        branch.plus_product(y, x, up)
+    monkeypatch.setattr(branch.F, "linear", lambda x, weight: x @ weight.to(x.dtype).t())
+    assert branch.plus_product(y.bfloat16(), x.bfloat16(), up).dtype == torch.bfloat16
