@@ -333,7 +333,8 @@ def _twice(file: Path, one: str, other: str) -> str:
 
 def _norms(file: Path, keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
     """Norm scales that the file replaces, and the other keys. FileError for one that it replaces twice."""
-    found, rest = {}, {}
+    found: dict[str, str] = {}
+    rest: dict[str, Key] = {}
     for name, key in keys.items():
         replaces = key.network == "transformer" and key.role in ("", "set_weight")
         parameter = table.norms.get(flat(key.module)) if replaces else None

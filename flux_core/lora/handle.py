@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.shapes import Shape
 from ..errors import UsageError
+from ..hooks.lora import LARGEST
 from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
 from ..model import MODULATION, Flux
@@ -73,12 +74,13 @@ class Handle:
             _changed(network, scales=True)
 
     def write(self, scales: Scales, text: float | None = None) -> None:
-        """Write a scale to all layers, or to each of the transformer's by name, 0 for those without.
+        """Write a scale to all layers and norms, or to each of the transformer's by name, 0 for those without.
 
         text: that of the text encoders, where it is another. Nothing that was compiled or recorded changes: scales are
         numbers in memory, written where they differ from those there. Tables of modulation are not told
         (`model.Adapt`).
         """
+        text = None if text == scales else text
         if (scales, text) == self._written and self._is_whole:
             return
         self._written, self._is_whole = (scales, text), False  # memory may run out in the middle
@@ -116,10 +118,16 @@ class Handle:
     def is_attached(self) -> bool:
         return any(self in _state(network).handles for network in self.networks.values())
 
-    def norm_scale(self) -> float:
-        """The factor of differences to norms, which belong to no layer."""
+    def norm_scale(self, name: str) -> float:
+        """The factor of the difference to a norm."""
         scales = self._written[0]
-        return scales if isinstance(scales, float) else 0.0
+        return scales if isinstance(scales, float) else scales.get(name, 0.0)
+
+    @property
+    def names(self) -> list[str]:
+        """The transformer's layers and norms that it changes."""
+        norms = [_state(network).norms.get(self, {}) for network in self.networks.values()]
+        return [*self.places["transformer"], *chain(*norms)]
 
     def remove(self) -> None:
         """Take the LoRA off: layers and weights are what they were before, to the bit. Does nothing the second time."""
@@ -303,13 +311,13 @@ def _check_input(file: LoraFile, network: Any) -> None:
 
 
 def checked_scale(scale: float) -> float:
-    """UsageError for a scale that is no finite number."""
+    """UsageError for a scale that is no number, or that no picture could record."""
     try:
         value = float(scale)
     except (TypeError, ValueError):
         value = math.nan
-    if not math.isfinite(value):
-        raise UsageError(f"a LoRA's scale is a number, as in 0.8, not {scale!r}")
+    if not abs(value) <= LARGEST:
+        raise UsageError(f"a LoRA's scale is a number from -{LARGEST:g} to {LARGEST:g}, as in 0.8, not {scale!r}")
     return value
 
 
@@ -380,7 +388,7 @@ def _apply_norms(network: nn.Module) -> None:
             if how == "set":
                 value = tensor.to(value)
             elif how == "add":
-                value = value + handle.norm_scale() * tensor.to(value)
+                value = value + handle.norm_scale(name) * tensor.to(value)
         with torch.no_grad():
             parameter.copy_(original if name not in named else value)
         if name not in named:

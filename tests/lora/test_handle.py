@@ -127,6 +127,20 @@ def test_a_copy_has_handles_of_its_own(model, files, merge):
     assert same(other, state_of(new_model())) and not attached(other)
 
 
+def test_names_and_hooks_while_it_is_attached(model, files):
+    """As docs/lora.md says it."""
+    handle, seen = attach(model, files[0]), []
+    layer = model.get_submodule(QKV)
+    layer.register_forward_hook(lambda *_: seen.append("wrapped"))
+    layer.base.register_forward_hook(lambda *_: seen.append("base"))
+    assert f"{QKV}.base.weight" in model.state_dict()
+    layer(torch.ones(1, 16))
+    assert sorted(seen) == ["base", "wrapped"]
+    handle.remove()
+    model.get_submodule(QKV)(torch.ones(1, 16))
+    assert seen[2:] == ["base"] and f"{QKV}.weight" in model.state_dict()
+
+
 def test_a_pickled_model_has_its_branches_and_no_handles(model, files):
     handle = attach(model, files[0], 0.5)
     torch.save(model, data := io.BytesIO())
