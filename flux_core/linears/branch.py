@@ -28,6 +28,7 @@ ranks take three each, for t and B in codes and what the codes leave over. Then 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,6 +102,10 @@ class Term(nn.Module):
         self.start, self.stop = start, stop
         for name in ("unit", "scale"):
             self.register_buffer(name, torch.tensor(unit, dtype=torch.float32, device="cpu"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Term":
+        _apply_but_for_casts(self, ("unit", "scale"), partial(super()._apply, fn, recurse))
+        return self
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """[..., K] -> [..., n]. y: what the layer itself computes of x, [..., N]. x may have more features by now."""
@@ -257,16 +262,14 @@ class BranchedLinear(Leaf):
         if self.terms or below is not None or (self.gain is not None and self._is_joined()):
             return self(torch.cat((x, y), dim=-1))
         if self.down is None:
-            own = multiply_columns(self.base, x, y)
-            return own if self.shift is None else own + self.shift
+            return self._shifted(multiply_columns(self.base, x, y))
         thin = self._thin(x, y)
         if (found := dense(self.base, x, y)) and not needs_grad(x, y, self.down, self.up):
             bias = found[1] if self.shift is None else found[1] + self.shift
             up = cast(Tensor, self.up)
             add_up = torch.ops.flux_core.sum_of_three if torch.compiler.is_compiling() else sum_of_three
             return add_up(x, y, found[0], bias, thin, up)
-        own = self._raised(multiply_columns(self.base, x, y), thin)
-        return own if self.shift is None else own + self.shift
+        return self._shifted(self._raised(multiply_columns(self.base, x, y), thin))
 
     def branched(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N], the layer's own output of x [..., K], with the branches' added."""
@@ -275,7 +278,10 @@ class BranchedLinear(Leaf):
             y = self._raised(y, self._thin(x))
         for term, product in terms:
             y = _added(y, product, cast(Term, term))
-        return y if self.shift is None else y + self.shift
+        return self._shifted(y)
+
+    def _shifted(self, y: Tensor) -> Tensor:
+        return y if self.shift is None else y + self.shift.to(y.dtype)  # which is another under autocast
 
     def _thin(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """factor * ([x | y] @ down.T), rounded to their dtype. [..., R]"""
@@ -446,12 +452,7 @@ class BranchedLinear(Leaf):
         self.wide, self.gain = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BranchedLinear":
-        """A move applies to all tensors, a cast not to scales."""
-        kept = {name: x for name in ("unit", "factor") if (x := getattr(self, name)) is not None}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            if (new := getattr(self, name)).dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+        _apply_but_for_casts(self, ("unit", "factor"), partial(super()._apply, fn, recurse))
         self.prepare()
         return self
 
@@ -570,6 +571,15 @@ class BranchedLinear(Leaf):
         return f"ranks={ranks}, owners={len({id(owner) for owner, _, _ in self.owners})}"
 
 
+def _apply_but_for_casts(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
+    """Apply a move or a cast to a module; the latter not to scales, of these names."""
+    kept = {name: x for name in names if (x := getattr(module, name)) is not None}
+    apply()
+    for name, old in kept.items():
+        if (new := getattr(module, name)).dtype != old.dtype:
+            setattr(module, name, old.to(new.device))
+
+
 def with_columns(x: Tensor, width: int) -> Tensor:
     """x [n, K] with zero columns behind, or without the last, up to `width`."""
     return x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1]))
@@ -609,7 +619,8 @@ def has_memory(like: Tensor, numbers: int) -> bool:
 
 def plus_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x @ weight.T, in place on a device where no gradient is needed."""
-    if needs_grad(y, x, weight) or not y.is_contiguous() or y.device.type == "cpu" or y.dtype != x.dtype:
+    apart = len({y.dtype, x.dtype, weight.dtype}) > 1  # under autocast, which knows no product in place
+    if needs_grad(y, x, weight) or not y.is_contiguous() or y.device.type == "cpu" or apart:
         return y + F.linear(x, weight)
     add = torch.ops.flux_core.add_product if torch.compiler.is_compiling() else add_product
     add(y, x, weight)

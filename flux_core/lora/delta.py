@@ -14,16 +14,15 @@ applies alpha / rank twice to LoKr and LoHa); ComfyUI `weight_adapter/` for the 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import FileError
 from ..linears.branch import ColumnGain, Dense, Kron, LowRank, Piece, RowGain, Shift
-from .file import Module, glora_is_new
+from .file import BIASES, Module, glora_is_new
 
-_BIASES = ("diff_b", "up_bias")
 WORTH_IT = 0.5
 """of a dense difference's arithmetic, below which structure is kept"""
 
@@ -39,8 +38,18 @@ class Delta:
     rows: int
     """of the weight, which the module trains"""
     columns: int
-    weight: Callable[[], Tensor]
+    weight: Callable[[], Tensor] | None
     """those rows, dense, in fp32 [rows, K]; asked by DoRA and GLoRA alone"""
+
+    def beside(self, weight: Tensor) -> "Delta":
+        """The same difference, to rows of that weight [N, K]."""
+        rows = weight[self.start : self.start + self.rows]
+        return replace(self, weight=lambda: rows.to(next(iter(self.tensors.values())).device, torch.float32))
+
+    def _own(self) -> Tensor:
+        """The rows of the weight, fp32 [rows, K]."""
+        assert self.weight is not None
+        return self.weight()
 
     @property
     def unit(self) -> float:
@@ -65,7 +74,7 @@ class Delta:
 
     def changes(self, what: str) -> bool:
         """Whether it changes the "weight", or the "bias"."""
-        return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(_BIASES)
+        return self.module.algebra != "bias" if what == "weight" else not self.tensors.keys().isdisjoint(BIASES)
 
     def pieces(self, dtype: torch.dtype) -> list[Piece]:
         """The branch: pieces whose sum is this difference."""
@@ -84,7 +93,7 @@ class Delta:
     def dense(self) -> Tensor:
         """The difference at scale 1, fp32 [rows, K], by the official order of rows."""
         if "magnitude" in self.tensors:
-            weight, trained = self.weight(), self._trained()
+            weight, trained = self._own(), self._trained()
             by_rows, gain = self._gain(trained)
             return trained * (gain[:, None] if by_rows else gain) - weight
         return self._difference()
@@ -129,7 +138,7 @@ class Delta:
             a1, a2, b1, b2 = (self.factor(f"glora_{x}") for x in ("a1", "a2", "b1", "b2"))
             if not glora_is_new(*(tuple(x.shape) for x in (a1, a2, b1, b2))):
                 a1, a2, b1, b2 = a2, a1, b2, b1
-            return self._narrow(torch.cat((b2, a2))), torch.cat((self._by_rows(b1), self.weight() @ a1), dim=1)
+            return self._narrow(torch.cat((b2, a2))), torch.cat((self._by_rows(b1), self._own() @ a1), dim=1)
         if algebra == "loha":  # a product of sums is a sum over pairs: rank R^2
             w1_a, w1_b, w2_a, w2_b = (self.factor(f"hada_{x}") for x in ("w1_a", "w1_b", "w2_a", "w2_b"))
             up = torch.einsum("ni,nj->nij", w1_a, w2_a).flatten(1)
@@ -157,7 +166,7 @@ class Delta:
 
     def _trained(self) -> Tensor:
         """V = W + D, fp32 [rows, K]."""
-        return self.weight() + self._difference()
+        return self._own() + self._difference()
 
     def _gain(self, trained: Tensor) -> tuple[bool, Tensor]:
         """Whether magnitudes are of rows, and magnitude / norm for each: [rows] or [K]."""

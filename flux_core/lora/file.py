@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,10 @@ from .dialects import (
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """a header's key under which diffusers keeps PEFT's configuration"""
+WHOLE_ALPHAS = tuple(f".alpha is {kind}" for kind in ("I8", "U8", "I16", "I32", "I64"))
+"""the numbers in files that may be whole, as the error would name them"""
+BIASES = ("diff_b", "up_bias")
+"""roles of differences to a bias"""
 FILE_NAMES = ("pytorch_lora_weights", "adapter_model", "lora")
 """names of the file to use in a folder of several, the first that is there"""
 
@@ -68,10 +72,7 @@ class Module:
     def algebra(self) -> str:
         """lora, lokr, loha, glora, diff, norm, or bias; with DoRA's magnitude "dora of ..."."""
         roles = set(self.tensors)
-        kinds = {"lokr_": "lokr", "hada_": "loha", "glora_": "glora", "down": "lora", "diff": "diff", "up": "lora"}
-        found = next((kind for start, kind in kinds.items() if any(x.startswith(start) for x in roles)), "norm")
-        if roles <= {"diff_b"}:
-            found = "bias"
+        found = next(iter(_algebras(roles)), "bias" if "diff_b" in roles else "norm")
         return f"dora of {found}" if "magnitude" in roles else found
 
     @property
@@ -84,6 +85,15 @@ class Module:
             if shape := self.shapes.get(role):
                 return shape[0]
         return None
+
+
+_ALGEBRAS = {"lokr_": "lokr", "hada_": "loha", "glora_": "glora", "down": "lora", "up": "lora", "diff": "diff"}
+
+
+def _algebras(roles: Iterable[str]) -> list[str]:
+    """What factors of a weight's difference there are, by what their roles begin with."""
+    found = (kind for start, kind in _ALGEBRAS.items() for x in roles if x.startswith(start) and x not in BIASES)
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -197,10 +207,10 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
         _refuse_model(file, source)
     tokens = tuple(name for name in keys if name.startswith(TOKENS))
     table = Table(params)
-    norms, rest = _norms({name: key for name, key in keys.items() if name not in tokens}, table)
+    norms, rest = _norms(file, {name: key for name, key in keys.items() if name not in tokens}, table)
     configs = _peft_configs(file, source.headers[0].metadata)
     modules, unmatched = [], []
-    for stem, tensors in _grouped(rest).items():
+    for stem, tensors in _grouped(file, rest).items():
         key = split_key(next(iter(tensors.values())))
         target = _target(key, table)
         odd = not tensors.keys().isdisjoint({"", "set_weight"})
@@ -222,8 +232,13 @@ def check_shapes(lora: LoraFile, params: FluxParams) -> None:
     for parameter, name in lora.norms.items():
         if (found := lora.source.shapes[name]) != table.shapes[parameter]:
             raise Misfit(_misfit(lora.source.path, name, found, table.shapes[parameter]))
+    changed = dict(lora.norms)
     for module in lora.of("transformer"):
         check_module(lora, module, table.shape(module.target))
+        if module.target.module.endswith(".scale"):
+            name = module.tensors["diff"]
+            if (other := changed.setdefault(module.target.module, name)) != name:
+                raise FileError(_twice(lora.path, other, name))
 
 
 def resolve_text(lora: LoraFile, linears: Mapping[Network, Mapping[str, Shape]]) -> LoraFile:
@@ -300,28 +315,37 @@ def _refuse_others(file: Path, source: Source) -> None:
     if other := other_algebra(source.shapes):
         raise FileError(_not_applied(file, *other))
     kinds = {name: kind for name, kind in source.dtypes.items() if not name.endswith(".reshape_weight")}
-    if foreign := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]:
+    foreign = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]
+    if foreign := [x for x in foreign if not x.endswith(WHOLE_ALPHAS)]:
         raise FileError(f"{file}: {listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
 
 
-def _grouped(keys: Mapping[str, Key]) -> dict[str, dict[str, str]]:
-    """Stem -> role -> the tensor's name in the file."""
+def _grouped(file: Path, keys: Mapping[str, Key]) -> dict[str, dict[str, str]]:
+    """Stem -> role -> the tensor's name in the file. FileError for a factor in two spellings."""
     found: dict[str, dict[str, str]] = {}
     for name, key in keys.items():
-        found.setdefault(key.stem, {})[key.role] = name
+        other = found.setdefault(key.stem, {}).setdefault(key.role, name)
+        if other != name:
+            raise FileError(_twice(file, other, name))
     return found
 
 
-def _norms(keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
-    """Norm scales that the file replaces, and the other keys."""
-    found, rest = {}, {}
+def _twice(file: Path, one: str, other: str) -> str:
+    return f"{file}: {one} and {other} are the same factor of one module. Next: fetch the file again."
+
+
+def _norms(file: Path, keys: Mapping[str, Key], table: Table) -> tuple[dict[str, str], dict[str, Key]]:
+    """Norm scales that the file replaces, and the other keys. FileError for one that it replaces twice."""
+    found: dict[str, str] = {}
+    rest: dict[str, Key] = {}
     for name, key in keys.items():
         replaces = key.network == "transformer" and key.role in ("", "set_weight")
         parameter = table.norms.get(flat(key.module)) if replaces else None
         if parameter is None:
             rest[name] = key
             continue
-        found[parameter] = name
+        if (other := found.setdefault(parameter, name)) != name:
+            raise FileError(_twice(file, other, name))
     return found, rest
 
 
@@ -342,7 +366,8 @@ def check_module(lora: LoraFile, module: Module, expected: Shape) -> None:
     """FileError where factors do not go together, or do not have the size of the rows that they train."""
     path, found = lora.path, check_factors(lora, module)
     wide = expected[0] + module.target.spare_rows, *(size + module.target.spare_columns for size in expected[1:])
-    if found is not None and found not in (expected, wide) and not _widens(module, found, expected):
+    sizes = (expected,) if module.algebra.endswith("glora") else (expected, wide)  # GLoRA multiplies the weight itself
+    if found is not None and found not in sizes and not _widens(module, found, expected):
         raise Misfit(_misfit(path, module.stem, found, expected))
     for role in ("diff_b", "up_bias", "magnitude"):
         if (shape := module.shapes.get(role)) is None:
@@ -368,7 +393,8 @@ def _magnitude_fits(shape: Shape, *weights: Shape) -> bool:
 def _widens(module: Module, found: Shape, expected: Shape) -> bool:
     """Whether a module makes the model's input wider, as a control LoRA does."""
     wide = len(found) == len(expected) == 2 and found[0] == expected[0] and found[1] > expected[1]
-    return wide and module.target.module == "img_in"
+    plain = module.algebra.removeprefix("dora of ") in ("lora", "diff")
+    return wide and plain and module.target.module == "img_in"
 
 
 def widened_input(lora: LoraFile, params: FluxParams) -> int:
@@ -421,6 +447,13 @@ _NEEDS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
 
 
 def _check_pairs(path: Path, module: Module) -> None:
+    if len(kinds := _algebras(module.tensors)) > 1:
+        raise FileError(
+            f"{path}: {module.stem} has factors of {' and '.join(kinds)} at once, of which only one can be meant. "
+            "Next: fetch the file again, or train it again."
+        )
+    if whole := next((x for x in ("lokr_w1", "lokr_w2") if {x, f"{x}_a"} <= module.tensors.keys()), None):
+        raise FileError(_twice(path, module.tensors[whole], module.tensors[f"{whole}_a"]))
     for role, options in _NEEDS:
         if role in module.tensors and not any(set(option) <= set(module.tensors) for option in options):
             lacking = options[0][0]
@@ -446,6 +479,8 @@ def _product_shape(path: Path, module: Module, shapes: Mapping[str, Shape]) -> S
     def product(left: str, right: str, core: str = "") -> Shape:
         a, b = shapes[left], shapes[right]
         if core in shapes:  # Tucker's form of LoHa and LoKr has its outer factors as [rank, size]
+            if shapes[core] != (a[0], b[0]):
+                raise FileError(_unlike(path, module, left, core))
             return a[1], b[1]
         middle = shapes["mid"] if left == "up" and "mid" in shapes else (a[1], a[1])
         if middle != (a[1], b[0]):
@@ -465,8 +500,11 @@ def _product_shape(path: Path, module: Module, shapes: Mapping[str, Shape]) -> S
         return first
     if "glora_a1" in shapes:
         sizes = [shapes[f"glora_{x}"] for x in ("a1", "a2", "b1", "b2")]
-        a1, a2, b1, b2 = sizes
-        return (b1[0], b2[1]) if glora_is_new(a1, a2, b1, b2) else (b2[0], b1[1])
+        a1, a2, b1, b2 = sizes if glora_is_new(*sizes) else (sizes[i] for i in (1, 0, 3, 2))
+        fits = {"a1 a2": a1[1] == a2[0], "b1 b2": b1[1] == b2[0], "a1 b2": a1[0] == a2[1] == b2[1]}
+        if pair := next((pair.split() for pair, sound in fits.items() if not sound), None):  # W a1 a2 has W's shape
+            raise FileError(_unlike(path, module, *(f"glora_{x}" for x in pair)))
+        return b1[0], b2[1]
     return shapes.get("diff")
 
 
@@ -532,11 +570,16 @@ def _header_scale(key: Key, shapes: Mapping[str, Shape], configs: Mapping[str, M
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that is the module's name or a dotted end of it, as PEFT finds it."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+    """The value of the first pattern that is the module's name or a dotted end of it, as PEFT finds it.
+
+    Patterns are names, `\\.` for a dot or not, with `|` between them and `^` before a whole one; ValueError for
+    others. A header is anybody's, and an expression in it could keep a search busy for ever.
+    """
+    for pattern, value in dict(patterns or {}).items():
+        for name in pattern.replace("\\.", ".").split("|"):
+            bare = name.removeprefix("^").removesuffix("$")
+            if not re.fullmatch(r"[\w.-]*", bare):
+                raise ValueError(f"{pattern} is no name")
+            if module == bare or (bare == name.removesuffix("$") and module.endswith(f".{bare}")):
                 return value
-        except re.error:
-            continue
     return default

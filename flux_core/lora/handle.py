@@ -7,17 +7,18 @@ where each layer is. A layer gets one `BranchedLinear`, however many files are a
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint.shapes import Shape
 from ..errors import UsageError
+from ..hooks.lora import LARGEST
 from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
 from ..model import MODULATION, Flux
@@ -42,14 +43,24 @@ class Handle:
     """
 
     def __init__(self, file: LoraFile, networks: Networks, merge: bool = False) -> None:
-        self.file, self.networks, self.is_merged = file, networks, merge
-        self.places: dict[str, dict[str, Any]] = {name: {} for name in networks}
+        self.file, self.is_merged = file, merge
+        self._networks = {name: ref(network) for name, network in networks.items()}
+        self.owner = object()
+        """what layers know it by. A model that is dropped is freed at once: nothing here holds it, or is held by it"""
+        self.places = _no_places(networks)
         """layers with a branch of this file, or with it in their weights, by network and name"""
         self.alphas: Mapping[str, float] = {}
         """of its modules, where the file has them"""
         self._scale = 1.0
         self._written: tuple[Scales, float | None] = (1.0, None)
         """what is in memory now"""
+        self._is_whole = not merge
+        """whether all of it is: branches begin at scale 1, weights have nothing in them yet"""
+
+    @property
+    def networks(self) -> Networks:
+        """Those that it is attached to, as long as they are there."""
+        return {name: network for name, found in self._networks.items() if (network := found()) is not None}
 
     @property
     def scale(self) -> float:
@@ -64,15 +75,16 @@ class Handle:
             _changed(network, scales=True)
 
     def write(self, scales: Scales, text: float | None = None) -> None:
-        """Write a scale to all layers, or to each of the transformer's by name, 0 for those without.
+        """Write a scale to all layers and norms, or to each of the transformer's by name, 0 for those without.
 
         text: that of the text encoders, where it is another. Nothing that was compiled or recorded changes: scales are
         numbers in memory, written where they differ from those there. Tables of modulation are not told
         (`model.Adapt`).
         """
-        if (scales, text) == self._written:
+        text = None if text == scales else text
+        if (scales, text) == self._written and self._is_whole:
             return
-        self._written = scales, text
+        self._written, self._is_whole = (scales, text), False  # memory may run out in the middle
         by_value: dict[float, list[tuple[Tensor, Tensor]]] = {}
         branched: list[BranchedLinear] = []
         for key, layers in self.places.items():
@@ -81,12 +93,12 @@ class Handle:
                 if key != "transformer" and text is not None:
                     value = text
                 if isinstance(layer, MergedLayer):
-                    layer.written[self].scale = value
+                    layer.written[self.owner].scale = value
                     layer.write()
                     continue
                 branched.append(layer)
-                layer.scale_shifts(self, value)
-                by_value.setdefault(value, []).extend(layer.scales_of(self))
+                layer.scale_shifts(self.owner, value)
+                by_value.setdefault(value, []).extend(layer.scales_of(self.owner))
         for value, numbers in by_value.items():
             if numbers:  # a layer may have a difference to its bias alone
                 places, units = ([*x] for x in zip(*numbers, strict=True))
@@ -95,6 +107,7 @@ class Handle:
             layer.refresh()
         for network in self.networks.values():
             _apply_norms(network)
+        self._is_whole = True
 
     @property
     def text_scale(self) -> float:
@@ -106,10 +119,16 @@ class Handle:
     def is_attached(self) -> bool:
         return any(self in _state(network).handles for network in self.networks.values())
 
-    def norm_scale(self) -> float:
-        """The factor of differences to norms, which belong to no layer."""
+    def norm_scale(self, name: str) -> float:
+        """The factor of the difference to a norm."""
         scales = self._written[0]
-        return scales if isinstance(scales, float) else 0.0
+        return scales if isinstance(scales, float) else scales.get(name, 0.0)
+
+    @property
+    def names(self) -> list[str]:
+        """The transformer's layers and norms that it changes."""
+        norms = [_state(network).norms.get(self, {}) for network in self.networks.values()]
+        return [*self.places["transformer"], *chain(*norms)]
 
     def remove(self) -> None:
         """Take the LoRA off: layers and weights are what they were before, to the bit. Does nothing the second time."""
@@ -117,20 +136,31 @@ class Handle:
             state = _state(network)
             if self not in state.handles:
                 continue
-            for name, layer in self.places[key].items():
+            for name, layer in list(self.places[key].items()):
                 if isinstance(layer, MergedLayer):
-                    del layer.written[self]
+                    layer.written.pop(self.owner, None)
                     layer.write()
                     if not layer.written:
                         del state.merged[name]
-                elif not layer.remove(self):
+                elif not layer.remove(self.owner):
                     network.set_submodule(name, layer.base)
             state.handles.remove(self)
             state.norms.pop(self)
             _apply_norms(network)
             _fit_input(network)
             _changed(network, scales=False)
-        self.places = {name: {} for name in self.networks}
+        self.places = _no_places(self.networks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """Of a network that is copied: a handle of the copy, and of no other network."""
+        copied = {name: memo[id(x)] for name, x in self.networks.items() if id(x) in memo}
+        found = memo[id(self)] = Handle(self.file, copied, self.is_merged)
+        found.owner = deepcopy(self.owner, memo)
+        for name in copied:
+            found.places[name].update((x, deepcopy(layer, memo)) for x, layer in self.places[name].items())
+        found.alphas, found._scale = self.alphas, self._scale
+        found._written, found._is_whole = self._written, self._is_whole
+        return found
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +178,7 @@ class Handle:
             summary(self.file, self.networks, self.alphas),
             chain(*(x.values() for x in self.places.values())),
         )
-        dense = sum(isinstance(layer, BranchedLinear) and layer.is_dense(self) for layer in layers)
+        dense = sum(isinstance(layer, BranchedLinear) and layer.is_dense(self.owner) for layer in layers)
         return f"{text}, {dense} computed dense" if dense else text
 
 
@@ -221,8 +251,8 @@ def attach_file(
     check_matched(file, allow_partial)
     if merge:
         _check_mergeable(file, networks)
-    elif "img_in" in _state(networks["transformer"]).merged:
-        check_drawable(file, networks["transformer"].params)  # type: ignore[arg-type]
+    else:
+        _check_input(file, networks["transformer"])
     handle, found = Handle(file, networks, merge), _read(file, networks)
     try:
         _add(handle, found)
@@ -245,14 +275,14 @@ def _add(handle: Handle, found: "_Found") -> None:
             deltas = found.of[key].pop(name)  # factors are freed once they are joined
             layer = _without_branch(network.get_submodule(name))
             if handle.is_merged:
-                merged = state.merged.setdefault(name, MergedLayer.of(layer))  # type: ignore[arg-type]
-                merged.written[handle] = Written(deltas)
-                merged.write()
-                handle.places[key][name] = merged
+                if name not in state.merged:
+                    state.merged[name] = MergedLayer.of(layer)  # type: ignore[arg-type]
+                merged = handle.places[key][name] = state.merged[name]
+                merged.written[handle.owner] = Written.of(deltas)  # and summed when the scale is written
             else:
                 pieces = _on_device(deltas, _dtype(network, layer), _device(layer))
                 handle.places[key][name] = branched = _branched(network, name)
-                branched.add(handle, pieces)
+                branched.add(handle.owner, pieces)
         _apply_norms(network)
         _changed(network, scales=False)
 
@@ -261,7 +291,8 @@ def _check_mergeable(file: LoraFile, networks: Networks) -> None:
     state = _state(networks["transformer"])
     if state.narrow is not None and any(module.target.module == "img_in" for module in file.of("transformer")):
         raise UsageError(
-            f"{file.name} cannot be merged into an input that a control LoRA made wider. Next: merge it first"
+            f"{file.name} cannot be merged into an input that a control LoRA made wider. Next: attach it without "
+            "merging it"
         )
     check_drawable(file, state.params(networks["transformer"]))  # type: ignore[arg-type]
     if file.norms or any(module.target.module.endswith(".scale") for module in file.of("transformer")):
@@ -272,14 +303,22 @@ def _check_mergeable(file: LoraFile, networks: Networks) -> None:
             check_mergeable(module.target.module, layer)
 
 
+def _check_input(file: LoraFile, network: Any) -> None:
+    if "img_in" in _state(network).merged and widened_input(file, network.params) != network.params.in_channels:
+        raise UsageError(
+            f"{file.name} makes the input wider, and another LoRA is merged into it. Next: attach the other without "
+            "merging it"
+        )
+
+
 def checked_scale(scale: float) -> float:
-    """UsageError for a scale that is no finite number."""
+    """UsageError for a scale that is no number, or that no picture could record."""
     try:
         value = float(scale)
     except (TypeError, ValueError):
         value = math.nan
-    if not math.isfinite(value):
-        raise UsageError(f"a LoRA's scale is a number, as in 0.8, not {scale!r}")
+    if not abs(value) <= LARGEST:
+        raise UsageError(f"a LoRA's scale is a number from -{LARGEST:g} to {LARGEST:g}, as in 0.8, not {scale!r}")
     return value
 
 
@@ -307,12 +346,22 @@ class _State:
     def params(self, model: Flux) -> Any:
         return model.params if self.narrow is None else self.narrow[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_State":
+        found = memo[id(self)] = _State()
+        vars(found).update({x.name: deepcopy(getattr(self, x.name), memo) for x in fields(self)})
+        return found
 
-_STATES: "WeakKeyDictionary[nn.Module, _State]" = WeakKeyDictionary()
+    def __reduce__(self) -> Any:
+        """A network that is pickled has its branches, and no handles."""
+        return _State, ()
 
 
 def _state(network: nn.Module) -> _State:
-    return _STATES.setdefault(network, _State())
+    return vars(network).setdefault("_loras", _State())  # an attribute, which goes with the network, and is copied
+
+
+def _no_places(networks: Networks) -> "dict[str, WeakValueDictionary[str, Any]]":
+    return {name: WeakValueDictionary() for name in networks}
 
 
 def attached(network: nn.Module) -> list[Handle]:
@@ -340,7 +389,7 @@ def _apply_norms(network: nn.Module) -> None:
             if how == "set":
                 value = tensor.to(value)
             elif how == "add":
-                value = value + handle.norm_scale() * tensor.to(value)
+                value = value + handle.norm_scale(name) * tensor.to(value)
         with torch.no_grad():
             parameter.copy_(original if name not in named else value)
         if name not in named:
@@ -357,6 +406,8 @@ def _fit_input(network: nn.Module) -> None:
     layer = network.img_in
     if width == network.in_channels:
         return
+    now = next(_without_branch(layer).parameters())  # `own` was apart while the network was moved or cast
+    own = own.to(device=now.device, dtype=now.dtype)
     wide = own if width == params.in_channels else _widened(own, width)
     if isinstance(layer, BranchedLinear):
         layer.exchange(wide)

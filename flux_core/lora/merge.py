@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .delta import Delta
 from .dialects import Network
-from .file import LoraFile, Module
+from .file import BIASES, LoraFile, Module
 from .tensors import NUMBERS, alphas_of, reading
 
 Change = Callable[[Tensor], Tensor]
@@ -84,5 +84,5 @@ def _steps(
         return
     if algebra != "bias":
         yield f"{target.module}.weight", weight
-    if not module.tensors.keys().isdisjoint(("diff_b", "up_bias")):
+    if not module.tensors.keys().isdisjoint(BIASES):
         yield f"{target.module}.bias", bias

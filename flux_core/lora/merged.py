@@ -4,7 +4,8 @@ A merged weight is W + s D, summed in fp32 and rounded once, of all merged files
 in the CPU's memory (on the CPU it is the tensor that was there), so that a scale may change and a file be taken out.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ class Written:
     """What an owner writes into a layer: differences to rows of its weight and bias, at a scale."""
 
     deltas: list[Delta]
+    """without a weight of their own: they are to that of the layer"""
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> "Written":
+        return cls([replace(delta, weight=None) for delta in deltas])
 
 
 @dataclass
@@ -49,12 +55,14 @@ class MergedLayer:
         return any(delta.changes(what) for written in self.written.values() for delta in written.deltas)
 
     def _summed(self, weight: Tensor) -> Tensor:
+        """fp32, for one rounding to what the layer's dtype is by now."""
         total = weight.float()  # a copy, or in fp32 the weight itself
         total = total.clone() if total is weight else total
         for written in self.written.values():
             for delta in filter(lambda x: x.changes("weight"), written.deltas):
-                total[delta.start : delta.start + delta.rows] += written.scale * delta.dense()
-        return total.to(weight.dtype)
+                change = delta.beside(weight).dense().to(total)  # the file may have been read onto another device
+                total[delta.start : delta.start + delta.rows] += written.scale * change
+        return total
 
     def _shifted(self, bias: Tensor) -> Tensor:
         total = bias.float().clone()
@@ -62,7 +70,7 @@ class MergedLayer:
             for delta in written.deltas:
                 for shift in delta.shifts():
                     total[delta.start : delta.start + delta.rows] += written.scale * shift.to(total)
-        return total.to(bias.dtype)
+        return total
 
 
 def _kept(parameter: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ def _kept(parameter: Tensor) -> Tensor:
 def _put(parameter: Tensor, values: Tensor) -> None:
     """Replace a parameter's values: in place on a device, where graphs may have recorded their address."""
     if parameter.device.type == "cpu":
-        parameter.data = values
+        parameter.data = values.to(parameter.dtype)
     else:
         parameter.data.copy_(values)
 

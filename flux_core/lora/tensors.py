@@ -29,7 +29,8 @@ def alphas_of(file: LoraFile) -> dict[str, float]:
             found[stem] = value
     bad = next((module.stem for module in file.modules if module.scale is not None and math.isnan(module.scale)), None)
     if bad is not None:
-        raise FileError(f"{file.path}: the header's lora_alpha or rank of {bad} is no number. Next: save it again.")
+        finding = f"the header's lora_alpha or rank of {bad} is no number, or its alpha_pattern no name"
+        raise FileError(f"{file.path}: {finding}. Next: save it again.")
     return found
 
 

@@ -11,13 +11,18 @@ from ..sampling.graph import is_worth_it
 from .placement import Placement
 
 
-def environment(placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = ()) -> dict[str, str]:
-    """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement."""
+def environment(
+    placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = (), branched: bool = False
+) -> dict[str, str]:
+    """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement.
+
+    branched: whether LoRAs will be beside layers then (`Loras.branched`); those of the last request still may be.
+    """
     return {
         "torch": torch.__version__,
         "device": device_name(placement.device),
         **describe(placement.components.flux),
-        "replay": "graph" if not functions and is_replayed(placement, request) else "none",
+        "replay": "graph" if not functions and is_replayed(placement, request, branched) else "none",
     }
 
 
@@ -28,18 +33,12 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
-def is_replayed(placement: Placement, request: GenerationRequest) -> bool:
+def is_replayed(placement: Placement, request: GenerationRequest, branched: bool = False) -> bool:
     """Whether the steps of that request are replayed from a CUDA graph (`sampling/graph.py`)."""
     width, height = request.padded_size
     tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
     return (
         placement.is_fixed
         and not request.hooks
-        and is_worth_it(
-            placement.components.flux,
-            placement.device,
-            tokens,
-            request.num_forward_steps,
-            branched=any(not entry.merge for entry in request.loras),
-        )
+        and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps, branched)
     )

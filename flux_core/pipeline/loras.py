@@ -10,12 +10,13 @@ from collections.abc import Hashable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ..hooks import Lora
 from ..hooks.sites import match_blocks, split
-from ..lora import Handle, attach_file, read_lora
+from ..lora import Handle, attach_file, attached, read_lora
 from ..lora.file import check_drawable
 from ..lora.handle import Networks, Scales, checked_scale
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
@@ -29,11 +30,15 @@ class Loras:
 
     def __init__(self, components: Components) -> None:
         self.components = components
-        self.own: list[Handle] = []
-        """files that the user loaded and will remove"""
-        self._known: dict[Handle, Known] = {}
-        self._asked: dict[tuple[str, bool, bool], tuple[Handle, Known]] = {}
+        self._known: WeakKeyDictionary[Handle, Known] = WeakKeyDictionary()
+        self._asked: dict[tuple[str, bool, bool], Handle] = {}
         """files that the last request asked for, by hash and way"""
+
+    @property
+    def own(self) -> list[Handle]:
+        """Files that the user attached, by `load` or `lora.attach`, and will remove."""
+        asked = self._asked.values()
+        return [handle for handle in attached(self.components.flux) if handle not in asked]
 
     @property
     def networks(self) -> Networks:
@@ -44,18 +49,16 @@ class Loras:
 
     def load(self, file: str | Path, scale: float, allow_partial: bool, merge: bool) -> Handle:
         """Attach a file until its handle is removed. Errors as in `lora.attach`."""
-        checked_scale(scale)
-        handle, known = self._attach(locate(str(file)), allow_partial, merge)
-        handle.scale = scale
-        self.own.append(handle)
-        self._known[handle] = known
-        return handle
+        return self._attach(locate(str(file)), checked_scale(scale), allow_partial, merge)
 
-    def _attach(self, path: Path, allow_partial: bool, merge: bool) -> tuple[Handle, Known]:
+    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool) -> Handle:
         params = self.components.flux.params
         file = read_lora(path, params)
         check_drawable(file, params)
-        return attach_file(file, self.networks, 1.0, allow_partial, merge), remember(path)
+        known = remember(path)  # before anything is attached: it may not be readable
+        handle = attach_file(file, self.networks, scale, allow_partial, merge)
+        self._known[handle] = known
+        return handle
 
     # What a request asks for ---------------------------------------------------------------------------------------
 
@@ -64,19 +67,25 @@ class Loras:
         return [record_of(entry) for entry in entries]
 
     def own_entries(self) -> list[Lora]:
-        """The files that the user loaded, as a picture carries them."""
-        self._forget_removed()
-        return [
-            record(self._known[handle], Lora(file=handle.file.name, scale=handle.scale, merge=handle.is_merged))
-            for handle in self.own
-        ]
+        """The files that the user attached, as a picture carries them. FileError for one that is gone."""
+        return [self._record(handle) for handle in self.own]
+
+    def _record(self, handle: Handle) -> Lora:
+        if handle not in self._known:  # somebody else attached it
+            self._known[handle] = remember(handle.file.header.path)
+        file, is_partial = handle.file, bool(handle.file.unmatched)
+        entry = Lora(file=file.name, scale=handle.scale, partial=is_partial, merge=handle.is_merged)
+        return record(self._known[handle], entry)
+
+    def branched(self, entries: Sequence[Lora]) -> bool:
+        """Whether there will be branches beside layers when a request with these entries is drawn."""
+        return not all(x.merge for x in entries) or not all(handle.is_merged for handle in self.own)
 
     def prepare(self, entries: Sequence[Lora], sigmas: Sequence[float]) -> "LoraSteps | None":
         """Attach what the entries of a request name, and nothing else beside `own`; returns what sets their scales.
 
         sigmas: the schedule, by which steps are counted.
         """
-        self._forget_removed()
         groups: dict[tuple[str, bool, bool], list[Lora]] = {}
         for entry in self.recorded(entries):
             assert entry.sha256 is not None
@@ -84,30 +93,27 @@ class Loras:
         wanted, there = sorted(groups), list(self._asked)  # in one order, whatever was drawn before: sums round by it
         kept = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(wanted, there, strict=False))))
         for key in there[kept:]:
-            self._asked.pop(key)[0].remove()
+            self._asked.pop(key).remove()
         for key in wanted[kept:]:
             first = groups[key][0]
-            self._asked[key] = self._attach(find_recorded(first.file, key[0]), first.partial, first.merge)
-            note(self._asked[key][0].summary)
+            scale = first.scale if first.merge else 1.0  # weights are summed once, at their scale
+            self._asked[key] = self._attach(find_recorded(first.file, key[0]), scale, first.partial, first.merge)
+            note(self._asked[key].summary)
         if not groups:
             return None
-        steps = LoraSteps([(self._asked[key][0], groups[key]) for key in wanted], sigmas)
+        steps = LoraSteps([(self._asked[key], groups[key]) for key in wanted], sigmas)
         steps.set(sigmas[0])
         return steps
 
     def text_key(self) -> Hashable:
         """What of the LoRAs an encoded prompt depends on: files that train text encoders, and their scales."""
-        self._forget_removed()
-        attached = [*((handle, self._known[handle]) for handle in self.own), *self._asked.values()]
+        networks = self.networks.values()
+        handles = dict.fromkeys(handle for network in networks for handle in attached(network))
         return tuple(
-            (known.sha256, handle.is_merged, handle.text_scale)
-            for handle, known in attached
+            (self._known.get(handle, handle), handle.is_merged, handle.text_scale)
+            for handle in handles
             if handle.file.of("clip") or handle.file.of("t5")
         )
-
-    def _forget_removed(self) -> None:
-        self.own = [handle for handle in self.own if handle.is_attached]
-        self._known = {handle: self._known[handle] for handle in self.own}
 
 
 class LoraSteps:
@@ -132,7 +138,7 @@ class LoraSteps:
 
 
 def _scales(handle: Handle, entries: Sequence[Lora], sigma: float, steps: LoraSteps) -> Scales:
-    """The sum of the active entries' scales: one number, or where some are for blocks one for each layer."""
+    """The sum of the active entries' scales: one number, or where some are for blocks one for each layer and norm."""
     step = step_of(sigma, steps.sigmas)
     active = [entry for entry in entries if entry.at_step(step)]
     everywhere = float(sum(entry.scale for entry in active if entry.blocks is None))
@@ -143,7 +149,7 @@ def _scales(handle: Handle, entries: Sequence[Lora], sigma: float, steps: LoraSt
     for entry in active:
         for block in match_blocks(entry.blocks, params) if entry.blocks else ():
             of_block[block] = of_block.get(block, 0.0) + entry.scale
-    return {name: everywhere + of_block.get(split(name)[0], 0.0) for name in handle.places["transformer"]}
+    return {name: everywhere + of_block.get(split(name)[0], 0.0) for name in handle.names}
 
 
 def text_scale(entries: Sequence[Lora]) -> float:

@@ -159,7 +159,8 @@ class Pipeline:
         plan = tuple(record_of(entry) if isinstance(entry, Lora) else entry for entry in request.plan)
         request = request.model_copy(update={"plan": plan})
         drawn_by = {"dtype": self.precision, "weights": self.weights, "compiled": self.compiled}
-        return request.model_copy(update={**drawn_by, "environment": environment(self.placement, request, functions)})
+        found = environment(self.placement, request, functions, self.loras.branched(request.loras))
+        return request.model_copy(update={**drawn_by, "environment": found})
 
     @torch.no_grad()
     def draw(
@@ -182,8 +183,9 @@ class Pipeline:
         def work() -> Tensor:
             return self.denoiser.denoise([request], source, on_step, functions, conditions)
 
+        own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
         x = self.fallback.run(what, work, "offload")
-        return self._decoded(x, request.recorded([*functions, *self.loras.own_entries()]))
+        return self._decoded(x, request.recorded([*functions, *own]))
 
     @torch.no_grad()
     def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
@@ -197,8 +199,8 @@ class Pipeline:
         if first.init_image is not None:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
-        rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
         own = self.loras.own_entries()
+        rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
         return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]
 
     @torch.no_grad()

@@ -30,14 +30,16 @@ STEPS = 4
 """in a schedule from which a recording pays: it takes the host as long as a step"""
 
 
-def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int, branched: bool = False) -> bool:
+def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int, branched: bool | None = None) -> bool:
     """Whether so many steps of so many tokens are faster from a graph on that device, and may be recorded.
 
-    branched: whether LoRAs will be beside the model's layers, if none are yet.
+    branched: whether LoRAs will be beside the model's layers; None: as they are now.
     """
     if device.type != "cuda" or steps < STEPS or tokens > WITH_BRANCHES or has_user_code(model):
         return False
-    return tokens <= TOKENS or (format_of(model) == "fp8" and (branched or has_branches(model)))
+    if tokens <= TOKENS or format_of(model) != "fp8":
+        return tokens <= TOKENS
+    return has_branches(model) if branched is None else branched
 
 
 def has_branches(model: nn.Module) -> bool:

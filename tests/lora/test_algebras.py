@@ -116,7 +116,7 @@ def test_biases_add_up_at_their_scales(model, tmp_path):
     factors = {"lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": draw(N), **ALPHA}
     with attached(model, tmp_path, factors, 0.5):
         assert torch.allclose(difference(model)[1], draw(N), atol=1e-6)  # 0.5 x 6 / 3
-    with attached(model, tmp_path, {"diff_b": draw(N)}, 0.5):
+    with attached(model, tmp_path, {"diff_b": draw(N), "alpha": torch.tensor(6)}, 0.5):  # which is of no product
         assert torch.allclose(difference(model)[1], 0.5 * draw(N), atol=1e-6)
 
 
@@ -162,6 +162,23 @@ def test_lora_and_difference_on_one_module_and_two_dialects_in_one_file(model, t
         found = difference(model, "single_blocks.0.linear1")[0]
         assert torch.allclose(found[16:32], B[:16].bfloat16().float() @ A.half().float(), atol=1e-6)
         assert not found[:16].any() and not found[32:].any()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.float64])
+def test_an_alpha_may_be_a_whole_number(model, tmp_path, kind):
+    with attached(model, tmp_path, {"lora_A.weight": A, "lora_B.weight": B, "alpha": torch.tensor(6).to(kind)}):
+        assert torch.allclose(difference(model)[0], 2 * B @ A, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"ff\.net\.0\.proj", "other|ff.net.0.proj", "^transformer_blocks.0.ff.net.0.proj$"]
+)
+def test_a_pattern_is_one_name_or_several(model, tmp_path, pattern):
+    name = "transformer.transformer_blocks.0.ff.net.0.proj"
+    tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": torch.cat((B, torch.zeros(32, 3)))}
+    config = {"transformer.lora_alpha": 3, "transformer.alpha_pattern": {"net.0": 9, "^ff.net.0.proj": 9, pattern: 6}}
+    with attach(model, write(tmp_path / "one.safetensors", tensors, lora_adapter_metadata=json.dumps(config))):
+        assert torch.allclose(difference(model)[0], 2 * B @ A, atol=1e-5)
 
 
 def test_what_is_dense_is_said(model, tmp_path):

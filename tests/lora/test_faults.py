@@ -12,12 +12,15 @@ from tiny import tiny_variant
 
 from flux_core.checkpoint.adapters import ENDINGS
 from flux_core.errors import FileError, FluxError, NonFiniteError, UsageError
-from flux_core.lora import attach, read_lora
+from flux_core.linears.branch import BranchedLinear
+from flux_core.lora import attach, attached, read_lora
 from flux_core.main import main
 from flux_core.model import Flux
 
 PARAMS = tiny_variant().params
 QKV, PROJ = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj"
+NORM = "double_blocks.0.img_attn.norm.query_norm"
+LOHA = {"hada_w1_a": (4, 48), "hada_w1_b": (4, 16), "hada_w2_a": (4, 48), "hada_w2_b": (4, 16)}
 
 
 @pytest.fixture
@@ -48,12 +51,21 @@ def refused(model, path, error=FileError, **options):
     return str(found.value)
 
 
-def put(name, value):
-    return lambda tensors: tensors.update({name: value})
+def put(name, value, *others):
+    return lambda tensors: tensors.update({x: value.clone() for x in (name, *others)})
 
 
 def drop(name):
     return lambda tensors: {key: x for key, x in tensors.items() if key != name}
+
+
+def only(module=QKV, **shapes):
+    """A file with these factors of one module, all ones."""
+    return lambda tensors: {f"{PREFIX}{module}.{ending}": torch.ones(shape) for ending, shape in shapes.items()}
+
+
+def glora(*shapes):
+    return {f"{x}.weight": shape for x, shape in zip(("a1", "a2", "b1", "b2"), shapes, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -74,8 +86,24 @@ def drop(name):
         (put(f"{PREFIX}{QKV}.dora_scale", torch.ones(7, 1)), "(magnitude)"),
         (put(f"{PREFIX}{PROJ}.diff_b", torch.ones(7)), "(diff_b)"),
         (put(f"{PREFIX}{QKV}.oft_blocks", torch.zeros(4, 4, 4)), "is OFT"),
-        (put(f"{PREFIX}{QKV}.lokr_w1", torch.zeros(4, 4)), "half of a pair"),
-        (put(f"{PREFIX}{QKV}.hada_w1_a", torch.zeros(4, 4)), "half of a pair"),
+        (only(lokr_w1=(4, 4)), "half of a pair"),
+        (only(hada_w1_a=(4, 4)), "half of a pair"),
+        (only(reshape_weight=(2,)), "half of a pair"),
+        (only(reshape_weight=(2,), diff_b=(48,)), "half of a pair"),
+        (put(f"{PREFIX}{QKV}.diff", torch.zeros(48, 16)), "factors of lora and diff at once"),
+        (put(f"{PREFIX}{QKV}.lokr_w1", torch.zeros(4, 4)), "factors of lokr and lora at once"),
+        (put(f"{PREFIX}{QKV}.lora_A.weight", torch.zeros(4, 16)), "are the same factor"),
+        (put(f"{PREFIX}{NORM}.weight", torch.ones(8), f"{PREFIX}{NORM}.scale"), "are the same factor"),
+        (put(f"{PREFIX}{NORM}.set_weight", torch.ones(8), f"{PREFIX}{NORM}.scale.diff"), "are the same factor"),
+        (put(f"{PREFIX}{NORM}.w_norm", torch.ones(8), f"{PREFIX}{NORM}.scale.diff"), "are the same factor"),
+        (only(lokr_w1=(4, 4), lokr_w2=(12, 4), lokr_w2_a=(12, 1), lokr_w2_b=(1, 4)), "are the same factor"),
+        (only(**LOHA, hada_t1=(3, 4), hada_t2=(4, 4)), "cannot be multiplied"),
+        (only(**LOHA, hada_t1=(4, 4), hada_t2=(4, 4, 3, 3)), "cannot be multiplied"),
+        (only(lokr_w1=(4, 4), lokr_w2_a=(2, 12), lokr_w2_b=(3, 4), lokr_t2=(3, 2)), "cannot be multiplied"),
+        (only(**glora((16, 4), (5, 16), (48, 4), (4, 16))), "cannot be multiplied"),
+        (only(**glora((17, 4), (4, 16), (48, 4), (4, 16))), "cannot be multiplied"),
+        (only(**glora((4, 16), (16, 5), (4, 16), (48, 4))), "cannot be multiplied"),
+        (only("img_in", **{f"lokr_w{i}": shape for i, shape in ((1, (4, 4)), (2, (4, 32)))}), "the model has [16, 64]"),
         (put(f"{PREFIX}double_blocks.0.img_attn.norm.query_norm.scale", torch.ones(5)), "shape [5]"),
         (lambda tensors: text_factors(), "none of the transformer"),
         (lambda tensors: {"bundle_emb.x.t5": torch.zeros(2, 8)}, "no LoRA"),
@@ -155,6 +183,23 @@ def test_keys_of_another_model_refuse_the_whole_file(model, lora, key, name):
 
 def test_peft_metadata_that_is_none(model, lora):
     assert "no JSON object" in refused(model, lora(lora_adapter_metadata="[1"))
+
+
+@pytest.mark.parametrize("patterns", [{"(.*)*x": 2}, {"((a|a)*)*z": 2}, {QKV: "much"}, [1], "a"])
+def test_patterns_in_a_header_are_names(model, lora, patterns):
+    """An expression could keep a search busy for ever."""
+    text = json.dumps({"transformer.lora_alpha": 4, "transformer.alpha_pattern": patterns})
+    assert "alpha_pattern no name" in refused(model, lora(lora_adapter_metadata=text))
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["beside", "merged"])
+def test_features_that_only_a_wider_mlp_has(model, lora, merge):
+    """Which only the numbers tell: layers before it had their branches already."""
+    name = "transformer.single_transformer_blocks.0.proj_mlp"
+    wide = {f"{name}.lora_A.weight": torch.ones(4, 16), f"{name}.lora_B.weight": torch.ones(64, 4)}
+    with pytest.raises(FileError, match="features that only"):
+        attach(model, lora(lambda tensors: tensors.update(wide)), merge=merge)
+    assert not attached(model) and not any(isinstance(x, BranchedLinear) for x in model.modules())
 
 
 # Damaged files: rows 1 to 9, 16 and 21 of the table of faults ---------------------------------------------------

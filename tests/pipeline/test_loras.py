@@ -12,8 +12,10 @@ from torch._dynamo.testing import CompileCounter
 from flux_core.errors import FileError, UsageError
 from flux_core.hooks import Lora, Skip
 from flux_core.lora import attach, attached
+from flux_core.lora.merged import MergedLayer
 from flux_core.model import ModulationTable
 from flux_core.pipeline import load_pipeline
+from flux_core.request import GenerationRequest
 from flux_core.sampling import euler, flow_velocity, get_schedule, image_ids
 
 FAST = {"num_steps": 3, "width": 48, "height": 32, "force": True}
@@ -136,6 +138,23 @@ def test_blocks_of_a_plan(pipeline, files):
     )
 
 
+def test_norms_have_the_scale_of_their_block(pipeline, files, tmp_path):
+    """0.8 everywhere and 0.1 more for the single blocks: of differences to norms, too."""
+    norms = ["single_blocks.0.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.scale"]
+    some = {key: x for key, x in factors(PARAMS, seed=0).items() if key.startswith(f"{PREFIX}single_blocks.0")}
+    path = write(tmp_path / "norms.safetensors", some | {f"{PREFIX}{name}.w_norm": torch.ones(8) for name in norms})
+    found = []
+
+    def on_step(step):
+        found.append([float(pipeline.model.get_parameter(name).mean()) for name in norms])
+
+    plan = [entry(path, scale=0.8), entry(path, scale=0.1, blocks="single_blocks.*", steps="0")]
+    pipeline.generate("a red apple", 1, **FAST, plan=plan, on_step=on_step)
+    assert torch.allclose(torch.tensor(found), torch.tensor([[1.9, 1.8], [1.8, 1.8], [1.8, 1.8]]))
+    pixels(pipeline)
+    assert all((pipeline.model.get_parameter(name) == 1).all() for name in norms)
+
+
 def test_scales_of_the_same_file_add_up_where_both_are_active(pipeline, files):
     twice = [entry(files["a"], scale=0.25, steps="0-1"), entry(files["a"], scale=0.5)]
     once = by_hand_picture(files["a"], 3, lambda step: 0.75 if step < 2 else 0.5)
@@ -214,6 +233,19 @@ def test_text_encoders_are_changed_and_prompts_are_encoded_again(small, tmp_path
     assert all(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
 
 
+def test_prompts_are_encoded_again_whoever_changed_the_encoders(small, tmp_path):
+    pipeline = load_pipeline("flux-mini", "cpu")
+    config = pipeline.t5.model.config
+    text = text_factors(pipeline.clip.model.config.hidden_size, config.d_model, config.num_heads * config.d_kv)
+    of_flux = {key: x for key, x in factors(pipeline.variant.params, strength=0.1).items() if "img_in" in key}
+    path = write(tmp_path / "text.safetensors", text | of_flux)
+    first = pipeline.prompts("a red apple")
+    handle = attach(pipeline.model, path, text={"clip": pipeline.clip.model, "t5": pipeline.t5.model})
+    assert not any(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
+    handle.remove()
+    assert all(torch.equal(x, y) for x, y in zip(first, pipeline.prompts("a red apple"), strict=True))
+
+
 def test_offloaded_it_draws_the_same(small, tmp_path):
     path = write(tmp_path / "a.safetensors", factors(small.params, strength=0.1))
     pictures = [
@@ -284,6 +316,74 @@ def test_a_record_is_found_by_its_hash_alone(pipeline, tmp_path):
     fresh = tiny_pipeline()
     with pytest.raises(FileError, match=r"only\.safetensors, SHA-256 [0-9a-f]{16}.*--lora FILE"):
         pixels(fresh, plan=recorded)
+
+
+@pytest.mark.parametrize("way", ["load", "attach"])
+def test_what_the_user_attached_is_repeated_from_its_record(pipeline, tmp_path, way):
+    """By the pipeline or not, and with what it took to attach it."""
+    more = {f"{PREFIX}nothing.lora_{x}.weight": torch.ones(4, 4) for x in ("up", "down")}
+    path = write(tmp_path / "partial.safetensors", factors(PARAMS, seed=8) | more)
+    if way == "load":
+        pipeline.load_lora(path, 0.5, allow_partial=True)
+    else:
+        attach(pipeline.model, path, 0.5, allow_partial=True)
+    image = pipeline.generate("a red apple", 1, **FAST)[0]
+    (recorded,) = json.loads(image.info["flux_core"])["plan"]
+    assert recorded["file"] == "partial.safetensors" and recorded["scale"] == 0.5 and recorded["partial"]
+    assert pixels(tiny_pipeline(), plan=[recorded]) == image.tobytes()
+
+
+def test_a_scale_that_cannot_be_recorded_is_refused_before_anything_is_drawn(pipeline, files):
+    with pytest.raises(UsageError, match="from -1000 to 1000"):
+        pipeline.load_lora(files["a"], 2000)
+    handle = pipeline.load_lora(files["a"])
+    with pytest.raises(UsageError, match="from -1000 to 1000"):
+        handle.scale = -1001
+
+
+def test_a_file_that_is_gone_is_said_before_anything_is_drawn(pipeline, files):
+    attach(pipeline.model, files["a"])
+    files["a"].unlink()
+    with pytest.raises(FileError, match="could not be read"):
+        pipeline.generate("a red apple", 1, **FAST, on_step=lambda step: pytest.fail("drawn"))
+
+
+def test_a_file_that_cannot_be_hashed_is_not_attached(pipeline, files, monkeypatch):
+    def fail(path):
+        raise FileError("could not be read")
+
+    monkeypatch.setattr("flux_core.pipeline.loras.remember", fail)
+    with pytest.raises(FileError):
+        pipeline.load_lora(files["a"])
+    assert not attached(pipeline.model)
+
+
+def test_replay_is_recorded_for_the_request_and_not_for_the_one_before(pipeline, files, monkeypatch):
+    """Pictures of many tokens are replayed in fp8 alone, with branches alone."""
+    monkeypatch.setattr("flux_core.sampling.graph.is_quantized", lambda model: True)
+    size = {"width": 1024, "height": 1024, "force": True}
+    request = GenerationRequest(name=pipeline.variant.name, prompt="x", num_steps=4, **size)
+    plan = [entry(files["a"])]
+    pixels(pipeline, plan=plan)  # whose branches stay until the next
+    monkeypatch.setattr(pipeline.fallback, "device", torch.device("cuda"))
+    monkeypatch.setattr("flux_core.pipeline.environment.device_name", lambda device: "a card")
+
+    def replay(plan=()):
+        return pipeline.complete(request.model_copy(update={"plan": tuple(plan)})).environment["replay"]
+
+    assert replay() == "none" and replay(plan) == "graph"
+    assert replay([entry(files["a"], merge=True)]) == "none"
+    attach(pipeline.model, files["b"])
+    assert replay() == "graph"
+
+
+def test_a_merged_one_is_summed_once(pipeline, files, monkeypatch):
+    summed, sum_up = [], MergedLayer._summed
+    monkeypatch.setattr(MergedLayer, "_summed", lambda layer, weight: summed.append(1) or sum_up(layer, weight))
+    pixels(pipeline, plan=[entry(files["a"], scale=0.3, merge=True)])
+    assert len(summed) == 23
+    pipeline.load_lora(files["b"], 0.3, merge=True)
+    assert len(summed) == 46
 
 
 def test_a_control_lora_is_not_drawn_with(pipeline, tmp_path):
