@@ -24,8 +24,8 @@ faster than bf16: a pass over the codes and over the weight that is written, for
 ggml multiplies int8 by int8 instead, which rounds the tokens, too.
 
 Here values are computed in fp32 in ggml's order, so they are those of ggml and of gguf-py to the bit, and rounded once;
-ComfyUI-GGUF and diffusers compute in fp16, 1e-3 of the largest weight off. Codes are kept flat: blocks follow each other
-through the tensor, whether or not its rows are whole ones.
+ComfyUI-GGUF and diffusers compute in fp16, 1e-3 of the largest weight off. Codes are kept flat: blocks follow each
+other through the tensor, whether or not its rows are whole ones.
 
 Source: ggml-quants.c and ggml-common.h (github.com/ggml-org/ggml); gguf-py's quants.py.
 """
@@ -78,9 +78,12 @@ def quantize(x: Tensor, kind: str) -> Tensor:
 
 
 def to_dense(
-    tensors: Mapping[str, Tensor], shape: tuple[int, ...], details: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    details: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The numbers that a tensor of a file stands for. tensors: "weight", uint8. details: {"type": "Q4_K"}. FileError."""
+    """The numbers that a file's tensor stands for. tensors: "weight", uint8. details: {"type": "Q4_K"}. FileError."""
     codes, kind = checked(tensors["weight"], shape, details)
     return unpack(codes, kind, dtype).reshape(shape)
 
