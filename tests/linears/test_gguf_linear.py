@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 
 import pytest
@@ -158,6 +159,80 @@ def test_zeros_stay_zeros_and_chunks_leave_no_trace(kind, monkeypatch):
     assert torch.equal(quantize(x.bfloat16(), kind), quantize(x.bfloat16().float(), kind))
     monkeypatch.setattr(gguf, "CHUNK", 3 * TYPES[kind].block)
     assert torch.equal(quantize(x, kind), codes)
+
+
+def squared(x, dense):
+    """Errors of blocks: [..., n] -> [...]"""
+    return (x.double() - dense.double()).square().sum(-1)
+
+
+def best_of(x, dense):
+    """Of some dense forms of x [..., n]: the number of that with the smallest error, for each block, and the error."""
+    return torch.stack([squared(x, y) for y in dense]).min(0)
+
+
+def rounded(x, scale, low, least, most):
+    return ((x + low) / torch.where(scale == 0, 1, scale)).round().clamp(least, most) * scale - low
+
+
+def plain_search(x, top):
+    """The error of blocks [n, 8, 32] by 300 scales for a minimum that is the block's own, then both in six bits."""
+    low = -x.amin(-1, keepdim=True).clamp(max=0)
+    reach, shares = (x.amax(-1, keepdim=True) + low) / top, torch.linspace(0.6, 1.2, 300)
+    share = best_of(x, (rounded(x, share * reach, low, 0, top) for share in shares)).indices
+    scale = shares[share][..., None] * reach
+    scale, low = (u * (y / u).round() for y in (scale, low) for u in [(y.amax(1, keepdim=True) / 63).half().float()])
+    return squared(x, rounded(x, scale, low, 0, top)).sum()
+
+
+def every_pair(x, d, dmin, top):
+    """The smallest error of blocks [n, 8, 32] over all 64 * 64 codes of scale and minimum."""
+    pairs = itertools.product(d * torch.arange(64)[:, None, None, None], dmin * torch.arange(64)[:, None, None, None])
+    best = torch.full(x.shape[:2], torch.inf, dtype=torch.float64)
+    for scale, low in pairs:
+        best = torch.minimum(best, squared(x, rounded(x, scale, low, 0, top)))
+    return best.sum()
+
+
+DRAWS = {
+    "normal": lambda: 0.02 * torch.randn(6, 256),
+    "heavy": lambda: 0.02 * torch.randn(6, 256) * torch.randn(6, 256).exp(),
+    "shifted": lambda: torch.randn(6, 256) - 1.5,
+    "large": lambda: 1e4 * torch.randn(6, 256),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(("kind", "top"), [("Q4_K", 15), ("Q5_K", 31)])
+def test_scales_and_minima_of_k_types_are_near_the_best(kind, top, draw):
+    """Better than a plain search, and near the best of all pairs for these d and dmin."""
+    x = DRAWS[draw]()
+    codes, x = quantize(x, kind), x.view(-1, 8, 32)
+    error = squared(x, unpack(codes, kind, torch.float32).view_as(x)).sum()
+    d, dmin = codes.view(len(x), -1)[:, :4].view(torch.float16).float()[..., None, None].unbind(1)
+    assert error < plain_search(x, top) and error < 1.06 * every_pair(x, d, dmin, top)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_scales_of_q6_k_are_near_the_best(draw):
+    """As good as a plain search by 600 scales, rounded to eight bits, and near the best of all for this d."""
+    x = DRAWS[draw]()
+    codes, x = quantize(x, "Q6_K"), x.view(-1, 16, 16)
+    error = squared(x, unpack(codes, "Q6_K", torch.float32).view_as(x)).sum()
+    d = codes.view(6, -1)[:, 208:].view(torch.float16).float()[..., None]
+    each = d * torch.arange(-128, 128)[:, None, None, None]
+    assert error < 1.05 * best_of(x, (rounded(x, s, 0, -32, 31) for s in each)).values.sum()
+    reach, shares = x.abs().amax(-1, keepdim=True) / 32, torch.linspace(-1.2, 1.2, 600)
+    share = best_of(x, (rounded(x, share * reach, 0, -32, 31) for share in shares)).indices
+    scale = shares[share][..., None] * reach
+    unit = (scale.abs().amax(1, keepdim=True) / 127).half().float()
+    assert error < 1.02 * squared(x, rounded(x, unit * (scale / unit).round(), 0, -32, 31)).sum()
+
+
+def test_scales_that_are_subnormal_in_fp16_still_round_small_weights():
+    x = 1e-5 * torch.randn(8, 256)
+    for kind in ("Q4_K", "Q5_K", "Q6_K"):
+        assert distance(unpack(quantize(x, kind), kind, torch.float32).view_as(x), x) < ERROR[kind]
 
 
 # The layer -----------------------------------------------------------------------------------------------
