@@ -348,8 +348,9 @@ def write_gguf(
 
     tensors: type ("Q4_K"), shape in torch's order, and data or a function that returns them, called when their turn
     comes, so that one tensor is in memory at a time. Data are bytes, a uint8 tensor of them, or for a type without
-    blocks (`PLAIN`) a tensor of numbers. ValueError for a tensor that can't be in a file, or for data of another size. metadata: e.g. "general.architecture"; whole numbers become u32 where they fit, and sequences of them
-    arrays of i32.
+    blocks (`PLAIN`) a tensor of numbers. ValueError for a tensor that can't be in a file, or for data of another
+    size. metadata: e.g. "general.architecture"; whole numbers become u32 where they fit, and sequences of them arrays
+    of i32.
     """
     pairs = [(key, value) for key, value in metadata.items() if key != ALIGNMENT]  # always that which readers assume
     parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]

@@ -1,10 +1,10 @@
 """`linears.gguf.unpack` as Triton kernels: ggml's blocks to dense rows, codes read once and values written once.
 
-It is bound by memory: a weight of [12288, 3072] in Q4_K is 21 MB to read and 75 MB to write in bf16, 20 µs of an H200's
-traffic, where the plain function writes it in fp32 first, and some tensors of bytes before that. A program holds some
-hundred runs of 16 or 32 bytes of codes. Lanes side by side read bytes side by side, in loads as wide as the block's size
-allows (2 bytes in 34, 16 in 144), and each run is written as whole sectors: the low halves of its bytes here, the high
-halves there. Scales are read once for each run, from a view of the same bytes as 16-bit words.
+It is bound by memory: a weight of [12288, 3072] in Q4_K is 21 MB to read and 75 MB to write in bf16, 20 µs of an
+H200's traffic, where the plain function writes it in fp32 first, and some tensors of bytes before. A program holds
+some hundred runs of 16 or 32 bytes of codes. Lanes side by side read bytes side by side, in loads as wide as the
+block's size allows (2 bytes in 34, 16 in 144), and each run is written as whole sectors: the low halves of its bytes
+here, the high halves there. Scales are read once for each run, from a view of the same bytes as 16-bit words.
 
 Results are those of the plain function to the bit: the same order of operations, without fused multiply-adds. For a
 compiler they are one operator. Types without a kernel (IQ4_NL, IQ4_XS, Q2_K, Q3_K) are widened by the plain function.
