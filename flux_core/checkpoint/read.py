@@ -63,6 +63,7 @@ def load_into(model: Flux, path: str | Path) -> None:
     loaded = _load(Flux, "transformer", model.params, Path(path), device, like.dtype, AS_STORED)
     for name, part in loaded.named_children():
         setattr(model, name, part)
+    model.eval()
 
 
 def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -56,7 +56,7 @@ def find_scales(source: Source, prefix: str = "") -> Storage:
         format = FORMATS.get(str(word)) if says else "fp8" if kind in DTYPES["fp8"] or scale else None
         if not says and format is None:
             continue
-        if format is None or not _is_known(source, name, scale, format, bool(says)):
+        if format is None or not _is_known(source, name, scale, format, says):
             found = f"{scale} {dtypes[scale]} {list(shapes[scale])}" if scale else f"without {stem}{SCALES[0]}"
             words = f", {SAYS} {str(word)[:40]!a}" if says else ""
             raise FileError(
@@ -70,14 +70,25 @@ def find_scales(source: Source, prefix: str = "") -> Storage:
     return Storage(of, frozenset(scales | beside))
 
 
-def _is_known(source: Source, name: str, scale: str | None, format: str, says: bool) -> bool:
+def _is_known(source: Source, name: str, scale: str | None, format: str, says: dict[str, Any] | None) -> bool:
     """Whether these tensors are codes and scales of that format. An fp8 scale may be beside a wider weight."""
     shapes, dtypes = source.shapes, source.dtypes
     if scale is None:
         return format == "fp8" and dtypes[name] in DTYPES["fp8"]
     wide = () if says else ("BF16", "F16", "F32", "F64")
     right = dtypes[name] in (*DTYPES[format], *wide) and dtypes[scale] in FLOATS
+    if format == "int8" and not (len(shapes[scale]) < 3 and _can_rotate(shapes[name], says or {})):
+        return False
     return right and _fits(shapes[scale], shapes[name])
+
+
+def _can_rotate(weight: tuple[int, ...], says: dict[str, Any]) -> bool:
+    """Whether a matrix has features in whole groups of those that are rotated, a power of 4."""
+    group = says.get("convrot_groupsize", 256) if says.get("convrot") else 4
+    if len(weight) != 2 or type(group) is not int or group < 4:
+        return False
+    is_power = group & (group - 1) == 0 and group.bit_length() % 2 == 1
+    return is_power and (not says.get("convrot") or weight[1] % group == 0)
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:

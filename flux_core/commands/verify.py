@@ -5,6 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint.adapters import is_idle_alpha
+from ..checkpoint.contents import find_storage
 from ..checkpoint.source import find_source
 from ..errors import FileError
 from ..terminal import no_bars, tell
@@ -14,19 +15,23 @@ def verify(file: str) -> str:
     """A line that says a file or folder of shards is sound. FileError names the first tensors with NaN or infinity."""
     source = find_source(Path(file))
 
-    from ..checkpoint.tensors import opened  # and with it torch
+    import torch
 
-    bad = []
+    from ..checkpoint.read import dense
+    from ..checkpoint.tensors import opened
+
+    storage, bad = find_storage(source), []
     with (
-        opened(source, "cpu", source.shapes) as get,
+        opened(source, "cpu", storage.among(source.shapes)) as get,
         tqdm(total=source.size, unit="B", unit_scale=True, desc="verifying", disable=no_bars()) as bar,
     ):
-        for name in source.shapes:
-            tensor = get(name)
-            idle = is_idle_alpha(name, source.shapes)
-            if tensor.is_floating_point() and not tensor.float().isfinite().all() and not idle:
-                bad.append(name)
-            bar.update(tensor.nbytes)
+        for name, header in source.headers_of.items():
+            if name not in storage.names:  # which are seen with their weight
+                x = dense(get, name, storage, torch.float32) if name in storage.of else get(name)
+                idle = is_idle_alpha(name, source.shapes)
+                if x.is_floating_point() and not x.float().isfinite().all() and not idle:
+                    bad.append(name)
+            bar.update(header.tensors[name].end - header.tensors[name].start)
     if bad:
         listed = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         raise FileError(f"{file}: {len(bad)} tensor(s) hold NaN or infinity ({listed}). Next: fetch the file again.")

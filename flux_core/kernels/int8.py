@@ -88,7 +88,7 @@ def largest_of(y):
 @triton.jit
 def scale_of(largest, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """largest: its bits."""
-    scale = largest.to(tl.float32, bitcast=True) * (1.0 / LARGEST)
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full((), LARGEST, tl.float32))
     return tl.where(scale < SMALLEST, SMALLEST, scale)
 
 

@@ -131,8 +131,9 @@ def _rotated(y: Tensor, stages: int) -> Tensor:
 def quantize_rows(x: Tensor, group: int) -> QuantizedTokens:
     """x [..., K], rotated, in int8 with a scale for each row; computed in fp32, rounded to nearest, ties to even."""
     x = rotate(x, group)
-    # The reciprocal is written out: CUDA divides by a Python number that way, the CPU does not.
-    scale = (x.abs().amax(dim=-1, keepdim=True) * (1 / LARGEST)).clamp(min=SMALLEST)
+    # By a tensor: a Python number is multiplied by its reciprocal on CUDA, and divided by on the CPU.
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scale = (largest / torch.full((), LARGEST, dtype=torch.float32, device=x.device)).clamp(min=SMALLEST)
     return QuantizedTokens((x / scale).round().to(torch.int8), scale)  # within 127: the largest is 127 scales
 
 
@@ -294,7 +295,10 @@ class Int8Linear(Frozen, Leaf):
     def multiply_rotated(self, x: Tensor) -> Tensor:
         """Its forward in the dtype of x: of rotated tokens by the rotated weight, which is less to rotate."""
         weight = self.unpack(self.weight, self.weight_scale, 0, x.dtype)
-        return F.linear(rotate(x, self.group).to(x.dtype), weight, self.bias)
+        if self.group:  # a product with R: quicker here, and the order of its sums is no file's matter
+            rotation = hadamard(self.group, torch.float32, x.device)
+            x = (x.float().unflatten(-1, (-1, self.group)) @ rotation).flatten(-2).to(x.dtype)
+        return F.linear(x, weight, self.bias)
 
     def widen(self, dtype: torch.dtype) -> Tensor:
         """codes * scale, rotated back"""

@@ -131,7 +131,7 @@ def test_the_largest_group_that_divides():
 def plainly(weight, group):
     """Codes and scales by the formula, with R as an explicit matrix in fp64; the rotated number is rounded to fp32."""
     rotated = (weight.double().unflatten(-1, (-1, group)) @ matrix(group)).flatten(-2).float()
-    scale = rotated.abs().amax(1, keepdim=True) * torch.tensor(1 / 127, dtype=torch.float32)
+    scale = rotated.abs().amax(1, keepdim=True) / torch.tensor(127, dtype=torch.float32)
     return (rotated / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 

@@ -360,7 +360,7 @@ def test_a_file_that_cannot_be_hashed_is_not_attached(pipeline, files, monkeypat
 
 def test_replay_is_recorded_for_the_request_and_not_for_the_one_before(pipeline, files, monkeypatch):
     """Pictures of many tokens are replayed in fp8 alone, with branches alone."""
-    monkeypatch.setattr("flux_core.sampling.graph.is_quantized", lambda model: True)
+    monkeypatch.setattr("flux_core.sampling.graph.format_of", lambda model: "fp8")
     size = {"width": 1024, "height": 1024, "force": True}
     request = GenerationRequest(name=pipeline.variant.name, prompt="x", num_steps=4, **size)
     plan = [entry(files["a"])]
