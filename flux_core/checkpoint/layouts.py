@@ -100,7 +100,7 @@ def _official_rest(
     copy_tokenizer(text.clip_tokenizer, folder / "clip")
 
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
 """types that most of a GGUF file's blocks have -> llama.cpp's number for such a file"""
 SMALL = 1024
 """numbers of a tensor up to which ComfyUI-GGUF's converter keeps fp32"""

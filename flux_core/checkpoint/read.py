@@ -26,7 +26,7 @@ from ..terminal import note
 from ..variants import Variant
 from .check import check_network
 from .contents import Contents, find_contents, find_storage
-from .files import ae_path, flow_path
+from .files import PARTS, ae_path, flow_path
 from .identify import WHOLE, Part
 from .keymaps import joins_rows, streamed_from_diffusers
 from .names import Pair, Params, pairs_of
@@ -58,9 +58,12 @@ def load_into(model: Flux, path: str | Path) -> None:
     Linears that the file has in few bits become layers of that format; nothing else is quantized. On an error the model
     stays as it was.
     """
-    like = model.img_in.weight
+    path, like = Path(path), model.img_in.weight
+    inside = path / PARTS["transformer"].folders[0]
     device = torch.device("cpu") if like.is_meta else like.device
-    loaded = _load(Flux, "transformer", model.params, Path(path), device, like.dtype, AS_STORED)
+    loaded = _load(
+        Flux, "transformer", model.params, inside if inside.is_dir() else path, device, like.dtype, AS_STORED
+    )
     for name, part in loaded.named_children():
         setattr(model, name, part)
     model.eval()

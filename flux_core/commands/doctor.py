@@ -127,8 +127,9 @@ def _dtypes(device: "torch.device") -> dict[str, str]:
     from ..device.choice import pick_dtype
 
     if pick_dtype(None, device) == torch.bfloat16:
-        return {"bfloat16": "", "fp8": "--dtype fp8"}
-    # a card without bf16 has no fp8 either; on a CPU fp8 saves memory only, and is slow
+        has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+        return {"bfloat16": ""} | {x: f"--dtype {x}" for x in ("fp8" if has_fp8 else "int8", "nf4")}
+    # on a CPU few bits save memory only
     return {"float32": ""} if device.type == "cuda" else {"float32": "", "bfloat16": "--dtype bfloat16"}
 
 

@@ -175,7 +175,7 @@ IMPORTANCE = (
     replace(OUTPUT_DIR, help="the study's folder (default: output/importance-NAME)", default=None),
     *MACHINE,
 )
-GGUF_DTYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+GGUF_DTYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 """types of blocks that `save --format gguf` writes"""
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 SAVED_DTYPES = {
