@@ -4,13 +4,13 @@ A block calls its Linears, or passes them to its `ops`. The plain ops (`model/op
 with `in_features`, `out_features` and a forward will do. The fused ops (`kernels/`) are faster where they may read a
 weight, or pass quantized tokens. The functions below say where; elsewhere fused ops call the layer, too.
 
-|                                      | nn.Linear            | `fp8.Fp8Linear`           | any other module         |
+|                                      | nn.Linear            | fp8, int8; GGUF and NF4   | any other module         |
 | ------------------------------------ | -------------------- | ------------------------- | ------------------------ |
 | `in_features`, `out_features`        | yes                  | yes                       | yes                      |
 | forward of x [..., K] -> [..., N]    | yes                  | yes                       | yes                      |
 | gradient of x; of its parameters     | yes; yes             | yes; of the bias          | as its forward has it    |
-| `takes_tokens`: of `QuantizedTokens` | no                   | where fp8 units are       | no                       |
-| `dense`: weight and bias to use      | its own              | dequantized, else no      | no                       |
+| `takes_tokens`: of `QuantizedTokens` | no                   | where units are; no       | no                       |
+| `dense`: weight and bias to use      | its own              | widened, where no tokens  | no                       |
 | `multiply_columns`: [x \\| y] apart   | a product for each   | by `dense`, else joined   | joined                   |
 | a slice of its rows                  | of `dense`           | of `dense`, or its output | of its output            |
 
@@ -38,10 +38,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 class QuantizedTokens(NamedTuple):
-    """Tokens x ~ codes * scale, which some leaves take instead of x."""
+    """Tokens x ~ codes * scale, which some leaves take instead of x; int8 ones are rotated in the layer's groups."""
 
     codes: Tensor
-    """e4m3 [..., K]"""
+    """e4m3 or int8 [..., K]"""
     scale: Tensor
     """fp32 [..., 1]"""
 

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..hooks.lora import LARGEST
 from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
+from ..linears.frozen import Frozen
 from ..model import MODULATION, Flux
 from ..model.layers import RMSNorm
 from ..terminal import one_line
@@ -406,8 +407,8 @@ def _fit_input(network: nn.Module) -> None:
     layer = network.img_in
     if width == network.in_channels:
         return
-    now = next(_without_branch(layer).parameters())  # `own` was apart while the network was moved or cast
-    own = own.to(device=now.device, dtype=now.dtype)
+    # `own` was apart while the network was moved or cast
+    own = own.to(device=_device(_without_branch(layer)), dtype=_dtype(network, layer))
     wide = own if width == params.in_channels else _widened(own, width)
     if isinstance(layer, BranchedLinear):
         layer.exchange(wide)
@@ -421,13 +422,13 @@ def _without_branch(layer: nn.Module) -> nn.Module:
     return layer.base if isinstance(layer, BranchedLinear) else layer
 
 
-def _widened(linear: nn.Module, width: int) -> nn.Linear:
-    """A Linear with zero columns for more input features."""
-    assert isinstance(linear, nn.Linear)
-    wide = deepcopy(linear)
-    wide.in_features = width
-    wide.weight = nn.Parameter(with_columns(linear.weight.detach(), width), requires_grad=linear.weight.requires_grad)
-    return wide
+def _widened(linear: Any, width: int) -> nn.Linear:
+    """A Linear with zero columns for more input features; dense, in whatever format the layer is."""
+    own = linear.widen(cast(Tensor, linear.bias).dtype) if isinstance(linear, Frozen) else linear.weight.detach()
+    wide = nn.Linear(width, linear.out_features, device="meta", dtype=own.dtype)
+    wide.weight = nn.Parameter(with_columns(own, width), requires_grad=linear.weight.requires_grad)
+    wide.bias = deepcopy(linear.bias)
+    return wide.train(linear.training)
 
 
 def _branched(network: nn.Module, name: str) -> BranchedLinear:
@@ -512,6 +513,8 @@ def _dense_weight(layer: nn.Module) -> Tensor:
     """A layer's weight [N, K], whatever it is stored as: by its contract, else by its outputs of unit vectors."""
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
+    if isinstance(layer, Frozen):
+        return layer.widen(torch.float32)
     device = _device(layer)
     if found := dense(layer, torch.empty(0, dtype=torch.float32, device=device)):
         return found[0].detach()
@@ -530,4 +533,6 @@ def _dtype(network: nn.Module, layer: Any) -> torch.dtype:
     """The dtype that a layer's branch computes in: that of the network's norms, or of its own weight."""
     if isinstance(network, Flux):
         return next(part.scale.dtype for part in network.modules() if isinstance(part, RMSNorm))
+    if isinstance(layer, Frozen):  # T5's embeddings stay as they are
+        return next(x.dtype for x in network.parameters() if x.is_floating_point() and x.dtype.itemsize > 1)
     return layer.weight.dtype
