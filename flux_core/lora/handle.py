@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 from weakref import WeakValueDictionary, ref
 
 import torch
