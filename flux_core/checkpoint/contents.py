@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import FileError
+from ..errors import FileError, UsageError
 from .header import WEIGHT_DTYPES
 from .identify import WHOLE, Identity, Part
 from .names import renamed
@@ -68,6 +68,15 @@ def find_storage(source: Source, prefix: str = "") -> Storage:
     scaled, stored = find_scales(source, prefix), source.stored
     of = {name: one for name, one in stored.of.items() if name.startswith(prefix)}
     return Storage({**scaled.of, **of}, scaled.names | stored.names)
+
+
+def check_format(contents: Contents, format: str) -> None:
+    """UsageError for a format that only files have, where this one is in another."""
+    if format == "gguf" and format not in {one.format for one in contents.storage.of.values()}:
+        raise UsageError(
+            f"--dtype gguf means as a GGUF file has it, and {contents.source.path} is none. Next: give the file with "
+            "--model, or another --dtype."
+        )
 
 
 def _belongs(name: str, part: Part) -> bool:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..errors import FileError, UsageError
+from ..errors import FileError
 from ..linears.formats import FORMATS, to_dense
 from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
 from .check import check_network
-from .contents import Contents, find_contents, find_storage
+from .contents import Contents, check_format, find_contents, find_storage
 from .files import PARTS, ae_path, flow_path
 from .identify import WHOLE, Part
 from .keymaps import joins_rows, streamed_from_diffusers
@@ -133,13 +133,14 @@ def _load(
     """
     contents = find_contents(path, part)
     check_network(contents, params)
+    choice = _format_of_linears(contents, format)
     note_precision(contents, dtype, format)
     pairs, storage = _in_order(contents, params), contents.storage
     names = (contents.names[name] for pair in pairs for name in pair.diffusers)
     with opened(contents.source, device, storage.among(names)) as get, _progress(contents.source, get) as take:
         with torch.device("meta"), skip_init():
             model = kind(params)
-        filling = Filling(contents, params, dtype, *_format_of_linears(contents, format))
+        filling = Filling(contents, params, dtype, *choice)
         reserve(device, filling.sizes(model, pairs))
         for pair in pairs:
             filling.fill(model, pair, take)
@@ -171,8 +172,7 @@ def _format_of_linears(contents: Contents, format: str | None) -> tuple[Choice, 
         return lambda name, found: _shared(found) if only in (None, _shared(found)) else None, False
     if format is None:
         return lambda name, found: None, False
-    if format == "gguf":
-        raise UsageError(f"--dtype {format} is for a {format.upper()} file, and {contents.source.path} is none.")
+    check_format(contents, format)
     stays = FORMATS[format].stays
     return lambda name, found: None if stays(name) else format, True
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_files
-from ..checkpoint.contents import find_contents
-from ..checkpoint.files import own_path
+from ..checkpoint.contents import check_format, find_contents
+from ..checkpoint.files import flow_path, own_path
 from ..checkpoint.identify import Part
 from ..device.choice import OWN, empty_device_cache, format_named, memory_errors, pick_device, pick_dtype
 from ..device.oom import CPU, OomFallback
@@ -81,6 +81,8 @@ def load_pipeline(
     format, t5_format = format_named(dtype), own_format(variant, "t5")
     if dtype in (None, "auto"):
         format = own_format(variant, "transformer")
+    elif format:
+        check_format(find_contents(flow_path(variant), "transformer"), format)
 
     _note_widening(format, place)
 
