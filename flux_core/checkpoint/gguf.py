@@ -12,7 +12,6 @@ been found to be that long, and what is counted is bounded. What ggml refuses is
 import io
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -305,33 +304,6 @@ def _kind_of(start: bytes) -> str:
     first = start.lower().lstrip()
     known = (f"is {text}" for mark, text in _KINDS if first.startswith(mark))
     return next(known, f"is no GGUF file, or its first bytes are damaged. {AGAIN.removesuffix('.')}")
-
-
-# Names of T5
-
-T5_NAMES = {
-    "token_embd": "shared",
-    "enc.output_norm": "encoder.final_layer_norm",
-    "enc.blk.N.attn_norm": "encoder.block.N.layer.0.layer_norm",
-    "enc.blk.N.attn_q": "encoder.block.N.layer.0.SelfAttention.q",
-    "enc.blk.N.attn_k": "encoder.block.N.layer.0.SelfAttention.k",
-    "enc.blk.N.attn_v": "encoder.block.N.layer.0.SelfAttention.v",
-    "enc.blk.N.attn_o": "encoder.block.N.layer.0.SelfAttention.o",
-    "enc.blk.N.attn_rel_b": "encoder.block.N.layer.0.SelfAttention.relative_attention_bias",
-    "enc.blk.N.ffn_norm": "encoder.block.N.layer.1.layer_norm",
-    "enc.blk.N.ffn_gate": "encoder.block.N.layer.1.DenseReluDense.wi_0",
-    "enc.blk.N.ffn_up": "encoder.block.N.layer.1.DenseReluDense.wi_1",
-    "enc.blk.N.ffn_down": "encoder.block.N.layer.1.DenseReluDense.wo",
-}
-"""modules of T5's encoder in llama.cpp, and so in city96's files -> in transformers"""
-
-
-def renamed_t5(name: str) -> str:
-    """The name of a T5 tensor in transformers; any other name as it is."""
-    module, _, leaf = name.rpartition(".")
-    block = re.match(r"enc\.blk\.(\d+)\.", module)
-    found = T5_NAMES.get(re.sub(r"^enc\.blk\.\d+\.", "enc.blk.N.", module))
-    return name if found is None else f"{found.replace('.N.', f'.{block[1]}.') if block else found}.{leaf}"
 
 
 # Writing

@@ -30,7 +30,7 @@ from .files import TextFiles, ae_path, encoder_config, flow_path
 from .gguf import write_gguf
 from .identify import Layout, Part
 from .keymaps import to_diffusers
-from .names import Params, network_shapes
+from .names import Params, network_shapes, renamed
 from .read import dense, load_autoencoder, load_flux, opened_official
 from .scales import METADATA
 from .shapes import Shape
@@ -218,9 +218,10 @@ def _has_dtype(source: Source, dtype: torch.dtype) -> bool:
 
 
 def _shards_fit(source: Source, target: Path, layout: Layout) -> bool:
-    """Whether the weights are in one file, or in shards that the layout finds: by an index of the target's name."""
+    """Whether the weights are in one safetensors file, or in shards that the layout finds: by an index of the target's
+    name."""
     indexed = layout == "diffusers" and source.index is not None and source.index.name == f"{target.name}.index.json"
-    return len(source.headers) == 1 or indexed
+    return (len(source.headers) == 1 or indexed) and not any(header.is_gguf for header in source.headers)
 
 
 def _copy(source: Source, target: Path) -> None:
@@ -313,17 +314,20 @@ def text_linears(text: TextFiles) -> dict[Part, dict[str, Shape]]:
     paths: dict[Part, Path] = {"clip": text.clip, "t5": text.t5}
     for part, path in paths.items():
         source = find_source(path)
-        names = _encoder_names(source, source.identity(part).prefix)
+        names = _encoder_names(source, part)
         shapes = {bare: source.weights[name] for name, bare in names.items() if bare.endswith(".weight")}
         found[part] = {bare.removesuffix(".weight"): shape for bare, shape in shapes.items() if len(shape) == 2}
     return found
 
 
-def _encoder_names(source: Source, prefix: str) -> dict[str, str]:
-    """A text encoder's tensors: the file's names -> without the prefix."""
-    names = {name: name.removeprefix(prefix) for name in source.shapes if name.startswith(prefix)}
+def _encoder_names(source: Source, part: Part) -> dict[str, str]:
+    """A text encoder's tensors: the file's names -> without the prefix, those of llama.cpp as transformers has them."""
+    prefix = source.identity(part).prefix
     inner = find_storage(source, prefix).names
-    return {x: bare for x, bare in names.items() if not bare.startswith(NOT_OURS) and x not in inner}
+    names = [x.removeprefix(prefix) for x in source.shapes if x.startswith(prefix) and x not in inner]
+    ours = {theirs: bare for bare, theirs in renamed(names, part).items()} if part == "t5" else {}
+    found = {prefix + name: ours.get(name, name) for name in names}
+    return {name: bare for name, bare in found.items() if not bare.startswith(NOT_OURS)}
 
 
 def _text_encoder(
@@ -335,7 +339,7 @@ def _text_encoder(
     """
     source, word = find_source(path), str(dtype).removeprefix("torch.")
     found, config = source.identity(part), encoder_config(variant, part, path)
-    storage, mine = find_storage(source, found.prefix), _encoder_names(source, found.prefix)
+    storage, mine = find_storage(source, found.prefix), _encoder_names(source, part)
     of_part = changes.of_part(part)
     stays = not of_part and path.is_dir() and len(mine) == len(source.shapes) and _has_dtype(source, dtype)
     file = target / "model.safetensors"

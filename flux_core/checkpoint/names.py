@@ -16,9 +16,29 @@ from .shapes import Shape, Shapes, autoencoder_shapes, flux_shapes
 
 Params = FluxParams | AutoEncoderParams
 
+_ATTENTION_OF_T5, _MLP_OF_T5 = "encoder.block.N.layer.0.", "encoder.block.N.layer.1."
+LLAMA_T5 = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "enc.blk.N.attn_norm": _ATTENTION_OF_T5 + "layer_norm",
+    **{f"enc.blk.N.attn_{x}": f"{_ATTENTION_OF_T5}SelfAttention.{x}" for x in "qkvo"},
+    "enc.blk.N.attn_rel_b": _ATTENTION_OF_T5 + "SelfAttention.relative_attention_bias",
+    "enc.blk.N.ffn_norm": _MLP_OF_T5 + "layer_norm",
+    "enc.blk.N.ffn_gate": _MLP_OF_T5 + "DenseReluDense.wi_0",
+    "enc.blk.N.ffn_up": _MLP_OF_T5 + "DenseReluDense.wi_1",
+    "enc.blk.N.ffn_down": _MLP_OF_T5 + "DenseReluDense.wo",
+}
+"""modules of T5's encoder in llama.cpp, and so in ComfyUI-GGUF's files -> in transformers; N counts blocks"""
+
+
+def _llama_rule(theirs: str, ours: str) -> tuple[Part, str, str]:
+    return "t5", re.escape(theirs).replace("N", r"(\d+)") + r"\.weight", ours.replace("N", r"\1", 1) + ".weight"
+
+
 RENAMES: tuple[tuple[Part, str, str], ...] = (
     ("transformer", r"(.+\.(?:query|key)_norm)\.weight", r"\1.scale"),  # ComfyUI since February 2026
     ("t5", r"encoder\.embed_tokens\.weight", "shared.weight"),  # one tensor by two names
+    *(_llama_rule(theirs, ours) for theirs, ours in LLAMA_T5.items()),
     ("clip", r"text_model\.(.+)", r"\1"),  # transformers before 5
 )
 """part, another tool's name for a tensor (a pattern for all of it), our name"""

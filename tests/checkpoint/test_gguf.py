@@ -15,7 +15,8 @@ from golden_files import FOLDER, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux_core.checkpoint.gguf import MAX_ITEMS, T5_NAMES, read_gguf, renamed_t5, write_gguf
+from flux_core.checkpoint.gguf import MAX_ITEMS, read_gguf, write_gguf
+from flux_core.checkpoint.names import LLAMA_T5, renamed
 from flux_core.errors import DiskError, FileError
 from flux_core.linears.gguf_types import NAMES, TYPES, size_of
 
@@ -98,22 +99,23 @@ def test_types_and_shapes_are_those_that_the_writer_had(name):
     assert header.metadata.get("general.architecture", "") == golden.metadata["architecture"]
     assert {entry.start % 32 for entry in header.tensors.values()} == {0}
     rows = golden.group("rows.")
-    for key, entry in header.tensors.items():
-        if (row := rows.get(renamed_t5(key.removeprefix(prefix)))) is not None:
-            assert entry.shape[-1] == row.shape[-1], key
+    names = renamed([key.removeprefix(prefix) for key in header.tensors], "t5" if "t5" in name else "transformer")
+    for ours, theirs in names.items():
+        if (row := rows.get(ours)) is not None:
+            assert header.tensors[prefix + theirs].shape[-1] == row.shape[-1], ours
 
 
 def test_names_of_t5_are_those_of_transformers():
     rows = read("gguf/t5_q8_0").group("rows.")
-    names = {renamed_t5(name) for name in read_gguf(GOLDEN / "t5_q8_0.gguf").tensors}
-    assert rows.keys() <= names and all(name.startswith(("shared.", "encoder.")) for name in names)
+    names = renamed(read_gguf(GOLDEN / "t5_q8_0.gguf").tensors, "t5")
+    assert rows.keys() <= names.keys() and all(name.startswith(("shared.", "encoder.")) for name in names)
     assert "encoder.block.1.layer.1.DenseReluDense.wo.weight" in names
     of_itself = read_gguf(GOLDEN / "t5_sdcpp_q4_0.gguf").tensors
-    assert all(renamed_t5(name) == name for name in of_itself)
-    assert len(set(T5_NAMES.values())) == len(T5_NAMES)
-    assert renamed_t5("enc.blk.12.attn_o.weight") == "encoder.block.12.layer.0.SelfAttention.o.weight"
+    assert all(ours == theirs for ours, theirs in renamed(of_itself, "t5").items())
+    assert len(set(LLAMA_T5.values())) == len(LLAMA_T5)
+    assert [*renamed(["enc.blk.12.attn_o.weight"], "t5")] == ["encoder.block.12.layer.0.SelfAttention.o.weight"]
     for other in ("enc.blk.1.attn_rel.weight", "dec.blk.1.attn_o.weight", "enc.blk.x.attn_o.weight", "token_embd"):
-        assert renamed_t5(other) == other
+        assert renamed([other], "t5") == {other: other}
 
 
 def test_numbers_and_names_of_types_are_unique():

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from golden_files import FOLDER, distance, read
 from torch import nn
 
-from flux_core.checkpoint.gguf import read_gguf, renamed_t5
+from flux_core.checkpoint.gguf import read_gguf
+from flux_core.checkpoint.names import renamed
 from flux_core.errors import FileError, UsageError
 from flux_core.linears import contract, gguf
 from flux_core.linears.gguf import PACK, UNPACK, GgufLinear, quantize, to_dense, unpack
@@ -70,8 +71,9 @@ def dense(name):
     for key, entry in header.tensors.items():
         codes = torch.frombuffer(bytearray(raw[entry.start : entry.end]), dtype=torch.uint8)
         bare = key.removeprefix("model.diffusion_model.").removeprefix("text_encoders.t5xxl.transformer.")
-        found[renamed_t5(bare)] = to_dense({"weight": codes}, entry.shape, {"type": entry.dtype})
-    return found
+        found[bare] = to_dense({"weight": codes}, entry.shape, {"type": entry.dtype})
+    part = "t5" if name.startswith("t5") else "transformer"
+    return {ours: found[theirs] for ours, theirs in renamed(found, part).items()}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(GOLDEN.glob("flux_*.gguf"))])
