@@ -56,10 +56,13 @@ def user_path(path: str | Path, named: str = "") -> Path:
     return Path(expand_home(str(path), named))
 
 
-def prepare_folder(folder: str | Path) -> Path:
-    """Create a folder if it is missing, check that files can be written to it, and return it. DiskError."""
+def prepare_folder(folder: str | Path, flag: str = "--output-dir") -> Path:
+    """Create a folder if it is missing, check that files can be written to it, and return it. DiskError.
+
+    flag: the one that chooses another folder.
+    """
     folder = Path(folder)
-    with disk_errors(folder):
+    with disk_errors(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(folder)
         probe.touch(exist_ok=False)

@@ -54,6 +54,8 @@ def tiny_pipeline(
     offload: bool = False,
     vae_tiling: bool = False,
     compile: bool = False,
+    t5_dtype: str | torch.dtype | None = None,
+    **text: str | None,
 ) -> Pipeline:
     """Stands in for `load_pipeline`, arguments included; weights are the same every time."""
     variant = tiny_variant(name if isinstance(name, str) else name.name)

@@ -70,12 +70,16 @@ def find_storage(source: Source, prefix: str = "") -> Storage:
     return Storage({**scaled.of, **of}, scaled.names | stored.names)
 
 
-def check_format(contents: Contents, format: str) -> None:
-    """UsageError for a format that only files have, where this one is in another."""
+def check_format(contents: Contents, format: str | None, flags: tuple[str, str] = ("--dtype", "--model")) -> None:
+    """UsageError for a format that only files have, where this one is in another.
+
+    flags: those that name the format and the file.
+    """
     if format == "gguf" and format not in {one.format for one in contents.storage.of.values()}:
+        dtype, model = flags
         raise UsageError(
-            f"--dtype gguf means as a GGUF file has it, and {contents.source.path} is none. Next: give the file with "
-            "--model, or another --dtype."
+            f"{dtype} gguf means as a GGUF file has it, and {contents.source.path} is none. Next: give the file with "
+            f"{model}, or another {dtype}."
         )
 
 

@@ -21,7 +21,7 @@ from ..files import prepare_folder, write_whole
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
-from ..request.fields import FILES, MEMORY, THREADS, pop_fields
+from ..request.fields import FILES, MEMORY, TEXT, THREADS, pop_fields
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
 from ..session.folder import Session, new_folder, read_manifest, wait_for_manifest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..sampling import Step
 
 _FIELDS = {field.name: field for field in EXPLORE}
-WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, THREADS))}
+WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, *TEXT, THREADS))}
 """flags that a manifest does not hold: the machine's, and paths, because no file may make us open others"""
 
 
@@ -53,7 +53,11 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     if resume and (others := [_FIELDS[name].flag for name in flags if name not in WITH_RESUME]):
         raise UsageError(f"--resume draws what the session's folder says: leave out {', '.join(others)}")
     parent, device = (flags.pop(name, _FIELDS[name].default) for name in ("output_dir", "device"))
-    steps_dir, files, memory = flags.pop("stepwise_dir", None), pop_fields(flags, FILES), pop_fields(flags, MEMORY)
+    steps_dir, files, memory = (
+        flags.pop("stepwise_dir", None),
+        pop_fields(flags, FILES),
+        pop_fields(flags, MEMORY + TEXT),
+    )
     threads = THREADS.parse(flags.pop("threads", None))
     with ExitStack() as stack:
         if rank == 0:
@@ -140,7 +144,7 @@ class Work:
     rank: int
     steps_folder: Path | None
 
-    def run(self, variant: Variant, device: str, memory: dict[str, bool]) -> None:
+    def run(self, variant: Variant, device: str, memory: dict[str, Any]) -> None:
         """Draw pictures until none is missing, or none is free for this process."""
         if self.rank == 0:
             self._introduce()
@@ -162,16 +166,18 @@ class Work:
         if exploration.version != __version__:
             note(f"pixels may differ: version {exploration.version} began this session, this is {__version__}")
 
-    def _draw_with(self, variant: Variant, device: str, memory: dict[str, bool]) -> None:
+    def _draw_with(self, variant: Variant, device: str, memory: dict[str, Any]) -> None:
         """Load the model, draw with it, and free its memory."""
         from ..device.choice import empty_device_cache, pick_device  # and with it torch
         from ..pipeline import load_pipeline
 
         place, exploration = pick_device(own_gpu(device)), self.session.exploration
-        dtype = exploration.request_of(next(iter(exploration.places))).dtype
-        pipeline = load_pipeline(variant, place, dtype, **memory)  # type: ignore[arg-type]
+        first = exploration.request_of(next(iter(exploration.places)))
+        pipeline = load_pipeline(variant, place, first.dtype, t5_dtype=first.t5_dtype, **memory)
         try:
-            self.session.settle(Drawn(dtype=pipeline.precision, weights=pipeline.weights))
+            self.session.settle(
+                Drawn(dtype=pipeline.precision, t5_dtype=pipeline.t5_precision, weights=pipeline.weights)
+            )
             if self.rank == 0:
                 for line in (line for prompt in exploration.prompts for line in pipeline.text_notes(prompt)):
                     note(line)
@@ -202,7 +208,8 @@ class Work:
             self.stop.check()
             if number % CACHED_PROMPTS == 0:
                 requests = map(session.exploration.request_of, todo[number:][:CACHED_PROMPTS])
-                pipeline.encode_ahead(list({(x.texts, x.loras): x for x in requests}.values()))
+                last = number + CACHED_PROMPTS >= len(todo)
+                pipeline.encode_ahead(list({(x.texts, x.loras): x for x in requests}.values()), last)
             start = time.monotonic()
             with session.claim(point) as mine:
                 if not mine or session.first(point).is_file():

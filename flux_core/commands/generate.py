@@ -23,7 +23,7 @@ from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, TEXT, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
 from ..request.prompt_lines import Line, read_lines
@@ -56,13 +56,14 @@ def generate(
 ) -> list[Path]:
     """Draw pictures. Returns their files, in order.
 
-    fields: the request's other fields, and the user's own files (`fields.FILES`).
+    fields: the request's other fields, the user's own files (`fields.FILES`), and how prompts are encoded (`TEXT`).
 
     UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for an init image or a file of
     prompts that cannot be read.
     """
     lines = _read_prompt_file(prompt_file, fields, loop)
     source, origin = open_source(init_image)
+    text = pop_fields(fields, TEXT)
     old = read_request(from_image) if from_image else None
     if old is not None:
         fields = _recorded_fields(old, origin) | fields
@@ -81,8 +82,10 @@ def generate(
     from ..pipeline import load_pipeline  # and with it torch
 
     set_threads(num_threads)
-    pipeline = load_pipeline(variant, device, requests[0].dtype, offload, vae_tiling, compile)
-    draw = partial(_draw_all, pipeline, source, folder, steps_folder)
+    pipeline = load_pipeline(
+        variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **text
+    )
+    draw = partial(_draw_all, pipeline, source, folder, steps_folder, not loop)
     paths = draw(requests, _model_notes(pipeline, requests[0], old))
     return paths + _draw_typed_lines(draw, fields) if loop else paths
 
@@ -188,10 +191,14 @@ def _draw_all(
     source: Image.Image | None,
     folder: Path,
     steps_folder: Path | None,
+    last: bool,
     requests: list[GenerationRequest],
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw and save the pictures, and a grid of several. Returns their paths. notes: other lines to print before."""
+    """Draw and save the pictures, and a grid of several. Returns their paths.
+
+    last: whether no other texts come later. notes: other lines to print before.
+    """
     from ..device.memory import CACHED_PROMPTS
 
     first, ahead = requests[0], CACHED_PROMPTS // 2  # requests: each has at most two texts
@@ -199,7 +206,7 @@ def _draw_all(
     paths, images = [], []
     for number, request in enumerate(requests):
         if number % ahead == 0:
-            pipeline.encode_ahead(requests[number : number + ahead])
+            pipeline.encode_ahead(requests[number : number + ahead], last and number + ahead >= len(requests))
         images.append(_draw(pipeline, request, source, steps_folder))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))

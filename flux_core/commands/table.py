@@ -25,6 +25,7 @@ from ..request.fields import (
     PICTURES,
     REQUEST,
     STEPWISE_DIR,
+    TEXT,
     THREADS,
     Field,
 )  # fmt: skip
@@ -50,6 +51,7 @@ RUN = (
     STEPWISE_DIR,
     DEVICE,
     *MEMORY,
+    *TEXT,
     Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
     THREADS,
 )
@@ -144,7 +146,7 @@ EDIT = (
         default="exact",
         metavar="NAME",
     ),
-    *of_request("width", "height", "num_steps", "guidance", "dtype", "force"),
+    *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force"),
     *LORAS,
     Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
     OUTPUT_DIR,
@@ -163,7 +165,7 @@ IMPORTANCE = (
     Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
     Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
-    *of_request("width", "height", "guidance", "dtype", "force"),
+    *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force"),
     *LORAS,
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
     Field(

@@ -45,8 +45,8 @@ def _reason(asked: str) -> str:
     return "no such kind of device"
 
 
-def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError if it cannot run.
+def pick_dtype(name: str | torch.dtype | None, device: torch.device, flag: str = "--dtype") -> torch.dtype:
+    """The precision of that name; by itself bfloat16 on CUDA, else float32. UsageError names the flag if it cannot run.
 
     For a format it is what everything but the Linears in few bits computes in: for fp8 bfloat16, else the device's own.
     """
@@ -55,13 +55,13 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
         return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
     known = DTYPES.get(str(name).removeprefix("torch."))
     if known is None:
-        raise UsageError(f"--dtype {name} is not known: use one of auto, {', '.join(DTYPES)}")
+        raise UsageError(f"{flag} {name} is not known: use one of auto, {', '.join(DTYPES)}")
     if known in ("bfloat16", "fp8") and not bf16:
         card = torch.cuda.get_device_name(device)
-        raise UsageError(f"--dtype {name}: {card} has no bfloat16; use --dtype float32")
+        raise UsageError(f"{flag} {name}: {card} has no bfloat16; use {flag} float32")
     if known != "fp8":
         return getattr(torch, known)
-    _check_fp8(device)
+    _check_fp8(device, flag)
     return torch.bfloat16
 
 
@@ -70,12 +70,12 @@ def format_named(name: str | torch.dtype | None) -> str | None:
     return str(name) if str(name) in FORMATS else None
 
 
-def _check_fp8(device: torch.device) -> None:
+def _check_fp8(device: torch.device, flag: str) -> None:
     """UsageError where the device has no fp8 dtype (MPS); a line on stderr where it has no fp8 matrix products."""
     try:
         torch.ones(1, dtype=torch.float32, device=device).to(torch.float8_e4m3fn).float()
     except (RuntimeError, TypeError):
-        raise UsageError(f"--dtype fp8: {device} has no fp8 numbers. Next: use --dtype bfloat16") from None
+        raise UsageError(f"{flag} fp8: {device} has no fp8 numbers. Next: use {flag} bfloat16") from None
     if not has_fp8_units(device):
         note(f"{device} has no fp8 units: weights stay in fp8, dequantized for each product (less memory, no faster)")
 

@@ -149,6 +149,15 @@ def differences(old: GenerationRequest, new: GenerationRequest) -> list[str]:
         *([f"version {old.version} drew it, this is {new.version}"] if old.version != new.version else []),
         *(["it was drawn with other weights"] if old.weights != new.weights else []),
         *([f"it was drawn {'with' if old.compiled else 'without'} --compile"] if old.compiled != new.compiled else []),
+        *_moved_t5(before, now),
         *(f"{key} was {then}, now it is {now[key]}" for key, then in before.items() if now.get(key, then) != then),
     ]
     return [one_line(reason) for reason in found]
+
+
+def _moved_t5(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """That T5 encoded on the model's device, and does not now, or the other way round."""
+    if not before or not now or ("t5_device" in before) == ("t5_device" in now):
+        return []
+    then, here = (found.get("t5_device", found.get("device")) for found in (before, now))
+    return [f"t5_device was {then}, now it is {here}"]

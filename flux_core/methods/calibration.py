@@ -69,7 +69,8 @@ def _rounded(name: str, linear: nn.Linear, moment: Tensor) -> Tensor:
 def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Path]:
     """Draw the requests, and keep the latents before every third step: steps 0, 3, 6, ... of the first request,
     1, 4, 7, ... of the next."""
-    pipeline.encode_ahead(requests[: CACHED_PROMPTS // 2])  # each has at most two texts
+    ahead = CACHED_PROMPTS // 2  # each has at most two texts
+    pipeline.encode_ahead(requests[:ahead], last=len(requests) <= ahead)
     paths = []
     with _bar(sum(request.num_steps for request in requests), f"drawing {len(requests)} prompts", "step") as bar:
         for number, request in enumerate(requests):

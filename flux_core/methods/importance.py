@@ -143,7 +143,7 @@ class Study:
             write_whole(path, json.dumps(settings, indent=2) + "\n")
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
-        shared = ("name", "width", "height", "num_steps", "guidance", "dtype")
+        shared = ("name", "width", "height", "num_steps", "guidance", "dtype", "t5_dtype")
         values = {key: getattr(request, key) for key in shared}
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 

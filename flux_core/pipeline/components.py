@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint import load_autoencoder, load_flux
-from ..kernels import accelerate, install, install_decode
+from ..kernels import install, install_decode
 from ..model import AutoEncoder, Flux
-from ..text import load_text_encoders
+from ..text import T5Choice, load_text_encoders
 from ..variants import Variant
 
 
@@ -32,20 +31,18 @@ def load_components(
     device: torch.device,
     dtype: torch.dtype,
     format: str | None = None,
-    t5_format: str | None = None,
+    t5: T5Choice | None = None,
 ) -> Components:
     """The networks of a model on that device. Errors as in `load_flux`.
 
-    format, t5_format: those of the transformer's Linears and of T5's.
+    format: that of the transformer's Linears. t5: how T5 is loaded.
     """
-    t5, clip = load_text_encoders(variant, device, dtype, t5_format)
-    return Components(t5, clip, load_flux(variant, device, dtype, format), load_autoencoder(variant, device, dtype))
+    encoders = load_text_encoders(variant, device, dtype, t5)
+    return Components(*encoders, load_flux(variant, device, dtype, format), load_autoencoder(variant, device, dtype))
 
 
 def install_kernels(components: Components, device: torch.device) -> Components:
     """The same components, with the fastest functions that the device has."""
     install(components.flux, device)
-    if isinstance(components.t5, nn.Module):
-        accelerate(components.t5, device)
     install_decode(components.ae, device)
     return components

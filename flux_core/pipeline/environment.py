@@ -15,15 +15,23 @@ def environment(
     placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = (), branched: bool = False
 ) -> dict[str, str]:
     """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement.
+    `t5_device` is there where T5 encodes elsewhere.
 
     branched: whether LoRAs will be beside layers then (`Loras.branched`); those of the last request still may be.
     """
     return {
         "torch": torch.__version__,
         "device": device_name(placement.device),
+        **({"t5_device": device_name(home)} if (home := t5_home(placement)) else {}),
         **describe(placement.components.flux),
         "replay": "graph" if not functions and is_replayed(placement, request, branched) else "none",
     }
+
+
+def t5_home(placement: Placement) -> torch.device | None:
+    """The device that T5 never leaves, if it is another than that of the placement."""
+    home = getattr(placement.components.t5, "home", None)
+    return None if home is None or home.type == placement.device.type else home
 
 
 def device_name(device: torch.device) -> str:

@@ -8,16 +8,26 @@ import torch
 
 from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_files
 from ..checkpoint.contents import check_format, find_contents
-from ..checkpoint.files import flow_path, own_path
+from ..checkpoint.files import flow_path, own_path, text_files
 from ..checkpoint.identify import Part
-from ..device.choice import OWN, empty_device_cache, format_named, memory_errors, pick_device, pick_dtype
+from ..device.choice import (
+    OWN,
+    empty_device_cache,
+    format_named,
+    memory_errors,
+    pick_device,
+    pick_dtype,
+)
 from ..device.oom import CPU, OomFallback
-from ..kernels import can_fuse, install_decode
+from ..kernels import accelerate, can_fuse, install_decode
 from ..linears.int8 import has_int8_units
+from ..request.fields import T5_DEVICE
 from ..terminal import note
+from ..text import T5Choice
 from ..variants import Variant
 from .codec import Codec
 from .components import Components, install_kernels, load_components
+from .kept_embeddings import embeddings_folder, find_kept
 from .pipeline import Pipeline
 from .placement import Placement
 
@@ -50,6 +60,35 @@ def _note_widening(format: str | None, device: torch.device) -> None:
         note(f"{device} has no kernels for {format}: its weights are widened for each product (less memory, slower)")
 
 
+def _t5_choice(
+    variant: Variant,
+    fallback: OomFallback,
+    kind: torch.dtype,
+    dtype: str | torch.dtype | None,
+    device: str | None,
+    later: bool,
+) -> T5Choice:
+    """How T5 is loaded: by itself in the model's precision, and what an int8, NF4 or GGUF file has stays so.
+
+    dtype, device: as asked for, `--t5-dtype` and `--t5-device`. later: as in `T5Choice`. UsageError if it cannot run.
+    """
+    home = CPU if device == "cpu" and fallback.device.type != "cpu" else None
+    place, own = home or fallback.device, own_format(variant, "t5")
+    format = own if dtype in (None, "auto") else format_named(dtype)
+    check_format(find_contents(text_files(variant).t5, "t5"), format, ("--t5-dtype", "--t5xxl"))
+    if dtype not in (None, "auto", *OWN):
+        with memory_errors(f"trying {place}", place):
+            kind = pick_dtype(dtype, place, "--t5-dtype")
+    return T5Choice(
+        dtype=kind,
+        format=format,
+        device=lambda: CPU if home or fallback.offload else place,
+        home=home,
+        later=later,
+        prepare=lambda model: accelerate(model, place),
+    )
+
+
 def load_pipeline(
     name: str | Variant | None = None,
     device: str | torch.device | None = None,
@@ -57,6 +96,9 @@ def load_pipeline(
     offload: bool = False,
     vae_tiling: bool = False,
     compile: bool = False,
+    t5_dtype: str | torch.dtype | None = None,
+    t5_device: str | None = None,
+    keep_embeddings: str | Path | bool | None = None,
     **files: str | Path | None,
 ) -> Pipeline:
     """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32, and
@@ -65,11 +107,14 @@ def load_pipeline(
     offload: load it to the CPU, and move each part to the device only while it is used. vae_tiling: the autoencoder
     in strips, for large pictures. Where memory runs out, both are switched on. compile: the blocks are compiled at
     their first step, one graph for each kind. dtype: a precision, or a format for most of the transformer's Linears
-    (`request.fields.FORMATS`). files: your own instead of the model's, as in `checkpoint.with_files`: `model`, `ae`,
-    `clip_l`, `t5xxl`.
+    (`request.fields.FORMATS`). t5_dtype: likewise for T5's; by itself that of the model. t5_device: "cpu", and T5 never
+    visits the device. keep_embeddings: a folder for encoded prompts, True for the one beside the hub's cache; T5 is
+    loaded when a prompt is not there. files: your own instead of the model's, as in `checkpoint.with_files`: `model`,
+    `ae`, `clip_l`, `t5xxl`.
     """
+    T5_DEVICE.parse(t5_device)
     variant = name if isinstance(name, Variant) else with_files(name, **files)
-    place = pick_device(device)
+    place, folder = pick_device(device), embeddings_folder(keep_embeddings)
     with memory_errors(f"trying {place}", place):
         kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is an error before a text encoder is loaded
@@ -78,17 +123,20 @@ def load_pipeline(
     empty_device_cache(place)
     fallback = OomFallback(place, offload)
 
-    format, t5_format = format_named(dtype), own_format(variant, "t5")
+    format = format_named(dtype)
     if dtype in (None, "auto"):
         format = own_format(variant, "transformer")
     elif format:
         check_format(find_contents(flow_path(variant), "transformer"), format)
-
-    _note_widening(format, place)
+    t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
+    for one in dict.fromkeys([(format, place), (t5.format, t5.home or place)]):
+        _note_widening(*one)
+    kept = find_kept(folder, variant, t5, place, kind) if folder else None
 
     def load() -> Components:
         home = CPU if fallback.offload else place
-        return install_kernels(load_components(variant, home, kind, format, t5_format), place)
+        return install_kernels(load_components(variant, home, kind, format, t5), place)
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
-    return Pipeline(variant, components, place, kind, weights_hashes(variant), fallback.offload, vae_tiling, compile)
+    hashes = weights_hashes(variant)
+    return Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept)

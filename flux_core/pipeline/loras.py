@@ -22,6 +22,7 @@ from ..lora.handle import Networks, Scales, checked_scale
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
 from ..strength import step_of
 from ..terminal import note
+from ..text import TextEncoder
 from .components import Components
 
 
@@ -42,7 +43,7 @@ class Loras:
 
     @property
     def networks(self) -> Networks:
-        """The transformer, and the text encoders that are modules."""
+        """The transformer, and the text encoders that are modules; those that were freed have no LoRAs."""
         encoders = {"clip": self.components.clip, "t5": self.components.t5}
         text = {key: getattr(encoder, "model", encoder) for key, encoder in encoders.items()}
         return {"transformer": self.components.flux} | {k: x for k, x in text.items() if isinstance(x, nn.Module)}
@@ -56,6 +57,8 @@ class Loras:
         file = read_lora(path, params)
         check_drawable(file, params)
         known = remember(path)  # before anything is attached: it may not be readable
+        if file.of("t5") and isinstance(self.components.t5, TextEncoder):
+            self.components.t5.ready()
         handle = attach_file(file, self.networks, scale, allow_partial, merge)
         self._known[handle] = known
         return handle
@@ -105,8 +108,11 @@ class Loras:
         steps.set(sigmas[0])
         return steps
 
-    def text_key(self) -> Hashable:
-        """What of the LoRAs an encoded prompt depends on: files that train text encoders, and their scales."""
+    def text_key(self) -> tuple[tuple[Known | Handle, bool, float], ...]:
+        """What of the LoRAs an encoded prompt depends on: files that train text encoders, how they are attached, scale.
+
+        A handle stands for a file that somebody else attached.
+        """
         networks = self.networks.values()
         handles = dict.fromkeys(handle for network in networks for handle in attached(network))
         return tuple(

@@ -14,23 +14,26 @@ from PIL import Image
 from torch import Tensor
 
 from ..device.choice import dtype_name
+from ..device.memory import CACHED_PROMPTS
 from ..device.oom import OomFallback
 from ..errors import UsageError
 from ..hooks import Custom, Intervention, Lora
 from ..images.metadata import describe
 from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.formats import format_of
-from ..lora import Handle
+from ..lora import Handle, attached
 from ..model import AutoEncoder, Flux
 from ..request.fields import FIT
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
+from ..text import TextEncoder
 from ..variants import Variant
 from .codec import Codec
 from .components import Components
 from .conditions import Condition
 from .denoiser import Denoiser
 from .environment import environment
+from .kept_embeddings import KeptEmbeddings
 from .loras import Loras, record_of
 from .placement import Placement
 from .prompt_cache import PromptCache
@@ -54,14 +57,18 @@ class Pipeline:
         offload: bool = False,
         vae_tiling: bool = False,
         compile: bool = False,
+        kept: KeptEmbeddings | None = None,
     ) -> None:
+        """kept: where embeddings are kept on the disk."""
         self.variant, self.components, self.dtype, self.weights = variant, components, dtype, weights or {}
         self.precision = format_of(components.flux) or dtype_name(dtype)
         """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
+        self.t5_precision: str | None = getattr(components.t5, "precision", None)
+        """T5's, likewise; None for a T5 that is not ours"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         self.placement = Placement(components, self.fallback)
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
-        self.prompts = PromptCache(self.placement, dtype, self.loras.text_key)
+        self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, kept)
         self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)
         if compile:
             for block in (*self.model.double_blocks, *self.model.single_blocks):
@@ -130,8 +137,14 @@ class Pipeline:
         return self.loras.load(file, scale, allow_partial, merge)
 
     @torch.no_grad()
-    def encode_ahead(self, requests: Sequence[GenerationRequest]) -> None:
-        """Where parts take turns: encode the texts of requests, CACHED_PROMPTS at most, in one turn. MemoryShortage."""
+    def encode_ahead(self, requests: Sequence[GenerationRequest], last: bool = False) -> None:
+        """Where parts take turns: encode the texts of requests, CACHED_PROMPTS at most, in one turn. MemoryShortage.
+
+        last: these are all texts from now on. Then T5 is freed on every device, unless a LoRA is on it. A text that
+        comes nevertheless loads it again.
+        """
+        texts = {(text, request.loras) for request in requests for text in request.texts}
+        last = last and len(texts) <= CACHED_PROMPTS and len({request.loras for request in requests}) == 1
 
         def work() -> None:
             for request in requests:
@@ -139,8 +152,19 @@ class Pipeline:
                 for text in request.texts:
                     self.prompts(text)
 
-        if self.fallback.offload:
-            self.fallback.run(f"encoding {len(requests)} prompt(s)", work)
+        if self.fallback.offload or last:
+            self.fallback.run(f"encoding {len(requests)} prompt(s)", work, "offload")
+        if last:
+            self.free_t5()
+
+    def free_t5(self) -> None:
+        """Free T5's memory. It is loaded again for the next text that was not encoded yet.
+
+        A T5 with a LoRA on it stays, and one that did not come from `load_pipeline`.
+        """
+        model = getattr(self.t5, "model", None)
+        if isinstance(self.t5, TextEncoder) and model is not None and not attached(model):
+            self.placement.free(self.t5)
 
     def text_notes(self, prompt: str) -> list[str]:
         """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
@@ -156,9 +180,12 @@ class Pipeline:
             raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
         if request.dtype not in (None, self.precision):
             raise UsageError(f"the request is for {request.dtype}, but the model is loaded in {self.precision}")
+        if request.t5_dtype not in (None, self.t5_precision):
+            raise UsageError(f"the request is for T5 in {request.t5_dtype}, but it is loaded in {self.t5_precision}")
         plan = tuple(record_of(entry) if isinstance(entry, Lora) else entry for entry in request.plan)
         request = request.model_copy(update={"plan": plan})
-        drawn_by = {"dtype": self.precision, "weights": self.weights, "compiled": self.compiled}
+        dtypes = {"dtype": self.precision, "t5_dtype": self.t5_precision}
+        drawn_by = {**dtypes, "weights": self.weights, "compiled": self.compiled}
         found = environment(self.placement, request, functions, self.loras.branched(request.loras))
         return request.model_copy(update={**drawn_by, "environment": found})
 

@@ -16,6 +16,7 @@ from ..device.choice import empty_device_cache
 from ..device.oom import CPU, OomFallback
 from ..linears.contract import Leaf
 from ..model import MODULATION, Flux
+from ..text import TextEncoder
 from .components import Components
 
 B = TypeVar("B")
@@ -38,6 +39,12 @@ class Placement:
         """Whether weights keep their addresses between two steps, as a CUDA graph needs."""
         return not self.fallback.offload
 
+    def free(self, part: Any) -> None:
+        """Free the memory of a text encoder, which is loaded again when it is used."""
+        part.free()
+        self._present = ()  # the next turn puts it where it computes
+        empty_device_cache(self.device)
+
     @contextmanager
     def using(self, *parts: Any) -> Iterator[None]:
         """A context in which these parts are on the device."""
@@ -56,6 +63,8 @@ class Placement:
                 move(part, CPU)
         empty_device_cache(self.device)
         for part in parts:
+            if isinstance(part, TextEncoder):
+                part.ready()
             move(part, self.device)
         self._present = parts
 
@@ -64,10 +73,10 @@ def move(part: Any, device: torch.device) -> None:
     """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` copies its layers one by one.
 
     Modules that wrap others (adapters) are moved with their own parameters; encoders that are plain functions have
-    nothing to move.
+    nothing to move, and one with a home stays there.
     """
     if not isinstance(part, Flux):
-        if hasattr(part, "to"):
+        if hasattr(part, "to") and getattr(part, "home", None) is None:
             part.to(device)
         return
     for name, module in part.named_modules():

@@ -1,12 +1,15 @@
-"""A cache of encoded prompts: T5's tokens and CLIP's vector."""
+"""A cache of encoded prompts: T5's tokens and CLIP's vector, in memory and, where the user wants it, on the disk."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..device.memory import CACHED_PROMPTS
+from ..lora.known import Known
+from .kept_embeddings import KeptEmbeddings
 from .nonfinite import is_finite, nonfinite_error
 from .placement import Placement
 
@@ -18,19 +21,37 @@ class PromptCache:
     the encoders are. The last CACHED_PROMPTS are kept; `device/memory.py` counts them in what a model needs.
     """
 
-    def __init__(self, placement: Placement, dtype: torch.dtype, text_key: Callable[[], Hashable]) -> None:
-        """text_key: what beside a prompt its encoding depends on."""
-        self.placement, self.dtype, self.text_key = placement, dtype, text_key
+    def __init__(
+        self,
+        placement: Placement,
+        dtype: torch.dtype,
+        text_key: Callable[[], tuple[Any, ...]],
+        disk: KeptEmbeddings | None = None,
+    ) -> None:
+        """text_key: what beside a prompt its encoding depends on, as in `Loras.text_key`."""
+        self.placement, self.dtype, self.text_key, self.disk = placement, dtype, text_key, disk
         self._kept: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """NonFiniteError if an embedding is not finite."""
         key = prompt, self.text_key()
-        found = self._kept.pop(key, None) or self._encode(prompt)
+        found = self._kept.pop(key, None) or self._found(prompt, key[1])
         self._kept[key] = found  # the latest, and last to go; never looked up again: threads may draw side by side
         if len(self._kept) > CACHED_PROMPTS:
             self._kept.popitem(last=False)
         return found
+
+    def _found(self, prompt: str, loras: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """From the disk, or encoded; with a LoRA that has no file of its own only the latter."""
+        if self.disk is None or not all(isinstance(known, Known) for known, *_ in loras):
+            return self._encode(prompt)
+        path = self.disk.path(prompt, [[known.sha256, *how] for known, *how in loras])
+        if (found := self.disk.find(path)) is not None and all(x.dtype == self.dtype and is_finite(x) for x in found):
+            txt, vec = (x.to(self.placement.device) for x in found)
+            return txt, vec
+        txt, vec = self._encode(prompt)
+        self.disk.keep(path, txt, vec)
+        return txt, vec
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         encoders = {"T5": self.placement.components.t5, "CLIP": self.placement.components.clip}

@@ -24,7 +24,7 @@ FORMATS: dict[str, str] = {
 }
 """values of --dtype that are formats of `linears.formats`, and what they are"""
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"} | {x: x for x in FORMATS}
-"""accepted spellings of a dtype -> the recorded name; no float16, in which FLUX overflows"""
+"""accepted spellings of a dtype -> the recorded name; no float16, in which FLUX and T5 overflow"""
 Dtype = Literal["bfloat16", "float32", "fp8", "int8", "nf4", "gguf"]
 """the recorded names"""
 
@@ -218,6 +218,14 @@ REQUEST = (
         choices=("auto", *DTYPES),
         metavar="NAME",
     ),
+    Field(
+        "t5_dtype",
+        str,
+        f"precision of T5: bfloat16, float32, {', '.join(FORMATS)} (default: what an int8, NF4 or GGUF file has, else "
+        "as the model computes)",
+        choices=("auto", *DTYPES),
+        metavar="NAME",
+    ),
     Field("force", bool, "allow sizes that the model was not made for", default=False),
     Field("allow_empty_prompt", bool, "allow a prompt without words", default=False),
 )
@@ -248,12 +256,32 @@ MEMORY = (
     Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),
 )
 """switched on automatically where memory runs out"""
+T5_DEVICE = Field(
+    "t5_device",
+    str,
+    "cpu: T5 encodes on the CPU and takes no memory of the device",
+    choices=("auto", "cpu"),
+    default="auto",
+    metavar="NAME",
+)
+TEXT = (
+    T5_DEVICE,
+    Field(
+        "keep_embeddings",
+        str,
+        "keep encoded prompts in this folder, and use those that are there (default folder: beside the hub's cache)",
+        metavar="FOLDER",
+        const="auto",
+        path=True,
+    ),
+)
+"""where prompts are encoded, and whether they are kept; arguments of `load_pipeline`"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
 OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(
     "stepwise_dir", str, "also write the picture after every step, and a sheet of them", metavar="FOLDER", path=True
 )
-MACHINE = (DEVICE, *MEMORY, THREADS)
+MACHINE = (DEVICE, *MEMORY, *TEXT, THREADS)
 """where and how a model is loaded"""
 
 
@@ -263,8 +291,9 @@ def key_of(flag: str) -> str:
 
 
 def pop_fields(flags: dict[str, Any], fields: tuple[Field, ...]) -> dict[str, Any]:
-    """Remove the values of these fields from `flags` and return them."""
-    return {field.name: flags.pop(field.name) for field in fields if field.name in flags}
+    """Remove the values of these fields from `flags` and return them. UsageError for a text that a field has not."""
+    found = {field: flags.pop(field.name) for field in fields if field.name in flags}
+    return {field.name: field.parse(x) if isinstance(x, str) else x for field, x in found.items()}
 
 
 FIELDS = {field.name: field for field in (*REQUEST, *LORAS)}

@@ -122,6 +122,8 @@ class GenerationRequest(BaseModel):
     (`images/metadata.py`)"""
     dtype: Annotated[Dtype | None, BeforeValidator(_dtype)] = _of("dtype")
     """None: the pipeline's, which fills it when it draws"""
+    t5_dtype: Annotated[Dtype | None, BeforeValidator(_dtype)] = _of("t5_dtype")
+    """None: likewise; T5's"""
     plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
     """interventions, in the order in which they are applied"""
     functions: tuple[str, ...] = ()

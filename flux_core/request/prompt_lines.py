@@ -28,7 +28,7 @@ from .generation import GenerationRequest
 from .jobs import groups_of
 
 csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
-OF_A_RUN = ("name", "dtype", "init_image", "force", "allow_empty_prompt")
+OF_A_RUN = ("name", "dtype", "t5_dtype", "init_image", "force", "allow_empty_prompt")
 """fields that a line cannot set: a run has one model and one init image, and no file grants permissions"""
 COLUMNS = {
     key_of(flag): field.name

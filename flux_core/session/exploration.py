@@ -61,10 +61,12 @@ class Sheet(NamedTuple):
 
 
 class Drawn(BaseModel):
-    """Dtype and weights of all pictures, so that a resumed session uses the same."""
+    """Dtypes and weights of all pictures, so that a resumed session uses the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     dtype: str
+    t5_dtype: str | None = None
+    """None: the model's own choice, as in sessions of earlier versions"""
     weights: dict[str, str]
 
 
@@ -153,8 +155,8 @@ class Exploration(BaseModel):
 
     def request_of(self, point: Point) -> GenerationRequest:
         changes = {"seed": point.seed, "num_steps": point.steps, "guidance": point.guidance}
-        dtype = {"dtype": self.drawn.dtype} if self.drawn else {}
-        fields = {**self.request, **dtype, **changes, "prompt": self.prompts[point.prompt]}
+        drawn = self.drawn.model_dump(include={"dtype", "t5_dtype"}, exclude_none=True) if self.drawn else {}
+        fields = {**self.request, **drawn, **changes, "prompt": self.prompts[point.prompt]}
         if point.lora is not None:
             plan = enumerate(self.request.get("plan", ()))
             fields["plan"] = [entry | ({"scale": point.lora} if i in self.varied else {}) for i, entry in plan]

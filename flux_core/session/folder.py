@@ -96,16 +96,17 @@ class Session:
         return lock(self.folder / RECORD)
 
     def settle(self, now: Drawn) -> None:
-        """Write dtype and weights into the manifest, or compare them with those in it: UsageError if they differ."""
+        """Write dtypes and weights into the manifest, or compare them with those in it: UsageError if they differ."""
         with self.recording():
             then = read_manifest(self.folder).drawn
             if then is None:
                 self.exploration = self.exploration.model_copy(update={"drawn": now})
                 write_whole(self.folder / MANIFEST, self.exploration.text())
-            elif then != now:
+            elif then != (now if then.t5_dtype else now.model_copy(update={"t5_dtype": None})):
                 raise UsageError(
-                    f"{self.folder} was begun with {then.dtype} and {then.weights}, these are {now.dtype} and "
-                    f"{now.weights}. Next: give the same files (--model, --ae, …), or begin another session"
+                    f"{self.folder} was begun with {then.dtype}, T5 in {then.t5_dtype} and {then.weights}, these are "
+                    f"{now.dtype}, {now.t5_dtype} and {now.weights}. "
+                    "Next: give the same files (--model, --ae, …), or begin another session"
                 )
 
     def claim(self, point: Point) -> AbstractContextManager[bool]:

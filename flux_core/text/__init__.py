@@ -1,5 +1,5 @@
 """The text encoders T5 and CLIP, loaded from any layout and run by transformers."""
 
-from .encoders import TextEncoder, load_text_encoders
+from .encoders import T5Choice, TextEncoder, load_text_encoders
 
-__all__ = ["TextEncoder", "load_text_encoders"]
+__all__ = ["T5Choice", "TextEncoder", "load_text_encoders"]

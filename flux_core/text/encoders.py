@@ -9,8 +9,10 @@ only the modules that are needed.
 """
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,67 @@ from torch import Tensor, nn
 
 from ..checkpoint.check import check_part
 from ..checkpoint.contents import Contents, find_contents
-from ..checkpoint.files import encoder_config, text_files
+from ..checkpoint.files import TextFiles, encoder_config, text_files
 from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
 from ..checkpoint.read import AS_STORED, dense, kept, note_precision
+from ..checkpoint.shapes import T5_DEFAULTS
 from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..linears.formats import FORMATS
+from ..terminal import note
 from ..variants import Variant
 
 CLIP_TOKENS = 77
+SLOW = 2.0
+"""seconds from which a line says that a model was loaded again"""
 
 
 class TextEncoder(nn.Module):
-    """A tokenizer and its model: maps prompts to a tensor."""
+    """A tokenizer and its model: maps prompts to a tensor.
 
-    def __init__(self, tokenizer: Any, model: nn.Module, output: str, max_length: int, dtype: torch.dtype) -> None:
-        """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to."""
+    The model may be freed, and is loaded again when it is needed.
+    """
+
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: nn.Module | None,
+        output: str,
+        max_length: int,
+        dtype: torch.dtype,
+        load: Callable[[], nn.Module] | None = None,
+        precision: str | None = None,
+        home: torch.device | None = None,
+    ) -> None:
+        """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to.
+
+        load: returns the model anew; without it the model stays. model: None: loaded when it is first needed.
+        precision: the model's, as requests name it. home: the device that it never leaves.
+        """
         super().__init__()
-        self.tokenizer = tokenizer
-        self.model = model
-        self.output = output
-        self.max_length = max_length
-        self.dtype = dtype
+        self.tokenizer, self.output, self.max_length, self.dtype = tokenizer, output, max_length, dtype
+        self.model, self.load, self.precision, self.home = model, load, precision, home
+        self.was_there = model is not None
+
+    def ready(self) -> nn.Module:
+        """The model, loaded if it is not there. Errors as in `load_encoder`."""
+        if (model := self.model) is None:
+            assert self.load is not None
+            start = time.monotonic()
+            self.model = model = self.load()
+            if self.was_there and (seconds := time.monotonic() - start) > SLOW:
+                note(f"the text encoder had been freed, and was loaded again for another text: {seconds:.0f} s")
+            self.was_there = True
+        return model
+
+    def free(self) -> None:
+        """Free the model's memory, if it can be loaded again."""
+        if self.load is not None:
+            self.model = None
 
     @plain_defaults()
     def tokens(self, prompts: list[str]) -> Tensor:
@@ -55,8 +94,9 @@ class TextEncoder(nn.Module):
     @plain_defaults()
     def forward(self, prompts: list[str]) -> Tensor:
         """[B, max_length, D] from T5, [B, D] from CLIP, in `dtype`."""
-        ids = self.tokens(prompts).to(next(self.model.parameters()).device)
-        return getattr(self.model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
+        model = self.ready()
+        ids = self.tokens(prompts).to(next(model.parameters()).device)
+        return getattr(model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
 
     def unread(self, prompt: str) -> tuple[str, list[str]]:
         """The parts of a prompt that do not reach the model, as written: the end that does not fit, and unknown words.
@@ -103,31 +143,72 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-@plain_defaults()
+@dataclass(frozen=True, kw_only=True)
+class T5Choice:
+    """How T5 is loaded."""
+
+    dtype: torch.dtype
+    """that it computes in"""
+    format: str | None = None
+    """of `linears.formats`, which its Linears get"""
+    device: Callable[[], torch.device] = lambda: torch.device("cpu")
+    """where to, when it is loaded"""
+    home: torch.device | None = None
+    """the device that it never leaves"""
+    later: bool = False
+    """whether it is loaded when the first text is encoded"""
+    prepare: Callable[[nn.Module], object] = lambda model: None
+    """called with the model"""
+
+    @property
+    def precision(self) -> str:
+        """As requests name it."""
+        return self.format or str(self.dtype).removeprefix("torch.")
+
+
 def load_text_encoders(
     variant: Variant,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    t5_format: str | None = None,
+    t5: T5Choice | None = None,
 ) -> tuple[TextEncoder, TextEncoder]:
     """T5 and CLIP of that model, frozen, their output in `dtype`. FileError, AccessError or DiskError.
 
-    t5_format: that of T5's Linears, as in `checkpoint.load_flux`.
+    t5: how T5 is loaded, if not as CLIP.
     """
-    files = text_files(variant)
+    files, place = text_files(variant), torch.device(device)
+    t5 = t5 or T5Choice(dtype=dtype, device=lambda: place)
+    return _load_t5(variant, files, dtype, t5), _load_clip(variant, files, place, dtype)
+
+
+@plain_defaults()
+def _load_t5(variant: Variant, files: TextFiles, dtype: torch.dtype, choice: T5Choice) -> TextEncoder:
+    @plain_defaults()
+    def load() -> nn.Module:
+        with quiet():
+            from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+            where, what = choice.device(), (choice.dtype, choice.format)
+            model = load_encoder(T5EncoderModel, "t5", files.t5, variant, where, *what)
+        choice.prepare(model)
+        return model
+
+    model = None if choice.later else load()
+    known = encoder_config(variant, "t5", files.t5).get("vocab_size", T5_DEFAULTS["vocab_size"])
+    tokenizer = load_tokenizer(files.t5_tokenizer, "T5TokenizerFast", known)
+    length, precision = variant.max_text, choice.precision
+    return TextEncoder(tokenizer, model, "last_hidden_state", length, dtype, load, precision, choice.home)
+
+
+@plain_defaults()
+def _load_clip(variant: Variant, files: TextFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
-        from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        t5_model = load_encoder(T5EncoderModel, "t5", files.t5, variant, device, dtype, t5_format)
-        clip_model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype)
-        t5_tokenizer = load_tokenizer(files.t5_tokenizer, "T5TokenizerFast", t5_model)
-        clip_tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", clip_model)
-    clip_length = min(CLIP_TOKENS, clip_tokenizer.model_max_length, clip_model.config.max_position_embeddings)
-    return (
-        TextEncoder(t5_tokenizer, t5_model, "last_hidden_state", variant.max_text, dtype),
-        TextEncoder(clip_tokenizer, clip_model, "pooler_output", clip_length, dtype),
-    )
+        model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype)
+        tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", model.config.vocab_size)
+    length = min(CLIP_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
+    return TextEncoder(tokenizer, model, "pooler_output", length, dtype)
 
 
 STAYS = re.compile(r".*\.wo")
@@ -207,8 +288,8 @@ def _check_complete(info: dict[str, Any], path: Path, what: str) -> None:
         raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
 
 
-def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
-    """The tokenizer in that folder. FileError if it can't be read, or has more tokens than the model embeddings."""
+def load_tokenizer(folder: Path, default: str, known: int) -> Any:
+    """The tokenizer in that folder. FileError if it can't be read, or has more tokens than are known to the model."""
     import transformers
 
     try:
@@ -216,7 +297,7 @@ def load_tokenizer(folder: Path, default: str, model: Any) -> Any:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except (AttributeError, OSError, ValueError) as error:
         raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
-    if len(tokenizer) > (known := model.config.vocab_size):
+    if len(tokenizer) > known:
         raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {known}.")
     return tokenizer
 

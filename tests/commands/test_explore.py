@@ -309,8 +309,8 @@ def test_stepwise_pictures_lie_in_a_folder_for_each_picture(monkeypatch):
 def test_memory_is_given_back(monkeypatch, session):
     kept = []
 
-    def loaded(*args):
-        pipeline = tiny_pipeline(*args)
+    def loaded(*args, **fields):
+        pipeline = tiny_pipeline(*args, **fields)
         kept.append(weakref.ref(pipeline.model))
         return pipeline
 
@@ -353,8 +353,8 @@ def test_a_record_without_a_precision_is_told_the_one_it_is_drawn_in(whole_folde
 
 
 def test_it_is_told_when_the_pixels_are_others(session, monkeypatch, capsys):
-    def retrained(*args):
-        pipeline = tiny_pipeline(*args)
+    def retrained(*args, **fields):
+        pipeline = tiny_pipeline(*args, **fields)
         pipeline.model.final_layer.linear.weight.data *= 2
         pipeline.weights = {"flux-mini.safetensors": "def"}
         return pipeline
@@ -439,8 +439,8 @@ def test_a_whole_session_loads_no_model_again(session, whole, monkeypatch):
 
 
 def test_other_weights_do_not_go_on_with_a_session(session, monkeypatch, capsys):
-    def retrained(*args):
-        pipeline = tiny_pipeline(*args)
+    def retrained(*args, **fields):
+        pipeline = tiny_pipeline(*args, **fields)
         pipeline.weights = {"flux-mini.safetensors": "def"}
         return pipeline
 

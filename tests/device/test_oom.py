@@ -62,7 +62,7 @@ def loaded():
 def pipeline(loaded):
     """On a device, with nothing known and nothing stepped down; what a test puts into its parts goes away again."""
     yield Pipeline(loaded.variant, loaded.components, DEVICE, torch.float32)
-    for module in (loaded.model, loaded.ae, loaded.ae.encoder, loaded.ae.decoder, loaded.t5.model, loaded.clip.model):
+    for module in (loaded.model, loaded.ae, loaded.ae.encoder, loaded.ae.decoder, loaded.t5.ready(), loaded.clip.model):
         for name in ("forward", "encode", "decode"):
             vars(module).pop(name, None)
 
