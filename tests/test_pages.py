@@ -233,23 +233,27 @@ def test_every_command_is_in_the_list_of_commands():
     assert named == [(name, name.replace(" ", "-")) for name in COMMANDS]
 
 
+DTYPES_OF_CARDS = {"bfloat16": "", "fp8": "--dtype fp8", "nf4": "--dtype nf4"}
+
+
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])
 def test_the_readme_says_what_fits_as_the_code_computes_it(name):
     rows = re.findall(r"^\| (\d+) GB \| (.*?) \| (.*?) \|$", read(README), re.MULTILINE)
     assert [int(size) for size, *_ in rows] == [8, 12, 16, 24, 80]
     for size, cell, source in rows:
-        verdict = fit(VARIANTS[name], int(size) * 10**9, {"bfloat16": "", "fp8": "--dtype fp8"}, 64 * 10**9)
+        verdict = fit(VARIANTS[name], int(size) * 10**9, DTYPES_OF_CARDS, 64 * 10**9)
         shown = re.search(r"`(--[^`]+)`", cell)
-        assert (shown[1] if shown else "") == " ".join(re.findall(r"--\w+(?: fp8)?", verdict))
-        assert cell.startswith("does not fit") == (verdict == "does not fit")
+        assert (shown[1] if shown else "") == " ".join(re.findall(r"--[\w-]+(?: \w+\d)?", verdict))
+        assert verdict.startswith("fits")
         assert "computed" in source
 
 
 def test_the_readme_says_the_sizes_that_the_code_computes():
     parts = {dtype: shares(VARIANTS["flux-dev"], dtype) for dtype in ("float32", "bfloat16", "fp8")}
-    fp32, bf16, fp8 = (sum(part.weights for part in every) for every in parts.values())
+    parts["nf4"] = shares(VARIANTS["flux-dev"], "nf4", "nf4")
+    fp32, bf16, fp8, nf4 = (sum(part.weights for part in every) for every in parts.values())
     text = read(README)
     assert f"flux-dev in fp32 is {fp32 / 1e9:.1f} GB" in text
     assert f"T5 alone is {parts['bfloat16'][0].weights / 1e9:.1f} GB" in text
     assert f"in bf16, {bf16 / 1e9:.1f} GB" in text
-    assert all(f"{(size + LIBRARIES) / 1e9:.1f} GB of CPU memory" in text for size in (bf16, fp8))
+    assert all(f"{(size + LIBRARIES) / 1e9:.1f} GB of CPU memory" in text for size in (bf16, fp8, nf4))

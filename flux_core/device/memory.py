@@ -12,6 +12,8 @@ BF16, FP32 = 2, 4
 """bytes of a number"""
 T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
 """parameters of every official model's text encoders: T5 1.1 XXL without its decoder, CLIP ViT-L's text half"""
+T5_IN_FORMATS = 3_623_878_656
+"""of T5's, those that a format stores in few bits: all but embeddings, norms and `wo`"""
 
 
 class Share(NamedTuple):
@@ -35,13 +37,17 @@ blocks; on the CPU Python and torch themselves. With half of it, which is little
 of luck and of a screen that hangs on the same card: so it is with 24 GB and bf16 (huggingface/diffusers#11922)"""
 
 
-def shares(variant: Variant, dtype: str = "bfloat16") -> tuple[Share, Share, Share]:
-    """Memory of text encoders, transformer and autoencoder of an official model, by the name of a precision."""
+def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None) -> tuple[Share, Share, Share]:
+    """Memory of text encoders, transformer and autoencoder of an official model, by the name of a precision.
+
+    t5_dtype: T5's format, if its Linears are in one.
+    """
     format = None if dtype in ("bfloat16", "float32") else dtype
     flux, modulation, saved, ae = _count(variant.params, variant.ae_params, format)
     wide = FP32 if dtype == "float32" else BF16
+    t5_less = round(T5_IN_FORMATS * _saved(t5_dtype)) if t5_dtype else 0
     return (
-        Share(wide * (T5_XXL + CLIP_L), TEXT * wide // BF16),
+        Share(wide * (T5_XXL + CLIP_L) - t5_less, TEXT * wide // BF16),
         Share(wide * flux - saved[0], TRANSFORMER * wide // BF16, wide * modulation - saved[1]),
         Share(wide * ae, AUTOENCODER * wide // BF16),
     )
@@ -51,6 +57,13 @@ def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
     """Bytes of a full `PromptCache`: T5's tokens and CLIP's vector of each prompt."""
     params, wide = variant.params, FP32 if dtype == "float32" else BF16
     return CACHED_PROMPTS * wide * (variant.max_text * params.context_in_dim + params.vec_in_dim)
+
+
+def _saved(format: str) -> float:
+    """Bytes that a format saves of a weight in bf16."""
+    from ..linears.formats import FORMATS
+
+    return BF16 - FORMATS[format].bits / 8
 
 
 @cache
@@ -65,7 +78,7 @@ def _count(
     import torch
     from torch import nn
 
-    from ..linears.formats import FORMATS, quantizable
+    from ..linears.formats import quantizable
     from ..model import MODULATION, AutoEncoder, Flux
 
     with torch.device("meta"):
@@ -74,7 +87,7 @@ def _count(
     modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
     saved = [0, 0]
     for name, one in quantizable(flux, format).items() if format else ():
-        less = round(one.weight.numel() * (BF16 - FORMATS[format].bits / 8))  # type: ignore[index]
+        less = round(one.weight.numel() * _saved(format))  # type: ignore[arg-type]
         saved[0] += less
         saved[1] += less if name.endswith(MODULATION) else 0
     whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
@@ -91,10 +104,12 @@ def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | Non
     if not memory:
         return "does not say its memory"
     lack = ""
-    for sure, (dtype, flag), offload in product((True, False), dtypes.items(), (False, True)):
+    for sure, (dtype, flag), small_t5, offload in product((True, False), dtypes.items(), (False, True), (False, True)):
+        if small_t5 and dtype in ("bfloat16", "float32"):
+            continue
         # a cache of prompts is full only after 64 of them
         margin = LIBRARIES + prompt_cache(variant, dtype) if sure else LIBRARIES // 2
-        parts = shares(variant, dtype)
+        parts = shares(variant, dtype, dtype if small_t5 else None)
         weights = sum(part.weights for part in parts)
         whole = weights + max(part.at_work for part in parts)
         largest = max(part.weights - part.aside + part.at_work for part in parts)
@@ -104,7 +119,7 @@ def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | Non
             kept = (weights + LIBRARIES) / 1e9
             lack = f" (--offload keeps {kept:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
             continue
-        flags = " and ".join(filter(None, (flag, "--offload" if offload else "")))
+        flags = " and ".join(filter(None, (flag, f"--t5-dtype {dtype}" * small_t5, "--offload" * offload)))
         word = "fits" if sure else "may just fit"
         return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"
     return f"does not fit{lack}"

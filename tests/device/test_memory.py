@@ -9,11 +9,13 @@ from flux_core.device import memory
 from flux_core.device.memory import fit, shares
 from flux_core.model import AutoEncoder, Flux
 from flux_core.sampling import image_ids
+from flux_core.text.encoders import STAYS
 from flux_core.variants import VARIANTS, get_variant
 
 DEV = get_variant("flux-dev")
 OFFICIAL = [row for row in VARIANTS.values() if not row.embedded]
 HALF = {"bfloat16": "", "fp8": "--dtype fp8"}
+FEW = HALF | {"nf4": "--dtype nf4"}
 FULL = {"float32": "", "bfloat16": "--dtype bfloat16"}
 GIB = 2**30
 
@@ -37,6 +39,8 @@ def test_the_text_encoders_are_those_of_the_row(row):
         t5, clip = T5EncoderModel(T5Config(**row.t5_config)), CLIPTextModel(CLIPTextConfig(**row.clip_config))
     assert sum(p.numel() for p in t5.parameters()) == memory.T5_XXL
     assert sum(p.numel() for p in clip.parameters()) == memory.CLIP_L
+    linears = {name: x for name, x in t5.named_modules() if isinstance(x, torch.nn.Linear)}
+    assert sum(x.weight.numel() for name, x in linears.items() if not STAYS.fullmatch(name)) == memory.T5_IN_FORMATS
 
 
 @pytest.mark.parametrize(("width", "height"), [(DEV.width, DEV.height), (1024, 1024)])
@@ -68,17 +72,31 @@ def test_what_is_alive_at_work(monkeypatch, width, height):
         (23.65 * GIB, 64 * GIB, "fits with --offload"),  # of 24 GB: what torch sees of it
         (31.4 * GIB, 0, "fits with --offload"),  # where the system does not tell its memory
         (31.4 * GIB, 32 * GIB, "fits whole with --dtype fp8"),
-        (15.7 * GIB, 16 * GIB, "does not fit (--offload keeps 26.1 GB in the CPU's memory of 17.2 GB)"),
+        (15.7 * GIB, 16 * GIB, "does not fit (--offload keeps 22.5 GB in the CPU's memory of 17.2 GB)"),
         (22.0 * GIB, 64 * GIB, "fits with --offload"),  # A10, L4: 24 GB less what their error correction takes
         (15.7 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),
         (11.6 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),  # of 12 GB
-        (9.9 * GIB, 64 * GIB, "may just fit with --dtype fp8 and --offload"),
+        (9.9 * GIB, 64 * GIB, "fits with --dtype fp8 and --t5-dtype fp8 and --offload"),
         (7.7 * GIB, 64 * GIB, "does not fit"),
         (0, 64 * GIB, "does not say its memory"),
     ],
 )
 def test_cards(size, ram, verdict):
     assert fit(DEV, int(size), HALF, int(ram)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("size", "ram", "verdict"),
+    [
+        (11.6 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),
+        (15.7 * GIB, 16e9, "fits whole with --dtype nf4 and --t5-dtype nf4"),
+        (7.7 * GIB, 16 * GIB, "fits with --dtype nf4 and --t5-dtype nf4 and --offload"),
+        (5.7 * GIB, 16 * GIB, "may just fit with --dtype nf4 and --t5-dtype nf4 and --offload"),
+        (5.2 * GIB, 64 * GIB, "does not fit"),
+    ],
+)
+def test_small_cards_take_four_bits(size, ram, verdict):
+    assert fit(DEV, int(size), FEW, int(ram)) == verdict
 
 
 @pytest.mark.parametrize(
