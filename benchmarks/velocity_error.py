@@ -1,35 +1,43 @@
 """How far quantized Linears move flux-mini's velocity: the relative L2 error over recorded forwards.
 
-    python benchmarks/velocity_error.py [--prompts 3] [--steps 28]
+    python benchmarks/velocity_error.py [--prompts 3] [--steps 28] [--formats int8 nf4]
 
 Each prompt is drawn in fp32 on the CPU, and the latents of every third step are kept. The forwards at these are
-repeated with the Linears that `linears/fp8.py` quantizes in another format: with weights rounded alone, and with tokens
-rounded, too, as a card's units see them. Everything else is in fp32, so nothing but the format stands between the
-velocities. Prints a line of JSON: errors, and their squares as a ratio to that of fp8 with both rounded. `--tiny` draws
-one prompt with one step at 128x128.
+repeated with Linears in a format, those that `--dtype` or `save` put into it: fp8 and int8 with tokens rounded, too, as
+a card's units see them, and with weights alone; nf4 and GGUF's types with the modulation, which they have, too, and
+some without. Everything else is in fp32, so nothing but the format stands between the velocities. "int6 weights" is no
+format: int8's formula with 31 in the place of 127 for weights alone. Prints a line of JSON: errors, and their squares
+as a ratio to that of fp8 with both rounded. `--tiny` draws one prompt with one step at 128x128.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from in_format import NAMES, Make, as_in_units, linears_for, maker
 from torch import Tensor, nn
 
 from flux_core import load_pipeline
-from flux_core.linears.fp8 import Fp8Linear, quantize_rows, stays_bf16
-from flux_core.linears.int8 import Int8Linear
+from flux_core.linears.int8 import SMALLEST, Int8Linear, group_for, rotate
 from flux_core.methods import calibration
 from flux_core.methods.importance import default_prompts, read_prompts
 from flux_core.pipeline import Pipeline
 from flux_core.request.generation import GenerationRequest
 
-Replace = Callable[[nn.Linear], nn.Module]
+
+class Row(NamedTuple):
+    """How Linears are replaced, and the format whose Linears these are."""
+
+    make: Make
+    linears: str
 
 
 def velocities(pipeline: Pipeline, paths: Sequence[calibration.Path]) -> Tensor:
@@ -43,12 +51,12 @@ def velocities(pipeline: Pipeline, paths: Sequence[calibration.Path]) -> Tensor:
 
 
 @contextmanager
-def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
-    """Each Linear that is quantized becomes what `replace` makes of it, until the end."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not stays_bf16(name)}
+def replaced(model: nn.Module, row: Row) -> Iterator[None]:
+    """Each Linear that the format has becomes what the row makes of it, until the end."""
+    linears = linears_for(model, row.linears)
     try:
         for name, linear in linears.items():
-            model.set_submodule(name, replace(linear))
+            model.set_submodule(name, row.make(linear))
         yield
     finally:
         for name, linear in linears.items():
@@ -56,37 +64,31 @@ def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
 
 
 @torch.no_grad()
-def velocity_error(pipeline: Pipeline, paths: Sequence[calibration.Path], exact: Tensor, replace: Replace) -> float:
+def velocity_error(pipeline: Pipeline, paths: Sequence[calibration.Path], exact: Tensor, row: Row) -> float:
     """Relative L2 distance of the velocities with replaced Linears from `exact`, those of the model as it is."""
-    with replaced(pipeline.model, replace):
+    with replaced(pipeline.model, row):
         found = velocities(pipeline, paths)
     return float((found - exact).norm() / exact.norm())
 
 
-def int8(linear: nn.Linear) -> Int8Linear:
-    """Weights and tokens rounded."""
-    layer = Int8Linear.of(linear)
-    layer.scaled = True  # which the CPU computes, too
-    return layer
+def int6(linear: nn.Linear) -> Int8Linear:
+    """Rotated weights in codes from -31 to 31, and int8 tokens."""
+    group = group_for(linear.in_features)
+    weight = rotate(linear.weight.detach(), group)
+    scale = (weight.abs().amax(dim=1, keepdim=True) * (1 / 31)).clamp(min=SMALLEST)
+    return Int8Linear((weight / scale).round().to(torch.int8), scale.flatten(), linear.bias, group)
 
 
-def fp8(linear: nn.Linear) -> Fp8Linear:
-    """Weights and tokens rounded; the products are in fp32, where the units' results are in bf16."""
-    layer = Fp8Linear.of(linear)
-    layer.register_forward_pre_hook(_coarse)
-    return layer
+def in_units(make: Make) -> Make:
+    """The same, with tokens rounded, too. Products of fp8 are in fp32 here, where the units' results are in bf16."""
+    return lambda linear: as_in_units(make(linear))
 
 
-def _coarse(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
-    codes, scale = quantize_rows(args[0])
-    return codes.float() * scale
-
-
-FORMATS: dict[str, Replace] = {
-    "fp8": fp8,
-    "fp8 weights": Fp8Linear.of,
-    "int8": int8,
-    "int8 weights": Int8Linear.of,
+FORMATS: dict[str, Row] = {
+    **{name: Row(in_units(maker(name)), name) for name in NAMES},
+    **{f"{name} weights": Row(maker(name), name) for name in ("fp8", "int8")},
+    **{f"{name}, modulation kept": Row(maker(name), "fp8") for name in ("nf4", "q4_0", "q5_k", "q8_0")},
+    "int6 weights": Row(in_units(int6), "int8"),
 }
 
 
@@ -94,9 +96,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=3, help="number of flux-mini's prompts to draw")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), help="names of rows (default: all)")
     parser.add_argument("--tiny", action="store_true", help="one prompt, one step, 128x128")
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="where int8 and fp8 are not the card's own")
     args = parser.parse_args()
+    chosen = dict.fromkeys(["fp8", *args.formats])
+    if unknown := set(chosen) - set(FORMATS):
+        parser.error(f"--formats: unknown {', '.join(sorted(unknown))}")
 
     number, steps, size = (1, 1, 128) if args.tiny else (args.prompts, args.steps, 256)
     prompts = read_prompts(default_prompts("flux-mini"))[:number]
@@ -106,7 +112,7 @@ def main() -> int:
     with torch.no_grad():
         paths = calibration.trajectories(pipeline, requests)
         exact = velocities(pipeline, paths)
-    errors = {name: velocity_error(pipeline, paths, exact, replace) for name, replace in FORMATS.items()}
+    errors = {name: velocity_error(pipeline, paths, exact, FORMATS[name]) for name in chosen}
     ratios = {name: (error / errors["fp8"]) ** 2 for name, error in errors.items()}
     found = {"error": errors, "squared_to_fp8": ratios}
     rounded = {what: {name: round(x, 4) for name, x in table.items()} for what, table in found.items()}

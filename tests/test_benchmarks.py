@@ -80,14 +80,27 @@ def test_the_quality_that_caching_costs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quality_that_fp8_costs(tmp_path):
-    (figures,) = lines_of("fp8_quality.py")
-    assert figures["units"] == 0 and figures["pictures"] == 2
-    assert 0 < figures["ratio"]["fp8"]["levels"] < 0.5
-    assert figures["interval90"]["fp8"]["levels"] == [figures["ratio"]["fp8"]["levels"]] * 2  # of a single prompt
+def test_the_quality_that_formats_cost(tmp_path):
     saved = save("flux-mini", dtype="fp8", output=tmp_path / "saved")
-    (same,) = lines_of("fp8_quality.py", "--model", str(saved / "flux-mini.safetensors"))
-    assert same["distance"] == figures["distance"]
+    flags = ["--formats", "fp8,int8,q4_k", "--model", str(saved), "--sheet", str(tmp_path / "sheet.jpg")]
+    seeds, *lines = lines_of("format_quality.py", *flags)
+    found = {line["format"]: line for line in lines}
+    assert seeds["format"] == "another seed" and seeds["ratio"]["levels"] == 1
+    assert {name: line["units"] for name, line in found.items()} == {
+        "fp8": "simulated", "int8": "simulated", "q4_k": "none", "file": "simulated",
+    }  # fmt: skip
+    assert 0 < found["int8"]["ratio"]["levels"] < found["fp8"]["ratio"]["levels"] < 0.5
+    assert found["fp8"]["interval90"]["levels"] == [found["fp8"]["ratio"]["levels"]] * 2  # of a single prompt
+    assert found["file"]["distance"] == found["fp8"]["distance"]
+    assert (tmp_path / "sheet.jpg").exists()
+
+
+@pytest.mark.slow
+def test_the_error_of_formats():
+    (figures,) = lines_of("velocity_error.py")
+    of = figures["squared_to_fp8"]
+    assert of["q8_0"] < of["int8"] < of["q6_k"] < of["fp8"] == 1 < of["q4_k"] < of["q4_0"]
+    assert of["int8 weights"] < of["int8"] and of["int8"] < of["int6 weights"] < 1.2
 
 
 @pytest.mark.slow
