@@ -19,8 +19,9 @@ image        text to pixels on the CPU, by runs of the sampler with blocks compi
 memory       peak GiB of a forward with only the model on the device, of a forward without the projections from which
              the table is computed, and of an image with all parts on the device
 
-`ratio` is to the floor of the same run. Lines of JSON on stdout as figures come, a table on stderr at the end. A new
-dtype is an entry of `MODELS`. `--tiny` runs small on any machine.
+`ratio` is to the floor of the same run: that of fp8 for fp8, of bf16 for every other dtype. A dtype is bf16 or one of
+`in_format.py`, int8, nf4, q8_0, and so on. Lines of JSON on stdout as figures come, a table on stderr at the end.
+`--tiny` runs small on any machine.
 """
 
 import argparse
@@ -43,28 +44,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from floor import FloorStep
+from floor import PRODUCTS, FloorStep
+from in_format import NAMES, quantize
 from parity_diffusers import build_theirs, call_theirs, in_dtype_of, random_flux, random_inputs
 from random_parts import random_autoencoder, random_encoders, tiny_variant
 from timing import Call, ratio, turns, watched
 from torch import Tensor
 
 from flux_core.kernels import install, install_decode
-from flux_core.linears.formats import quantize
 from flux_core.model import MODULATION, Flux, FluxParams, ModulationTable
 from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, pack, unpack
 from flux_core.sampling.graph import Graph, is_worth_it
 from flux_core.variants import VARIANTS, Variant
 
 
-def random_fp8(params: FluxParams, device: str) -> Flux:
+def random_in(format: str, params: FluxParams, device: str) -> Flux:
     model = random_flux(params, device)
-    quantize(model)
+    quantize(model, format)
     return model
 
 
-MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux, "fp8": random_fp8}
-"""for each dtype, named as in `floor.py`: makes a model of random weights from sizes and device"""
+MODELS: dict[str, Callable[..., Flux]] = {"bf16": random_flux, **{name: partial(random_in, name) for name in NAMES}}
+"""for each dtype: makes a model of random weights from sizes and device"""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 SIGMAS = get_schedule(28, 4096)[:-1]
 Encode = Callable[[], tuple[Tensor, Tensor]]
@@ -195,7 +196,8 @@ def steps(bench: Bench, model: Flux) -> float:
             layer.to("cpu")
     bench.peak("step, modulation left on the CPU", ours)
     model.to(bench.device)
-    floor = FloorStep(bench.dtype, bench.device, variant.params, inputs["img"].shape[1], variant.max_text)
+    floor_dtype = bench.dtype if bench.dtype in PRODUCTS else "bf16"
+    floor = FloorStep(floor_dtype, bench.device, variant.params, inputs["img"].shape[1], variant.max_text)
     return bench.time("step", {"floor": floor, **calls}, bench.seconds, "floor")["floor"]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flux_core.commands.save import save
+from flux_core.device.memory import shares
+from flux_core.variants import VARIANTS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -93,6 +95,28 @@ def test_the_quality_that_formats_cost(tmp_path):
     assert found["fp8"]["interval90"]["levels"] == [found["fp8"]["ratio"]["levels"]] * 2  # of a single prompt
     assert found["file"]["distance"] == found["fp8"]["distance"]
     assert (tmp_path / "sheet.jpg").exists()
+
+
+@pytest.mark.slow
+def test_the_time_of_formats():
+    lines = lines_of("latency.py", "--compile", "none", "--rounds", "1", "--steps", "1", "--dtype", "int8,nf4,q8_0")
+    steps = [(line["dtype"], line["what"]) for line in lines if line["part"] == "step"]
+    assert steps == [(dtype, what) for dtype in ("int8", "nf4", "q8_0") for what in ("floor", "eager")]
+
+
+def test_the_sizes_of_formats(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["in_format.py"])
+    import in_format
+
+    in_format.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line in lines:  # as plans of memory have them, but for scales
+        if line["format"] in ("bf16", "fp8", "int8", "nf4"):
+            share = shares(VARIANTS["flux-dev"], "bfloat16" if line["format"] == "bf16" else line["format"])[1]
+            assert line["gb"] == pytest.approx(share.weights / 1e9, rel=2e-3)
+            assert line["gb_without_modulation"] == pytest.approx((share.weights - share.aside) / 1e9, rel=2e-3)
+    sys.modules.pop("in_format")
 
 
 @pytest.mark.slow
