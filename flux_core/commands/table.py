@@ -14,6 +14,7 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
+    LOADING,
     LORAS,
     MACHINE,
     MAX_SEED,
@@ -25,7 +26,6 @@ from ..request.fields import (
     PICTURES,
     REQUEST,
     STEPWISE_DIR,
-    TEXT,
     THREADS,
     Field,
 )  # fmt: skip
@@ -51,7 +51,7 @@ RUN = (
     STEPWISE_DIR,
     DEVICE,
     *MEMORY,
-    *TEXT,
+    *LOADING,
     Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
     THREADS,
 )

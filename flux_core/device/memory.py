@@ -1,5 +1,6 @@
 """How much memory an official model takes, and whether it fits a device: from its sizes, without loading it."""
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from itertools import product
@@ -14,6 +15,14 @@ T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
 """parameters of every official model's text encoders: T5 1.1 XXL without its decoder, CLIP ViT-L's text half"""
 T5_IN_FORMATS = 3_623_878_656
 """of T5's, those that a format stores in few bits: all but embeddings, norms and `wo`"""
+
+
+def ram() -> int:
+    """Bytes of this machine's memory; 0 if unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 class Share(NamedTuple):
