@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..device.choice import empty_device_cache
+from ..device.plan import SLOTS, spread
 from ..errors import MemoryShortage, is_out_of_memory
 from .bundle import Bundle
 from .ring import Ring
 
-SLOTS = 2
 EVICTED = 2
 """resident blocks that go home when an allocation fails"""
 B = TypeVar("B")
@@ -57,7 +57,8 @@ class Stream:
 
     def settle(self, room: int) -> None:
         """Keep as many blocks resident as so many bytes take."""
-        wanted = {id(bundle): bundle for bundle in spread(self.bundles, room)}
+        stay = spread([bundle.size for bundle in self.bundles], room)
+        wanted = {id(self.bundles[i]): self.bundles[i] for i in stay}
         for key in self.resident.keys() - wanted.keys():
             self._release(key)
         for key in wanted.keys() - self.resident.keys():
@@ -156,14 +157,3 @@ class Retried:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
-
-
-def spread(bundles: Sequence[Bundle], room: int) -> list[Bundle]:
-    """As many bundles as go into so many bytes, evenly among the others: between two that are copied others compute."""
-    total, passed, used, chosen = sum(bundle.size for bundle in bundles), 0, 0, []
-    for bundle in bundles:
-        if used + bundle.size <= room and used * total <= room * passed:
-            chosen.append(bundle)
-            used += bundle.size
-        passed += bundle.size
-    return chosen

@@ -264,14 +264,15 @@ T5_DEVICE = Field(
     default="auto",
     metavar="NAME",
 )
+BUDGET = Field(
+    "memory",
+    str,
+    "bytes of the device to use, as in 8GB or 7.5GiB, or auto: what is free; blocks that find no room there come when "
+    "they compute",
+    metavar="SIZE",
+)
 LOADING = (
-    Field(
-        "memory",
-        str,
-        "bytes of the device to use, as in 8GB or 7.5GiB, or auto: what is free; blocks that find no room there come "
-        "when they compute",
-        metavar="SIZE",
-    ),
+    BUDGET,
     Field(
         "reserve",
         str,
