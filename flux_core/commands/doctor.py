@@ -9,16 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import own_path
 from ..checkpoint.identify import Part
-from ..device.memory import fit, shares
+from ..device.memory import fit, ram, shares
 from ..device.threads import set_threads
-from ..errors import FluxError
+from ..errors import FluxError, UsageError
 from ..files import user_path
 from ..hub import client as hub
 from ..hub.places import embedded_folder
+from ..request.generation import GenerationRequest
 from ..terminal import tell
 from ..variants import AE_VARIABLES, VARIANTS, Variant
 from ..version import __version__
@@ -26,6 +27,8 @@ from ..version import __version__
 if TYPE_CHECKING:
     import torch
 
+PLANNED = ("bfloat16", "fp8", "int8", "nf4")
+"""precisions that a plan compares"""
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
 
 
@@ -88,16 +91,8 @@ def _devices() -> list[str]:
 
 
 def _memory() -> str:
-    memory = _ram()
+    memory = ram()
     return f", {_gb(memory)} memory" if memory else ""
-
-
-def _ram() -> int:
-    """Bytes of this machine's memory; 0 if unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 0
 
 
 def _fits() -> list[str]:
@@ -106,12 +101,12 @@ def _fits() -> list[str]:
 
     from ..device.choice import available_devices
 
-    devices, ram = [torch.device(name) for name in available_devices()], _ram()
+    devices, here = [torch.device(name) for name in available_devices()], ram()
     lines = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
     for variant in (variant for variant in VARIANTS.values() if not variant.embedded):
         parts = shares(variant)
         verdicts = [
-            f"{device} {fit(variant, _size(device, ram), _dtypes(device), None if device.type == 'cpu' else ram)}"
+            f"{device} {fit(variant, _size(device, here), _dtypes(device), None if device.type == 'cpu' else here)}"
             for device in devices
         ]
         sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
@@ -133,7 +128,7 @@ def _dtypes(device: "torch.device") -> dict[str, str]:
     return {"float32": ""} if device.type == "cuda" else {"float32": "", "bfloat16": "--dtype bfloat16"}
 
 
-def _size(device: "torch.device", ram: int) -> int:
+def _size(device: "torch.device", memory: int) -> int:
     """Bytes of a device's memory; 0 if unknown."""
     import torch
 
@@ -141,7 +136,7 @@ def _size(device: "torch.device", ram: int) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return ram
+    return memory
 
 
 def _token() -> list[str]:
@@ -191,7 +186,35 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def print_report() -> None:
-    """Print the lines of `doctor`, each as soon as it is known."""
-    for line in doctor():
+def print_report(name: str | None = None, memory: str | None = None, **fields: Any) -> None:
+    """Print the lines of `doctor`, or of a model's plan, each as soon as it is known.
+
+    name, memory: the model to plan for, and bytes of a card, as in "12GB"; fields: of the request. UsageError.
+    """
+    for line in _plan(name or "flux-dev", memory, fields) if name or memory or fields else doctor():
         tell(line)
+
+
+def _plan(name: str, memory: str | None, fields: dict[str, Any]) -> Iterator[str]:
+    """How a model would lie in a card's memory."""
+    request = GenerationRequest(name=name, prompt="a", **fields)
+    variant, dtype = request.variant, request.dtype or "bfloat16"
+    if variant.embedded:
+        yield f"{name} fits everywhere: its weights are smaller than a tenth of a GB"
+        return
+
+    import torch
+
+    from ..device.budget import bytes_of
+    from ..device.choice import pick_device
+    from ..device.plan import describe, make_plan
+    from ..device.rates import measured
+
+    device = pick_device(None)
+    if memory is None and device.type != "cuda":
+        raise UsageError("there is no card here. Next: say for how much memory to plan, as in --memory 12GB")
+    budget = bytes_of(memory, "--memory") if memory else torch.cuda.mem_get_info(device)[0]
+    size = request.padded_size
+    plans = {x: make_plan(variant, budget, x, request.t5_dtype, *size) for x in dict.fromkeys([dtype, *PLANNED])}
+    yield f"{name} in {budget / 1e9:.1f} GB, {size[0]}x{size[1]} pixels, {dtype}"
+    yield from describe(plans.pop(dtype), request.num_steps, measured(device), plans)

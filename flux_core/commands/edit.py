@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..files import prepare_folder
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, TEXT, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
 from .loras import entries_of
@@ -52,7 +52,7 @@ def edit(
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
-    text = pop_fields(fields, TEXT)
+    loading = pop_fields(fields, LOADING)
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
     fields["plan"] = entries_of(fields, variant)
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
@@ -73,7 +73,7 @@ def edit(
     from ..pipeline import load_pipeline
 
     set_threads(num_threads)
-    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **text)
+    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
     job = Editing(pipeline, request, edit, blocks, guidance, origin, fitting)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(blocks)} blocks shared, on {pipeline.device}")
     pipeline.encode_ahead([request.model_copy(update={"prompt": prompt}) for prompt in (source, *edit)], last=True)

@@ -21,7 +21,7 @@ from ..files import prepare_folder, write_whole
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
-from ..request.fields import FILES, MEMORY, TEXT, THREADS, pop_fields
+from ..request.fields import FILES, LOADING, MEMORY, THREADS, pop_fields
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
 from ..session.folder import Session, new_folder, read_manifest, wait_for_manifest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..sampling import Step
 
 _FIELDS = {field.name: field for field in EXPLORE}
-WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, *TEXT, THREADS))}
+WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, *LOADING, THREADS))}
 """flags that a manifest does not hold: the machine's, and paths, because no file may make us open others"""
 
 
@@ -56,7 +56,7 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     steps_dir, files, memory = (
         flags.pop("stepwise_dir", None),
         pop_fields(flags, FILES),
-        pop_fields(flags, MEMORY + TEXT),
+        pop_fields(flags, MEMORY + LOADING),
     )
     threads = THREADS.parse(flags.pop("threads", None))
     with ExitStack() as stack:

@@ -23,7 +23,7 @@ from ..hooks.plan import Plan, parse_plan, read_plan, short_form
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import DEVICE, FILES, FIT, OUTPUT_DIR, TEXT, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
 from ..request.prompt_lines import Line, read_lines
@@ -56,14 +56,14 @@ def generate(
 ) -> list[Path]:
     """Draw pictures. Returns their files, in order.
 
-    fields: the request's other fields, the user's own files (`fields.FILES`), and how prompts are encoded (`TEXT`).
+    fields: the request's other fields, the user's own files (`fields.FILES`), and how a model is loaded (`LOADING`).
 
     UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for an init image or a file of
     prompts that cannot be read.
     """
     lines = _read_prompt_file(prompt_file, fields, loop)
     source, origin = open_source(init_image)
-    text = pop_fields(fields, TEXT)
+    loading = pop_fields(fields, LOADING)
     old = read_request(from_image) if from_image else None
     if old is not None:
         fields = _recorded_fields(old, origin) | fields
@@ -83,7 +83,7 @@ def generate(
 
     set_threads(num_threads)
     pipeline = load_pipeline(
-        variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **text
+        variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **loading
     )
     draw = partial(_draw_all, pipeline, source, folder, steps_folder, not loop)
     paths = draw(requests, _model_notes(pipeline, requests[0], old))

@@ -33,7 +33,7 @@ from ..methods.importance import (
     rows_of,
     similarities,
 )
-from ..request.fields import DEVICE, FILES, TEXT, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, LOADING, THREADS, pop_fields
 from ..request.generation import PATCH, GenerationRequest
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
@@ -81,7 +81,7 @@ def importance(
     pool, count, cut = (
         _FIELDS[key].parse(text) for key, text in (("pooling", pooling), ("top", top), ("threshold", threshold))
     )
-    num_threads, text = THREADS.parse(threads), pop_fields(fields, TEXT)
+    num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     fields |= {"num_steps": num_steps, "seed": 0, "plan": entries_of(fields, variant)}
@@ -107,7 +107,7 @@ def importance(
     set_threads(num_threads)
     place = pick_device(own_gpu(device))
     dino = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, pool)
-    pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **text)
+    pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
     groups = study.groups(batch_size or _default_batch(place.type, request))
     study.check_settings(pipeline.complete(request))
     todo = {task.number: task for group in groups for task in study.missing(group)}

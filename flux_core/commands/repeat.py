@@ -18,7 +18,7 @@ from ..files import prepare_folder
 from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
-from ..request.fields import DEVICE, FILES, OUTPUT_DIR, TEXT, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..session.record import read_rows
 from ..terminal import note, one_line, tell
@@ -64,7 +64,7 @@ def repeat(
         raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
-    text = pop_fields(files, TEXT)
+    loading = pop_fields(files, LOADING)
     variant, given = with_files(request.name, **pop_fields(files, FILES)), files.pop("lora", None)
     fields = request.model_dump(exclude=set(DRAWN_BY))
     if given or (request.loras and not from_latents):
@@ -76,7 +76,7 @@ def repeat(
         image = _decode(latents, variant, device, vae_tiling)
     else:
         check_files(variant)
-        image = _draw(new, request, variant, device, offload, vae_tiling, text)
+        image = _draw(new, request, variant, device, offload, vae_tiling, loading)
     path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
     tell(str(path))
     _compare(path, recorded)
@@ -112,17 +112,17 @@ def _draw(
     device: str,
     offload: bool,
     vae_tiling: bool,
-    text: dict[str, Any],
+    loading: dict[str, Any],
 ) -> Image.Image:
     """The picture of a request. Notes say why its pixels may differ from those of the `old` request.
 
-    text: the flags of `fields.TEXT`.
+    loading: the flags of `fields.LOADING`.
     """
     from ..pipeline import load_pipeline  # and with it torch
 
     if not variant.embedded:
         note(variant.licence_line)
-    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **text)
+    pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
     request = pipeline.complete(request)
     for reason in differences(old, request):
         note(f"pixels may differ: {reason}")

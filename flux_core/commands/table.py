@@ -14,6 +14,7 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
+    LOADING,
     LORAS,
     MACHINE,
     MAX_SEED,
@@ -25,7 +26,6 @@ from ..request.fields import (
     PICTURES,
     REQUEST,
     STEPWISE_DIR,
-    TEXT,
     THREADS,
     Field,
 )  # fmt: skip
@@ -51,7 +51,7 @@ RUN = (
     STEPWISE_DIR,
     DEVICE,
     *MEMORY,
-    *TEXT,
+    *LOADING,
     Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
     THREADS,
 )
@@ -230,6 +230,11 @@ DOWNLOAD = (
     replace(OUTPUT_DIR, help="with --source modelscope: the folder (default: beside the hub's cache)", default=None),
 )
 
+DOCTOR = (
+    Field("name", str, "an official model, to plan for (default: flux-dev)", metavar="NAME"),
+    Field("memory", str, "plan for so much of a card's memory, as in 12GB", metavar="SIZE"),
+    *of_request("width", "height", "dtype", "t5_dtype"),
+)
 LORA_DIALECTS = ("official", "diffusers", "kohya")
 """dialects that LoRA files are written in (`lora/spell.py`)"""
 _PARTIAL = Field("allow_partial", bool, "leave out what cannot be written, and list it", default=False)
@@ -340,7 +345,9 @@ COMMANDS = {
     ),
     "lora extract": Command("write the difference of two models as a LoRA", "lora:print_extracted", LORA_EXTRACT),
     "doctor": Command(
-        "print what this machine has, and what would fit: versions, devices, token, cache", "doctor:print_report"
+        "print what this machine has, and what would fit; with --memory how a model would lie in it",
+        "doctor:print_report",
+        DOCTOR,
     ),
 }
 GROUPS = {"lora": "LoRA files: what they hold, other dialects, merged into a model, extracted from one"}

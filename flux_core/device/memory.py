@@ -1,5 +1,6 @@
 """How much memory an official model takes, and whether it fits a device: from its sizes, without loading it."""
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from itertools import product
@@ -14,6 +15,14 @@ T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
 """parameters of every official model's text encoders: T5 1.1 XXL without its decoder, CLIP ViT-L's text half"""
 T5_IN_FORMATS = 3_623_878_656
 """of T5's, those that a format stores in few bits: all but embeddings, norms and `wo`"""
+
+
+def ram() -> int:
+    """Bytes of this machine's memory; 0 if unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 class Share(NamedTuple):
@@ -43,12 +52,12 @@ def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = Non
     t5_dtype: T5's format, if its Linears are in one.
     """
     format = None if dtype in ("bfloat16", "float32") else dtype
-    flux, modulation, saved, ae = _count(variant.params, variant.ae_params, format)
+    flux, modulation, less, ae = _count(variant.params, variant.ae_params, format)
     wide = FP32 if dtype == "float32" else BF16
-    t5_less = round(T5_IN_FORMATS * _saved(t5_dtype)) if t5_dtype else 0
+    t5_less = round(T5_IN_FORMATS * saved(t5_dtype)) if t5_dtype else 0
     return (
         Share(wide * (T5_XXL + CLIP_L) - t5_less, TEXT * wide // BF16),
-        Share(wide * flux - saved[0], TRANSFORMER * wide // BF16, wide * modulation - saved[1]),
+        Share(wide * flux - less[0], TRANSFORMER * wide // BF16, wide * modulation - less[1]),
         Share(wide * ae, AUTOENCODER * wide // BF16),
     )
 
@@ -59,7 +68,7 @@ def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
     return CACHED_PROMPTS * wide * (variant.max_text * params.context_in_dim + params.vec_in_dim)
 
 
-def _saved(format: str) -> float:
+def saved(format: str) -> float:
     """Bytes that a format saves of a weight in bf16."""
     from ..linears.formats import FORMATS
 
@@ -85,13 +94,13 @@ def _count(
         flux, ae = Flux(params), AutoEncoder(ae_params)
     linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
     modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
-    saved = [0, 0]
+    of_all, of_modulation = 0, 0
     for name, one in quantizable(flux, format).items() if format else ():
-        less = round(one.weight.numel() * _saved(format))  # type: ignore[arg-type]
-        saved[0] += less
-        saved[1] += less if name.endswith(MODULATION) else 0
+        less = round(one.weight.numel() * saved(format))  # type: ignore[arg-type]
+        of_all += less
+        of_modulation += less if name.endswith(MODULATION) else 0
     whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
-    return whole_flux, modulation, (saved[0], saved[1]), whole_ae
+    return whole_flux, modulation, (of_all, of_modulation), whole_ae
 
 
 def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:

@@ -10,6 +10,7 @@ from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_fil
 from ..checkpoint.contents import check_format, find_contents
 from ..checkpoint.files import flow_path, own_path, text_files
 from ..checkpoint.identify import Part
+from ..device.budget import budget_of
 from ..device.choice import (
     OWN,
     empty_device_cache,
@@ -99,6 +100,8 @@ def load_pipeline(
     t5_dtype: str | torch.dtype | None = None,
     t5_device: str | None = None,
     keep_embeddings: str | Path | bool | None = None,
+    memory: str | None = None,
+    reserve: str | None = None,
     **files: str | Path | None,
 ) -> Pipeline:
     """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32, and
@@ -109,8 +112,9 @@ def load_pipeline(
     their first step, one graph for each kind. dtype: a precision, or a format for most of the transformer's Linears
     (`request.fields.FORMATS`). t5_dtype: likewise for T5's; by itself that of the model. t5_device: "cpu", and T5 never
     visits the device. keep_embeddings: a folder for encoded prompts, True for the one beside the hub's cache; T5 is
-    loaded when a prompt is not there. files: your own instead of the model's, as in `checkpoint.with_files`: `model`,
-    `ae`, `clip_l`, `t5xxl`.
+    loaded when a prompt is not there. memory: bytes of the device, as in "8GB", or "auto": what is free less `reserve`;
+    parts take turns in it, and blocks that find no room come when they compute (`streamed.py`). files: your own instead
+    of the model's, as in `checkpoint.with_files`: `model`, `ae`, `clip_l`, `t5xxl`.
     """
     T5_DEVICE.parse(t5_device)
     variant = name if isinstance(name, Variant) else with_files(name, **files)
@@ -121,7 +125,8 @@ def load_pipeline(
     if "torch._dynamo" in sys.modules:  # compiled blocks are in cycles: an earlier model may still hold memory
         gc.collect()
     empty_device_cache(place)
-    fallback = OomFallback(place, offload)
+    budget = budget_of(memory, reserve, place)
+    fallback = OomFallback(place, offload or budget is not None)
 
     format = format_named(dtype)
     if dtype in (None, "auto"):
@@ -139,4 +144,4 @@ def load_pipeline(
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
     hashes = weights_hashes(variant)
-    return Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept)
+    return Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)

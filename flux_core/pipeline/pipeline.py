@@ -37,6 +37,7 @@ from .kept_embeddings import KeptEmbeddings
 from .loras import Loras, record_of
 from .placement import Placement
 from .prompt_cache import PromptCache
+from .streamed import Streamed
 
 
 class Pipeline:
@@ -58,15 +59,16 @@ class Pipeline:
         vae_tiling: bool = False,
         compile: bool = False,
         kept: KeptEmbeddings | None = None,
+        budget: int | None = None,
     ) -> None:
-        """kept: where embeddings are kept on the disk."""
+        """kept: where embeddings are kept on the disk. budget: bytes that tensors may take on the device."""
         self.variant, self.components, self.dtype, self.weights = variant, components, dtype, weights or {}
         self.precision = format_of(components.flux) or dtype_name(dtype)
         """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
         self.t5_precision: str | None = getattr(components.t5, "precision", None)
         """T5's, likewise; None for a T5 that is not ours"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
-        self.placement = Placement(components, self.fallback)
+        self.placement = Streamed(components, self.fallback, budget) if budget else Placement(components, self.fallback)
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
         self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, kept)
         self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)

@@ -72,19 +72,32 @@ class Placement:
 def move(part: Any, device: torch.device) -> None:
     """Move a part. The transformer's modulation stays on the CPU: a `ModulationTable` copies its layers one by one.
 
-    Modules that wrap others (adapters) are moved with their own parameters; encoders that are plain functions have
-    nothing to move, and one with a home stays there.
+    Encoders that are plain functions have nothing to move, and one with a home stays there.
     """
-    if not isinstance(part, Flux):
-        if hasattr(part, "to") and getattr(part, "home", None) is None:
-            part.to(device)
-        return
-    for name, module in part.named_modules():
-        target = CPU if _MODULATION.search(name) else device
+    if isinstance(part, Flux):
+        move_layers(part, device)
+    elif hasattr(part, "to") and getattr(part, "home", None) is None:
+        part.to(device)
+
+
+def move_layers(part: nn.Module, device: torch.device, name: str = "", without: tuple[str, ...] = ()) -> None:
+    """Move a part layer by layer, but for modulation, and for modules whose names begin with one of `without`.
+
+    Modules that wrap others (adapters) are moved with their own parameters. name: the part's in its network.
+    """
+    for inner, module in part.named_modules(prefix=name):
+        if without and inner.startswith(without):
+            continue
+        target = CPU if is_modulation(inner) else device
         if isinstance(module, Leaf) or not any(module.children()):  # a layer with a layer inside moves as one
             module.to(target)
         elif _has_own_tensors(module):
             module._apply(lambda x, target=target: x.to(target), recurse=False)  # type: ignore[misc]
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a module of that name in the transformer is a projection of modulation, or inside one."""
+    return _MODULATION.search(name) is not None
 
 
 def _has_own_tensors(module: nn.Module) -> bool:

@@ -264,7 +264,21 @@ T5_DEVICE = Field(
     default="auto",
     metavar="NAME",
 )
-TEXT = (
+BUDGET = Field(
+    "memory",
+    str,
+    "bytes of the device to use, as in 8GB or 7.5GiB, or auto: what is free; blocks that find no room there come when "
+    "they compute",
+    metavar="SIZE",
+)
+LOADING = (
+    BUDGET,
+    Field(
+        "reserve",
+        str,
+        "with --memory auto: what stays free for others (default: 0.5GB)",
+        metavar="SIZE",
+    ),
     T5_DEVICE,
     Field(
         "keep_embeddings",
@@ -275,13 +289,13 @@ TEXT = (
         path=True,
     ),
 )
-"""where prompts are encoded, and whether they are kept; arguments of `load_pipeline`"""
+"""how much memory a model takes, where prompts are encoded, whether they are kept; arguments of `load_pipeline`"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
 OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(
     "stepwise_dir", str, "also write the picture after every step, and a sheet of them", metavar="FOLDER", path=True
 )
-MACHINE = (DEVICE, *MEMORY, *TEXT, THREADS)
+MACHINE = (DEVICE, *MEMORY, *LOADING, THREADS)
 """where and how a model is loaded"""
 
 

@@ -114,7 +114,7 @@ def test_the_cpu(size, verdict):
 def test_doctor_has_a_row_for_each_model_with_a_verdict_for_each_device(monkeypatch):
     sizes = {"cuda:0": 80 * GIB, "cuda:1": 16 * GIB, "cpu": 64 * GIB}
     monkeypatch.setattr("flux_core.device.choice.available_devices", lambda: list(sizes))
-    monkeypatch.setattr(doctor, "_ram", lambda: sizes["cpu"])
+    monkeypatch.setattr(doctor, "ram", lambda: sizes["cpu"])
     monkeypatch.setattr(doctor, "_size", lambda device, ram: sizes[str(device)])
     monkeypatch.setattr(doctor, "_dtypes", lambda device: FULL if device.type == "cpu" else HALF)
     verdicts = (

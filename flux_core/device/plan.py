@@ -1,0 +1,197 @@
+"""What a model in a budget of memory would look like: what lies where, and how long a step takes at least.
+
+From shapes alone: no weights, no card. A step takes its products or its copies, whichever is longer, since blocks are
+copied while others compute (`pipeline/stream.py`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ..params import FluxParams
+from ..variants import Variant
+from .budget import CONTEXT
+from .memory import BF16, Share, saved, shares
+from .rates import Rates
+
+SLOTS = 2
+"""buffers through which blocks come and go"""
+MEGAPIXEL_TOKENS = 4096
+"""of a picture's, for which `memory.TRANSFORMER` is"""
+PATCH = 16
+"""pixels of a token's side"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer's blocks by their shapes."""
+
+    sizes: tuple[int, ...]
+    """bytes of each block without its modulation"""
+    tokens_flops: tuple[float, float]
+    """floating point operations of a step for each image token, and for each text token, but for attention"""
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model in a budget; bytes."""
+
+    budget: int
+    """on the device, with `CONTEXT`"""
+    text: Share
+    transformer: Share
+    autoencoder: Share
+    outside: int
+    """of the transformer's weights: neither in blocks nor modulation"""
+    blocks: tuple[int, ...]
+    resident: tuple[int, ...]
+    """numbers of the blocks that stay"""
+    slots: int
+    """buffers for the others, as large as the largest block"""
+    at_work: int
+    """of a forward, beside weights"""
+    tera: float
+    """of floating point operations of a step, 10^12"""
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that come to the device at each step."""
+        return sum(size for i, size in enumerate(self.blocks) if i not in self.resident)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a step can be computed."""
+        return bool(self.slots) or len(self.resident) == len(self.blocks)
+
+    @property
+    def smallest(self) -> int:
+        """The least budget in which a step can be computed."""
+        return CONTEXT + self.outside + self.at_work + max(self.blocks)
+
+    @property
+    def home(self) -> int:
+        """Bytes of the CPU's memory that hold all weights."""
+        return self.text.weights + self.transformer.weights + self.autoencoder.weights
+
+    def seconds(self, tera_rate: float, copy_rate: float) -> float:
+        """The least time of a step, by 10^12 operations and bytes a second."""
+        return max(self.tera / tera_rate, self.streamed / copy_rate)
+
+
+def make_plan(
+    variant: Variant, budget: int, dtype: str, t5_dtype: str | None, width: int, height: int, rows: int = 1
+) -> Plan:
+    """The plan of one picture of so many pixels. dtype: of the transformer, a precision or a format; t5_dtype: T5's
+    format, if it is in one. rows: of a batch."""
+    text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
+    network = _network(variant.params, dtype)
+    image = -(-width // PATCH) * -(-height // PATCH)
+    tokens = image + variant.max_text
+    at_work = round(transformer.at_work * rows * tokens / (MEGAPIXEL_TOKENS + 512))
+    outside = transformer.weights - transformer.aside - sum(network.sizes)
+    room = budget - CONTEXT - outside - at_work
+    slots, resident = 0, spread(network.sizes, room)
+    if len(resident) < len(network.sizes):
+        slots = max(0, min(SLOTS, room // network.largest))
+        resident = spread(network.sizes, room - slots * network.largest) if slots else []
+    of_image, of_text = network.tokens_flops
+    flops = image * of_image + variant.max_text * of_text
+    flops += 4 * tokens**2 * variant.params.hidden_size * len(network.sizes)
+    return Plan(
+        budget,
+        text,
+        transformer,
+        autoencoder,
+        outside,
+        network.sizes,
+        tuple(resident),
+        slots,
+        at_work,
+        rows * flops / 1e12,
+    )
+
+
+@cache
+def _network(params: FluxParams, dtype: str) -> Network:
+    """Built on the meta device: shapes without memory."""
+    import torch
+    from torch import nn
+
+    from ..linears.formats import quantizable
+    from ..model import MODULATION, Flux
+
+    with torch.device("meta"):
+        model = Flux(params)
+    few = quantizable(model, dtype) if dtype not in ("bfloat16", "float32") else {}
+    wide, sizes, of_image, of_text = BF16 * (1 + (dtype == "float32")), [], 0.0, 0.0
+    for kind in ("double_blocks", "single_blocks"):
+        for i, block in enumerate(getattr(model, kind)):
+            size = 0.0
+            for name, layer in block.named_modules(prefix=f"{kind}.{i}"):
+                if name.endswith(MODULATION):
+                    continue
+                size += wide * sum(x.numel() for x in layer.parameters(recurse=False))
+                size -= saved(dtype) * layer.weight.numel() if name in few else 0
+                if isinstance(layer, nn.Linear):
+                    flops = 2.0 * layer.weight.numel()
+                    of_image += 0 if ".txt_" in name else flops
+                    of_text += 0 if ".img_" in name else flops
+            sizes.append(round(size))
+    return Network(tuple(sizes), (of_image, of_text))
+
+
+def describe(plan: Plan, steps: int, rates: Rates | None, others: Mapping[str, Plan]) -> Iterator[str]:
+    """Lines for people. rates: of the card, if there is one; others: plans by other values of --dtype."""
+    text, network = plan.text, plan.transformer
+    whole = text.weights + text.at_work <= plan.budget - CONTEXT
+    yield _line("text encoders", f"{_gb(text.weights)}: {'whole' if whole else 'blocks of T5 come when they compute'}")
+    parts = f"{_gb(network.aside)} of modulation stay on the CPU, {_gb(plan.outside)} are outside blocks"
+    yield _line("transformer", f"{_gb(network.weights)}: {parts}, {_gb(sum(plan.blocks))} in {len(plan.blocks)} blocks")
+    yield _line("", _of_blocks(plan))
+    yield _line("a forward", f"{_gb(plan.at_work)} beside weights")
+    yield _line("autoencoder", f"{_gb(plan.autoencoder.weights)}, and {_gb(plan.autoencoder.at_work)} at work")
+    yield _line("CPU memory", f"{_gb(plan.home)} for all weights, at their turn on the card")
+    work = f"{plan.tera:.0f} * 10^12 operations, {_gb(plan.streamed)} copied"
+    if rates is None:
+        yield _line("a step", f"{work}; seconds are measured where the card is")
+    elif plan.fits:
+        step = plan.seconds(rates.tera, rates.copy)
+        speed = f"{rates.tera:.0f} * 10^12 operations and {rates.copy / 1e9:.1f} GB a second here, in bf16"
+        yield _line("a step", f"{work}: at least {step:.2f} s, {steps} steps {steps * step:.0f} s ({speed})")
+    for dtype, other in others.items():
+        if other.fits and (other.streamed < plan.streamed or not plan.fits):
+            yield _line("less to copy", f"--dtype {dtype}: {_of_blocks(other)}")
+
+
+def _of_blocks(plan: Plan) -> str:
+    """Which blocks stay on the card, in words."""
+    number, stay = len(plan.blocks), len(plan.resident)
+    if not plan.fits:
+        return f"too little for one block: it takes at least {_gb(plan.smallest)}"
+    if stay == number:
+        return "all blocks stay on the card"
+    through = f"{plan.slots} buffer{'s' * (plan.slots > 1)} of {_gb(max(plan.blocks))}"
+    return f"{stay} of {number} blocks stay on the card, the others, {_gb(plan.streamed)}, come through {through}"
+
+
+def _line(title: str, text: str) -> str:
+    return f"{title:<14}{text}"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def spread(sizes: Sequence[int], room: int) -> list[int]:
+    """Numbers of as many blocks as go into so many bytes, evenly among the others, which come while these compute."""
+    total, passed, used, chosen = sum(sizes), 0, 0, []
+    for i, size in enumerate(sizes):
+        if used + size <= room and used * total <= room * passed:
+            chosen.append(i)
+            used += size
+        passed += size
+    return chosen

@@ -1,0 +1,152 @@
+"""A module's tensors as bytes that come to a device together, and go home again without being copied back.
+
+A frozen block never changes on the device, so its memory at home stays what it is: to come is one copy of bytes into
+memory that is there already, to go is to point its tensors back. Tensors keep their places to each other: what shares
+memory at home (a weight and the factor of a LoRA behind it) shares it on the device.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ALIGN = 512
+"""bytes at whose multiples a span begins in a buffer, as in memory that torch allocates"""
+
+
+Place = tuple[int | str, ...]
+"""where a tensor is in a block: number of the layer, names of attributes"""
+
+
+class Span(NamedTuple):
+    """Bytes at home that a buffer holds in one piece."""
+
+    home: Tensor
+    """uint8, at home"""
+    start: int
+    """where it is in a buffer"""
+
+
+class View(NamedTuple):
+    """A tensor of a module, and where it is in a buffer."""
+
+    tensor: Tensor
+    home: Tensor
+    """the same without autograd, at home"""
+    start: int
+    """its first byte in a buffer"""
+
+
+class Bundle:
+    """The tensors of a module whose memory is at home."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.spans: list[Span] = []
+        self.size = 0
+        """bytes of a buffer for it"""
+        self.is_pinned = False
+        self.views: list[View] = []
+        for group in _overlapping(tensors):
+            first = min(x.data_ptr() for x in group)
+            length = max(_end(x) for x in group) - first
+            self.spans.append(Span(_bytes(group[0], first, length), self.size))
+            self.views += [View(x, x.data, self.size + x.data_ptr() - first) for x in group]
+            self.size += -(-length // ALIGN) * ALIGN
+
+    def pin(self) -> None:
+        """Move its home to one piece of pinned memory, which a device reads fastest. RuntimeError without any."""
+        pinned = torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        self.copy(pinned)
+        self.views = [view._replace(home=_view(pinned, view)) for view in self.views]
+        self.spans, self.is_pinned = [Span(pinned, 0)], True
+        self.leave()
+
+    def copy(self, buffer: Tensor) -> None:
+        """Copy its bytes into a buffer, queued on the current stream."""
+        for home, start in self.spans:
+            buffer[start : start + len(home)].copy_(home, non_blocking=True)
+
+    def enter(self, buffer: Tensor) -> None:
+        """Point the module's tensors at a buffer that has its bytes, or will have them."""
+        for view in self.views:
+            view.tensor.data = _view(buffer, view)
+
+    def leave(self) -> None:
+        """Point the module's tensors at their memory at home."""
+        for view in self.views:
+            view.tensor.data = view.home
+
+
+def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None]) -> Bundle:
+    """The bundle of a block's layers, after `arrive` has moved them to their device once: there they choose how to
+    multiply, and may join their memory with that of branches.
+
+    Home is where the tensors were before; memory that came about by the move is copied.
+    """
+    before = {place: x.data for place, x in tensors_of(layers)}
+    arrive()  # which makes new objects of buffers
+    places = {id(x): place for place, x in tensors_of(layers)}
+    tensors = [x for _, x in tensors_of(layers)]
+    for group in _overlapping(tensors):
+        old = before.get(places[id(group[0])])
+        if len(group) == 1 and old is not None and _layout(old) == _layout(group[0]):
+            group[0].data = old
+        else:
+            there = Bundle(group)
+            home = torch.empty(there.size, dtype=torch.uint8, device="cpu")
+            there.copy(home)
+            there.enter(home)
+    return Bundle(tensors)
+
+
+def _layout(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.stride(), x.dtype
+
+
+def tensors_of(layers: Sequence[nn.Module]) -> list[tuple[Place, Tensor]]:
+    """The tensors that modules hold themselves, by place: parameters, buffers, other attributes, and in dataclasses."""
+    found: list[tuple[Place, Tensor]] = []
+    for i, layer in enumerate(layers):
+        for values in (layer._parameters, layer._buffers, vars(layer)):
+            found += [((i, name, *rest), x) for name, value in values.items() for rest, x in _inside(value)]
+    return found
+
+
+def _inside(value: Any) -> Iterator[tuple[Place, Tensor]]:
+    if isinstance(value, Tensor):
+        yield (), value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for name in (field.name for field in fields(value)):
+            yield from (((name, *rest), x) for rest, x in _inside(getattr(value, name)))
+
+
+def _view(buffer: Tensor, view: View) -> Tensor:
+    like, start = view.home, buffer.storage_offset() + view.start
+    empty = torch.empty(0, dtype=like.dtype, device=buffer.device)
+    return empty.set_(buffer.untyped_storage(), start // like.itemsize, like.shape, like.stride())
+
+
+def _bytes(x: Tensor, first: int, length: int) -> Tensor:
+    """The bytes from an address on, in the storage of x."""
+    start = first - x.untyped_storage().data_ptr()
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage(), start, (length,), (1,))
+
+
+def _end(x: Tensor) -> int:
+    """The address behind its last number."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.itemsize
+
+
+def _overlapping(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by the memory that they share, without those that are empty."""
+    groups: list[list[Tensor]] = []
+    end = 0
+    for x in sorted((x for x in {id(x): x for x in tensors}.values() if x.numel()), key=lambda x: x.data_ptr()):
+        if not groups or x.data_ptr() >= end:
+            groups.append([])
+        groups[-1].append(x)
+        end = max(end, _end(x))
+    return groups

@@ -1,0 +1,159 @@
+"""The blocks of one network, some of them resident on a device, the others there only while they compute."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..device.choice import empty_device_cache
+from ..device.plan import SLOTS, spread
+from ..errors import MemoryShortage, is_out_of_memory
+from .bundle import Bundle
+from .ring import Ring
+
+EVICTED = 2
+"""resident blocks that go home when an allocation fails"""
+B = TypeVar("B")
+
+
+class Stream:
+    """Blocks in the order in which they compute."""
+
+    def __init__(self, blocks: Sequence[nn.Module], bundles: Sequence[Bundle], device: torch.device) -> None:
+        """bundles: of each block. Nothing is on the device yet."""
+        self.device, self.blocks, self.bundles = device, blocks, bundles
+        self.of = {id(block): bundle for block, bundle in zip(blocks, bundles, strict=True)}
+        self.after = dict(zip(map(id, bundles), bundles[1:], strict=False))
+        self.resident: dict[int, tuple[Bundle, Tensor]] = {}
+        self.ring: Ring | None = None
+        self.current: int | None = None
+        """the bundle of the block that computes"""
+        self.hooks: list[Any] = []
+
+    @property
+    def held(self) -> int:
+        """Bytes of the device that resident blocks take."""
+        return sum(buffer.nbytes for _, buffer in self.resident.values())
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the device without which no block can compute."""
+        return max(bundle.size for bundle in self.bundles)
+
+    def enter(self, room: int, resident: int) -> None:
+        """Take memory for a ring in so many bytes, and for resident blocks in so many of these. MemoryShortage."""
+        total = sum(bundle.size for bundle in self.bundles)
+        if total > min(room, resident):
+            number = min(SLOTS, room // self.smallest)
+            if not number:
+                raise MemoryShortage(
+                    f"{max(room, 0) / 1e9:.2f} GB are left for blocks of {self.smallest / 1e9:.2f} GB each. Next: a "
+                    "larger --memory, or a smaller --dtype (nf4, then int8 or fp8)"
+                )
+            self.ring = Ring(self.device, number, self.smallest)
+            resident = min(resident, room - self.ring.size)
+        self.settle(resident)
+
+    def settle(self, room: int) -> None:
+        """Keep as many blocks resident as so many bytes take."""
+        stay = spread([bundle.size for bundle in self.bundles], room)
+        wanted = {id(self.bundles[i]): self.bundles[i] for i in stay}
+        for key in self.resident.keys() - wanted.keys():
+            self._release(key)
+        for key in wanted.keys() - self.resident.keys():
+            bundle = wanted[key]
+            buffer = torch.empty(bundle.size, dtype=torch.uint8, device=self.device)
+            bundle.copy(buffer)
+            bundle.enter(buffer)
+            self.resident[key] = bundle, buffer
+
+    def evict(self) -> bool:
+        """Send a few resident blocks home, but not the one that computes. Returns whether there were any."""
+        while keys := [key for key in self.resident if key != self.current][-EVICTED:]:
+            for key in keys:
+                self._release(key)
+            empty_device_cache(self.device)
+            if self.ring is not None or self._has_ring():
+                return True
+        return False
+
+    def _has_ring(self) -> bool:
+        """Take memory for a ring, if there is any."""
+        try:
+            self.ring = Ring(self.device, SLOTS, self.smallest)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return self.ring is not None
+
+    def _release(self, key: int) -> None:
+        bundle, _ = self.resident.pop(key)
+        bundle.leave()
+
+    def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
+        """The blocks in order, each on the device until the next is asked for."""
+        for block in blocks:
+            self.begin(block)
+            yield cast(B, Retried(cast(nn.Module, block), self.evict))
+            self.end(block)
+
+    def begin(self, block: Any) -> None:
+        """Bring a block, and begin to copy the next that is not resident."""
+        bundle = self.of[id(block)]
+        self.current = id(bundle)
+        if id(bundle) not in self.resident:
+            assert self.ring is not None
+            self.ring.bring(bundle)
+        following = self.after.get(id(bundle))
+        while following is not None and id(following) in self.resident:
+            following = self.after.get(id(following))
+        if following is not None and self.ring is not None and len(self.ring.slots) > 1:
+            self.ring.prefetch(following)
+
+    def end(self, block: Any) -> None:
+        if self.ring is not None:
+            self.ring.done(self.of[id(block)])
+
+    def rest(self) -> None:
+        """Between two forwards blocks that are not resident are at home, where numbers in them may be set."""
+        if self.ring is not None:
+            self.ring.clear()
+
+    def hook(self) -> None:
+        """Bring blocks when a network calls them that knows nothing of it."""
+        for block in self.blocks:
+            self.hooks.append(block.register_forward_pre_hook(lambda block, _: self.begin(block)))
+            self.hooks.append(block.register_forward_hook(lambda block, *_: self.end(block)))
+
+    def leave(self) -> None:
+        """All blocks go home, and the device's memory is free."""
+        for hook in self.hooks:
+            hook.remove()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # copies may be on their way into buffers
+        self.rest()
+        self.ring, self.hooks = None, []
+        for key in list(self.resident):
+            self._release(key)
+
+
+class Retried:
+    """A block that is computed again when memory runs out, as long as something can be freed."""
+
+    def __init__(self, block: nn.Module, free: Callable[[], bool]) -> None:
+        self.block, self.free = block, free
+
+    def __call__(self, *args: Any, **fields: Any) -> Any:
+        while True:
+            try:
+                return self.block(*args, **fields)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # which holds the block's tensors
+            if not self.free():
+                raise failure
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)

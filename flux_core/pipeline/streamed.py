@@ -1,0 +1,157 @@
+"""Networks in a device's memory as far as a budget goes; the blocks that have no room come when they compute.
+
+Parts take turns, as with `--offload`. Of the part whose turn it is, everything but its blocks comes to the device, and
+of its blocks as many as fit; the others go through a ring of two buffers (`ring.py`), one computing while the next is
+copied. So the bits are those of a model that is there whole: the same kernels on the same numbers.
+
+What a forward needs beside weights is not guessed: on CUDA the first one runs with no block resident, and its peak says
+how many have room. Where an allocation fails all the same, two of them go home, and that block is computed again.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial, reduce
+from typing import Any, TypeVar
+from weakref import ref
+
+import torch
+from torch import nn
+
+from ..device.choice import empty_device_cache
+from ..device.memory import ram
+from ..device.oom import CPU, OomFallback
+from ..model import Flux
+from ..text import TextEncoder
+from .bundle import Bundle, bundled
+from .components import Components
+from .placement import Placement, is_modulation, move, move_layers
+from .stream import Stream
+
+PINNED = 0.5
+"""of the CPU's memory, up to which blocks at home are pinned"""
+BLOCKS: dict[type, tuple[str, ...]] = {
+    Flux: ("double_blocks", "single_blocks"),
+    TextEncoder: ("model.encoder.block",),
+}
+"""where a part has its blocks, in the order in which they compute"""
+B = TypeVar("B")
+
+
+class Streamed(Placement):
+    """Parts take turns in so many bytes of the device's memory."""
+
+    def __init__(self, components: Components, fallback: OomFallback, budget: int) -> None:
+        super().__init__(components, fallback)
+        self.budget = budget
+        self._bundles: dict[int, tuple[object, list[Bundle]]] = {}
+        """of a part's blocks, by the part, with the state of its layers that they were made of"""
+        self._streams: dict[int, Stream] = {}
+        """of the parts on the device"""
+
+    @property
+    def is_fixed(self) -> bool:
+        return False
+
+    @contextmanager
+    def using(self, *parts: Any) -> Iterator[None]:
+        if self._present != parts or any(self._is_stale(part) for part in parts):
+            self._exchange(parts)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield
+        finally:
+            for stream in self._streams.values():
+                stream.rest()
+        if self.device.type == "cuda":
+            self._learn(parts)
+
+    def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
+        stream = self._streams.get(id(self.components.flux))
+        return iter(blocks) if stream is None else stream.fetch(blocks)
+
+    def _learn(self, parts: tuple[Any, ...]) -> None:
+        """Keep as many blocks resident as the forward's peak leaves room for."""
+        spare = self.budget - torch.cuda.max_memory_allocated(self.device)
+        for part in parts:
+            if stream := self._streams.get(id(part)):
+                stream.settle(spare + stream.held)
+
+    def free(self, part: Any) -> None:
+        if stream := self._streams.pop(id(part), None):
+            stream.leave()
+        self._bundles.pop(id(part), None)
+        super().free(part)
+
+    def _exchange(self, parts: tuple[Any, ...]) -> None:
+        self._present = ()
+        for part in self.components:
+            if stream := self._streams.pop(id(part), None):
+                stream.leave()
+            if part not in parts or self._is_stale(part):  # new layers may be on the device
+                move(part, CPU)
+        empty_device_cache(self.device)
+        for part in parts:
+            self._enter(part)
+        self._present = parts
+
+    def _enter(self, part: Any) -> None:
+        """Bring a part to the device: whole, if it fits, else with the blocks that fit. MemoryShortage."""
+        if isinstance(part, TextEncoder):
+            part.ready()
+        names = next((names for kind, names in BLOCKS.items() if isinstance(part, kind)), ())
+        blocks = {f"{name}.{i}": one for name in names for i, one in enumerate(_inside(part, name))}
+        if not blocks or getattr(part, "home", None) is not None or self._fits(part):
+            move(part, self.device)
+            return
+        move_layers(part, self.device, without=tuple(f"{name}." for name in names))
+        stream = Stream(list(blocks.values()), self._bundled(part, blocks), self.device)
+        stream.enter(self._room(), 0 if self.device.type == "cuda" else self._room())
+        if not isinstance(part, Flux):
+            stream.hook()
+        self._streams[id(part)] = stream
+
+    def _room(self) -> int:
+        """Bytes of the budget that are free."""
+        return self.budget - (torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0)
+
+    def _fits(self, part: nn.Module) -> bool:
+        """Whether a text encoder may be there whole. What the transformer's forward leaves room for is seen later."""
+        size = sum(x.nbytes for x in (*part.parameters(), *part.buffers()))
+        return not isinstance(part, Flux) and size <= self._room()
+
+    def _bundled(self, part: Any, blocks: dict[str, nn.Module]) -> list[Bundle]:
+        """The blocks' bundles, made when the part first comes, and again when its layers were exchanged."""
+        state = _state(part)
+        if self._is_stale(part) or id(part) not in self._bundles:
+            made: list[Bundle] = []
+            self._bundles[id(part)] = state, made
+            for name, block in blocks.items():
+                layers = [x for inner, x in block.named_modules(prefix=name) if not is_modulation(inner)]
+                made.append(bundled(layers, partial(move_layers, block, self.device, name)))
+                self._pin(made[-1])
+        return self._bundles[id(part)][1]
+
+    def _is_stale(self, part: Any) -> bool:
+        state, _ = self._bundles.get(id(part), (_state(part), []))
+        return state != _state(part)
+
+    def _pin(self, bundle: Bundle) -> None:
+        """Pin a block's memory at home, while that of all is below its share."""
+        pinned = sum(one.size for _, made in self._bundles.values() for one in made if one.is_pinned)
+        if self.device.type == "cuda" and pinned + bundle.size <= PINNED * ram():
+            with suppress(RuntimeError):
+                bundle.pin()
+
+
+def _inside(part: Any, name: str) -> Any:
+    """The blocks of that name; none in a part that has no such (CLIP, which is small)."""
+    return reduce(lambda module, key: getattr(module, key, ()), name.split("."), part)
+
+
+def _state(part: Any) -> object:
+    """What changes when layers of a part are exchanged."""
+    if isinstance(part, Flux):
+        return part.changes.layers
+    model = getattr(part, "model", None)
+    return None if model is None else ref(model)

@@ -1,0 +1,254 @@
+"""A budget of a device's memory: whatever it is, the same pixels; blocks are there while they compute, and go home."""
+
+import weakref
+
+import pytest
+import torch
+from random_lora import factors, write
+from torch import nn
+
+from flux_core.device.budget import bytes_of
+from flux_core.device.plan import spread
+from flux_core.errors import MemoryShortage, UsageError
+from flux_core.hooks import Custom, Lora, Skip
+from flux_core.linears.formats import quantize
+from flux_core.main import main
+from flux_core.pipeline import Pipeline, load_pipeline
+from flux_core.pipeline.bundle import Bundle
+from flux_core.pipeline.ring import Ring
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small")
+DEVICE = torch.device("cpu", 0)
+"""the CPU by another name, as in `test_offload.py`"""
+FAST = {"num_steps": 3, "width": 32, "height": 32, "force": True}
+
+
+def load(format=None):
+    pipeline = load_pipeline("flux-mini", "cpu", "float32")
+    if format:
+        quantize(pipeline.model, format)
+    return pipeline
+
+
+def draw(pipeline, **fields):
+    return pipeline.generate("a red apple", 1, **FAST, **fields)[0].tobytes()
+
+
+def within(loaded, budget):
+    """The same networks, in so many bytes."""
+    return Pipeline(loaded.variant, loaded.components, DEVICE, torch.float32, offload=True, budget=budget)
+
+
+def blocks_of(loaded):
+    return [*loaded.model.double_blocks, *loaded.model.single_blocks]
+
+
+def sizes(loaded):
+    """Bytes of a buffer for each block."""
+    return [
+        Bundle([x for name, x in block.named_parameters() if "mod" not in name]).size for block in blocks_of(loaded)
+    ]
+
+
+def addresses(loaded):
+    return [x.data_ptr() for block in blocks_of(loaded) for x in block.parameters()]
+
+
+def stream_of(pipeline):
+    """The transformer's, while it denoises."""
+    (stream,) = pipeline.placement._streams.values()
+    return stream
+
+
+@pytest.mark.parametrize("format", [None, "fp8", "int8", "nf4"])
+def test_the_pixels_are_the_same_in_every_budget(format):
+    loaded = load(format)
+    expected, home, largest = draw(loaded), addresses(loaded), max(sizes(load()))
+    whole = sum(sizes(load()))
+    for budget in (largest, 2 * largest, 3 * largest, whole, 10 * whole):
+        assert draw(within(loaded, budget)) == expected
+        assert addresses(loaded) == home
+
+
+def test_as_many_blocks_are_resident_as_fit_and_the_others_take_turns_in_two_buffers():
+    loaded, seen = load(), []
+    each = sizes(loaded)
+    assert each[0] == each[1] > each[2] == each[3] == each[4]
+    for budget, resident, slots in [
+        (each[0], 0, 1),
+        (2 * each[0], 0, 2),
+        (2 * each[0] + each[2], 1, 2),
+        (sum(each) - 1, 1, 2),
+        (sum(each), 5, 0),
+    ]:
+        pipeline = within(loaded, budget)
+
+        def look(step, pipeline=pipeline):
+            stream = stream_of(pipeline)
+            ring = stream.ring
+            assert stream.held + (ring.size if ring else 0) <= pipeline.placement.budget
+            seen.append((len(stream.resident), len(ring.slots) if ring else 0))
+
+        pipeline.generate("a red apple", 1, on_step=look, **FAST)
+        assert set(seen) == {(resident, slots)}
+        seen.clear()
+
+
+def test_below_one_block_the_error_says_so():
+    loaded = load()
+    with pytest.raises(MemoryShortage, match=r"are left for blocks of 0\.00 GB each\. Next: a larger --memory"):
+        draw(within(loaded, max(sizes(loaded)) - 1))
+
+
+def test_resident_blocks_are_spread_among_the_others():
+    for room, places in [(0, []), (9, []), (10, [0]), (30, [0, 3, 6]), (45, [0, 2, 4, 6]), (90, list(range(9)))]:
+        assert spread([10] * 9, room) == places
+
+
+def test_plans_and_true_guidance_are_drawn_the_same():
+    loaded = load()
+    plan = [Skip(blocks="layer.1"), Custom(sites="*.img.out", fn=lambda x, at: 1.1 * x)]
+    for fields in ({"plan": plan}, {"negative_prompt": "a pig", "true_cfg_scale": 2.0}):
+        expected = draw(loaded, **fields)
+        assert draw(within(loaded, 3 * max(sizes(loaded))), **fields) == expected
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_a_lora_comes_with_its_block(tmp_path, format):
+    """Attached when blocks are known already, with a scale that changes from step to step, and removed."""
+    file = write(tmp_path / "some.safetensors", factors(load().model.params))
+    loaded, plain, budget = load(format), load(format), 3 * max(sizes(load()))
+    before = draw(plain)
+    pipeline = within(loaded, budget)
+    assert draw(pipeline) == before
+    ours, theirs = pipeline.load_lora(file, 0.5), plain.load_lora(file, 0.5)
+    assert draw(pipeline) == draw(plain) != before
+    ours.scale = theirs.scale = 0.25
+    assert draw(pipeline) == draw(plain)
+    ours.remove(), theirs.remove()
+    assert draw(pipeline) == before
+    plan = [Lora(file=str(file), scale=0.5, steps=["1-2"], blocks=["layer.0", "layer.3"]), Lora(file=str(file))]
+    assert draw(pipeline, plan=plan) == draw(plain, plan=plan)
+
+
+class Fails:
+    """Stands before a block: these of its calls run out of memory."""
+
+    def __init__(self, block, *failing):
+        self.block, self.failing, self.calls, self.forward = block, failing, 0, block.forward
+        block.forward = self
+
+    def __call__(self, *args, **fields):
+        self.calls += 1
+        if self.calls - 1 in self.failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return self.forward(*args, **fields)
+
+
+@pytest.mark.parametrize(("missing", "left"), [(0, [5, 3, 3]), (1, [1, 0, 0])])
+def test_where_an_allocation_fails_two_blocks_go_home_and_that_block_is_computed_again(missing, left):
+    loaded = load()
+    expected, whole = draw(loaded), sum(sizes(loaded))
+    counts = [Fails(block, *([1] if i == 3 else [])) for i, block in enumerate(blocks_of(loaded))]
+    pipeline, resident = within(loaded, whole - missing), []
+    pipeline.generate("a red apple", 1, on_step=lambda _: resident.append(len(stream_of(pipeline).resident)), **FAST)
+    assert [one.calls for one in counts] == [3, 3, 3, 4, 3]
+    assert resident == left
+    for one in counts:
+        del one.block.forward
+    assert draw(pipeline) == expected
+
+
+def test_with_nothing_to_send_home_it_is_a_shortage():
+    loaded = load()
+    Fails(loaded.model.single_blocks[0], *range(99))
+    with pytest.raises(MemoryShortage):
+        draw(within(loaded, sum(sizes(loaded))))
+
+
+def test_t5_streams_where_it_does_not_fit():
+    loaded = load()
+    pipeline, blocks = within(loaded, 10**9), list(loaded.t5.model.encoder.block)
+    expected = [x.clone() for x in pipeline.prompts("a red apple")]
+    size = sum(x.nbytes for x in loaded.t5.model.parameters())
+    for budget in (size - 1, Bundle(list(blocks[0].parameters())).size):
+        pipeline = within(loaded, budget)
+        found = pipeline.prompts("a red apple")
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        assert [len(block._forward_hooks) for block in blocks] == [1] * len(blocks)
+        pipeline.placement._exchange(())
+        assert [len(block._forward_hooks) for block in blocks] == [0] * len(blocks)
+
+
+def test_what_shares_memory_at_home_shares_it_in_a_buffer():
+    wide = torch.arange(24.0).reshape(4, 6)
+    layer, up = nn.Linear(5, 4, bias=False, device="cpu", dtype=torch.float32), wide[:, 5:]
+    layer.weight.data = wide[:, :5]
+    bundle, home = Bundle([layer.weight, up, wide]), wide.data_ptr()
+    buffer = torch.zeros(bundle.size, dtype=torch.uint8)
+    bundle.copy(buffer)
+    bundle.enter(buffer)
+    assert wide.data_ptr() == layer.weight.data_ptr() == buffer.data_ptr() and up.data_ptr() == wide.data_ptr() + 20
+    wide += 1
+    assert torch.equal(layer.weight[0], torch.arange(1.0, 6)) and up[0, 0] == 6
+    bundle.leave()
+    assert wide.data_ptr() == home and layer.weight[0, 0] == 0
+
+
+def test_a_block_that_is_on_its_way_is_not_copied_twice():
+    copies = []
+
+    class Counted(Bundle):
+        def copy(self, buffer):
+            copies.append(self)
+            super().copy(buffer)
+
+    a, b, c = (Counted([torch.full((3,), float(i))]) for i in range(3))
+    ring = Ring(torch.device("cpu"), 2, a.size)
+    for one, following in ((a, b), (b, c), (c, None)):
+        ring.bring(one)
+        if following:
+            ring.prefetch(following)
+        assert one.views[0].tensor.data_ptr() in {slot.buffer.data_ptr() for slot in ring.slots}
+        ring.done(one)
+    assert copies == [a, b, c]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("7.5GiB", 8053063680), ("900 MB", 9 * 10**8), ("1024", 1024), ("12g", 12e9)],
+)
+def test_sizes(text, size):
+    assert bytes_of(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "0GB", "nan", "1e9", "８GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError, match="--memory must be a size, as in 8GB or"):
+        bytes_of(text, "--memory")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--memory", "8GB"], "--memory is for a card's memory: on cpu there is none"),
+        (["--memory", "lots"], "--memory must be a size"),
+        (["--reserve", "1GB"], "--reserve goes with --memory auto"),
+        (["--memory", "8GB", "--reserve", "1GB"], "--reserve goes with --memory auto, not with 8GB"),
+    ],
+)
+def test_wrong_flags(capsys, flags, said):
+    assert main(["--prompt", "a", *flags, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_t5_is_freed_with_its_blocks():
+    """By the command's last turn of encoding; what a budget knows of its blocks does not keep it."""
+    loaded = load()
+    whole = sum(x.nbytes for x in loaded.t5.model.parameters())
+    for budget in (10**9, whole - 1):
+        pipeline, gone = within(loaded, budget), weakref.ref(loaded.t5.ready())
+        expected = pipeline.prompts("a pig")[0]
+        pipeline.free_t5()
+        assert gone() is None
+        assert torch.equal(within(loaded, budget).prompts("a pig")[0], expected)
