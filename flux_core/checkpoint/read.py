@@ -217,7 +217,9 @@ class Filling:
 
     def is_kept(self, pair: Pair, format: str) -> bool:
         """Whether the file has the codes that a layer needs."""
-        return _shared(self.stored(pair)) == format and joins_rows(pair.how, self.params)
+        found = self.stored(pair)
+        keeps = all(one is not None and one.keeps for one in found)
+        return keeps and _shared(found) == format and joins_rows(pair.how, self.params)
 
     def layer(self, linear: Any, pair: Pair, format: str, get: Callable[[str], Tensor]) -> nn.Module | None:
         """The layer for a Linear; None where codes can't be joined, and the Linear got its dense weight."""
@@ -297,13 +299,14 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def note_precision(contents: Contents, dtype: torch.dtype, format: str | None = None) -> None:
     """A line on stderr where weights are read with fewer bits than the file has, or rounded a second time."""
-    known = {dtype, torch.bfloat16} | ({torch.float8_e4m3fn} if format == "fp8" else set())
     of, kinds, stored = contents.storage.of, set(), set()
     for name, kind in contents.dtypes.items():
         one = of.get(contents.names[name])
         if one is None:
-            kinds |= set() if DTYPES[kind] in known else {kind}
-        elif format != AS_STORED and one.format != format:
+            plain = DTYPES[kind]
+            if plain not in (dtype, torch.bfloat16) and plain.itemsize >= dtype.itemsize:
+                kinds.add(kind)
+        elif format != AS_STORED and (one.format != format or not one.keeps):
             stored.add(kind if one.format in ("fp8", "gguf") else one.format)
     word = str(dtype).removeprefix("torch.") if format in (None, AS_STORED) else format
     if held := sorted(kinds | stored):

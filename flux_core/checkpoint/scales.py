@@ -13,6 +13,7 @@ inputs come from a calibration; layers here find their own for every token, so t
 """
 
 import json
+import math
 from typing import Any
 
 from ..errors import FileError
@@ -44,7 +45,8 @@ ADVICE = "Next: take the bf16 file, or an fp8 file with a scale for each tensor 
 def find_scales(source: Source, prefix: str = "") -> Storage:
     """The weights under that prefix that are fp8, or have scales. FileError for an unknown kind."""
     shapes, dtypes = source.shapes, source.dtypes
-    told, of, beside = _in_metadata(source), {}, {prefix + MARKER} & shapes.keys()
+    told, of = _in_metadata(source), {}
+    beside = {name for name in shapes if name.startswith(prefix) and name.rpartition(".")[2] == MARKER}
     for name in shapes:
         stem = name.removesuffix("weight")
         if not (name.startswith(prefix) and name.endswith(".weight")):
@@ -65,7 +67,8 @@ def find_scales(source: Source, prefix: str = "") -> Storage:
             )
         if scale or len(shapes[name]) == 2:
             parts = {"weight": name} | ({"weight_scale": scale} if scale else {})
-            of[name] = Stored(format, shapes[name], parts, says or {})
+            keeps = format != "fp8" or _has_rows(source, name, scale)
+            of[name] = Stored(format, shapes[name], parts, says or {}, keeps)
     scales = {stored.parts["weight_scale"] for stored in of.values() if "weight_scale" in stored.parts}
     return Storage(of, frozenset(scales | beside))
 
@@ -82,6 +85,12 @@ def _is_known(source: Source, name: str, scale: str | None, format: str, says: d
     return right and _fits(shapes[scale], shapes[name])
 
 
+def _has_rows(source: Source, name: str, scale: str | None) -> bool:
+    """Whether an fp8 weight is in e4m3, with no finer scales than those of rows: what a layer has."""
+    one_or_rows = scale is None or math.prod(source.shapes[scale]) in (1, *source.shapes[name][:1])
+    return source.dtypes[name] == "F8_E4M3" and one_or_rows
+
+
 def _can_rotate(weight: tuple[int, ...], says: dict[str, Any]) -> bool:
     """Whether a matrix has features in whole groups of those that are rotated, a power of 4."""
     group = says.get("convrot_groupsize", 256) if says.get("convrot") else 4
@@ -95,7 +104,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether a scale has one number for the tensor, one for each row, or one for each of a row's blocks."""
     if scale in ((), (1,), (1, 1)):
         return True
-    if len(weight) != 2 or not weight[1]:
+    if len(weight) != 2 or 0 in weight:
         return False
     in_blocks = len(scale) == 3 and scale[0] == weight[0] and scale[2] == 1
     return scale in (weight[:1], (weight[0], 1)) or (in_blocks and scale[1] > 0 and weight[1] % scale[1] == 0)
@@ -111,8 +120,10 @@ def _in_metadata(source: Source) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for header in source.headers:
         if METADATA_KEY in header.metadata:
-            layers = _parsed(source, METADATA_KEY, header.metadata[METADATA_KEY].encode()).get("layers")
-            found |= {str(name): says for name, says in (layers or {}).items() if isinstance(says, dict)}
+            layers = _parsed(source, METADATA_KEY, header.metadata[METADATA_KEY].encode()).get("layers") or {}
+            if not isinstance(layers, dict):
+                raise _damaged(source, METADATA_KEY, "its layers are no table")
+            found |= {name: says for name, says in layers.items() if isinstance(says, dict)}
     return found
 
 
@@ -123,4 +134,8 @@ def _parsed(source: Source, name: str, text: bytes) -> dict[str, Any]:
             raise ValueError("it is no table")
         return found
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{source.path}: {name} is damaged: {str(error)[:80]}. Next: fetch the file again.") from None
+        raise _damaged(source, name, str(error)[:80]) from None
+
+
+def _damaged(source: Source, name: str, finding: str) -> FileError:
+    return FileError(f"{source.path}: {name} is damaged: {finding}. Next: fetch the file again.")

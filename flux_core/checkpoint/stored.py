@@ -15,6 +15,8 @@ class Stored(NamedTuple):
     """role -> the tensor's name in the file; "weight", the codes, first"""
     details: dict[str, Any]
     """what else the format needs to know"""
+    keeps: bool = True
+    """whether a layer of that format can have these codes; if not, it would round what they stand for once more"""
 
 
 class Storage(NamedTuple):

@@ -170,12 +170,8 @@ class Fp8Linear(Frozen, Leaf):
         details: Mapping[str, Any],
         bias: Tensor | None,
     ) -> Self:
-        """The layer of a file's tensors (`to_dense`). e4m3 keeps its codes, but where scales are of blocks; else bf16
-        is quantized."""
+        """The layer of a file's codes in e4m3, and their scale: none, of the tensor, or of rows."""
         weight, scale = tensors["weight"], tensors.get("weight_scale")
-        if weight.dtype != E4M3 or (scale is not None and scale.numel() not in (1, len(weight))):
-            codes, found = quantize_rows(to_dense(tensors, shape, details, torch.bfloat16))
-            return cls(codes, found.flatten(), bias)
         one = torch.ones(1, dtype=torch.float32, device=weight.device) if scale is None else scale.float()
         return cls(weight, one.flatten().expand(len(weight)).contiguous(), bias)
 

@@ -246,7 +246,7 @@ def load_encoder(
             held = stored.format if stored else None
             if linear is None or STAYS.fullmatch(owner) or (format in (None, AS_STORED) and held is None):
                 parameters[name].data = dense(get, name, storage, dtype)
-            elif stored is not None and format in (AS_STORED, held):
+            elif stored is not None and stored.keeps and format in (AS_STORED, held):
                 model.set_submodule(owner, kept(get, stored, linear.bias))
             elif format not in (None, AS_STORED):
                 parameters[name].data = dense(get, name, storage, torch.bfloat16)

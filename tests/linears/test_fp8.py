@@ -11,12 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_model import random_weights, small_variant
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from flux_core import load_pipeline
-from flux_core.checkpoint import load_flux, read, to_diffusers, with_files, write_safetensors
+from flux_core.checkpoint import (
+    dequantized,
+    load_flux,
+    load_into,
+    read,
+    to_diffusers,
+    with_files,
+    write_safetensors,
+)
 from flux_core.checkpoint.header import read_header
 from flux_core.commands.generate import generate
 from flux_core.commands.save import save
@@ -264,8 +272,9 @@ def test_comfyuis_two_layouts(plain, load, newer, how, prefix, capsys):
     state = comfy(plain, how, newer)
     files = {prefix + name: x for name, x in state.items()}
     in_bf16, in_fp8 = load(files).state_dict(), load(files, format="fp8").state_dict()
-    if how != "e5m2":
-        assert capsys.readouterr().err.count("; it is read as ") == 1  # fp8 in bf16, not fp8 in fp8
+    told = capsys.readouterr().err
+    assert told.count("; it is read as ") == (1 if how in ("tensor", "rows") else 2)  # fp8 in bf16, not fp8 in fp8
+    assert ("rounded a second time" in told) == (how not in ("tensor", "rows"))
     for stem in QUANTIZED:
         codes, scale = state[f"{stem}.weight"], state[f"{stem}.{'weight_scale' if newer else 'scale_weight'}"]
         if how == "blocks":
@@ -282,6 +291,22 @@ def test_comfyuis_two_layouts(plain, load, newer, how, prefix, capsys):
             assert torch.equal(in_fp8[f"{stem}.weight"].float(), again.float())
             assert torch.equal(in_fp8[f"{stem}.weight_scale"], rows.flatten())
     assert not any("input" in name or "comfy" in name or "scaled" in name for name in in_fp8)
+
+
+@pytest.mark.parametrize("how", ["rows", "blocks", "e5m2"])
+def test_what_a_layer_cannot_have_is_filled_in_as_it_is(plain, how, tmp_path):
+    """`load_into` quantizes nothing: codes in e5m2, or with scales of blocks, become what they stand for."""
+    prefix, model = "model.diffusion_model.", Flux(DEV.params)
+    files = {prefix + name: x for name, x in comfy(plain, how, newer=False).items()}
+    save_file({name: x.contiguous() for name, x in files.items()}, tmp_path / "x.safetensors")
+    load_into(model, tmp_path / "x.safetensors")
+    numbers = dict(dequantized(tmp_path / "x.safetensors"))
+    assert numbers.keys() == plain.keys()  # without the marker `scaled_fp8`
+    for stem in QUANTIZED:
+        layer = model.get_submodule(stem)
+        assert isinstance(layer, Fp8Linear) == (how == "rows")
+        weight = layer.widen(torch.float32) if how == "rows" else layer.weight
+        assert torch.equal(weight, numbers[f"{stem}.weight"])
 
 
 def test_what_no_fp8_file_has_is_told(plain, load):
