@@ -76,9 +76,10 @@ def check_format(contents: Contents, format: str | None, flags: tuple[str, str] 
     flags: those that name the format and the file.
     """
     if format == "gguf" and format not in {one.format for one in contents.storage.of.values()}:
-        dtype, model = flags
+        (dtype, model), source = flags, contents.source
+        finding = "has no weights in few bits" if any(header.is_gguf for header in source.headers) else "is none"
         raise UsageError(
-            f"{dtype} gguf means as a GGUF file has it, and {contents.source.path} is none. Next: give the file with "
+            f"{dtype} gguf means as a GGUF file has it, and {source.path} {finding}. Next: give the file with "
             f"{model}, or another {dtype}."
         )
 
@@ -104,7 +105,8 @@ def check_fit(contents: Contents, expected: Mapping[str, Shape], advice: str) ->
         if kind not in WEIGHT_DTYPES and contents.names[name] not in contents.storage.of
     ]
     if foreign:
-        raise FileError(f"{path}: {listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
+        found = listing("tensors that are no plain bf16, fp16, fp32 or fp8", foreign)
+        raise FileError(f"{path}: {found}. Next: take it in bf16, or in a format of docs/weights.md.")
 
 
 def misfits(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:

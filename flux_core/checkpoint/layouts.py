@@ -31,10 +31,10 @@ from .gguf import write_gguf
 from .identify import Layout, Part
 from .keymaps import to_diffusers
 from .names import Params, network_shapes, renamed
-from .read import dense, load_autoencoder, load_flux, opened_official
+from .read import dense, load_autoencoder, load_flux, note_precision, opened_official
 from .scales import METADATA
 from .shapes import Shape
-from .source import SUFFIXES, Source, find_source
+from .source import WEIGHTS, Source, find_source
 from .tensors import DTYPES, opened
 from .write import write_safetensors
 
@@ -114,6 +114,7 @@ def write_gguf_model(folder: Path, variant: Variant, text: TextFiles, dtype: tor
     """
     contents, params = find_contents(flow_path(variant), "transformer"), variant.params
     check_network(contents, params)
+    note_precision(contents, dtype, kind)
     with opened_official(contents, params) as get:
 
         def data(name: str, found: str) -> Tensor:
@@ -366,7 +367,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files: those that are beside an encoder's configuration and weights."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        weights = path.name.endswith((*SUFFIXES, ".bin", ".md")) or ".index." in path.name
+        weights = path.name.endswith((*WEIGHTS, ".bin", ".md")) or ".index." in path.name
         if path.is_file() and not weights and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, target / path.name)
 

@@ -205,6 +205,7 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
     _refuse_others(file, source)
     if not any(key.role for key in keys.values()):
         _refuse_model(file, source)
+    _check_dtypes(file, source)
     tokens = tuple(name for name in keys if name.startswith(TOKENS))
     table = Table(params)
     norms, rest = _norms(file, {name: key for name, key in keys.items() if name not in tokens}, table)
@@ -309,15 +310,20 @@ def _not_applied(file: Path, name: str, what: str) -> str:
 
 
 def _refuse_others(file: Path, source: Source) -> None:
-    """FileError for a LoRA for another model, an algebra that is not supported, and dtypes that are no numbers."""
+    """FileError for a LoRA for another model, and for an algebra that is not supported."""
     if model := other_model(source.shapes, source.headers[0].metadata):
         raise FileError(f"{file} is a LoRA for {model}, not for FLUX.1. Next: give a LoRA for FLUX.1.")
     if other := other_algebra(source.shapes):
         raise FileError(_not_applied(file, *other))
+
+
+def _check_dtypes(file: Path, source: Source) -> None:
+    """FileError for dtypes that are no numbers."""
     kinds = {name: kind for name, kind in source.dtypes.items() if not name.endswith(".reshape_weight")}
     foreign = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in WEIGHT_DTYPES]
     if foreign := [x for x in foreign if not x.endswith(WHOLE_ALPHAS)]:
-        raise FileError(f"{file}: {listing('tensors that are no plain bf16, fp16, fp32 or fp8', foreign)}.")
+        found = listing("tensors that are no plain bf16, fp16, fp32 or fp8", foreign)
+        raise FileError(f"{file}: {found}. Next: take it in bf16 or fp16.")
 
 
 def _grouped(file: Path, keys: Mapping[str, Key]) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,9 @@ from flux_core.checkpoint.read import AS_STORED
 from flux_core.checkpoint.shapes import autoencoder_shapes, flux_shapes, t5_shapes
 from flux_core.commands.info import info
 from flux_core.commands.save import save
-from flux_core.errors import FileError
+from flux_core.errors import FileError, UsageError
 from flux_core.linears.gguf import GgufLinear
+from flux_core.lora import read_lora
 from flux_core.pipeline import load_pipeline
 from flux_core.pipeline.load import own_format
 from flux_core.text.encoders import load_encoder
@@ -97,6 +99,26 @@ def test_a_pipeline_draws_the_same_with_it_and_save_writes_transformers_names(sm
     saved = save("flux-mini", "official", "fp32", tmp_path / "out", t5xxl=llama_t5)
     found = load_file(saved / "t5" / "model.safetensors")
     assert found.keys() == plain.keys() and all(torch.equal(found[name], x.float()) for name, x in plain.items())
+
+
+def test_a_gguf_file_beside_its_tokenizer_is_not_copied_with_it(small, llama_t5, small_root, tmp_path):
+    """The folder that `save` writes holds one set of weights, and is read again."""
+    shipped, folder = small_root / "flux-mini" / "t5", tmp_path / "t5"
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    llama_t5.rename(folder / "t5.gguf")
+    saved = save("flux-mini", "official", "fp32", tmp_path / "out", t5xxl=folder)
+    assert sorted(x.name for x in (saved / "t5").iterdir()) == sorted(x.name for x in shipped.iterdir())
+    check_files(with_files("flux-mini", model=saved))
+
+
+def test_a_gguf_file_without_blocks_has_no_format_to_keep(small, llama_t5):
+    with pytest.raises(UsageError, match=r"--t5-dtype gguf means .*t5.gguf has no weights in few bits. Next: "):
+        load_pipeline("flux-mini", "cpu", "fp32", t5xxl=llama_t5, t5_dtype="gguf")
+
+
+def test_a_quantized_model_given_as_a_lora_is_named():
+    with pytest.raises(FileError, match=r"is a T5 text encoder by llama\.cpp's names, and no LoRA. Next: "):
+        read_lora(GOLDEN / "gguf" / "t5_q8_0.gguf", DEV.params)
 
 
 def test_no_weight_loses_a_dimension_in_gguf():
