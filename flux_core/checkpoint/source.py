@@ -95,6 +95,11 @@ class Source:
         }
 
 
+def is_weights(path: Path) -> bool:
+    """Whether a file's name says that it holds weights."""
+    return path.suffix.lower() in WEIGHTS
+
+
 def find_source(path: Path) -> Source:
     """The files of a path: itself, or a folder's only set of weights. FileError where it has none, or several.
 
@@ -108,15 +113,25 @@ def find_source(path: Path) -> Source:
     indices, files = _plain(indices, {*indices, *files}), _plain(files, {*indices, *files})
     if len(indices) == 1:
         (index,) = indices.values()
-        return Source(path, tuple(read_header(shard) for shard in _shards(index)), index)
+        return Source(path, _headers(_shards(index)), index)
     if not indices and len(files) == 1:
         (parts,) = files.values()
         if (whole := _whole(parts)) is not None:
-            return Source(path, tuple(read_header(file) for file in whole))
+            return Source(path, _headers(whole))
     raise FileError(
         f"{path} is a folder with {found or 'no file of weights'}. Next: name the file itself, or a folder with one "
         "set of weights."
     )
+
+
+def _headers(shards: list[Path]) -> tuple[Header, ...]:
+    """The headers of all shards. FileError for a tensor that two of them hold."""
+    headers, homes = tuple(read_header(shard) for shard in shards), dict[str, Path]()
+    for header in headers:
+        for name in header.tensors:
+            if (other := homes.setdefault(name, header.path)) != header.path:
+                raise FileError(f"{header.path}: tensor {name[:80]!a} is in {other.name}, too. Next: fetch both again.")
+    return headers
 
 
 def _sets(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path]]:
@@ -124,7 +139,7 @@ def _sets(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Path]]:
     files: dict[str, list[Path]] = {}
     indices = {}
     for file in _listed(folder):
-        if file.suffix in WEIGHTS:
+        if is_weights(file):
             shard = NUMBERED.fullmatch(file.stem)
             files.setdefault(shard["name"] + shard["variant"] if shard else file.stem, []).append(file)
         elif index := INDEX.fullmatch(file.name):

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..checkpoint.check import fits
-from ..checkpoint.source import WEIGHTS, find_source
+from ..checkpoint.source import find_source, is_weights
 from ..errors import FileError
 from ..images.metadata import KEY, describe_foreign, read_texts
 from ..lora.describe import describe
@@ -15,7 +15,7 @@ from ..terminal import printable, tell
 def info(file: str) -> str:
     """A picture's request as indented JSON and its `parameters` text; or a few lines about weights. FileError."""
     path = Path(file)
-    if path.suffix in WEIGHTS or path.is_dir():
+    if is_weights(path) or path.is_dir():
         return _describe_weights(path)
     texts = read_texts(path)
     if KEY not in texts:

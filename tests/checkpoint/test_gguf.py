@@ -15,6 +15,7 @@ from golden_files import FOLDER, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flux_core.checkpoint import dequantized, tensors
 from flux_core.checkpoint.gguf import MAX_ITEMS, read_gguf, write_gguf
 from flux_core.checkpoint.names import LLAMA_T5, renamed
 from flux_core.errors import DiskError, FileError
@@ -221,6 +222,19 @@ def test_whatever_bytes_change_the_file_is_refused_or_sound(tmp_path, data):
         assert end <= entry.start and entry.end <= header.size
         assert entry.end - entry.start == math.prod(entry.shape) // TYPES[entry.dtype].block * TYPES[entry.dtype].size
         end = entry.end
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 8])
+def test_numbers_may_lie_anywhere_in_a_mapped_file(tmp_path, monkeypatch, alignment):
+    """ggml takes any power of two; torch views no fp32 at an odd byte."""
+    monkeypatch.setattr(tensors, "SMALL", 0)
+    start = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    pair = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, alignment)
+    entry = struct.pack("<Q", 1) + b"x" + struct.pack("<IQIQ", 1, 3, 0, 0)
+    header = start + pair + entry
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header + bytes(-len(header) % alignment) + struct.pack("<3f", 1, 2, 3))
+    assert [x.tolist() for _, x in dequantized(path)] == [[1, 2, 3]]
 
 
 # Writing -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files of weights in few bits, end to end: each fills a model, keeps its codes, and is told when it cannot."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from flux_core.checkpoint import dequantized, load_flux, load_into, to_diffusers
 from flux_core.checkpoint.check import fits
 from flux_core.checkpoint.layouts import file_state
+from flux_core.checkpoint.scales import METADATA_KEY
+from flux_core.commands.info import info
+from flux_core.commands.save import save
 from flux_core.errors import FileError
 from flux_core.linears.formats import FORMATS, format_of, quantize
 from flux_core.linears.frozen import Frozen
@@ -247,6 +251,44 @@ def test_a_second_rounding_is_said(wide, tmp_path, capsys):
     assert "what was nf4 is rounded a second time" in capsys.readouterr().err
     assert format_of(load_flux(row)) is None
     assert "x.safetensors holds F32 and nf4; it is read as bfloat16" in capsys.readouterr().err
+
+
+def test_a_second_rounding_by_save_is_said(small, tmp_path, capsys):
+    plain = save("flux-mini", dtype="q8_0", output=tmp_path / "plain")
+    assert "rounded" not in capsys.readouterr().err
+    save("flux-mini", dtype="q4_0", output=tmp_path / "twice", model=plain / "flux-mini.gguf")
+    assert "it is read as Q4_0, and what was Q8_0 is rounded a second time" in capsys.readouterr().err
+
+
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    shutil.copy(MODELS["gguf/flux_q8_0"], tmp_path / "FLUX.GGUF")
+    assert "part: transformer" in info(str(tmp_path / "FLUX.GGUF"))
+    assert "part: transformer" in info(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_a_weight_without_rows_is_refused(tmp_path, kind):
+    says = torch.tensor(list(b'{"format":"int8_tensorwise"}'), dtype=torch.uint8)
+    state = {"x.weight": torch.zeros(0, 16, dtype=kind), "x.weight_scale": torch.zeros(0)}
+    save_file(state | ({"x.comfy_quant": says} if kind == torch.int8 else {}), tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match=r"not known here: x.weight is \w+ \[0, 16\]"):
+        list(dequantized(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("layers", ["[1]", "3", '"x"'])
+def test_damaged_words_in_the_metadata_are_refused(tmp_path, layers):
+    save_file({"x.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors", {METADATA_KEY: f'{{"layers": {layers}}}'})
+    with pytest.raises(FileError, match=f"{METADATA_KEY} is damaged: its layers are no table. Next: "):
+        list(dequantized(tmp_path / "x.safetensors"))
+
+
+def test_fp16_in_fp32_loses_nothing_and_is_not_told(wide, tmp_path, capsys):
+    save_file({name: x.half() for name, x in wide.state_dict().items()}, tmp_path / "x.safetensors")
+    row = replace(DEV, params=wide.params, files={"model": str(tmp_path / "x.safetensors")})
+    load_flux(row, dtype=torch.float32)
+    assert capsys.readouterr().err == ""
+    load_flux(row)
+    assert capsys.readouterr().err == "x.safetensors holds F16; it is read as bfloat16\n"
 
 
 def test_info_of_every_golden_model(capsys):

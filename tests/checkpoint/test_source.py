@@ -151,3 +151,13 @@ def test_shards_of_a_variant_are_saved_under_the_layouts_names(small, tmp_path):
     (whole.parent / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": where}))
     out = save("flux-mini", "diffusers", "fp32", tmp_path / "out", model=pipe)
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == plain
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tensor_in_two_shards_is_refused(tmp_path, indexed):
+    for name in CUT:
+        save_file({"x.weight": torch.zeros(1), name: torch.zeros(1)}, tmp_path / name)
+    if indexed:
+        index(tmp_path, INDEX, *CUT)
+    with pytest.raises(FileError, match=rf"{CUT[1]}: tensor 'x.weight' is in {CUT[0]}, too. Next: "):
+        find_source(tmp_path)
