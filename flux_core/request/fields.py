@@ -248,7 +248,7 @@ LORAS = (
         maximum=1000,
     ),
     Field("lora_allow_partial", bool, "apply what matches of a LoRA whose other modules do not", default=False),
-    Field("lora_merge", bool, "write LoRAs into the weights (not fp8): no cost a step", default=False),
+    Field("lora_merge", bool, "write LoRAs into the weights (bf16 or fp32 only): no cost a step", default=False),
 )
 """become entries of the plan (`hooks/lora.py`)"""
 MEMORY = (
