@@ -180,7 +180,10 @@ def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | Non
 
 
 def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
-    """A text encoder's config.json: beside its weights, with the model that ships, or the variant's. FileError."""
+    """A text encoder's config.json: beside its weights, with the model that ships, or the variant's. FileError.
+
+    Without its `quantization_config`: the tensors tell how they are stored, and transformers would ask for bitsandbytes.
+    """
     folders = [path if path.is_dir() else path.parent]
     if variant.embedded:
         folders.append(embedded_folder(variant) / {"t5": variant.t5, "clip": variant.clip}[part])
@@ -188,7 +191,8 @@ def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
         found = read_json(file, "the configuration") if file.is_file() else {}
         # beside a single file there may be the configuration of something else
         if isinstance(found, dict) and str(found.get("model_type")).startswith(part):
-            return {**CLIP_KIND, **found["text_config"]} if "text_config" in found else found  # CLIP's two halves
+            config = {**CLIP_KIND, **found["text_config"]} if "text_config" in found else found  # CLIP's two halves
+            return {key: value for key, value in config.items() if key != "quantization_config"}
     return {**T5_KIND, **variant.t5_config} if part == "t5" else {**CLIP_KIND, **variant.clip_config}
 
 

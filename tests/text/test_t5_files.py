@@ -20,7 +20,9 @@ from flux_core.checkpoint.shapes import autoencoder_shapes, flux_shapes, t5_shap
 from flux_core.commands.info import info
 from flux_core.commands.save import save
 from flux_core.errors import FileError, UsageError
+from flux_core.linears.formats import format_of
 from flux_core.linears.gguf import GgufLinear
+from flux_core.linears.nf4 import Nf4Linear
 from flux_core.lora import read_lora
 from flux_core.pipeline import load_pipeline
 from flux_core.pipeline.load import own_format
@@ -109,6 +111,26 @@ def test_a_gguf_file_beside_its_tokenizer_is_not_copied_with_it(small, llama_t5,
     saved = save("flux-mini", "official", "fp32", tmp_path / "out", t5xxl=folder)
     assert sorted(x.name for x in (saved / "t5").iterdir()) == sorted(x.name for x in shipped.iterdir())
     check_files(with_files("flux-mini", model=saved))
+
+
+def test_a_folder_by_bitsandbytes_needs_none_of_it_and_is_saved_without_a_trace(small, small_root, tmp_path):
+    """As diffusers has `text_encoder_2` in NF4: the configuration asks transformers for bitsandbytes."""
+    shipped, folder = small_root / "flux-mini" / "t5", tmp_path / "t5"
+    shutil.copytree(shipped, folder)
+    state = load_file(shipped / "model.safetensors")
+    for name in [name for name in state if ".SelfAttention.q." in name or ".wi_0." in name]:
+        linear = torch.nn.Linear(*reversed(state[name].shape), bias=False)
+        linear.weight = torch.nn.Parameter(state.pop(name).float(), requires_grad=False)
+        state |= {f"{name.removesuffix('weight')}{end}": x for end, x in Nf4Linear.of(linear).tensors().items()}
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    asks = {"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": asks}))
+    pipeline = load_pipeline("flux-mini", "cpu", "fp32", t5xxl=folder)
+    assert format_of(pipeline.t5.model) == "nf4"
+    saved = save("flux-mini", output=tmp_path / "out", t5xxl=folder)
+    assert "quantization_config" not in json.loads((saved / "text_encoder_2" / "config.json").read_text())
+    T5EncoderModel.from_pretrained(saved / "text_encoder_2")
 
 
 def test_a_gguf_file_without_blocks_has_no_format_to_keep(small, llama_t5):
