@@ -15,6 +15,7 @@ from ..files import user_path
 from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
 from ..jsonfile import read_json
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
+from .header import read_header
 from .identify import WHOLE, Identity, Part
 from .source import WEIGHTS, find_source
 
@@ -182,7 +183,7 @@ def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | Non
 def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
     """A text encoder's config.json: beside its weights, with the model that ships, or the variant's. FileError.
 
-    Without its `quantization_config`: the tensors tell how they are stored, and transformers would ask for bitsandbytes.
+    Without its `quantization_config`: the tensors tell that, and transformers would ask for bitsandbytes.
     """
     folders = [path if path.is_dir() else path.parent]
     if variant.embedded:
@@ -251,7 +252,7 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
     """File name -> hash of its weights, for a picture's metadata.
 
     A file of up to 256 MB: the first 16 hex digits of its SHA-256. A larger one would take seconds to
-    minutes, so its hash is `header:` and the same digits over its safetensors header and its size:
+    minutes, so its hash is `header:` and the same digits over its header and its size:
     names, shapes and offsets, not values. Text encoders are included where they ship or are the user's own;
     those from the hub are not.
     """
@@ -281,8 +282,7 @@ def file_hash(path: Path) -> str:
         with path.open("rb") as file:
             if size <= LARGE:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), LARGE))
+            header = file.read(min(entry.start for entry in read_header(path).tensors.values()))
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror}") from error
-    return "header:" + hashlib.sha256(length + header + str(size).encode()).hexdigest()[:16]
+    return "header:" + hashlib.sha256(header + str(size).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
 """From files to models: what loads, and what is said of files that do not."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from random_model import random_weights, small_variant
 
 from flux_core.checkpoint import files as files_module
 from flux_core.checkpoint import load_autoencoder, load_flux, resolve, to_diffusers, weights_hashes, write_safetensors
+from flux_core.checkpoint.gguf import write_gguf
 from flux_core.errors import FileError
 from flux_core.model import AutoEncoder, Flux
 
@@ -231,6 +233,20 @@ def test_row_12_what_belongs_to_other_networks_is_left_alone(official, tmp_path)
     same(official)
     rewrite(tmp_path, lambda state: state | {"optimizer.x": torch.ones(1)})
     assert "1 unexpected (optimizer.x)" in finding()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "gguf"])
+def test_a_large_file_is_hashed_by_its_header_and_size(tmp_path, monkeypatch, ending):
+    """In either format, and no number of it is read."""
+    path, x = tmp_path / f"x.{ending}", torch.ones(2, 32)
+    monkeypatch.setattr(files_module, "LARGE", 0)
+    for value in (1, 2):
+        if ending == "gguf":
+            write_gguf(path, {"x": ("F32", (2, 32), x * value)}, {"general.architecture": "flux"})
+        else:
+            write_safetensors(path, {"x": x * value})
+        header, size = path.read_bytes()[: -x.nbytes], str(path.stat().st_size).encode()
+        assert files_module.file_hash(path) == "header:" + hashlib.sha256(header + size).hexdigest()[:16]
 
 
 def test_hashes_name_every_file_of_an_embedded_model(small, small_root):
