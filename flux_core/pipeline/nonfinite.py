@@ -5,7 +5,7 @@ step's forward is repeated from the latents before it, with the same plan and a 
 weights are checked. This distinguishes a damaged file from overflow in the computation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from ..device.choice import dtype_name
 from ..errors import NonFiniteError
 from ..hooks import At, Custom, HookRun
 from ..hooks.sites import GLOBAL, split
+from ..linears.frozen import Frozen
 from ..sampling import Step, Velocity
 
 WATCHED = (*GLOBAL, "*.out")
@@ -80,9 +81,19 @@ def first_site(step: Step, velocity: Callable[[HookRun], Velocity], run: HookRun
 def bad_tensors(*parts: Any) -> dict[str, int]:
     """The number of non-finite values in each tensor that has any, by official name."""
     modules = [getattr(part, "model", part) for part in parts]  # of a text encoder: transformers', with its names
-    tensors = [chain(m.named_parameters(), m.named_buffers()) for m in modules if isinstance(m, nn.Module)]
-    counted = ((name, count_bad(x)) for name, x in chain(*tensors) if x.is_floating_point())
+    tensors = chain(*(_numbers(m) for m in modules if isinstance(m, nn.Module)))
+    counted = ((name, count_bad(x)) for name, x in tensors if x.is_floating_point())
     return {name: bad for name, bad in counted if bad}
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers; of a layer in few bits what its codes stand for, since scales may be among them."""
+    for owner, module in model.named_modules():
+        codes = {f"{owner}.{name}" for name in module.CODES} if isinstance(module, Frozen) else set()
+        own = chain(module.named_parameters(owner, recurse=False), module.named_buffers(owner, recurse=False))
+        yield from ((name, x) for name, x in own if name not in codes)
+        if isinstance(module, Frozen):
+            yield f"{owner}.weight", module.widen(torch.bfloat16)  # the range of fp32 in half of the memory
 
 
 def count_bad(x: Tensor) -> int:

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline, tiny_variant
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_core.errors import NonFiniteError
 from flux_core.hooks import Custom, FirstBlockCache, HookRun, Scale, Skip
 from flux_core.hub import places
+from flux_core.linears.formats import FORMATS
 from flux_core.main import main
 from flux_core.methods.stable_flow import Editing
 from flux_core.pipeline import load_pipeline
@@ -89,6 +91,18 @@ def test_a_weight_is_named_with_its_block(small, spoil, told, tmp_path, flags):
         "error: NaN or infinity after step 1 of 2 (sigma 1.000), first in single_blocks.1, in bfloat16; no picture is "
         f"written. single_blocks.1.linear2.weight holds 5 {SEE_FILE}"
     )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_weight_in_few_bits_is_named_by_the_numbers_it_stands_for(format):
+    """Scales of GGUF's blocks are among the codes, which are whole numbers."""
+    model = nn.Sequential(nn.Linear(64, 4), FORMATS[format].kind.of(nn.Linear(64, 4).requires_grad_(False)))
+    assert bad_tensors(model) == {}
+    if format == "gguf":
+        model[1].weight.data[:2] = torch.tensor([NAN], dtype=torch.float16).view(torch.uint8)
+    else:
+        next(x for name, x in model[1].named_buffers() if name in ("weight_scale", "nested_absmax")).view(-1)[0] = NAN
+    assert list(bad_tensors(model)) == ["1.weight"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--offload"]], ids=["", "offload"])
