@@ -200,7 +200,7 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _too_many(path: Path) -> FileError:
-    return FileError(f"{path} lists more than {MAX_TENSORS:,} tensors: that is no FLUX file.")
+    return FileError(f"{path} lists more than {MAX_TENSORS:,} tensors: that is no FLUX file. {AGAIN}")
 
 
 def _entry(path: Path, name: str, entry: Any, data: int) -> Entry:
@@ -209,7 +209,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Entry:
         raise _damaged(path, name, "is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise FileError(f"{path}: tensor {name[:80]!a} has the unknown dtype {str(dtype)[:20]!a}.")
+        raise FileError(f"{path}: tensor {name[:80]!a} has the unknown dtype {str(dtype)[:20]!a}. {AGAIN}")
     whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if not all(type(n) is int and 0 <= n < 2**63 for n in whole) or len(offsets) != 2:
         raise _damaged(path, name, "has no sizes or places that are whole numbers")

@@ -31,7 +31,7 @@ from .gguf import write_gguf
 from .identify import Layout, Part
 from .keymaps import to_diffusers
 from .names import Params, network_shapes, renamed
-from .read import dense, load_autoencoder, load_flux, note_precision, opened_official
+from .read import check_finite, dense, load_autoencoder, load_flux, note_precision, opened_official
 from .scales import METADATA
 from .shapes import Shape
 from .source import WEIGHTS, Source, find_source
@@ -119,7 +119,10 @@ def write_gguf_model(folder: Path, variant: Variant, text: TextFiles, dtype: tor
 
         def data(name: str, found: str) -> Tensor:
             x = get(name, torch.float32)
-            return x if found in PLAIN else quantize(x, found)
+            if found in PLAIN:
+                return x
+            check_finite(x, name, contents.source.path)  # a search for scales would make infinity a number
+            return quantize(x, found)
 
         tensors: dict[str, Any] = {}
         for name, shape in network_shapes(params).items():

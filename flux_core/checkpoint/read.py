@@ -80,9 +80,15 @@ def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     with opened(source, "cpu", storage.among(names)) as get:
         for name in names:
             x = dense(get, name, storage, torch.float32)
-            if name in storage.of and not x.isfinite().all():
-                raise FileError(f"{source.path}: {name} holds NaN or infinity. Next: fetch the file again.")
+            if name in storage.of:
+                check_finite(x, name, source.path)
             yield _bare(name), x
+
+
+def check_finite(x: Tensor, name: str, path: Path) -> None:
+    """FileError for a file's tensor that is not finite."""
+    if not x.isfinite().all():
+        raise FileError(f"{path}: {name} holds NaN or infinity. Next: fetch the file again.")
 
 
 def _bare(name: str) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_core.checkpoint import dequantized, load_flux, load_into, to_diffusers
 from flux_core.checkpoint.check import fits
-from flux_core.checkpoint.layouts import file_state
+from flux_core.checkpoint.layouts import file_state, write_gguf_model
 from flux_core.checkpoint.scales import METADATA_KEY
 from flux_core.commands.info import info
 from flux_core.commands.save import save
@@ -258,6 +258,18 @@ def test_a_second_rounding_by_save_is_said(small, tmp_path, capsys):
     assert "rounded" not in capsys.readouterr().err
     save("flux-mini", dtype="q4_0", output=tmp_path / "twice", model=plain / "flux-mini.gguf")
     assert "it is read as Q4_0, and what was Q8_0 is rounded a second time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_k"])
+def test_a_weight_that_is_not_finite_is_not_quantized_by_save(wide, tmp_path, dtype):
+    state = dict(wide.state_dict())
+    name = "double_blocks.0.img_attn.qkv.weight"
+    state[name] = state[name].index_put((torch.tensor([3]), torch.tensor([5])), torch.tensor(torch.inf))
+    save_file(state, tmp_path / "x.safetensors")
+    row = replace(DEV, params=wide.params, files={"model": str(tmp_path / "x.safetensors")})
+    with pytest.raises(FileError, match=rf"x.safetensors: {name} holds NaN or infinity. Next: "):
+        write_gguf_model(tmp_path, row, None, torch.bfloat16, dtype.upper())
+    assert [x.name for x in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
