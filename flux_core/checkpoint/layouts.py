@@ -34,7 +34,7 @@ from .names import Params, network_shapes, renamed
 from .read import check_finite, dense, load_autoencoder, load_flux, note_precision, opened_official
 from .scales import METADATA
 from .shapes import Shape
-from .source import WEIGHTS, Source, find_source
+from .source import Source, find_source, is_weights
 from .tensors import DTYPES, opened
 from .write import write_safetensors
 
@@ -370,7 +370,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files: those that are beside an encoder's configuration and weights."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        weights = path.name.endswith((*WEIGHTS, ".bin", ".md")) or ".index." in path.name
+        weights = is_weights(path) or path.name.endswith((".bin", ".md")) or ".index." in path.name
         if path.is_file() and not weights and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, target / path.name)
 

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoint.files import TextFiles, encoder_config, text_files
-from ..checkpoint.source import WEIGHTS, find_source
+from ..checkpoint.source import find_source, is_weights
 from ..device.choice import dtype_name
 from ..errors import DiskError, FileError
 from ..files import prepare_folder, user_path, write_whole
@@ -136,7 +136,7 @@ def _facts_of_files(folder: Path, variant: Variant, files: TextFiles) -> Facts:
 
 def _is_told(path: Path) -> bool:
     """Whether a file in a tokenizer's folder may say how it cuts."""
-    weights = path.name.endswith((*WEIGHTS, ".bin")) or ".index." in path.name
+    weights = is_weights(path) or path.name.endswith(".bin") or ".index." in path.name
     return path.is_file() and not weights and not path.name.startswith(".")
 
 
