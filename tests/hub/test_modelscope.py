@@ -24,7 +24,7 @@ LOADED = {
     "text_encoder/model.safetensors": weights(b"c" * 90),
     "text_encoder_2/config.json": b"{}",
     "text_encoder_2/model-00001-of-00002.safetensors": weights(b"t" * 300),
-    "text_encoder_2/model-00002-of-00002.safetensors": weights(b"5" * 30),
+    "text_encoder_2/model-00002-of-00002.safetensors": weights(b"5" * 30, "y"),
     "text_encoder_2/model.safetensors.index.json": (
         b'{"weight_map": {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}}'
     ),
