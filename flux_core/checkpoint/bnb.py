@@ -51,7 +51,7 @@ def find_bnb(source: Source, prefix: str = "") -> tuple[dict[str, Stored], froze
     """The weights under that prefix that bitsandbytes quantized, by their names in the file, and the names beside them.
 
     FileError, which names the tensor, for whatever is missing, of a wrong size or unknown. Values of absmax are data
-    and not read here (`linears.nf4.nonfinite`).
+    and not read here.
     """
     states = {name: name.rpartition(STATE) for name in source.shapes if name.startswith(prefix) and STATE in name}
     found: dict[str, Stored] = {}

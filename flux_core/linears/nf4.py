@@ -117,11 +117,6 @@ def to_dense(
     return unpack(as_bytes(tensors["weight"]), tensors["quant_map"], *of, shape, details["blocksize"], dtype)
 
 
-def nonfinite(tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> bool:
-    """Whether a file's absmax holds NaN or infinity."""
-    return not bool(widen_absmax(tensors["absmax"], _nested(tensors, details)).isfinite().all())
-
-
 def as_bytes(codes: Tensor) -> Tensor:
     """Packed codes of any dtype as uint8 [ceil(n / 2), 1], in the same memory."""
     return codes.reshape(-1).view(torch.uint8)[:, None]

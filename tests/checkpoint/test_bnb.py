@@ -93,7 +93,7 @@ def test_which_weights_of_a_model_are_quantized(path, prefix):
 def test_damaged_files_are_refused_by_the_name_of_the_tensor(case):
     source = find_source(GOLDEN / "bad" / BAD[case]["file"])
     (name,) = (name for name in source.shapes if name.endswith(".weight"))
-    if case == "absmax_nan":  # data: `linears.nf4.nonfinite`
+    if case == "absmax_nan":  # data, which `verify` reads
         assert find_bnb(source)[0].keys() == {name}
         return
     with pytest.raises(FileError) as error:
