@@ -40,16 +40,6 @@ class Row(NamedTuple):
     linears: str
 
 
-def velocities(pipeline: Pipeline, paths: Sequence[calibration.Path]) -> Tensor:
-    """The velocities at the kept latents, all in one vector, fp64."""
-    found = []
-    for request, latents in paths:
-        strengths = [request.guidance or 0.0] * len(request.texts)
-        velocity = pipeline.denoiser.velocity(request.texts, strengths, request.padded_size, sigmas=tuple(latents))
-        found += [velocity(x.expand(len(request.texts), -1, -1), sigma) for sigma, x in latents.items()]
-    return torch.cat([x.double().flatten() for x in found])
-
-
 @contextmanager
 def replaced(model: nn.Module, row: Row) -> Iterator[None]:
     """Each Linear that the format has becomes what the row makes of it, until the end."""
@@ -67,7 +57,7 @@ def replaced(model: nn.Module, row: Row) -> Iterator[None]:
 def velocity_error(pipeline: Pipeline, paths: Sequence[calibration.Path], exact: Tensor, row: Row) -> float:
     """Relative L2 distance of the velocities with replaced Linears from `exact`, those of the model as it is."""
     with replaced(pipeline.model, row):
-        found = velocities(pipeline, paths)
+        found = calibration.velocities(pipeline, paths)
     return float((found - exact).norm() / exact.norm())
 
 
@@ -111,7 +101,7 @@ def main() -> int:
     requests = [pipeline.complete(GenerationRequest(prompt=p.prompt, seed=p.seed, **how)) for p in prompts]
     with torch.no_grad():
         paths = calibration.trajectories(pipeline, requests)
-        exact = velocities(pipeline, paths)
+        exact = calibration.velocities(pipeline, paths)
     errors = {name: velocity_error(pipeline, paths, exact, FORMATS[name]) for name in chosen}
     ratios = {name: (error / errors["fp8"]) ** 2 for name, error in errors.items()}
     found = {"error": errors, "squared_to_fp8": ratios}

@@ -120,6 +120,14 @@ def test_the_sizes_of_formats(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_error_of_a_type_for_each_block():
+    lines = lines_of("mixed_quality.py")
+    assert [line.get("type") for line in lines] == ["Q4_K", None, "Q5_K", None, "Q6_K", None, "Q8_0"]
+    assert all(line["mixed bytes"] <= line["bytes"] for line in lines)
+    assert lines[0]["mixed"] == lines[0]["one"]  # where there is no other choice
+
+
+@pytest.mark.slow
 def test_the_error_of_formats():
     (figures,) = lines_of("velocity_error.py")
     of = figures["squared_to_fp8"]

@@ -100,14 +100,23 @@ def _official_rest(
     copy_tokenizer(text.clip_tokenizer, folder / "clip")
 
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}
 """types that most of a GGUF file's blocks have -> llama.cpp's number for such a file"""
 SMALL = 1024
 """numbers of a tensor up to which ComfyUI-GGUF's converter keeps fp32"""
 
 
-def write_gguf_model(folder: Path, variant: Variant, text: TextFiles, dtype: torch.dtype, kind: str) -> None:
+def write_gguf_model(
+    folder: Path,
+    variant: Variant,
+    text: TextFiles,
+    dtype: torch.dtype,
+    kind: str,
+    kinds: Mapping[str, str] | None = None,
+) -> None:
     """Write `write_official`'s folder with the transformer in a GGUF file, its blocks' matrices of type `kind`.
+
+    kinds: types of blocks by their names, of which `kind` is what most have.
 
     As ComfyUI-GGUF's converter: official names, small tensors in fp32, embeddings and the last layer in bf16. Numbers
     are quantized as the source's file has them, without another rounding before.
@@ -126,7 +135,7 @@ def write_gguf_model(folder: Path, variant: Variant, text: TextFiles, dtype: tor
 
         tensors: dict[str, Any] = {}
         for name, shape in network_shapes(params).items():
-            found = gguf_type(name, shape, kind)
+            found = gguf_type(name, shape, (kinds or {}).get(".".join(name.split(".")[:2]), kind))
             tensors[name] = found, shape, partial(data, name, found)
         says: dict[str, Any] = {
             "general.architecture": "flux",

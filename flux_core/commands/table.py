@@ -182,7 +182,7 @@ GGUF_DTYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 SAVED_DTYPES = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32",
-    **dict.fromkeys(("fp8", "int8", "nf4", *GGUF_DTYPES), "bfloat16"),
+    **dict.fromkeys(("fp8", "int8", "nf4", *GGUF_DTYPES, "mixed"), "bfloat16"),
 }  # fmt: skip
 """values of `save --dtype` -> torch's dtype of the saved weights; of those that are not quantized"""
 SAVE = (
@@ -206,7 +206,15 @@ SAVE = (
     Field(
         "calibrate",
         str,
-        "with --dtype fp8: draw these prompts and round by GPTQ",
+        "draw these prompts: with --dtype fp8 to round by GPTQ, with mixed to measure blocks (default: 4 of our own)",
+        metavar="FILE",
+        path=True,
+    ),
+    Field("budget", str, "with --dtype mixed: bytes of the transformer's file, as in 7GB", metavar="SIZE"),
+    Field(
+        "importance",
+        str,
+        "with --dtype mixed: the importance.json of a study, by which blocks' errors are weighted",
         metavar="FILE",
         path=True,
     ),

@@ -87,6 +87,16 @@ def trajectories(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> l
     return paths
 
 
+def velocities(pipeline: Pipeline, paths: Sequence[Path]) -> Tensor:
+    """The velocities at the kept latents, all in one vector, fp64 on the CPU."""
+    found = []
+    for request, latents in paths:
+        strengths = [request.guidance or 0.0] * len(request.texts)
+        velocity = pipeline.denoiser.velocity(request.texts, strengths, request.padded_size, sigmas=tuple(latents))
+        found += [velocity(x.expand(len(request.texts), -1, -1), sigma).cpu() for sigma, x in latents.items()]
+    return torch.cat([x.double().flatten() for x in found])
+
+
 def in_turns(linears: Mapping[str, nn.Linear], budget: int) -> list[dict[str, nn.Linear]]:
     """The Linears in groups whose second moments take at most `budget` bytes; at least one Linear in each."""
     turns: list[dict[str, nn.Linear]] = []
