@@ -23,20 +23,13 @@ def bytes_of(text: str, flag: str) -> int:
 
 def budget_of(memory: str | None, reserve: str | None, device: torch.device) -> int | None:
     """Bytes that tensors may take on a device; None where nobody asked for a budget. UsageError."""
+    if reserve is not None and memory != "auto":
+        raise UsageError("--reserve goes with --memory auto")
     if memory is None:
-        if reserve is not None:
-            raise UsageError("--reserve goes with --memory auto")
         return None
-    if memory != "auto":
-        if reserve is not None:
-            raise UsageError(f"--reserve goes with --memory auto, not with {memory}")
-        size = bytes_of(memory, "--memory")
-    else:
-        size = 0
+    size = None if memory == "auto" else bytes_of(memory, "--memory")
     left = bytes_of(reserve or RESERVE, "--reserve")
     if device.type != "cuda":
         raise UsageError(f"--memory is for a card's memory: on {device} there is none. Next: leave --memory out")
-    if memory == "auto":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free - left  # the context is there already
-    return size - CONTEXT
+    # what is free was measured with a context
+    return torch.cuda.mem_get_info(device)[0] - left if size is None else size - CONTEXT

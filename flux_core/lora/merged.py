@@ -83,7 +83,7 @@ def _put(parameter: Tensor, values: Tensor) -> None:
     if parameter.device.type == "cpu":
         parameter.data = values.to(parameter.dtype)
     else:
-        parameter.data.copy_(values)
+        parameter.detach().copy_(values)
 
 
 def check_mergeable(name: str, layer: nn.Module) -> None:

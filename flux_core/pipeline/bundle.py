@@ -1,8 +1,8 @@
 """A module's tensors as bytes that come to a device together, and go home again without being copied back.
 
-A frozen block never changes on the device, so its memory at home stays what it is: to come is one copy of bytes into
-memory that is there already, to go is to point its tensors back. Tensors keep their places to each other: what shares
-memory at home (a weight and the factor of a LoRA behind it) shares it on the device.
+A block is frozen, so its memory at home stays what it is: to come is one copy of bytes into memory that is there
+already, to go is to point its tensors back; only what was written meanwhile is copied. Tensors keep their places to
+each other: what shares memory at home (a weight and the factor of a LoRA behind it) shares it on the device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,10 +43,15 @@ class Bundle:
     """The tensors of a module whose memory is at home."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.is_pinned = False
+        self.entered: list[tuple[int, int]] = []
+        """while it is in a buffer: address and version of each tensor, by which changes are seen"""
+        self._hold(tensors)
+
+    def _hold(self, tensors: Sequence[Tensor]) -> None:
         self.spans: list[Span] = []
         self.size = 0
         """bytes of a buffer for it"""
-        self.is_pinned = False
         self.views: list[View] = []
         for group in _overlapping(tensors):
             first = min(x.data_ptr() for x in group)
@@ -68,15 +73,29 @@ class Bundle:
         for home, start in self.spans:
             buffer[start : start + len(home)].copy_(home, non_blocking=True)
 
+    def renew(self) -> None:
+        """Take new memory that tensors got at home for their home: where a LoRA was merged into weights."""
+        if not self.entered and any(view.tensor.data_ptr() != view.home.data_ptr() for view in self.views):
+            self.is_pinned = False
+            self._hold([view.tensor for view in self.views])
+
     def enter(self, buffer: Tensor) -> None:
         """Point the module's tensors at a buffer that has its bytes, or will have them."""
         for view in self.views:
             view.tensor.data = _view(buffer, view)
+        self.entered = [(view.tensor.data_ptr(), view.tensor._version) for view in self.views]
 
     def leave(self) -> None:
-        """Point the module's tensors at their memory at home."""
+        """Point the module's tensors at their memory at home.
+
+        Those that were written in the buffer are copied first: the scales of LoRAs, weights that one is merged into.
+        """
+        for view, entered in zip(self.views, self.entered, strict=bool(self.entered)):
+            if entered != (view.tensor.data_ptr(), view.tensor._version):
+                view.home.copy_(view.tensor)
         for view in self.views:
             view.tensor.data = view.home
+        self.entered = []
 
 
 def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None]) -> Bundle:

@@ -68,7 +68,9 @@ class Pipeline:
         self.t5_precision: str | None = getattr(components.t5, "precision", None)
         """T5's, likewise; None for a T5 that is not ours"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
-        self.placement = Streamed(components, self.fallback, budget) if budget else Placement(components, self.fallback)
+        self.placement = (
+            Placement(components, self.fallback) if budget is None else Streamed(components, self.fallback, budget)
+        )
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
         self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, kept)
         self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)

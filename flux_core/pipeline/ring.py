@@ -28,7 +28,7 @@ class Ring:
     """So many buffers of a size."""
 
     def __init__(self, device: torch.device, number: int, size: int) -> None:
-        """MemoryShortage's causes where there is no memory for them."""
+        """torch's error where there is no memory for them."""
         self.device = device
         self.slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(number)]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -41,8 +41,14 @@ class Stream:
         """Bytes of the device without which no block can compute."""
         return max(bundle.size for bundle in self.bundles)
 
+    def renew(self) -> None:
+        """Notice memory that changed at home."""
+        for bundle in self.bundles:
+            bundle.renew()
+
     def enter(self, room: int, resident: int) -> None:
         """Take memory for a ring in so many bytes, and for resident blocks in so many of these. MemoryShortage."""
+        self.renew()
         total = sum(bundle.size for bundle in self.bundles)
         if total > min(room, resident):
             number = min(SLOTS, room // self.smallest)

@@ -56,6 +56,8 @@ class Streamed(Placement):
     def using(self, *parts: Any) -> Iterator[None]:
         if self._present != parts or any(self._is_stale(part) for part in parts):
             self._exchange(parts)
+        for stream in self._streams.values():
+            stream.renew()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:

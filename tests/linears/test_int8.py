@@ -402,12 +402,12 @@ def test_flux_minis_velocity_is_off_by_a_tenth_of_what_it_is_in_fp8(monkeypatch)
     request = GenerationRequest(prompt="a red apple", seed=0, num_steps=4, width=128, height=128)
     with torch.no_grad():
         paths = calibration.trajectories(pipeline, [pipeline.complete(request)])
-        exact = benchmark.velocities(pipeline, paths)
+        exact = benchmark.calibration.velocities(pipeline, paths)
     names = "fp8", "int8", "int8 weights"
     of = {name: benchmark.velocity_error(pipeline, paths, exact, benchmark.FORMATS[name]) for name in names}
     assert (of["int8"] / of["fp8"]) ** 2 < 0.15 and of["int8 weights"] < of["int8"] < 0.03, of
     with torch.no_grad():
-        assert torch.equal(benchmark.velocities(pipeline, paths), exact)  # the model is as it was
+        assert torch.equal(benchmark.calibration.velocities(pipeline, paths), exact)  # the model is as it was
     sys.modules.pop("velocity_error")
 
 
