@@ -2,6 +2,7 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from random_lora import factors, write
@@ -32,6 +33,13 @@ def load(format=None):
 
 def draw(pipeline, **fields):
     return pipeline.generate("a red apple", 1, **FAST, **fields)[0].tobytes()
+
+
+def near(picture, other):
+    """Whether two pictures differ by one of 255 levels at most: with LoRAs the CPU has been seen to round a last bit
+    otherwise, once in a dozen runs. A scale that is lost differs by tens."""
+    a, b = (np.frombuffer(x, dtype=np.uint8).astype(int) for x in (picture, other))
+    return np.abs(a - b).max() <= 1
 
 
 def within(loaded, budget):
@@ -122,13 +130,14 @@ def test_a_lora_comes_with_its_block(tmp_path, format):
     pipeline = within(loaded, budget)
     assert draw(pipeline) == before
     ours, theirs = pipeline.load_lora(file, 0.5), plain.load_lora(file, 0.5)
-    assert draw(pipeline) == draw(plain) != before
+    with_lora = draw(plain)
+    assert near(draw(pipeline), with_lora) and not near(with_lora, before)
     ours.scale = theirs.scale = 0.25
-    assert draw(pipeline) == draw(plain)
+    assert near(draw(pipeline), draw(plain))
     ours.remove(), theirs.remove()
     assert draw(pipeline) == before
     plan = [Lora(file=str(file), scale=0.5, steps=["1-2"], blocks=["layer.0", "layer.3"]), Lora(file=str(file))]
-    assert draw(pipeline, plan=plan) == draw(plain, plan=plan)
+    assert near(draw(pipeline, plan=plan), draw(plain, plan=plan))
 
 
 @pytest.mark.parametrize("budget", [2, 3, 9])
@@ -139,7 +148,7 @@ def test_what_is_set_on_the_device_is_not_lost_when_blocks_go_home(tmp_path, bud
     pipeline = within(loaded, budget * max(sizes(load())))
     for scale in (0.7, 0.7, 0.3, 0.3):
         plan = [Lora(file=str(file), scale=scale)]
-        assert draw(pipeline, plan=plan) == draw(plain, plan=plan)
+        assert near(draw(pipeline, plan=plan), draw(plain, plan=plan))
     handles = [one.load_lora(file, 0.5) for one in (pipeline, plain)]
 
     def turn(step):
@@ -148,7 +157,8 @@ def test_what_is_set_on_the_device_is_not_lost_when_blocks_go_home(tmp_path, bud
 
     pictures = [one.generate("a red apple", 1, on_step=turn, **FAST)[0].tobytes() for one in (pipeline, plain)]
     handles[0].scale = handles[1].scale = 0.2
-    assert draw(pipeline) == draw(plain) != pictures[0]
+    last = draw(plain)
+    assert near(draw(pipeline), last) and not near(last, pictures[0])
 
 
 @pytest.mark.parametrize("budget", [2, 9])
@@ -159,11 +169,11 @@ def test_a_lora_is_merged_into_blocks_that_were_there(tmp_path, budget):
     for one in (pipeline, plain):
         draw(one)
     ours, theirs = (one.load_lora(file, 0.5, merge=True) for one in (pipeline, plain))
-    assert draw(pipeline) == draw(plain)
+    assert near(draw(pipeline), draw(plain))
     ours.scale = theirs.scale = 0.25
-    assert draw(pipeline) == draw(plain)
+    assert near(draw(pipeline), draw(plain))
     ours.remove(), theirs.remove()
-    assert draw(pipeline) == draw(plain)
+    assert near(draw(pipeline), draw(plain))
 
 
 class Fails:
