@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..params import FluxParams
+from ..request.generation import PATCH
 from ..variants import Variant
 from .budget import CONTEXT
 from .memory import BF16, Share, saved, shares
@@ -18,8 +19,6 @@ SLOTS = 2
 """buffers through which blocks come and go"""
 MEGAPIXEL_TOKENS = 4096
 """of a picture's, for which `memory.TRANSFORMER` is"""
-PATCH = 16
-"""pixels of a token's side"""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
-from .contract import Leaf, QuantizedTokens, needs_grad
-from .frozen import Frozen
+from .contract import Leaf, QuantizedTokens
+from .frozen import Scaled
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -135,11 +135,9 @@ def product_of_tokens(x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, 
     return y.reshape(*x.codes.shape[:-1], len(weight))
 
 
-class Fp8Linear(Frozen, Leaf):
+class Fp8Linear(Scaled, Leaf):
     """An nn.Linear in e4m3, with `weight` and `bias` under the same names; the weight is frozen."""
 
-    CODES = ("weight", "weight_scale")
-    weight_scale: Tensor
     quantize: Quantize = staticmethod(quantize_rows)
     """quantizes inputs that are not `QuantizedTokens`; a kernel may replace it"""
 
@@ -199,30 +197,8 @@ class Fp8Linear(Frozen, Leaf):
         """codes * scale"""
         return dequantize(self.weight, self.weight_scale, dtype)
 
-    def takes_tokens(self) -> bool:
-        """Whether its product runs in fp8, which has no backward for a trained bias."""
-        return self.scaled and not needs_grad(self.bias)
-
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """The dequantized weight, where the product runs in that dtype."""
-        return None if self.scaled else (self.widen(dtype), self.bias)
-
-    def scales_on(self, device: torch.device) -> bool:
-        """Whether its product can run in fp8 there. The units take sizes that are multiples of 16."""
-        return self.in_features % 16 == self.out_features % 16 == 0 and has_fp8_units(device)
-
-    def choose_matmul(self) -> None:
-        """Choose fp8 or dequantized products for the weights' device; to be called after weights are replaced."""
-        self.scaled = self.scales_on(self.weight.device)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.choose_matmul()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.choose_matmul()
-        return self
+    def has_units(self, device: torch.device) -> bool:
+        return has_fp8_units(device)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'scaled' if self.scaled else 'weight only'}"

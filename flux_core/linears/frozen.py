@@ -23,6 +23,8 @@ class Frozen(nn.Module):
 
     CODES: ClassVar[tuple[str, ...]] = ("weight",)
     """names of its tensors that a cast would spoil"""
+    in_features: int
+    out_features: int
     bias: nn.Parameter | None
     weight: nn.Parameter
 
@@ -57,6 +59,44 @@ class Frozen(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Scaled(Frozen):
+    """Base, before `Leaf`, of layers whose product runs in their few bits where a device has units for it."""
+
+    CODES: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    weight_scale: Tensor
+    scaled: bool
+    """whether it does. May be set by hand: then the CPU, too, rounds tokens and multiplies as the units do"""
+
+    def has_units(self, device: torch.device) -> bool:
+        """Whether the device multiplies such codes in hardware."""
+        raise NotImplementedError
+
+    def takes_tokens(self) -> bool:
+        """Whether its product runs in few bits, which has no backward for a trained bias."""
+        return self.scaled and not needs_grad(self.bias)
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """The widened weight, where the product runs in that dtype."""
+        return None if self.scaled else (self.widen(dtype), self.bias)
+
+    def scales_on(self, device: torch.device) -> bool:
+        """Whether its product can run in few bits there. The units take sizes that are multiples of 16."""
+        return self.in_features % 16 == self.out_features % 16 == 0 and self.has_units(device)
+
+    def choose_matmul(self) -> None:
+        """Choose how to multiply on the weights' device; to be called after weights are replaced."""
+        self.scaled = self.scales_on(self.weight.device)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.choose_matmul()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.choose_matmul()
+        return self
 
 
 class _Product(torch.autograd.Function):

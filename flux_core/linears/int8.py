@@ -44,15 +44,15 @@ Not here: int8 attention, static scales, codes below eight bits, rotations that 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
-from .contract import Leaf, QuantizedTokens, needs_grad
-from .frozen import Frozen
+from .contract import Leaf, QuantizedTokens
+from .frozen import Scaled
 
 GROUP = 256
 """features that are rotated together, where their number divides by it"""
@@ -214,11 +214,9 @@ def has_int8_units(device: torch.device) -> bool:
 # The layer ---------------------------------------------------------------------------------------------
 
 
-class Int8Linear(Frozen, Leaf):
+class Int8Linear(Scaled, Leaf):
     """An nn.Linear in int8, with `weight` and `bias` under the same names; the weight is rotated and frozen."""
 
-    CODES: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
-    weight_scale: Tensor
     quantize: Quantize = staticmethod(quantize_rows)
     """quantizes inputs that are not `QuantizedTokens`; a kernel may replace it"""
     product: Product = staticmethod(product_of_tokens)
@@ -304,33 +302,8 @@ class Int8Linear(Frozen, Leaf):
         """codes * scale, rotated back"""
         return self.unpack(self.weight, self.weight_scale, self.group, dtype)
 
-    def takes_tokens(self) -> bool:
-        """Whether its product runs in int8, which has no backward for a trained bias."""
-        return self.scaled and not needs_grad(self.bias)
-
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """The dequantized weight, rotated back, where the product runs in that dtype."""
-        return None if self.scaled else (self.widen(dtype), self.bias)
-
-    def scales_on(self, device: torch.device) -> bool:
-        """Whether its product can run in int8 there. The units take sizes that are multiples of 16."""
-        return self.in_features % 16 == self.out_features % 16 == 0 and has_int8_units(device)
-
-    def choose_matmul(self) -> None:
-        """Choose int8 or dequantized products for the weights' device; to be called after weights are replaced.
-
-        `scaled` may be set by hand: then the CPU, too, rounds tokens and multiplies as the units do.
-        """
-        self.scaled = self.scales_on(self.weight.device)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.choose_matmul()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.choose_matmul()
-        return self
+    def has_units(self, device: torch.device) -> bool:
+        return has_int8_units(device)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group={self.group}, {'scaled' if self.scaled else 'weight only'}"

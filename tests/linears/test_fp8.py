@@ -14,6 +14,7 @@ from random_model import random_weights, small_variant
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from units import SHORTAGES, card_with
 
 from flux_core import load_pipeline
 from flux_core.checkpoint import (
@@ -472,27 +473,9 @@ class Strange:
 # The units
 
 
-class Card:
-    """A device that computes as the CPU does, and calls itself one with fp8 units."""
-
-    type = "cuda"
-
-
 @pytest.fixture
 def card(monkeypatch):
-    """A device whose trial multiplies on the CPU, through whatever `fp8.scaled_product` is."""
-    device, to = Card(), torch.Tensor.to
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, where, *args: self if where is device else to(self, where, *args)
-    )
-    return device
-
-
-SHORTAGES = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasLtCreate(&handle)`"),
-]
+    return card_with(monkeypatch, (9, 0))
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=["torch", "cublas"])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from units import SHORTAGES, card_with
 
 from flux_core import load_pipeline
 from flux_core.linears import fp8, int8
@@ -414,26 +415,9 @@ def test_flux_minis_velocity_is_off_by_a_tenth_of_what_it_is_in_fp8(monkeypatch)
 # The units
 
 
-class Card:
-    """A device that computes as the CPU does, and calls itself one with int8 units."""
-
-    type = "cuda"
-
-
 @pytest.fixture
 def card(monkeypatch):
-    device, to = Card(), torch.Tensor.to
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, where, *args: self if where is device else to(self, where, *args)
-    )
-    return device
-
-
-SHORTAGES = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasLtCreate(&handle)`"),
-]
+    return card_with(monkeypatch, (7, 5))
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=["torch", "cublas"])
