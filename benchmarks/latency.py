@@ -6,7 +6,8 @@ Random weights of the full sizes, made on the device; batch 1. It prints for eac
 
 first call   seconds of the first compiled forward and the first compiled decoding, after eager calls, in a new process
              with an empty cache (cold), and in another with the first one's cache (warm). One block of each kind is
-             enough, since all of a kind share their graphs
+             enough, since all of a kind share their graphs. And of the first eager forward, which compiles Triton's
+             kernels, those that an earlier dtype has not
 modulation   all values computed from `vec`, for a schedule of 28 steps in advance, and for a single step
 step         one forward with its modulation from that table, eager, replayed from a CUDA graph where the pipeline does
              so (small pictures), and with compiled blocks. The floor takes turns with them (`timing.py`), and so does
@@ -172,6 +173,7 @@ def steps(bench: Bench, model: Flux) -> float:
     mods = table().at(SIGMAS[0])
     ours = partial(model, **inputs, mods=mods)
     calls = {"eager": eager(ours)}
+    bench.say("first call", "eager", step_s=bench.seconds_of(calls["eager"]))
     if is_worth_it(model, inputs["img"].device, inputs["img"].shape[1] + variant.max_text, len(SIGMAS)):
         ours()
         graph = Graph(lambda x, _, mods: model(**inputs | {"img": x}, mods=mods), inputs["img"], SIGMAS[0], mods)

@@ -8,9 +8,15 @@ a card's units see them, and with weights alone; nf4 and GGUF's types with the m
 some without. Everything else is in fp32, so nothing but the format stands between the velocities. "int6 weights" is no
 format: int8's formula with 31 in the place of 127 for weights alone. Prints a line of JSON: errors, and their squares
 as a ratio to that of fp8 with both rounded. `--tiny` draws one prompt with one step at 128x128.
+
+    python benchmarks/velocity_error.py --name flux-dev
+
+needs a card of 40 GB: one forward of random weights at full size in each format that can be made, beside bf16, by the
+kernels of the pipeline and by plain functions. Prints a line of JSON for each; `ratio` is of the error to fp8's.
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,15 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from in_format import NAMES, Make, as_in_units, linears_for, maker
+from in_format import NAMES, Make, as_in_units, linears_for, maker, quantize
+from parity_diffusers import in_dtype_of, random_flux, random_inputs
+from random_parts import tiny_variant
 from torch import Tensor, nn
 
 from flux_core import load_pipeline
+from flux_core.kernels import install, put
 from flux_core.linears.int8 import SMALLEST, Int8Linear, group_for, rotate
 from flux_core.methods import calibration
 from flux_core.methods.importance import default_prompts, read_prompts
+from flux_core.model import ops
 from flux_core.pipeline import Pipeline
 from flux_core.request.generation import GenerationRequest
+from flux_core.variants import VARIANTS, Variant
 
 
 class Row(NamedTuple):
@@ -82,6 +93,31 @@ FORMATS: dict[str, Row] = {
 }
 
 
+@torch.no_grad()
+def at_full_size(variant: Variant, formats: Sequence[str], device: str) -> Iterator[dict[str, object]]:
+    """Of each format: the velocity's error at random weights, relative to bf16's by the same functions."""
+    inputs = random_inputs(variant.params, 64, variant.max_text, device)
+    exact: dict[str, Tensor] = {}
+    of_fp8: dict[str, float] = {}
+    for name in ("bf16", "fp8", *(name for name in formats if name != "fp8")):
+        model = random_flux(variant.params, device)
+        if name != "bf16":
+            quantize(model, name)
+        found = {}
+        for way in ("kernels", "plain"):
+            install(model, device)
+            if way == "plain":
+                put(model, ops.PLAIN)
+            velocity = model(**in_dtype_of(model, inputs)).float()
+            base = exact.setdefault(way, velocity)
+            found[way] = float((velocity - base).norm() / base.norm())
+        of_fp8 = found if name == "fp8" else of_fp8
+        ratios = {way: round(error / of_fp8[way], 4) for way, error in found.items()} if of_fp8 else {}
+        yield {"format": name, "error": {way: round(error, 5) for way, error in found.items()}, "ratio": ratios}
+        del model
+        gc.collect()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=3, help="number of flux-mini's prompts to draw")
@@ -89,7 +125,14 @@ def main() -> int:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), help="names of rows (default: all)")
     parser.add_argument("--tiny", action="store_true", help="one prompt, one step, 128x128")
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="where int8 and fp8 are not the card's own")
+    parser.add_argument("--name", default="flux-mini", choices=["flux-mini", "flux-dev"])
     args = parser.parse_args()
+    if args.name != "flux-mini":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        variant = tiny_variant(VARIANTS[args.name]) if args.tiny else VARIANTS[args.name]
+        for line in at_full_size(variant, NAMES, device):
+            print(json.dumps({"benchmark": "velocity_error", "name": args.name, **line}), flush=True)
+        return 0
     chosen = dict.fromkeys(["fp8", *args.formats])
     if unknown := set(chosen) - set(FORMATS):
         parser.error(f"--formats: unknown {', '.join(sorted(unknown))}")
