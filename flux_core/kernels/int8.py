@@ -14,8 +14,8 @@ functions of `quantized` are used, and those of `fused` and `products` by them.
 
 A token with a number that is not finite gets a scale that is not: codes could not say it.
 
-No autotuning: `tiles` has the sizes for a product; 256x128x128 was among the fastest on an H200. All kernels compile
-without spilled registers for compute capability 8.0 to 12.0.
+No autotuning: `tiles` has the sizes for a product. On an H200 two programs of four warps at a time, one of which stores
+while the other multiplies, were the fastest of nineteen ways (`docs/performance.md`).
 """
 
 from typing import NamedTuple, cast
@@ -25,12 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..linears.contract import QuantizedTokens, Widened, first_of, is_leaf, needs_grad
 from ..linears.int8 import LARGEST, SMALLEST, Int8Linear
 from . import products, quantized
 from .fused import normed
-from .launch import dense_rows, operator
+from .launch import dense_rows, opaque, operator
 from .products import Activated, is_mlp
 from .quantized import gelu_tanh
 
@@ -254,67 +255,107 @@ class Tiles(NamedTuple):
 
 BAND = 8
 """rows of tiles that neighbouring programs stay in, so that what they read is in the L2 cache"""
-LARGE, MIDDLE, SMALL = Tiles(256, 128, 128, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 128, 4, 4)
+LARGE, MIDDLE, SMALL = Tiles(128, 128, 128, 4, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 128, 4, 4)
 FEW_TOKENS = 64
-ROOMY, PROGRAMS = (9, 10), 132
-"""major versions of cards with the shared memory for LARGE (144 KiB), and about how many run at a time there"""
+ROOMY = (9, 10)
+"""major versions of cards with the shared memory for two programs of LARGE (96 KiB each)"""
+COPIES_TILES = 9
+"""the first major version whose copy engine (TMA) brings tiles into shared memory, without registers for addresses"""
+ALIGNED = 16
+"""bytes at whose multiples the rows that it copies begin"""
 
 
-def tiles(M: int, N: int, capability: tuple[int, int]) -> Tiles:
-    """Sizes for M tokens by N rows on a card of that compute capability."""
+def tiles(M: int, capability: tuple[int, int]) -> Tiles:
+    """Sizes for M tokens on a card of that compute capability."""
     if M <= FEW_TOKENS:
         return SMALL
-    many = triton.cdiv(M, LARGE.m) * triton.cdiv(N, LARGE.n) >= PROGRAMS
-    return LARGE if many and capability[0] in ROOMY else MIDDLE
+    return LARGE if capability[0] in ROOMY else MIDDLE
 
 
 @triton.jit
 def product_kernel(
     codes, scales, weight, weight_scales, bias, out, M, N, weight_row,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """DESCRIBED: codes, weight and out are descriptors of tiles, else pointers."""
     program, across, down = tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     first = program // (BAND * across) * BAND
     high = tl.minimum(down - first, BAND)
     inside = program % (BAND * across)
-    m = (first + inside % high) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (inside // high) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # rows beyond the last read others, whose sums are not stored
-    a = codes + (m % M).to(tl.int64)[:, None] * K + k[None, :]
-    b = weight + (n % N).to(tl.int64)[:, None] * weight_row + k[None, :]
+    row, col = (first + inside % high) * BLOCK_M, (inside // high) * BLOCK_N
+    m, n, k = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    if not DESCRIBED:  # rows beyond the last read others, whose sums are not stored
+        a = codes + (m % M).to(tl.int64)[:, None] * K + k[None, :]
+        b = weight + (n % N).to(tl.int64)[:, None] * weight_row + k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x, w = tl.load(a), tl.load(b)
+        if DESCRIBED:
+            x, w = codes.load([row, start]), weight.load([col, start])
         else:
-            there = (start + k < K)[None, :]
-            x, w = tl.load(a, mask=there, other=0), tl.load(b, mask=there, other=0)
+            if K % BLOCK_K == 0:
+                x, w = tl.load(a), tl.load(b)
+            else:
+                there = (start + k < K)[None, :]
+                x, w = tl.load(a, mask=there, other=0), tl.load(b, mask=there, other=0)
+            a += BLOCK_K
+            b += BLOCK_K
         total = tl.dot(x, tl.trans(w), total, out_dtype=tl.int32)
-        a += BLOCK_K
-        b += BLOCK_K
     y = total.to(tl.float32) * tl.load(scales + m, mask=m < M, other=0.0)[:, None]
     y *= tl.load(weight_scales + n, mask=n < N, other=0.0)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    place = out + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    if DESCRIBED:
+        out.store([row, col], y.to(out.dtype))
+    else:
+        place = out + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(place, y.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@operator("product_int8")
+def _like(codes: Tensor, scale: Tensor, weight: Tensor, *rest: Tensor | torch.dtype | None) -> Tensor:
+    return codes.new_empty((len(codes), len(weight)), dtype=rest[-1])  # type: ignore[arg-type]
+
+
+@opaque("product_int8", _like)  # compilers do not know descriptors
 def product_op(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    (M, K), N, weight = codes.shape, len(weight), dense_rows(weight)
-    out = torch.empty((M, N), dtype=dtype, device=codes.device)
-    size = tiles(M, N, torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (0, 0))
-    wrap_triton(product_kernel)[(triton.cdiv(M, size.m) * triton.cdiv(N, size.n),)](
-        codes, scale, weight, weight_scale, weight_scale if bias is None else bias, out, M, N, weight.stride(0),
-        K=K, HAS_BIAS=bias is not None, BLOCK_M=size.m, BLOCK_N=size.n, BLOCK_K=size.k, BAND=BAND,
-        num_warps=size.warps, num_stages=size.stages,
-    )  # fmt: skip
+    weight = dense_rows(weight)
+    out = torch.empty((len(codes), len(weight)), dtype=dtype, device=codes.device)
+    capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (0, 0)
+    size, described = tiles(len(codes), capability), capability[0] >= COPIES_TILES and all(map(is_aligned, (codes, weight, out)))
+    product_of_tiles(codes, scale, weight, weight_scale, bias, out, size, described)
     return out
+
+
+def product_of_tiles(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    size: Tiles,
+    described: bool,
+) -> None:
+    """Write the product into `out` [M, N]. described: the copy engine brings tiles."""
+    (M, K), N = codes.shape, len(weight)
+    x, w, y = codes, weight, out
+    if described:
+        x, w, y = (
+            TensorDescriptor(one, one.shape, one.stride(), list(shape))
+            for one, shape in ((x, (size.m, size.k)), (w, (size.n, size.k)), (y, (size.m, size.n)))
+        )
+    product_kernel[(triton.cdiv(M, size.m) * triton.cdiv(N, size.n),)](
+        x, scale, w, weight_scale, weight_scale if bias is None else bias, y, M, N, weight.stride(0),
+        K=K, HAS_BIAS=bias is not None, BLOCK_M=size.m, BLOCK_N=size.n, BLOCK_K=size.k, BAND=BAND,
+        DESCRIBED=described, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether the copy engine takes the rows of x [M, K]."""
+    return x.data_ptr() % ALIGNED == 0 and x.stride(0) * x.itemsize % ALIGNED == 0
 
 
 def product(
