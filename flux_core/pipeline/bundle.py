@@ -46,6 +46,8 @@ class Bundle:
         self.is_pinned = False
         self.entered: list[tuple[int, int]] = []
         """while it is in a buffer: address and version of each tensor, by which changes are seen"""
+        self.copied: list[int] = []
+        """version of each tensor when it was last copied"""
         self._hold(tensors)
 
     def _hold(self, tensors: Sequence[Tensor]) -> None:
@@ -70,13 +72,19 @@ class Bundle:
 
     def copy(self, buffer: Tensor) -> None:
         """Copy its bytes into a buffer, queued on the current stream."""
+        self.copied = [view.tensor._version for view in self.views]
         for home, start in self.spans:
             buffer[start : start + len(home)].copy_(home, non_blocking=True)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was written since it was last copied."""
+        return self.copied == [view.tensor._version for view in self.views]
 
     def renew(self) -> None:
         """Take new memory that tensors got at home for their home: where a LoRA was merged into weights."""
         if not self.entered and any(view.tensor.data_ptr() != view.home.data_ptr() for view in self.views):
-            self.is_pinned = False
+            self.is_pinned, self.copied = False, []
             self._hold([view.tensor for view in self.views])
 
     def enter(self, buffer: Tensor) -> None:

@@ -45,6 +45,8 @@ class Ring:
         self.prefetch(bundle)
         slot = self._slot_of(bundle)
         assert slot is not None
+        if not bundle.is_current:
+            self._copy(slot, bundle)
         if slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.copied)
         bundle.enter(slot.buffer)
@@ -58,6 +60,9 @@ class Ring:
         if slot.bundle is not None:
             slot.bundle.leave()
         slot.bundle = bundle
+        self._copy(slot, bundle)
+
+    def _copy(self, slot: _Slot, bundle: Bundle) -> None:
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             if self.stream is not None and slot.used is not None:
                 self.stream.wait_event(slot.used)
@@ -70,12 +75,20 @@ class Ring:
         if slot is not None and self.stream is not None:
             slot.used = torch.cuda.current_stream(self.device).record_event()
 
-    def clear(self) -> None:
-        """All blocks go home."""
+    def rest(self) -> None:
+        """All blocks go home, where they may be written; who is not comes back without a copy."""
         for slot in self.slots:
             if slot.bundle is not None:
                 slot.bundle.leave()
-                slot.bundle = None
+            if self.stream is not None:  # a forward may have ended before its block was done
+                slot.used = torch.cuda.current_stream(self.device).record_event()
+
+    def forget(self, bundle: Bundle) -> None:
+        """A block is not in a buffer any more: it has one of its own."""
+        slot = self._slot_of(bundle)
+        if slot is not None:
+            bundle.leave()
+            slot.bundle = None
 
     def _slot_of(self, bundle: Bundle) -> _Slot | None:
         return next((slot for slot in self.slots if slot.bundle is bundle), None)

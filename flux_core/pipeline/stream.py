@@ -1,6 +1,7 @@
 """The blocks of one network, some of them resident on a device, the others there only while they compute."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,9 +25,11 @@ class Stream:
         """bundles: of each block. Nothing is on the device yet."""
         self.device, self.blocks, self.bundles = device, blocks, bundles
         self.of = {id(block): bundle for block, bundle in zip(blocks, bundles, strict=True)}
-        self.after = dict(zip(map(id, bundles), bundles[1:], strict=False))
+        self.place = {id(bundle): i for i, bundle in enumerate(bundles)}
         self.resident: dict[int, tuple[Bundle, Tensor]] = {}
         self.ring: Ring | None = None
+        self.limit: int | None = None
+        """bytes that resident blocks may take at most since memory ran out"""
         self.current: int | None = None
         """the bundle of the block that computes"""
         self.hooks: list[Any] = []
@@ -58,27 +61,52 @@ class Stream:
                     "larger --memory, or a smaller --dtype (nf4, then int8 or fp8)"
                 )
             self.ring = Ring(self.device, number, self.smallest)
-            resident = min(resident, room - self.ring.size)
-        self.settle(resident)
+        self.settle(min(resident + self.ring_size, room))
+
+    @property
+    def ring_size(self) -> int:
+        """Bytes of the device that blocks take which come and go."""
+        return 0 if self.ring is None else self.ring.size
 
     def settle(self, room: int) -> None:
-        """Keep as many blocks resident as so many bytes take."""
-        stay = spread([bundle.size for bundle in self.bundles], room)
+        """Keep as many blocks resident as so many bytes take, beside the ring; without it, if they take all."""
+        sizes = [bundle.size for bundle in self.bundles]
+        if self.ring is not None and sum(sizes) <= room:
+            self._drop_ring()
+        room = min(room - self.ring_size, room if self.limit is None else self.limit)
+        stay = spread(sizes, room)
+        if sum(sizes[i] for i in stay) <= self.held <= room:
+            return  # others of the same number would only have to be copied
         wanted = {id(self.bundles[i]): self.bundles[i] for i in stay}
         for key in self.resident.keys() - wanted.keys():
             self._release(key)
         for key in wanted.keys() - self.resident.keys():
             bundle = wanted[key]
-            buffer = torch.empty(bundle.size, dtype=torch.uint8, device=self.device)
+            buffer = self._buffer(bundle.size)
+            if buffer is None:  # others hold what the budget promised
+                self.limit = self.held
+                return
+            if self.ring is not None:
+                self.ring.forget(bundle)
             bundle.copy(buffer)
             bundle.enter(buffer)
             self.resident[key] = bundle, buffer
 
+    def _buffer(self, size: int) -> Tensor | None:
+        """So many bytes of the device; None where there are none."""
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
     def evict(self) -> bool:
-        """Send a few resident blocks home, but not the one that computes. Returns whether there were any."""
+        """Send a few resident blocks home for good, but not the one that computes. Returns whether there were any."""
         while keys := [key for key in self.resident if key != self.current][-EVICTED:]:
             for key in keys:
                 self._release(key)
+            self.limit = self.held
             empty_device_cache(self.device)
             if self.ring is not None or self._has_ring():
                 return True
@@ -105,17 +133,24 @@ class Stream:
             self.end(block)
 
     def begin(self, block: Any) -> None:
-        """Bring a block, and begin to copy the next that is not resident."""
+        """Bring a block, and begin to copy those that come next, as far as there are buffers for them."""
         bundle = self.of[id(block)]
         self.current = id(bundle)
+        if self.ring is None:
+            return
+        free = len(self.ring.slots)
         if id(bundle) not in self.resident:
-            assert self.ring is not None
             self.ring.bring(bundle)
-        following = self.after.get(id(bundle))
-        while following is not None and id(following) in self.resident:
-            following = self.after.get(id(following))
-        if following is not None and self.ring is not None and len(self.ring.slots) > 1:
+            free -= 1
+        for following in islice(self._coming(bundle), free):
             self.ring.prefetch(following)
+
+    def _coming(self, bundle: Bundle) -> Iterator[Bundle]:
+        """Blocks that are not resident, in the order in which they come after this one; those of the next forward,
+        too."""
+        here = self.place[id(bundle)]
+        following = (*self.bundles[here + 1 :], *self.bundles[:here])
+        return (one for one in following if id(one) not in self.resident)
 
     def end(self, block: Any) -> None:
         if self.ring is not None:
@@ -124,7 +159,7 @@ class Stream:
     def rest(self) -> None:
         """Between two forwards blocks that are not resident are at home, where numbers in them may be set."""
         if self.ring is not None:
-            self.ring.clear()
+            self.ring.rest()
 
     def hook(self) -> None:
         """Bring blocks when a network calls them that knows nothing of it."""
@@ -132,14 +167,18 @@ class Stream:
             self.hooks.append(block.register_forward_pre_hook(lambda block, _: self.begin(block)))
             self.hooks.append(block.register_forward_hook(lambda block, *_: self.end(block)))
 
+    def _drop_ring(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # copies may be on their way into buffers
+        self.rest()
+        self.ring = None
+
     def leave(self) -> None:
         """All blocks go home, and the device's memory is free."""
         for hook in self.hooks:
             hook.remove()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # copies may be on their way into buffers
-        self.rest()
-        self.ring, self.hooks = None, []
+        self._drop_ring()
+        self.hooks = []
         for key in list(self.resident):
             self._release(key)
 

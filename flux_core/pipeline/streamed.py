@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial, reduce
 from typing import Any, TypeVar
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -35,10 +35,15 @@ BLOCKS: dict[type, tuple[str, ...]] = {
 }
 """where a part has its blocks, in the order in which they compute"""
 B = TypeVar("B")
+_ALIVE: "WeakSet[Streamed]" = WeakSet()
+"""all of the process"""
 
 
 class Streamed(Placement):
-    """Parts take turns in so many bytes of the device's memory."""
+    """Parts take turns in so many bytes of the device's memory: the most that the process may hold while they compute.
+
+    Where a process has several such placements, all their parts take turns.
+    """
 
     def __init__(self, components: Components, fallback: OomFallback, budget: int) -> None:
         super().__init__(components, fallback)
@@ -47,6 +52,9 @@ class Streamed(Placement):
         """of a part's blocks, by the part, with the state of its layers that they were made of"""
         self._streams: dict[int, Stream] = {}
         """of the parts on the device"""
+        self._uses = 0
+        """contexts of `using` that are open"""
+        _ALIVE.add(self)
 
     @property
     def is_fixed(self) -> bool:
@@ -54,19 +62,35 @@ class Streamed(Placement):
 
     @contextmanager
     def using(self, *parts: Any) -> Iterator[None]:
-        if self._present != parts or any(self._is_stale(part) for part in parts):
-            self._exchange(parts)
-        for stream in self._streams.values():
-            stream.renew()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        with self._limited():
+            if self._present != parts or any(self._is_stale(part) for part in parts):
+                self._exchange(parts)
+            for stream in self._streams.values():
+                stream.renew()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                yield
+            finally:
+                for stream in self._streams.values():
+                    stream.rest()
+            if self.device.type == "cuda":
+                self._learn(parts)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """A context in which torch takes no more of the device than the budget, gaps between tensors included."""
+        limits = self.device.type == "cuda" and not self._uses
+        self._uses += 1
+        if limits:
+            _, total = torch.cuda.mem_get_info(self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self.device)
         try:
             yield
         finally:
-            for stream in self._streams.values():
-                stream.rest()
-        if self.device.type == "cuda":
-            self._learn(parts)
+            self._uses -= 1
+            if limits:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
         stream = self._streams.get(id(self.components.flux))
@@ -77,7 +101,7 @@ class Streamed(Placement):
         spare = self.budget - torch.cuda.max_memory_allocated(self.device)
         for part in parts:
             if stream := self._streams.get(id(part)):
-                stream.settle(spare + stream.held)
+                stream.settle(spare + stream.held + stream.ring_size)
 
     def free(self, part: Any) -> None:
         if stream := self._streams.pop(id(part), None):
@@ -86,6 +110,9 @@ class Streamed(Placement):
         super().free(part)
 
     def _exchange(self, parts: tuple[Any, ...]) -> None:
+        for other in list(_ALIVE):  # those of other pipelines take turns with these
+            if other is not self and other.device == self.device and other._present and not other._uses:
+                other._exchange(())
         self._present = ()
         for part in self.components:
             if stream := self._streams.pop(id(part), None):

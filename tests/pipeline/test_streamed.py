@@ -297,3 +297,12 @@ def test_t5_is_freed_with_its_blocks():
         pipeline.free_t5()
         assert gone() is None
         assert torch.equal(within(loaded, budget).prompts("a pig")[0], expected)
+
+
+def test_two_pipelines_of_a_process_take_turns():
+    loaded, other = load(), load("int8")
+    first, second = (within(one, 3 * max(sizes(load()))) for one in (loaded, other))
+    expected = draw(loaded), draw(other)
+    for _ in range(2):
+        assert (draw(first), draw(second)) == expected
+        assert not first.placement._present and second.placement._present

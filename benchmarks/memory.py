@@ -1,0 +1,234 @@
+"""Steps of FLUX.1 in budgets of a card's memory: time, peak and pixels.
+
+    python benchmarks/memory.py [--dtype bf16,int8] [--budgets 6GiB,8GiB,80GiB] [--shortage 16GiB] [--elsewhere]
+
+Random weights of full size, batch 1, 1024x1024, text embeddings of random numbers. For each dtype it draws a picture
+twice in each budget, the largest first, and prints a line of JSON:
+
+ms         of a step, the median of the second picture's without its first two
+resident   blocks that stay on the device; `copied_gb` of the others come at each step
+share      of the longest thing that has to happen in a step: its products (the step of the largest budget) or its
+           copies (`copied_gb` over the rate of this run's `copy`), to `ms`. Goal: 0.9
+used_gib   what this process took of the card, CUDA's context included, at most, seen after each step
+peak_gib   of tensors, and of torch's allocator
+first_s    of the first picture, in which blocks are pinned and a forward's peak is found; `steps` in both
+pixels     a hash. `equal`: whether they are those of the largest budget
+
+`--shortage`: another process takes all memory that is free in the middle of a picture in that budget. Prints the time
+of each step; `cost` is that of the step in which blocks went home, in steps behind it. `--elsewhere`: diffusers' group
+offloading on the same weights, if it is installed. `--tiny` runs small on any machine.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from latency import MODELS
+from parity_diffusers import build_theirs, call_theirs, in_dtype_of, random_inputs
+from random_parts import random_autoencoder, tiny_variant
+from torch import Tensor
+
+from flux_core.device.budget import CONTEXT, bytes_of
+from flux_core.device.rates import measured
+from flux_core.kernels import install_decode
+from flux_core.pipeline import Components, Pipeline
+from flux_core.sampling import Step
+from flux_core.variants import VARIANTS, Variant
+
+SETTLING = 2
+"""steps of a picture that are not counted: modulation is computed, and blocks find their places"""
+HOG = """
+import sys, torch
+torch.empty(1, device="cuda")
+print("ready", flush=True)
+sys.stdin.readline()
+free = torch.cuda.mem_get_info()[0]
+taken = [torch.empty(2**26, dtype=torch.uint8, device="cuda") for _ in range(free // 2**26 - 1)]
+print("taken", flush=True)
+sys.stdin.readline()
+"""
+"""another process, which takes all memory when it is told to"""
+
+
+class Watch:
+    """An `on_step` that notes times, memory, and where blocks are."""
+
+    def __init__(self, pipeline: Pipeline, also: Callable[[int], None] = lambda i: None) -> None:
+        self.pipeline, self.also = pipeline, also
+        self.marks: list[float] = []
+        self.used = 0
+        self.places: dict[str, Any] = {}
+
+    def __call__(self, step: Step) -> None:
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()
+            self.used = max(self.used, total - free)
+        self.marks.append(time.perf_counter())
+        for stream in self.pipeline.placement._streams.values():  # type: ignore[attr-defined]
+            coming = [one.size for one in stream.bundles if id(one) not in stream.resident]
+            pinned = sum(one.size for one in stream.bundles if one.is_pinned)
+            self.places = {"resident": len(stream.resident), "copied_gb": sum(coming) / 1e9, "pinned_gb": pinned / 1e9}
+        self.also(len(self.marks))
+        self.marks[-1:] = [time.perf_counter()] if len(self.marks) == 1 else self.marks[-1:]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace, dtype: str) -> None:
+        self.args, self.dtype = args, dtype
+        self.variant: Variant = tiny_variant(VARIANTS["flux-dev"]) if args.tiny else VARIANTS["flux-dev"]
+        self.model = MODELS[dtype](self.variant.params, args.device).to("cpu")
+        ae = random_autoencoder(self.variant, args.device)
+        install_decode(ae, torch.device(args.device))
+        self.components = Components(self.text, self.vector, self.model, ae.to("cpu"))
+        self.how = {"num_steps": args.steps, **dict.fromkeys(("width", "height"), 64 if args.tiny else args.size)}
+
+    def text(self, prompts: list[str]) -> Tensor:
+        """In place of T5."""
+        shape = len(prompts), self.variant.max_text, self.variant.params.context_in_dim
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+    def vector(self, prompts: list[str]) -> Tensor:
+        """In place of CLIP."""
+        return torch.randn(
+            len(prompts), self.variant.params.vec_in_dim, generator=torch.Generator().manual_seed(2)
+        )
+
+    def say(self, what: str, **figures: Any) -> None:
+        figures = {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()}
+        print(json.dumps({"benchmark": "memory", "dtype": self.dtype, "what": what, **figures}), flush=True)
+
+    def pipeline(self, budget: str) -> Pipeline:
+        size = bytes_of(budget, "--budgets") - CONTEXT * (not self.args.tiny)
+        device = torch.device(self.args.device) if self.args.device == "cuda" else torch.device("cpu", 0)
+        return Pipeline(self.variant, self.components, device, torch.bfloat16, offload=True, budget=size)
+
+    def draw(self, pipeline: Pipeline, **also: Any) -> tuple[float, Watch, str]:
+        """Seconds, what was seen, and a hash of the pixels."""
+        watch, began = Watch(pipeline, **also), time.perf_counter()
+        image = pipeline.generate("x", 1, on_step=watch, force=True, **self.how)[0]
+        return time.perf_counter() - began, watch, hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+    def budgets(self) -> None:
+        rates = measured(torch.device(self.args.device))
+        copy = rates.copy if rates else float("inf")
+        self.say("rates", copy_gb=copy / 1e9, tera=rates.tera if rates else None)
+        products, pixels = 0.0, ""
+        for budget in sorted(self.args.budgets, key=lambda x: -bytes_of(x, "--budgets")):
+            self.release()
+            pipeline = self.pipeline(budget)
+            first, _, _ = self.draw(pipeline)
+            if self.args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            _, watch, found = self.draw(pipeline)
+            ms = 1000 * statistics.median(watch.seconds[SETTLING - 1 :])
+            products, pixels = products or ms, pixels or found
+            longest = max(products, 1e12 * watch.places.get("copied_gb", 0.0) / copy)
+            figures = {"budget": budget, "ms": ms, **watch.places, "share": longest / ms, "used_gib": watch.used / 2**30}
+            if self.args.device == "cuda":
+                kinds = {"tensors": torch.cuda.max_memory_allocated(), "allocator": torch.cuda.max_memory_reserved()}
+                figures["peak_gib"] = {kind: round(size / 2**30, 3) for kind, size in kinds.items()}
+            figures |= {"first_s": first, "steps": self.args.steps, "pixels": found, "equal": found == pixels}
+            self.say("budget", **figures)
+            del pipeline, watch
+
+    def shortage(self) -> None:
+        """Another process takes what is free after a step of the second picture."""
+        if self.args.device != "cuda":
+            return
+        self.release()
+        pipeline = self.pipeline(self.args.shortage)
+        _, _, expected = self.draw(pipeline)
+        with subprocess.Popen([sys.executable, "-c", HOG], stdin=-1, stdout=-1, text=True) as other:
+            assert other.stdin is not None and other.stdout is not None
+            other.stdout.readline()
+
+            def take(step: int) -> None:
+                if step == 4:
+                    torch.cuda.empty_cache()
+                    other.stdin.write("\n")
+                    other.stdin.flush()
+                    other.stdout.readline()
+
+            _, watch, found = self.draw(pipeline, also=take)
+            other.kill()
+        times = watch.seconds
+        cost = times[3] / statistics.median(times[4:]) - 1
+        ms = [round(1000 * x, 1) for x in times]
+        self.say("shortage", budget=self.args.shortage, ms=ms, cost=cost, equal=found == expected, **watch.places)
+
+    def elsewhere(self) -> None:
+        """diffusers' group offloading, blocks or leaves, with a stream."""
+        inputs = in_dtype_of(self.model, random_inputs(self.variant.params, 64, 512, self.args.device))
+        for level in ("block_level", "leaf_level"):
+            self.release()
+            other = build_theirs(self.model)
+            began = time.perf_counter()
+            other.enable_group_offload(
+                onload_device=torch.device("cuda"), offload_device=torch.device("cpu"), offload_type=level,
+                num_blocks_per_group=1 if level == "block_level" else None, use_stream=True, record_stream=True,
+            )  # fmt: skip
+            setup, times = time.perf_counter() - began, []
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(4):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                call_theirs(other, inputs)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+            peaks = {"tensors": torch.cuda.max_memory_allocated(), "allocator": torch.cuda.max_memory_reserved()}
+            shown = {kind: round(size / 2**30, 3) for kind, size in peaks.items()}
+            self.say(f"diffusers, {level}", ms=1000 * min(times), setup_s=setup, peak_gib=shown)
+            del other
+
+    def release(self) -> None:
+        gc.collect()
+        if self.args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comma: Callable[[str], list[str]] = partial(str.split, sep=",")
+    parser.add_argument("--dtype", type=comma, default=["bf16"], help=f"some of {','.join(MODELS)}")
+    parser.add_argument("--budgets", type=comma, default="6GiB,8GiB,12GiB,16GiB,24GiB,80GiB".split(","))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--shortage", metavar="BUDGET")
+    parser.add_argument("--elsewhere", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    for dtype in args.dtype:
+        bench = Bench(args, dtype)
+        bench.budgets()
+        if args.shortage:
+            bench.shortage()
+        if args.elsewhere and dtype == "bf16":
+            bench.elsewhere()
+        del bench
+        gc.collect()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
