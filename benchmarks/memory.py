@@ -48,6 +48,7 @@ from flux_core.pipeline import Components, Pipeline
 from flux_core.sampling import Step
 from flux_core.variants import VARIANTS, Variant
 
+BUDGETS = ["6GiB", "8GiB", "12GiB", "16GiB", "24GiB", "80GiB"]
 SETTLING = 2
 """steps of a picture that are not counted: modulation is computed, and blocks find their places"""
 HOG = """
@@ -107,9 +108,7 @@ class Bench:
 
     def vector(self, prompts: list[str]) -> Tensor:
         """In place of CLIP."""
-        return torch.randn(
-            len(prompts), self.variant.params.vec_in_dim, generator=torch.Generator().manual_seed(2)
-        )
+        return torch.randn(len(prompts), self.variant.params.vec_in_dim, generator=torch.Generator().manual_seed(2))
 
     def say(self, what: str, **figures: Any) -> None:
         figures = {key: round(x, 4) if isinstance(x, float) else x for key, x in figures.items()}
@@ -141,7 +140,13 @@ class Bench:
             ms = 1000 * statistics.median(watch.seconds[SETTLING - 1 :])
             products, pixels = products or ms, pixels or found
             longest = max(products, 1e12 * watch.places.get("copied_gb", 0.0) / copy)
-            figures = {"budget": budget, "ms": ms, **watch.places, "share": longest / ms, "used_gib": watch.used / 2**30}
+            figures = {
+                "budget": budget,
+                "ms": ms,
+                **watch.places,
+                "share": longest / ms,
+                "used_gib": watch.used / 2**30,
+            }
             if self.args.device == "cuda":
                 kinds = {"tensors": torch.cuda.max_memory_allocated(), "allocator": torch.cuda.max_memory_reserved()}
                 figures["peak_gib"] = {kind: round(size / 2**30, 3) for kind, size in kinds.items()}
@@ -210,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     comma: Callable[[str], list[str]] = partial(str.split, sep=",")
     parser.add_argument("--dtype", type=comma, default=["bf16"], help=f"some of {','.join(MODELS)}")
-    parser.add_argument("--budgets", type=comma, default="6GiB,8GiB,12GiB,16GiB,24GiB,80GiB".split(","))
+    parser.add_argument("--budgets", type=comma, default=BUDGETS)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--shortage", metavar="BUDGET")

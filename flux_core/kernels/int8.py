@@ -323,7 +323,10 @@ def product_op(
     weight = dense_rows(weight)
     out = torch.empty((len(codes), len(weight)), dtype=dtype, device=codes.device)
     capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (0, 0)
-    size, described = tiles(len(codes), capability), capability[0] >= COPIES_TILES and all(map(is_aligned, (codes, weight, out)))
+    size, described = (
+        tiles(len(codes), capability),
+        capability[0] >= COPIES_TILES and all(map(is_aligned, (codes, weight, out))),
+    )
     product_of_tiles(codes, scale, weight, weight_scale, bias, out, size, described)
     return out
 

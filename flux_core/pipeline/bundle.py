@@ -8,12 +8,15 @@ each other: what shares memory at home (a weight and the factor of a LoRA behind
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
 ALIGN = 512
 """bytes at whose multiples a span begins in a buffer, as in memory that torch allocates"""
+LARGE = 2**20
+"""bytes from which a span is worth locking by itself"""
 
 
 Place = tuple[int | str, ...]
@@ -44,6 +47,8 @@ class Bundle:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.is_pinned = False
+        self.locks: list[Callable[[], object]] = []
+        """which give locked memory free"""
         self.entered: list[tuple[int, int]] = []
         """while it is in a buffer: address and version of each tensor, by which changes are seen"""
         self.copied: list[int] = []
@@ -52,22 +57,34 @@ class Bundle:
 
     def _hold(self, tensors: Sequence[Tensor]) -> None:
         self.spans: list[Span] = []
+        """in the order of a buffer, small ones first"""
         self.size = 0
         """bytes of a buffer for it"""
         self.views: list[View] = []
-        for group in _overlapping(tensors):
-            first = min(x.data_ptr() for x in group)
-            length = max(_end(x) for x in group) - first
+        for first, length, group in sorted(map(_extent, _overlapping(tensors)), key=lambda one: one[1] >= LARGE):
             self.spans.append(Span(_bytes(group[0], first, length), self.size))
             self.views += [View(x, x.data, self.size + x.data_ptr() - first) for x in group]
             self.size += -(-length // ALIGN) * ALIGN
 
     def pin(self) -> None:
-        """Move its home to one piece of pinned memory, which a device reads fastest. RuntimeError without any."""
-        pinned = torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=True)
-        self.copy(pinned)
-        self.views = [view._replace(home=_view(pinned, view)) for view in self.views]
-        self.spans, self.is_pinned = [Span(pinned, 0)], True
+        """Lock its home in memory, which a device then reads fastest. RuntimeError where that cannot be.
+
+        Large pieces are locked where they are, which takes a tenth of the time of new locked memory; small ones move
+        into one piece.
+        """
+        small = [span for span in self.spans if len(span.home) < LARGE]
+        if small:
+            pinned = torch.empty(
+                small[-1].start + len(small[-1].home), dtype=torch.uint8, device="cpu", pin_memory=True
+            )
+            for home, start in small:
+                pinned[start : start + len(home)] = home
+            self.views = [
+                view._replace(home=_view(pinned, view)) if view.start < len(pinned) else view for view in self.views
+            ]
+            self.spans = [Span(pinned, 0), *self.spans[len(small) :]]
+        self.locks += [lock for home, _ in self.spans[bool(small) :] if (lock := _lock(home, self))]
+        self.is_pinned = True
         self.leave()
 
     def copy(self, buffer: Tensor) -> None:
@@ -84,6 +101,8 @@ class Bundle:
     def renew(self) -> None:
         """Take new memory that tensors got at home for their home: where a LoRA was merged into weights."""
         if not self.entered and any(view.tensor.data_ptr() != view.home.data_ptr() for view in self.views):
+            while self.locks:  # nothing is copied from there now: who writes weights has waited for the device
+                self.locks.pop()()
             self.is_pinned, self.copied = False, []
             self._hold([view.tensor for view in self.views])
 
@@ -159,6 +178,26 @@ def _bytes(x: Tensor, first: int, length: int) -> Tensor:
     """The bytes from an address on, in the storage of x."""
     start = first - x.untyped_storage().data_ptr()
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage(), start, (length,), (1,))
+
+
+def _lock(home: Tensor, owner: Bundle) -> finalize | None:  # type: ignore[type-arg]
+    """Lock memory until the result is called, or the owner goes; None where it is. RuntimeError."""
+    if home.is_pinned():
+        return None
+    cuda = torch.cuda.cudart()
+    error = cuda.cudaHostRegister(home.data_ptr(), len(home), 0)
+    if error != cuda.cudaError.success:
+        raise RuntimeError(f"memory cannot be locked: {error}")
+    # which keeps the memory until it is unlocked; at the end of the process the driver does it
+    lock = finalize(owner, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home)
+    lock.atexit = False
+    return lock
+
+
+def _extent(group: list[Tensor]) -> tuple[int, int, list[Tensor]]:
+    """Address and bytes of memory that tensors share, and these."""
+    first = min(x.data_ptr() for x in group)
+    return first, max(_end(x) for x in group) - first, group
 
 
 def _end(x: Tensor) -> int:

@@ -22,7 +22,7 @@ from ..device.memory import ram
 from ..device.oom import CPU, OomFallback
 from ..model import Flux
 from ..text import TextEncoder
-from .bundle import Bundle, bundled
+from .bundle import Bundle, bundled, tensors_of
 from .components import Components
 from .placement import Placement, is_modulation, move, move_layers
 from .stream import Stream
@@ -50,6 +50,8 @@ class Streamed(Placement):
         self.budget = budget
         self._bundles: dict[int, tuple[object, list[Bundle]]] = {}
         """of a part's blocks, by the part, with the state of its layers that they were made of"""
+        self._aside: dict[int, Bundle] = {}
+        """what is never there as a whole, the modulation, by the part"""
         self._streams: dict[int, Stream] = {}
         """of the parts on the device"""
         self._uses = 0
@@ -84,13 +86,17 @@ class Streamed(Placement):
         self._uses += 1
         if limits:
             _, total = torch.cuda.mem_get_info(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self._index)
         try:
             yield
         finally:
             self._uses -= 1
             if limits:
-                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+                torch.cuda.set_per_process_memory_fraction(1.0, self._index)
+
+    @property
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
         stream = self._streams.get(id(self.components.flux))
@@ -106,7 +112,8 @@ class Streamed(Placement):
     def free(self, part: Any) -> None:
         if stream := self._streams.pop(id(part), None):
             stream.leave()
-        self._bundles.pop(id(part), None)
+        for kept in (self._bundles, self._aside):
+            kept.pop(id(part), None)  # type: ignore[attr-defined]
         super().free(part)
 
     def _exchange(self, parts: tuple[Any, ...]) -> None:
@@ -155,10 +162,13 @@ class Streamed(Placement):
         if self._is_stale(part) or id(part) not in self._bundles:
             made: list[Bundle] = []
             self._bundles[id(part)] = state, made
+            self._aside.pop(id(part), None)  # old ones unlock their memory
             for name, block in blocks.items():
                 layers = [x for inner, x in block.named_modules(prefix=name) if not is_modulation(inner)]
                 made.append(bundled(layers, partial(move_layers, block, self.device, name)))
                 self._pin(made[-1])
+            self._aside[id(part)] = aside = Bundle([x for _, x in tensors_of(_waiting(part))])
+            self._pin(aside)
         return self._bundles[id(part)][1]
 
     def _is_stale(self, part: Any) -> bool:
@@ -167,7 +177,8 @@ class Streamed(Placement):
 
     def _pin(self, bundle: Bundle) -> None:
         """Pin a block's memory at home, while that of all is below its share."""
-        pinned = sum(one.size for _, made in self._bundles.values() for one in made if one.is_pinned)
+        blocks = (one for _, made in self._bundles.values() for one in made)
+        pinned = sum(one.size for one in (*blocks, *self._aside.values()) if one.is_pinned)
         if self.device.type == "cuda" and pinned + bundle.size <= PINNED * ram():
             with suppress(RuntimeError):
                 bundle.pin()
@@ -176,6 +187,11 @@ class Streamed(Placement):
 def _inside(part: Any, name: str) -> Any:
     """The blocks of that name; none in a part that has no such (CLIP, which is small)."""
     return reduce(lambda module, key: getattr(module, key, ()), name.split("."), part)
+
+
+def _waiting(part: nn.Module) -> list[nn.Module]:
+    """The layers of modulation, of which a table of it copies one at a time."""
+    return [layer for name, layer in part.named_modules() if is_modulation(name)]
 
 
 def _state(part: Any) -> object:
