@@ -9,9 +9,9 @@ ms         of a step, the median of the second picture's without its first two
 resident   blocks that stay on the device; `copied_gb` of the others come at each step
 share      of the longest thing that has to happen in a step: its products (the step of the largest budget) or its
            copies (`copied_gb` over the rate of this run's `copy`), to `ms`. Goal: 0.9
-used_gib   what this process took of the card, CUDA's context included, at most, seen after each step
-peak_gib   of tensors, and of torch's allocator
-first_s    of the first picture, in which blocks are pinned and a forward's peak is found; `steps` in both
+used_gib   of the card, at most, seen after each step: CUDA's context, and what torch reserved for tensors
+first_s    of the first picture, in which blocks are locked and a forward's peak is found, and of the second; `steps`
+           in both
 pixels     a hash. `equal`: whether they are those of the largest budget
 
 `--shortage`: another process takes all memory that is free in the middle of a picture in that budget. Prints the time
@@ -43,7 +43,7 @@ from torch import Tensor
 
 from flux_core.device.budget import CONTEXT, bytes_of
 from flux_core.device.rates import measured
-from flux_core.kernels import install_decode
+from flux_core.kernels import install, install_decode
 from flux_core.pipeline import Components, Pipeline
 from flux_core.sampling import Step
 from flux_core.variants import VARIANTS, Variant
@@ -69,26 +69,30 @@ class Watch:
 
     def __init__(self, pipeline: Pipeline, also: Callable[[int], None] = lambda i: None) -> None:
         self.pipeline, self.also = pipeline, also
-        self.marks: list[float] = []
-        self.used = 0
+        self.marks: list[tuple[float, float]] = []
+        """when it was called, and when it returned"""
+        self.used = self.peak = self.reserved = 0
         self.places: dict[str, Any] = {}
 
     def __call__(self, step: Step) -> None:
         if self.pipeline.device.type == "cuda":
             torch.cuda.synchronize()
+        called = time.perf_counter()
+        if self.pipeline.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             self.used = max(self.used, total - free)
-        self.marks.append(time.perf_counter())
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.memory_reserved())
         for stream in self.pipeline.placement._streams.values():  # type: ignore[attr-defined]
             coming = [one.size for one in stream.bundles if id(one) not in stream.resident]
             pinned = sum(one.size for one in stream.bundles if one.is_pinned)
             self.places = {"resident": len(stream.resident), "copied_gb": sum(coming) / 1e9, "pinned_gb": pinned / 1e9}
-        self.also(len(self.marks))
-        self.marks[-1:] = [time.perf_counter()] if len(self.marks) == 1 else self.marks[-1:]
+        self.also(len(self.marks) + 1)
+        self.marks.append((called, time.perf_counter()))
 
     @property
     def seconds(self) -> list[float]:
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [after[0] - before[1] for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
 
 class Bench:
@@ -96,6 +100,7 @@ class Bench:
         self.args, self.dtype = args, dtype
         self.variant: Variant = tiny_variant(VARIANTS["flux-dev"]) if args.tiny else VARIANTS["flux-dev"]
         self.model = MODELS[dtype](self.variant.params, args.device).to("cpu")
+        install(self.model, torch.device(args.device))
         ae = random_autoencoder(self.variant, args.device)
         install_decode(ae, torch.device(args.device))
         self.components = Components(self.text, self.vector, self.model, ae.to("cpu"))
@@ -126,31 +131,28 @@ class Bench:
         return time.perf_counter() - began, watch, hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
     def budgets(self) -> None:
+        taken = 0
+        if self.args.device == "cuda":
+            self.release()
+            free, total = torch.cuda.mem_get_info()
+            taken = total - free - torch.cuda.memory_reserved()
         rates = measured(torch.device(self.args.device))
         copy = rates.copy if rates else float("inf")
-        self.say("rates", copy_gb=copy / 1e9, tera=rates.tera if rates else None)
+        self.say("rates", copy_gb=copy / 1e9, tera=rates.tera if rates else None, context_gib=taken / 2**30)
         products, pixels = 0.0, ""
         for budget in sorted(self.args.budgets, key=lambda x: -bytes_of(x, "--budgets")):
             self.release()
             pipeline = self.pipeline(budget)
             first, _, _ = self.draw(pipeline)
-            if self.args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            _, watch, found = self.draw(pipeline)
+            second, watch, found = self.draw(pipeline)
             ms = 1000 * statistics.median(watch.seconds[SETTLING - 1 :])
             products, pixels = products or ms, pixels or found
             longest = max(products, 1e12 * watch.places.get("copied_gb", 0.0) / copy)
-            figures = {
-                "budget": budget,
-                "ms": ms,
-                **watch.places,
-                "share": longest / ms,
-                "used_gib": watch.used / 2**30,
-            }
-            if self.args.device == "cuda":
-                kinds = {"tensors": torch.cuda.max_memory_allocated(), "allocator": torch.cuda.max_memory_reserved()}
-                figures["peak_gib"] = {kind: round(size / 2**30, 3) for kind, size in kinds.items()}
-            figures |= {"first_s": first, "steps": self.args.steps, "pixels": found, "equal": found == pixels}
+            sizes = {"used": watch.used, "reserved": watch.reserved, "tensors": watch.peak}
+            figures = {"budget": budget, "ms": ms, **watch.places, "share": longest / ms}
+            figures |= {f"{kind}_gib": size / 2**30 for kind, size in sizes.items()}
+            figures |= {"first_s": first, "second_s": second, "steps": self.args.steps}
+            figures |= {"pixels": found, "equal": found == pixels}
             self.say("budget", **figures)
             del pipeline, watch
 
