@@ -42,13 +42,25 @@ class View(NamedTuple):
     """its first byte in a buffer"""
 
 
+class Lock:
+    """Memory at home that is locked while this object is there."""
+
+    def __init__(self, home: Tensor) -> None:
+        """home: uint8. RuntimeError where it cannot be locked."""
+        cuda = torch.cuda.cudart()
+        error = cuda.cudaHostRegister(home.data_ptr(), len(home), 0)
+        if error != cuda.cudaError.success:
+            raise RuntimeError(f"memory cannot be locked: {error}")
+        # keeps the memory until it is unlocked; when the process ends, the driver does it
+        finalize(self, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home).atexit = False
+
+
 class Bundle:
     """The tensors of a module whose memory is at home."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.is_pinned = False
-        self.locks: list[Callable[[], object]] = []
-        """which give locked memory free"""
+        self.locks: list[Lock] = []
         self.entered: list[tuple[int, int]] = []
         """while it is in a buffer: address and version of each tensor, by which changes are seen"""
         self.copied: list[int] = []
@@ -83,7 +95,7 @@ class Bundle:
                 view._replace(home=_view(pinned, view)) if view.start < len(pinned) else view for view in self.views
             ]
             self.spans = [Span(pinned, 0), *self.spans[len(small) :]]
-        self.locks += [lock for home, _ in self.spans[bool(small) :] if (lock := _lock(home, self))]
+        self.locks += [Lock(home) for home, _ in self.spans[bool(small) :] if not home.is_pinned()]
         self.is_pinned = True
         self.leave()
 
@@ -101,9 +113,7 @@ class Bundle:
     def renew(self) -> None:
         """Take new memory that tensors got at home for their home: where a LoRA was merged into weights."""
         if not self.entered and any(view.tensor.data_ptr() != view.home.data_ptr() for view in self.views):
-            while self.locks:  # nothing is copied from there now: who writes weights has waited for the device
-                self.locks.pop()()
-            self.is_pinned, self.copied = False, []
+            self.is_pinned, self.locks, self.copied = False, [], []
             self._hold([view.tensor for view in self.views])
 
     def enter(self, buffer: Tensor) -> None:
@@ -125,12 +135,14 @@ class Bundle:
         self.entered = []
 
 
-def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None]) -> Bundle:
-    """The bundle of a block's layers, after `arrive` has moved them to their device once: there they choose how to
-    multiply, and may join their memory with that of branches.
+def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None], pin: Callable[[Bundle], None]) -> Bundle:
+    """The bundle of a block's layers, pinned, after `arrive` has moved them to their device once: there they choose how
+    to multiply, and may join their memory with that of branches.
 
     Home is where the tensors were before; memory that came about by the move is copied.
     """
+    first = Bundle([x for _, x in tensors_of(layers)])
+    pin(first)  # so that they arrive faster
     before = {place: x.data for place, x in tensors_of(layers)}
     arrive()  # which makes new objects of buffers
     places = {id(x): place for place, x in tensors_of(layers)}
@@ -144,7 +156,10 @@ def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None]) -> Bundle:
             home = torch.empty(there.size, dtype=torch.uint8, device="cpu")
             there.copy(home)
             there.enter(home)
-    return Bundle(tensors)
+    found = Bundle(tensors)
+    found.locks = first.locks
+    pin(found)
+    return found
 
 
 def _layout(x: Tensor) -> tuple[object, ...]:
@@ -178,20 +193,6 @@ def _bytes(x: Tensor, first: int, length: int) -> Tensor:
     """The bytes from an address on, in the storage of x."""
     start = first - x.untyped_storage().data_ptr()
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage(), start, (length,), (1,))
-
-
-def _lock(home: Tensor, owner: Bundle) -> finalize | None:  # type: ignore[type-arg]
-    """Lock memory until the result is called, or the owner goes; None where it is. RuntimeError."""
-    if home.is_pinned():
-        return None
-    cuda = torch.cuda.cudart()
-    error = cuda.cudaHostRegister(home.data_ptr(), len(home), 0)
-    if error != cuda.cudaError.success:
-        raise RuntimeError(f"memory cannot be locked: {error}")
-    # which keeps the memory until it is unlocked; at the end of the process the driver does it
-    lock = finalize(owner, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home)
-    lock.atexit = False
-    return lock
 
 
 def _extent(group: list[Tensor]) -> tuple[int, int, list[Tensor]]:

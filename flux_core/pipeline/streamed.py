@@ -165,8 +165,7 @@ class Streamed(Placement):
             self._aside.pop(id(part), None)  # old ones unlock their memory
             for name, block in blocks.items():
                 layers = [x for inner, x in block.named_modules(prefix=name) if not is_modulation(inner)]
-                made.append(bundled(layers, partial(move_layers, block, self.device, name)))
-                self._pin(made[-1])
+                made.append(bundled(layers, partial(move_layers, block, self.device, name), self._pin))
             self._aside[id(part)] = aside = Bundle([x for _, x in tensors_of(_waiting(part))])
             self._pin(aside)
         return self._bundles[id(part)][1]
