@@ -16,18 +16,23 @@ pixels     a hash. `equal`: whether they are those of the largest budget
 
 `--shortage`: another process takes all memory that is free in the middle of a picture in that budget. Prints the time
 of each step; `cost` is that of the step in which blocks went home, in steps behind it. `--elsewhere`: diffusers' group
-offloading on the same weights, if it is installed. `--tiny` runs small on any machine.
+offloading on the same weights, if it is installed. `--random N`: so many pictures of random budgets, sizes, plans and
+guidance with a tenth of the blocks, under a limit of the allocator; prints those that failed or had other pixels than
+with all memory. `--tiny` runs small on any machine.
 """
 
 import argparse
 import gc
 import hashlib
 import json
+import random
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,13 +47,17 @@ from random_parts import random_autoencoder, tiny_variant
 from torch import Tensor
 
 from flux_core.device.budget import CONTEXT, bytes_of
+from flux_core.device.plan import make_plan
 from flux_core.device.rates import measured
+from flux_core.hooks import Skip
 from flux_core.kernels import install, install_decode
 from flux_core.pipeline import Components, Pipeline
 from flux_core.sampling import Step
 from flux_core.variants import VARIANTS, Variant
 
 BUDGETS = ["6GiB", "8GiB", "12GiB", "16GiB", "24GiB", "80GiB"]
+NAMED = {"bf16": "bfloat16"}
+GUIDED = {"negative_prompt": "y", "true_cfg_scale": 2.0}
 SETTLING = 2
 """steps of a picture that are not counted: modulation is computed, and blocks find their places"""
 HOG = """
@@ -99,6 +108,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, dtype: str) -> None:
         self.args, self.dtype = args, dtype
         self.variant: Variant = tiny_variant(VARIANTS["flux-dev"]) if args.tiny else VARIANTS["flux-dev"]
+        if args.random:
+            fewer = replace(self.variant.params, depth=2, depth_single_blocks=4)
+            self.variant = replace(self.variant, params=fewer)
         self.model = MODELS[dtype](self.variant.params, args.device).to("cpu")
         install(self.model, torch.device(args.device))
         ae = random_autoencoder(self.variant, args.device)
@@ -181,6 +193,37 @@ class Bench:
         ms = [round(1000 * x, 1) for x in times]
         self.say("shortage", budget=self.args.shortage, ms=ms, cost=cost, equal=found == expected, **watch.places)
 
+    def random(self, number: int) -> None:
+        """Pictures in budgets from the smallest that `doctor` prints to one where all fits."""
+        draw, failed, began = random.Random(0), [], time.perf_counter()
+        sizes = [32, 48, 64] if self.args.tiny else [256, 512, 768, 1024, 1280]
+        whole = "1GB" if self.args.tiny else "80GiB"
+        expected: dict[str, str] = {}
+        for _ in range(number):
+            width, height = draw.choice(sizes), draw.choice(sizes)
+            how: dict[str, Any] = {"width": width, "height": height, "num_steps": draw.choice([2, 3])}
+            what = draw.choice(["nothing", "plan", "guidance"])
+            how |= {"plan": {"plan": [Skip(blocks="layer.1")]}, "guidance": GUIDED}.get(what, {})
+            rows, dtype = 1 + (what == "guidance"), NAMED.get(self.dtype, self.dtype)
+            plan = make_plan(self.variant, 0, dtype, None, width, height, rows)
+            most = round(1.1 * (plan.smallest + sum(plan.blocks)))
+            budget, request = str(draw.randint(plan.smallest, most)), json.dumps(how, default=str)
+            for size in dict.fromkeys([budget] if request in expected else [whole, budget]):
+                pipeline = self.pipeline(size)
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        image = pipeline.generate("x", 1, force=True, **how)[0]
+                except Exception as error:
+                    failed.append({"budget": size, "request": request, "error": str(error)[-300:]})
+                    continue
+                found = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+                if found != expected.setdefault(request, found):
+                    failed.append({"budget": size, "request": request, "pixels": "differ"})
+                del pipeline
+        seconds = time.perf_counter() - began
+        self.say("random", pictures=number, requests=len(expected), failed=len(failed), some=failed[:4], s=seconds)
+
     def elsewhere(self) -> None:
         """diffusers' group offloading, blocks or leaves, with a stream."""
         inputs = in_dtype_of(self.model, random_inputs(self.variant.params, 64, 512, self.args.device))
@@ -222,11 +265,15 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--shortage", metavar="BUDGET")
     parser.add_argument("--elsewhere", action="store_true")
+    parser.add_argument("--random", type=int, default=0, metavar="N")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     for dtype in args.dtype:
         bench = Bench(args, dtype)
+        if args.random:
+            bench.random(args.random)
+            continue
         bench.budgets()
         if args.shortage:
             bench.shortage()

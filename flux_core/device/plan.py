@@ -63,13 +63,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a step can be computed."""
-        return bool(self.slots) or len(self.resident) == len(self.blocks)
+        """Whether a picture can be drawn."""
+        return self.budget >= self.smallest
 
     @property
     def smallest(self) -> int:
-        """The least budget in which a step can be computed."""
-        return CONTEXT + self.outside + self.at_work + max(self.blocks)
+        """The least budget in which a step can be computed, and a picture decoded in one piece."""
+        step, decoding = self.outside + self.at_work + max(self.blocks), sum(self.autoencoder[:2])
+        return CONTEXT + max(step, decoding)
 
     @property
     def home(self) -> int:
@@ -89,6 +90,7 @@ def make_plan(
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
     network = _network(variant.params, dtype)
     image = -(-width // PATCH) * -(-height // PATCH)
+    autoencoder = autoencoder._replace(at_work=round(autoencoder.at_work * image / MEGAPIXEL_TOKENS))
     tokens = image + variant.max_text
     at_work = round(transformer.at_work * rows * tokens / (MEGAPIXEL_TOKENS + 512))
     outside = transformer.weights - transformer.aside - sum(network.sizes)
@@ -153,6 +155,7 @@ def describe(plan: Plan, steps: int, rates: Rates | None, others: Mapping[str, P
     yield _line("", _of_blocks(plan))
     yield _line("a forward", f"{_gb(plan.at_work)} beside weights")
     yield _line("autoencoder", f"{_gb(plan.autoencoder.weights)}, and {_gb(plan.autoencoder.at_work)} at work")
+    yield _line("smallest", f"{_gb(plan.smallest)}, of which {_gb(CONTEXT)} are CUDA's own")
     yield _line("CPU memory", f"{_gb(plan.home)} for all weights, at their turn on the card")
     work = f"{plan.tera:.0f} * 10^12 operations, {_gb(plan.streamed)} copied"
     if rates is None:
@@ -170,7 +173,7 @@ def _of_blocks(plan: Plan) -> str:
     """Which blocks stay on the card, in words."""
     number, stay = len(plan.blocks), len(plan.resident)
     if not plan.fits:
-        return f"too little for one block: it takes at least {_gb(plan.smallest)}"
+        return f"too little: it takes at least {_gb(plan.smallest)}"
     if stay == number:
         return "all blocks stay on the card"
     through = f"{plan.slots} buffer{'s' * (plan.slots > 1)} of {_gb(max(plan.blocks))}"

@@ -35,8 +35,10 @@ from .launch import dense_rows, opaque, operator
 from .products import Activated, is_mlp
 from .quantized import gelu_tanh
 
-NARROW_WARPS, WIDE_WARPS, WIDE = 8, 16, 8192
+NARROW_WARPS, WIDE_WARPS, WIDE = 4, 16, 8192
 """of a program for a token, and the features above which it is wide"""
+REGISTERS = 168
+"""of a thread, so that three programs of 15360 features run at a time"""
 
 
 def warps(width: int) -> int:
@@ -189,7 +191,7 @@ def join_gelu_kernel(
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, col = batch * tl.num_programs(0) + row, tl.arange(0, BLOCK_M)
     y = tl.load(hidden + batch * hidden_batch + row * hidden_row + col, mask=col < M, other=0.0).to(tl.float32)
-    y = rotated(gelu_tanh(y), BLOCK_M, GROUP)
+    y = rotated(gelu_tanh(y).to(hidden.dtype.element_ty).to(tl.float32), BLOCK_M, GROUP)
     largest = largest_of(y)
     if D > 0:
         own = tl.arange(0, BLOCK_D)
@@ -203,20 +205,89 @@ def join_gelu_kernel(
     tl.store(scales + at, scale)
 
 
-@operator("join_gelu_int8")
+@triton.jit
+def hadamard64(dtype: tl.constexpr):
+    """The rotation of 64 features: a number of it is negative where an odd number of digits in base 4 add up to 3."""
+    i = tl.arange(0, 64)
+    x = i[:, None] ^ i[None, :]
+    odd = ((x & 3) == 3) ^ ((x >> 2 & 3) == 3) ^ (x >> 4 == 3)
+    return tl.where(odd, -0.125, 0.125).to(dtype)
+
+
+@triton.jit
+def rotated64(x, own, h, ALL: tl.constexpr):
+    """x [N, 64], activated where it is not attention's own, and rotated. Rounded between, as without this kernel."""
+    y = gelu_tanh(x.to(tl.float32))
+    y = y if ALL else tl.where(own, x.to(tl.float32), y)
+    return tl.dot(y.to(x.dtype).to(h.dtype), h, input_precision="ieee")
+
+
+@triton.jit
+def bits(y):
+    return tl.abs(y).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def join_gelu_256_kernel(
+    attn, hidden, codes, scales, attn_batch, attn_row, hidden_batch, hidden_row,
+    D: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """`join_gelu_kernel` in groups of 256, each four times 64: products rotate 64, and the last stage adds
+    up the four, which lie in the registers of one thread. Numbers are twice those of the rotation."""
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    n, col = tl.arange(0, GROUPS)[:, None] * 256, tl.arange(0, 64)[None, :]
+    own, there = n < D, n < D + M
+    x = hidden + batch * hidden_batch + row * hidden_row + n - D + col
+    if D > 0:  # a choice of pointers hides that they are contiguous
+        x = tl.where(own, attn + batch * attn_batch + row * attn_row + n + col, x)
+        x = tl.multiple_of(tl.max_contiguous(x, (1, 64)), (1, 16))
+    a, b = tl.load(x, mask=there, other=0.0), tl.load(x + 64, mask=there, other=0.0)  # all, before a product waits
+    c, d = tl.load(x + 128, mask=there, other=0.0), tl.load(x + 192, mask=there, other=0.0)
+    h = hadamard64(UNITS)
+    a, b = rotated64(a, own, h, D == 0), rotated64(b, own, h, D == 0)
+    c, d = rotated64(c, own, h, D == 0), rotated64(d, own, h, D == 0)
+    both, less = a + b, a - b
+    a, b, c, d = both + c - d, both - c + d, less + c + d, c - less + d
+    largest = tl.maximum(tl.maximum(bits(a), bits(b)), tl.maximum(bits(c), bits(d)))
+    scale = scale_of(tl.max(tl.max(largest, axis=1), axis=0), 2 * LARGEST, SMALLEST)
+    at, inverse = batch * tl.num_programs(0) + row, 0.5 / scale
+    to = codes + at * (D + M) + n + col
+    tl.store(to, rounded(a * inverse), mask=there)
+    tl.store(to + 64, rounded(b * inverse), mask=there)
+    tl.store(to + 128, rounded(c * inverse), mask=there)
+    tl.store(to + 192, rounded(d * inverse), mask=there)
+    tl.store(scales + at, scale)
+
+
+def _joined(attn: Tensor, hidden: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    rows = empty_tokens(hidden, attn.shape[2] + hidden.shape[2])
+    return rows.codes, rows.scale
+
+
+@opaque("join_gelu_int8", _joined)
 def join_gelu_op(attn: Tensor, hidden: Tensor, group: int) -> tuple[Tensor, Tensor]:
     D, M = attn.shape[2], hidden.shape[2]
     attn, hidden = dense_rows(attn), dense_rows(hidden)
     rows = empty_tokens(hidden, D + M)
-    wrap_triton(join_gelu_kernel)[(hidden.shape[1], hidden.shape[0])](
-        attn, hidden, *rows, *attn.stride()[:2], *hidden.stride()[:2], D=D, M=M, BLOCK_D=block(D), BLOCK_M=block(M),
-        GROUP=group, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps(D + M),
-    )  # fmt: skip
+    grid, strides = (hidden.shape[1], hidden.shape[0]), (*attn.stride()[:2], *hidden.stride()[:2])
+    if group == 256:
+        units = tl.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else tl.float32
+        join_gelu_256_kernel[grid](
+            attn, hidden, *rows, *strides, D=D, M=M, GROUPS=max(16, triton.next_power_of_2((D + M) // 256)),
+            UNITS=units, LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4, maxnreg=REGISTERS,
+        )  # fmt: skip
+    else:
+        join_gelu_kernel[grid](
+            attn, hidden, *rows, *strides, D=D, M=M, BLOCK_D=block(D), BLOCK_M=block(M), GROUP=group,
+            LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps(D + M),
+        )  # fmt: skip
     return rows.codes, rows.scale
 
 
 def join_gelu(attn: Tensor, hidden: Tensor, group: int) -> QuantizedTokens:
-    """[attn | gelu(hidden)], rotated and quantized. [B, L, D], [B, L, M], both whole groups -> [B, L, D + M]"""
+    """[attn | gelu(hidden)], in their dtype, rotated and quantized. [B, L, D], [B, L, M], both whole groups ->
+    [B, L, D + M]"""
     return QuantizedTokens(*join_gelu_op(attn, hidden, group))
 
 
@@ -256,9 +327,11 @@ class Tiles(NamedTuple):
 BAND = 8
 """rows of tiles that neighbouring programs stay in, so that what they read is in the L2 cache"""
 LARGE, MIDDLE, SMALL = Tiles(128, 128, 128, 4, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 128, 4, 4)
-FEW_TOKENS = 64
+LOW = Tiles(64, 128, 128, 4, 4)
+FEW_TOKENS, TEXT_TOKENS = 64, 1024
+"""up to which SMALL, and LOW, have more programs for a card's units"""
 ROOMY = (9, 10)
-"""major versions of cards with the shared memory for two programs of LARGE (96 KiB each)"""
+"""major versions of cards with the shared memory for two programs of LARGE or LOW (96 KiB each)"""
 COPIES_TILES = 9
 """the first major version whose copy engine (TMA) brings tiles into shared memory, without registers for addresses"""
 ALIGNED = 16
@@ -269,6 +342,8 @@ def tiles(M: int, capability: tuple[int, int]) -> Tiles:
     """Sizes for M tokens on a card of that compute capability."""
     if M <= FEW_TOKENS:
         return SMALL
+    if capability[0] in ROOMY and M <= TEXT_TOKENS:
+        return LOW
     return LARGE if capability[0] in ROOMY else MIDDLE
 
 

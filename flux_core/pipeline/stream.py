@@ -1,7 +1,6 @@
 """The blocks of one network, some of them resident on a device, the others there only while they compute."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,7 +59,7 @@ class Stream:
                     f"{max(room, 0) / 1e9:.2f} GB are left for blocks of {self.smallest / 1e9:.2f} GB each. Next: a "
                     "larger --memory, or a smaller --dtype (nf4, then int8 or fp8)"
                 )
-            self.ring = Ring(self.device, number, self.smallest)
+            self.ring = Ring(self.device, number * self.smallest)
         self.settle(min(resident + self.ring_size, room))
 
     @property
@@ -71,9 +70,10 @@ class Stream:
     def settle(self, room: int) -> None:
         """Keep as many blocks resident as so many bytes take, beside the ring; without it, if they take all."""
         sizes = [bundle.size for bundle in self.bundles]
-        if self.ring is not None and sum(sizes) <= room:
+        most = room if self.limit is None else min(room, self.limit)
+        if self.ring is not None and sum(sizes) <= most:
             self._drop_ring()
-        room = min(room - self.ring_size, room if self.limit is None else self.limit)
+        room = min(room - self.ring_size, most)
         stay = spread(sizes, room)
         if sum(sizes[i] for i in stay) <= self.held <= room:
             return  # others of the same number would only have to be copied
@@ -115,7 +115,7 @@ class Stream:
     def _has_ring(self) -> bool:
         """Take memory for a ring, if there is any."""
         try:
-            self.ring = Ring(self.device, SLOTS, self.smallest)
+            self.ring = Ring(self.device, SLOTS * self.smallest)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -133,17 +133,16 @@ class Stream:
             self.end(block)
 
     def begin(self, block: Any) -> None:
-        """Bring a block, and begin to copy those that come next, as far as there are buffers for them."""
+        """Bring a block, and begin to copy those that come next, as far as there is room for them."""
         bundle = self.of[id(block)]
         self.current = id(bundle)
         if self.ring is None:
             return
-        free = len(self.ring.slots)
         if id(bundle) not in self.resident:
             self.ring.bring(bundle)
-            free -= 1
-        for following in islice(self._coming(bundle), free):
-            self.ring.prefetch(following)
+        for following in self._coming(bundle):
+            if not self.ring.prefetch(following):
+                break
 
     def _coming(self, bundle: Bundle) -> Iterator[Bundle]:
         """Blocks that are not resident, in the order in which they come after this one; those of the next forward,

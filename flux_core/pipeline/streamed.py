@@ -124,23 +124,31 @@ class Streamed(Placement):
         for part in self.components:
             if stream := self._streams.pop(id(part), None):
                 stream.leave()
-            if part not in parts or self._is_stale(part):  # new layers may be on the device
+            if self._is_stale(part):  # new layers may be on the device
                 move(part, CPU)
+            elif part not in parts:
+                self._send_home(part)
         empty_device_cache(self.device)
         for part in parts:
             self._enter(part)
         self._present = parts
 
+    def _send_home(self, part: Any) -> None:
+        if id(part) in self._bundles:  # its blocks are at home, and keep their way of multiplying on the device
+            move_layers(part, CPU, without=_prefixes(part))
+        else:
+            move(part, CPU)
+
     def _enter(self, part: Any) -> None:
         """Bring a part to the device: whole, if it fits, else with the blocks that fit. MemoryShortage."""
         if isinstance(part, TextEncoder):
             part.ready()
-        names = next((names for kind, names in BLOCKS.items() if isinstance(part, kind)), ())
-        blocks = {f"{name}.{i}": one for name in names for i, one in enumerate(_inside(part, name))}
-        if not blocks or getattr(part, "home", None) is not None or self._fits(part):
+        blocks = {f"{name}{i}": one for name in _prefixes(part) for i, one in enumerate(_inside(part, name))}
+        is_cut = id(part) in self._bundles and not self._is_stale(part)
+        if not blocks or getattr(part, "home", None) is not None or (not is_cut and self._fits(part)):
             move(part, self.device)
             return
-        move_layers(part, self.device, without=tuple(f"{name}." for name in names))
+        move_layers(part, self.device, without=_prefixes(part))
         stream = Stream(list(blocks.values()), self._bundled(part, blocks), self.device)
         stream.enter(self._room(), 0 if self.device.type == "cuda" else self._room())
         if not isinstance(part, Flux):
@@ -183,9 +191,14 @@ class Streamed(Placement):
                 bundle.pin()
 
 
-def _inside(part: Any, name: str) -> Any:
-    """The blocks of that name; none in a part that has no such (CLIP, which is small)."""
-    return reduce(lambda module, key: getattr(module, key, ()), name.split("."), part)
+def _prefixes(part: Any) -> tuple[str, ...]:
+    """How the names of a part's blocks begin: "double_blocks."."""
+    return next((tuple(f"{name}." for name in names) for kind, names in BLOCKS.items() if isinstance(part, kind)), ())
+
+
+def _inside(part: Any, prefix: str) -> Any:
+    """The blocks whose names begin so; none in a part that has no such (CLIP, which is small)."""
+    return reduce(lambda module, key: getattr(module, key, ()), prefix.removesuffix(".").split("."), part)
 
 
 def _waiting(part: nn.Module) -> list[nn.Module]:

@@ -96,12 +96,20 @@ def test_modulate(dim):
         near(int8.modulate(*args, layer), ops.modulate(*(a.double() for a in args)), layer.group)
 
 
+@DTYPES
 @pytest.mark.parametrize(("dim", "mlp_dim"), [(0, 256), (256, 1024), (3072, 12288), (64, 1088), (30, 61)])
-def test_join_gelu(dim, mlp_dim):
-    attn, product = draw(2, 3, dim, dtype=torch.bfloat16), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=torch.bfloat16)
+def test_join_gelu(dim, mlp_dim, dtype):
+    attn, product = draw(2, 3, dim, dtype=dtype), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=dtype)
     hidden, group = product[..., 3 * dim :], group_for(dim + mlp_dim)
-    exact = torch.cat((attn.double(), gelu(hidden.double())), dim=2)
-    near(int8.join_gelu(attn, hidden, group), exact, group)
+    exact = torch.cat((attn, gelu(hidden.double()).to(dtype)), dim=2)
+    found = int8.join_gelu(attn, hidden, group)
+    if CUDA or dtype == torch.float32:
+        near(found, exact.double(), group)
+    else:  # the interpreter cuts to bf16, and does not round
+        plain = quantize_rows(exact, group)
+        torch.testing.assert_close(found.scale, plain.scale, rtol=8e-3, atol=0)
+        off = (found.codes.int() - plain.codes.int()).abs()
+        assert off.max() <= 2 and (off > 0).double().mean() < 0.2
 
 
 # The product

@@ -78,7 +78,7 @@ def test_the_pixels_are_the_same_in_every_budget(format):
         assert addresses(loaded) == home
 
 
-def test_as_many_blocks_are_resident_as_fit_and_the_others_take_turns_in_two_buffers():
+def test_as_many_blocks_are_resident_as_fit_and_the_others_take_turns_in_room_for_two():
     loaded, seen = load(), []
     each = sizes(loaded)
     assert each[0] == each[1] > each[2] == each[3] == each[4]
@@ -95,7 +95,7 @@ def test_as_many_blocks_are_resident_as_fit_and_the_others_take_turns_in_two_buf
             stream = stream_of(pipeline)
             ring = stream.ring
             assert stream.held + (ring.size if ring else 0) <= pipeline.placement.budget
-            seen.append((len(stream.resident), len(ring.slots) if ring else 0))
+            seen.append((len(stream.resident), ring.size // each[0] if ring else 0))
 
         pipeline.generate("a red apple", 1, on_step=look, **FAST)
         assert set(seen) == {(resident, slots)}
@@ -240,23 +240,53 @@ def test_what_shares_memory_at_home_shares_it_in_a_buffer():
     assert wide.data_ptr() == home and layer.weight[0, 0] == 1  # what was written comes along
 
 
+class Counted(Bundle):
+    """A block of so many floats, and how often it was copied."""
+
+    def __init__(self, value, size=128):
+        super().__init__([torch.full((size,), float(value))])
+        self.copies = 0
+
+    def copy(self, buffer):
+        self.copies += 1
+        super().copy(buffer)
+
+    @property
+    def values(self):
+        return set(self.views[0].tensor.tolist())
+
+
 def test_a_block_that_is_on_its_way_is_not_copied_twice():
-    copies = []
+    blocks = [Counted(i) for i in range(4)]
+    ring = Ring(torch.device("cpu"), 2 * blocks[0].size)
+    for _ in range(2):
+        for i, one in enumerate(blocks):
+            ring.bring(one)
+            assert one.values == {i} and ring.prefetch(blocks[(i + 1) % 4]) and not ring.prefetch(blocks[(i + 2) % 4])
+            assert ring.memory.data_ptr() <= one.views[0].tensor.data_ptr() < ring.memory.data_ptr() + ring.size
+            ring.done(one)
+        ring.rest()
+    assert [one.copies for one in blocks] == [3, 2, 2, 2]  # the first is on its way again
+    blocks[0].views[0].tensor.fill_(7)  # at home: what was copied is not true any more
+    ring.bring(blocks[0])
+    assert blocks[0].values == {7} and blocks[0].copies == 4
 
-    class Counted(Bundle):
-        def copy(self, buffer):
-            copies.append(self)
-            super().copy(buffer)
 
-    a, b, c = (Counted([torch.full((3,), float(i))]) for i in range(3))
-    ring = Ring(torch.device("cpu"), 2, a.size)
-    for one, following in ((a, b), (b, c), (c, None)):
+def test_more_small_blocks_are_ahead_than_large_ones():
+    large, small = [Counted(i, 256) for i in range(2)], [Counted(2 + i) for i in range(5)]
+    ring = Ring(torch.device("cpu"), 2 * large[0].size)
+    ring.bring(large[0])
+    assert ring.prefetch(large[1]) and not ring.prefetch(small[0])
+    ring.done(large[0])
+    assert [ring.prefetch(one) for one in small] == [True, True, False, False, False]
+    ring.bring(large[1])
+    ring.done(large[1])
+    assert [ring.prefetch(one) for one in small] == [True, True, True, True, False]
+    for i, one in enumerate(small[:4]):
         ring.bring(one)
-        if following:
-            ring.prefetch(following)
-        assert one.views[0].tensor.data_ptr() in {slot.buffer.data_ptr() for slot in ring.slots}
-        ring.done(one)
-    assert copies == [a, b, c]
+        assert one.values == {2 + i}
+    ring.forget(small[0])
+    assert ring.prefetch(small[4]) and small[0].values == {2}
 
 
 @pytest.mark.parametrize(
@@ -306,3 +336,29 @@ def test_two_pipelines_of_a_process_take_turns():
     for _ in range(2):
         assert (draw(first), draw(second)) == expected
         assert not first.placement._present and second.placement._present
+
+
+def test_blocks_in_few_bits_choose_how_to_multiply_once(monkeypatch):
+    """Where they come: a move to the CPU would choose its way, and they do not come by moves again."""
+    from flux_core.linears.int8 import Int8Linear
+
+    loaded = load("int8")
+    pipeline = within(loaded, 3 * max(sizes(load())))
+    first = draw(pipeline)
+    monkeypatch.setattr(Int8Linear, "choose_matmul", lambda self: pytest.fail("chosen again"))
+    assert draw(pipeline) == first
+
+
+def test_blocks_that_went_home_when_memory_ran_out_do_not_come_to_stay():
+    loaded = load()
+    pipeline = within(loaded, sum(sizes(loaded)))
+
+    def look(step):
+        stream = stream_of(pipeline)
+        if not step.index:
+            assert stream.evict()
+        stream.settle(pipeline.placement.budget)
+        assert 1 <= len(stream.resident) <= 3 and stream.ring is not None
+
+    expected = draw(loaded)
+    assert pipeline.generate("a red apple", 1, on_step=look, **FAST)[0].tobytes() == expected
