@@ -17,6 +17,8 @@ from .rates import Rates
 
 SLOTS = 2
 """buffers through which blocks come and go"""
+EMBEDDED = 1_000_000_000
+"""bytes in which a model that ships is there whole, and at work"""
 MEGAPIXEL_TOKENS = 4096
 """of a picture's, for which `memory.TRANSFORMER` is"""
 
@@ -114,6 +116,17 @@ def make_plan(
         at_work,
         rows * flops / 1e12,
     )
+
+
+def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None) -> bool:
+    """Whether all parts may stay in so many bytes, with room for a picture of four megapixels.
+
+    dtype, t5_dtype: as in `make_plan`.
+    """
+    if variant.embedded:
+        return budget >= EMBEDDED
+    parts = shares(variant, dtype, t5_dtype)
+    return sum(part.weights for part in parts) + 4 * max(part.at_work for part in parts) <= budget
 
 
 @cache

@@ -6,6 +6,7 @@ each other: what shares memory at home (a weight and the factor of a LoRA behind
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -50,6 +51,8 @@ class Lock:
         cuda = torch.cuda.cudart()
         error = cuda.cudaHostRegister(home.data_ptr(), len(home), 0)
         if error != cuda.cudaError.success:
+            with suppress(RuntimeError):  # CUDA reports it to the next launch, too
+                torch.zeros(1, device="cuda")
             raise RuntimeError(f"memory cannot be locked: {error}")
         # keeps the memory until it is unlocked; when the process ends, the driver does it
         finalize(self, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home).atexit = False

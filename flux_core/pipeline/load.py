@@ -13,6 +13,7 @@ from ..checkpoint.identify import Part
 from ..device.budget import budget_of
 from ..device.choice import (
     OWN,
+    dtype_name,
     empty_device_cache,
     format_named,
     memory_errors,
@@ -20,6 +21,7 @@ from ..device.choice import (
     pick_dtype,
 )
 from ..device.oom import CPU, OomFallback
+from ..device.plan import is_whole
 from ..kernels import accelerate, can_fuse, install_decode
 from ..linears.int8 import has_int8_units
 from ..request.fields import T5_DEVICE
@@ -134,6 +136,9 @@ def load_pipeline(
     elif format:
         check_format(find_contents(flow_path(variant), "transformer"), format)
     t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
+    if budget is not None and not offload:
+        few, t5_few = (None if one == "gguf" else one for one in (format, t5.format))  # types in it differ
+        fallback.offload = not is_whole(variant, budget, few or dtype_name(kind), t5_few)
     for one in dict.fromkeys([(format, place), (t5.format, t5.home or place)]):
         _note_widening(*one)
     kept = find_kept(folder, variant, t5, place, kind) if folder else None

@@ -42,7 +42,8 @@ _ALIVE: "WeakSet[Streamed]" = WeakSet()
 class Streamed(Placement):
     """Parts take turns in so many bytes of the device's memory: the most that the process may hold while they compute.
 
-    Where a process has several such placements, all their parts take turns.
+    Where a process has several such placements, all their parts take turns. Until the fallback's `offload` is on, all
+    parts are there, as without a budget, and only the limit holds.
     """
 
     def __init__(self, components: Components, fallback: OomFallback, budget: int) -> None:
@@ -58,13 +59,12 @@ class Streamed(Placement):
         """contexts of `using` that are open"""
         _ALIVE.add(self)
 
-    @property
-    def is_fixed(self) -> bool:
-        return False
-
     @contextmanager
     def using(self, *parts: Any) -> Iterator[None]:
         with self._limited():
+            if self.is_fixed:
+                yield
+                return
             if self._present != parts or any(self._is_stale(part) for part in parts):
                 self._exchange(parts)
             for stream in self._streams.values():
@@ -124,20 +124,14 @@ class Streamed(Placement):
         for part in self.components:
             if stream := self._streams.pop(id(part), None):
                 stream.leave()
-            if self._is_stale(part):  # new layers may be on the device
+            if id(part) not in self._bundles or self._is_stale(part):  # layers may be on the device
                 move(part, CPU)
-            elif part not in parts:
-                self._send_home(part)
+            elif part not in parts:  # blocks are at home, and keep the way in which they multiply on the device
+                move_layers(part, CPU, without=_prefixes(part))
         empty_device_cache(self.device)
         for part in parts:
             self._enter(part)
         self._present = parts
-
-    def _send_home(self, part: Any) -> None:
-        if id(part) in self._bundles:  # its blocks are at home, and keep their way of multiplying on the device
-            move_layers(part, CPU, without=_prefixes(part))
-        else:
-            move(part, CPU)
 
     def _enter(self, part: Any) -> None:
         """Bring a part to the device: whole, if it fits, else with the blocks that fit. MemoryShortage."""

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux_core.device.budget import CONTEXT
 from flux_core.device.memory import shares
-from flux_core.device.plan import describe, make_plan
+from flux_core.device.plan import EMBEDDED, describe, is_whole, make_plan
 from flux_core.device.rates import Rates
 from flux_core.main import main
 from flux_core.model import Flux
@@ -93,3 +93,10 @@ def test_the_page_says_what_the_code_plans():
         plans = [planned(budget * GB, dtype) for budget in (6, 8, 12, 16, 24)]
         cells = (f"{len(x.resident)} of 57 stay, {x.streamed / 1e9:.1f} GB a step" * bool(x.streamed) for x in plans)
         assert f"| {title} | {' | '.join(cell or 'all stay' for cell in cells)} |" in page
+
+
+def test_what_fits_whole_stays_whole():
+    mini = get_variant("flux-mini")
+    assert is_whole(mini, EMBEDDED, "float32", None) and not is_whole(mini, EMBEDDED - 1, "float32", None)
+    for dtype, t5, least in (("bfloat16", None, 40), ("int8", None, 31), ("nf4", "nf4", 17)):
+        assert is_whole(DEV, (least + 1) * GB, dtype, t5) and not is_whole(DEV, (least - 1) * GB, dtype, t5)

@@ -362,3 +362,13 @@ def test_blocks_that_went_home_when_memory_ran_out_do_not_come_to_stay():
 
     expected = draw(loaded)
     assert pipeline.generate("a red apple", 1, on_step=look, **FAST)[0].tobytes() == expected
+
+
+def test_where_all_fits_nothing_moves_until_memory_runs_out():
+    loaded = load("int8")
+    expected = draw(loaded)
+    budget = 3 * max(sizes(load()))
+    pipeline = Pipeline(loaded.variant, loaded.components, DEVICE, torch.float32, budget=budget)
+    assert draw(pipeline) == expected and pipeline.placement.is_fixed and not pipeline.placement._bundles
+    pipeline.fallback.offload = True  # as out of memory does
+    assert draw(pipeline) == expected and not pipeline.placement.is_fixed and pipeline.placement._bundles
