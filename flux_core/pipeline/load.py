@@ -115,8 +115,8 @@ def load_pipeline(
     (`request.fields.FORMATS`). t5_dtype: likewise for T5's; by itself that of the model. t5_device: "cpu", and T5 never
     visits the device. keep_embeddings: a folder for encoded prompts, True for the one beside the hub's cache; T5 is
     loaded when a prompt is not there. memory: bytes of the device, as in "8GB", or "auto": what is free less `reserve`;
-    where not all fit, parts take turns, and blocks that find no room come when they compute (`streamed.py`). files: your own instead
-    of the model's, as in `checkpoint.with_files`: `model`, `ae`, `clip_l`, `t5xxl`.
+    where not all fit, parts take turns, and blocks that find no room come when they compute (`streamed.py`). files:
+    your own instead of the model's, as in `checkpoint.with_files`: `model`, `ae`, `clip_l`, `t5xxl`.
     """
     T5_DEVICE.parse(t5_device)
     variant = name if isinstance(name, Variant) else with_files(name, **files)
