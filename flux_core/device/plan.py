@@ -17,6 +17,8 @@ from .rates import Rates
 
 SLOTS = 2
 """buffers through which blocks come and go"""
+GAPS = 250_000_000
+"""bytes at work for the smallest picture: workspaces of cuBLAS, and gaps between tensors in the allocator's pieces"""
 EMBEDDED = 1_000_000_000
 """bytes in which a model that ships is there whole, and at work"""
 MEGAPIXEL_TOKENS = 4096
@@ -92,9 +94,9 @@ def make_plan(
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
     network = _network(variant.params, dtype)
     image = -(-width // PATCH) * -(-height // PATCH)
-    autoencoder = autoencoder._replace(at_work=round(autoencoder.at_work * image / MEGAPIXEL_TOKENS))
+    autoencoder = autoencoder._replace(at_work=max(GAPS, round(autoencoder.at_work * image / MEGAPIXEL_TOKENS)))
     tokens = image + variant.max_text
-    at_work = round(transformer.at_work * rows * tokens / (MEGAPIXEL_TOKENS + 512))
+    at_work = max(GAPS, round(transformer.at_work * rows * tokens / (MEGAPIXEL_TOKENS + 512)))
     outside = transformer.weights - transformer.aside - sum(network.sizes)
     room = budget - CONTEXT - outside - at_work
     slots, resident = 0, spread(network.sizes, room)

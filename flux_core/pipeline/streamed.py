@@ -21,6 +21,7 @@ from ..device.choice import empty_device_cache
 from ..device.memory import ram
 from ..device.oom import CPU, OomFallback
 from ..model import Flux
+from ..terminal import note
 from ..text import TextEncoder
 from .bundle import Bundle, bundled, tensors_of
 from .components import Components
@@ -170,11 +171,22 @@ class Streamed(Placement):
                 made.append(bundled(layers, partial(move_layers, block, self.device, name), self._pin))
             self._aside[id(part)] = aside = Bundle([x for _, x in tensors_of(_waiting(part))])
             self._pin(aside)
+            self._say_where(made)
         return self._bundles[id(part)][1]
 
     def _is_stale(self, part: Any) -> bool:
         state, _ = self._bundles.get(id(part), (_state(part), []))
         return state != _state(part)
+
+    def _say_where(self, blocks: list[Bundle]) -> None:
+        """A line on blocks that are slower to copy."""
+        slow = sum(one.size for one in blocks if not one.is_pinned)
+        if slow and self.device.type == "cuda":
+            locked = sum(one.size for one in blocks) - slow
+            note(
+                f"{locked / 1e9:.1f} GB of blocks are locked in the CPU's memory, {PINNED:.0%} of it at most; "
+                f"{slow / 1e9:.1f} GB come from where they are, mapped files included, which is slower"
+            )
 
     def _pin(self, bundle: Bundle) -> None:
         """Pin a block's memory at home, while that of all is below its share."""
