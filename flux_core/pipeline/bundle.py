@@ -52,7 +52,7 @@ class Lock:
         error = cuda.cudaHostRegister(home.data_ptr(), len(home), 0)
         if error != cuda.cudaError.success:
             with suppress(RuntimeError):  # CUDA reports it to the next launch, too
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, dtype=torch.uint8, device="cuda")
             raise RuntimeError(f"memory cannot be locked: {error}")
         # keeps the memory until it is unlocked; when the process ends, the driver does it
         finalize(self, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home).atexit = False

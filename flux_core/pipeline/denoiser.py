@@ -79,8 +79,16 @@ class Denoiser:
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            with placement.using(model):
-                return flow(x, sigma)
+            while True:
+                try:
+                    with placement.using(model):
+                        return flow(x, sigma)
+                except (RuntimeError, MemoryError) as error:
+                    if run is not None or not is_out_of_memory(error):  # a run would count the forward twice
+                        raise
+                    failure = error.with_traceback(None)  # which holds the forward's tensors
+                if not placement.evict(model):
+                    raise failure
 
         return velocity
 

@@ -56,6 +56,10 @@ class Placement:
         """The blocks in order, each with its weights on the device until the next is requested."""
         return iter(blocks)
 
+    def evict(self, part: Any) -> bool:
+        """Free some of the memory that a part has on the device. Whether there was any that it can do without."""
+        return False
+
     def _exchange(self, parts: tuple[Any, ...]) -> None:
         self._present = ()  # until all moves are made: one may run out of memory
         for part in self.components:

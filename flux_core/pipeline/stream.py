@@ -102,13 +102,21 @@ class Stream:
             return None
 
     def evict(self) -> bool:
-        """Send a few resident blocks home for good, but not the one that computes. Returns whether there were any."""
-        while keys := [key for key in self.resident if key != self.current][-EVICTED:]:
+        """Send a few resident blocks home for good, last the one that computes, which then comes as the others do.
+
+        Returns whether there were any.
+        """
+        while keys := [key for key in self.resident if key != self.current][-EVICTED:] or list(self.resident):
+            bundles = [self.resident[key][0] for key in keys]
             for key in keys:
                 self._release(key)
             self.limit = self.held
             empty_device_cache(self.device)
             if self.ring is not None or self._has_ring():
+                assert self.ring is not None
+                for bundle in bundles:
+                    if id(bundle) == self.current:
+                        self.ring.bring(bundle)
                 return True
         return False
 
@@ -157,6 +165,7 @@ class Stream:
 
     def rest(self) -> None:
         """Between two forwards blocks that are not resident are at home, where numbers in them may be set."""
+        self.current = None
         if self.ring is not None:
             self.ring.rest()
 

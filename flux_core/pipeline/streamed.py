@@ -1,8 +1,8 @@
 """Networks in a device's memory as far as a budget goes; the blocks that have no room come when they compute.
 
 Parts take turns, as with `--offload`. Of the part whose turn it is, everything but its blocks comes to the device, and
-of its blocks as many as fit; the others go through a ring of two buffers (`ring.py`), one computing while the next is
-copied. So the bits are those of a model that is there whole: the same kernels on the same numbers.
+of its blocks as many as fit; the others go through a ring (`ring.py`), some computing while the next are copied. So the
+bits are those of a model that is there whole: the same kernels on the same numbers.
 
 What a forward needs beside weights is not guessed: on CUDA the first one runs with no block resident, and its peak says
 how many have room. Where an allocation fails all the same, two of them go home, and that block is computed again.
@@ -103,6 +103,10 @@ class Streamed(Placement):
         stream = self._streams.get(id(self.components.flux))
         return iter(blocks) if stream is None else stream.fetch(blocks)
 
+    def evict(self, part: Any) -> bool:
+        stream = self._streams.get(id(part))
+        return stream is not None and stream.evict()
+
     def _learn(self, parts: tuple[Any, ...]) -> None:
         """Keep as many blocks resident as the forward's peak leaves room for."""
         spare = self.budget - torch.cuda.max_memory_allocated(self.device)
@@ -161,14 +165,17 @@ class Streamed(Placement):
 
     def _bundled(self, part: Any, blocks: dict[str, nn.Module]) -> list[Bundle]:
         """The blocks' bundles, made when the part first comes, and again when its layers were exchanged."""
-        state = _state(part)
         if self._is_stale(part) or id(part) not in self._bundles:
             made: list[Bundle] = []
-            self._bundles[id(part)] = state, made
+            self._bundles[id(part)] = _state(part), made
             self._aside.pop(id(part), None)  # old ones unlock their memory
-            for name, block in blocks.items():
-                layers = [x for inner, x in block.named_modules(prefix=name) if not is_modulation(inner)]
-                made.append(bundled(layers, partial(move_layers, block, self.device, name), self._pin))
+            try:
+                for name, block in blocks.items():
+                    layers = [x for inner, x in block.named_modules(prefix=name) if not is_modulation(inner)]
+                    made.append(bundled(layers, partial(move_layers, block, self.device, name), self._pin))
+            except BaseException:
+                del self._bundles[id(part)]
+                raise
             self._aside[id(part)] = aside = Bundle([x for _, x in tensors_of(_waiting(part))])
             self._pin(aside)
             self._say_where(made)

@@ -1,10 +1,12 @@
 """A budget of a device's memory: whatever it is, the same pixels; blocks are there while they compute, and go home."""
 
 import weakref
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from capped import Capped
 from random_lora import factors, write
 from torch import nn
 
@@ -17,6 +19,7 @@ from flux_core.main import main
 from flux_core.pipeline import Pipeline, load_pipeline
 from flux_core.pipeline.bundle import Bundle
 from flux_core.pipeline.ring import Ring
+from flux_core.request.generation import GenerationRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
 DEVICE = torch.device("cpu", 0)
@@ -372,3 +375,27 @@ def test_where_all_fits_nothing_moves_until_memory_runs_out():
     assert draw(pipeline) == expected and pipeline.placement.is_fixed and not pipeline.placement._bundles
     pipeline.fallback.offload = True  # as out of memory does
     assert draw(pipeline) == expected and not pipeline.placement.is_fixed and pipeline.placement._bundles
+
+
+@pytest.mark.parametrize("number", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_budgets_under_an_allocator_that_runs_out(number):
+    """Blocks take all of the budget first, so what a forward needs has to be freed, in the middle of it."""
+    loaded, random, least, failures = load(), Random(0), {}, 0
+    for _ in range(number):
+        guided = {"negative_prompt": "a pig", "true_cfg_scale": 2.0} if random.random() < 0.3 else {}
+        size = {"width": random.choice([32, 64, 128]), "height": random.choice([32, 64, 128])}
+        request = GenerationRequest(prompt="a red apple", seed=1, **FAST | size, **guided)
+        key = request.model_dump_json()
+        if key not in least:
+            expected = loaded.denoiser.denoise([request])
+            with torch.no_grad(), Capped() as allocator:
+                within(loaded, 2 * max(sizes(loaded))).denoiser.denoise([request])
+            least[key] = expected, allocator.peak
+        expected, smallest = least[key]
+        budget = random.randint(smallest, smallest + 2 * sum(sizes(loaded)))
+        pipeline = within(loaded, budget)
+        with torch.no_grad(), Capped(budget) as allocator:
+            found = pipeline.denoiser.denoise([request])
+        assert torch.equal(found, expected), (budget, smallest, key)
+        failures += allocator.failures
+    assert failures > number // 4
