@@ -32,4 +32,8 @@ def budget_of(memory: str | None, reserve: str | None, device: torch.device) -> 
     if device.type != "cuda":
         raise UsageError(f"--memory is for a card's memory: on {device} there is none. Next: leave --memory out")
     # what is free was measured with a context
-    return torch.cuda.mem_get_info(device)[0] - left if size is None else size - CONTEXT
+    budget = torch.cuda.mem_get_info(device)[0] - left if size is None else size - CONTEXT
+    if budget <= 0:
+        why = f"CUDA itself takes {CONTEXT / 1e9:.1f} GB" if size else f"{left / 1e9:.1f} GB are reserved"
+        raise UsageError(f"--memory {memory} leaves nothing for a model: {why}. Next: a larger one, or another device")
+    return budget

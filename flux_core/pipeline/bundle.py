@@ -55,7 +55,12 @@ class Lock:
                 torch.zeros(1, dtype=torch.uint8, device="cuda")
             raise RuntimeError(f"memory cannot be locked: {error}")
         # keeps the memory until it is unlocked; when the process ends, the driver does it
-        finalize(self, lambda home: cuda.cudaHostUnregister(home.data_ptr()), home).atexit = False
+        finalize(self, _unlock, home).atexit = False
+
+
+def _unlock(home: Tensor) -> None:
+    torch.cuda.synchronize()  # a copy from there may be on its way
+    torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
 
 class Bundle:
@@ -100,7 +105,7 @@ class Bundle:
             self.spans = [Span(pinned, 0), *self.spans[len(small) :]]
         self.locks += [Lock(home) for home, _ in self.spans[bool(small) :] if not home.is_pinned()]
         self.is_pinned = True
-        self.leave()
+        self._point_home()
 
     def copy(self, buffer: Tensor) -> None:
         """Copy its bytes into a buffer, queued on the current stream."""
@@ -129,13 +134,19 @@ class Bundle:
         """Point the module's tensors at their memory at home.
 
         Those that were written in the buffer are copied first: the scales of LoRAs, weights that one is merged into.
+        Nothing happens at home, where they may have got new memory.
         """
-        for view, entered in zip(self.views, self.entered, strict=bool(self.entered)):
+        if not self.entered:
+            return
+        for view, entered in zip(self.views, self.entered, strict=True):
             if entered != (view.tensor.data_ptr(), view.tensor._version):
                 view.home.copy_(view.tensor)
+        self._point_home()
+        self.entered = []
+
+    def _point_home(self) -> None:
         for view in self.views:
             view.tensor.data = view.home
-        self.entered = []
 
 
 def bundled(layers: Sequence[nn.Module], arrive: Callable[[], None], pin: Callable[[Bundle], None]) -> Bundle:

@@ -38,6 +38,8 @@ class Ring:
         self.places: list[_Place] = []
         """in the order in which they came"""
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:  # which may still write when nobody holds the ring any more
+            self.memory.record_stream(self.stream)
         self.free: list[tuple[int, int, torch.cuda.Event]] = []
         """bytes from and to which may be written after an event"""
         self._mark(0, size)  # work on what had that memory before may be queued
@@ -51,6 +53,7 @@ class Ring:
         """A block's tensors are on the device from here on, for what is queued on the current stream."""
         place = self._place_of(bundle) or self._copied(bundle)
         if not bundle.is_current:
+            bundle.leave()
             self._copy(place)
         if place.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(place.copied)

@@ -104,7 +104,7 @@ class Stream:
     def evict(self) -> bool:
         """Send a few resident blocks home for good, last the one that computes, which then comes as the others do.
 
-        Returns whether there were any.
+        Returns whether there were any, and there is a ring.
         """
         while keys := [key for key in self.resident if key != self.current][-EVICTED:] or list(self.resident):
             bundles = [self.resident[key][0] for key in keys]
@@ -122,12 +122,14 @@ class Stream:
 
     def _has_ring(self) -> bool:
         """Take memory for a ring, if there is any."""
-        try:
-            self.ring = Ring(self.device, SLOTS * self.smallest)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        return self.ring is not None
+        for number in range(SLOTS, 0, -1):
+            try:
+                self.ring = Ring(self.device, number * self.smallest)
+                return True
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        return False
 
     def _release(self, key: int) -> None:
         bundle, _ = self.resident.pop(key)
@@ -144,10 +146,13 @@ class Stream:
         """Bring a block, and begin to copy those that come next, as far as there is room for them."""
         bundle = self.of[id(block)]
         self.current = id(bundle)
+        if id(bundle) not in self.resident:
+            if self.ring is None and not self._has_ring():
+                raise torch.OutOfMemoryError(f"out of memory: there are no {self.smallest / 1e9:.2f} GB for a block")
+            assert self.ring is not None
+            self.ring.bring(bundle)
         if self.ring is None:
             return
-        if id(bundle) not in self.resident:
-            self.ring.bring(bundle)
         for following in self._coming(bundle):
             if not self.ring.prefetch(following):
                 break

@@ -85,10 +85,10 @@ class Streamed(Placement):
         """A context in which torch takes no more of the device than the budget, gaps between tensors included."""
         limits = self.device.type == "cuda" and not self._uses
         self._uses += 1
-        if limits:
-            _, total = torch.cuda.mem_get_info(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self._index)
         try:
+            if limits:
+                _, total = torch.cuda.mem_get_info(self.device)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self._index)
             yield
         finally:
             self._uses -= 1

@@ -10,7 +10,7 @@ from capped import Capped
 from random_lora import factors, write
 from torch import nn
 
-from flux_core.device.budget import bytes_of
+from flux_core.device.budget import CONTEXT, budget_of, bytes_of
 from flux_core.device.plan import spread
 from flux_core.errors import MemoryShortage, UsageError
 from flux_core.hooks import Custom, Lora, Skip
@@ -19,6 +19,7 @@ from flux_core.main import main
 from flux_core.pipeline import Pipeline, load_pipeline
 from flux_core.pipeline.bundle import Bundle
 from flux_core.pipeline.ring import Ring
+from flux_core.pipeline.stream import Stream
 from flux_core.request.generation import GenerationRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
@@ -177,6 +178,58 @@ def test_a_lora_is_merged_into_blocks_that_were_there(tmp_path, budget):
     assert near(draw(pipeline), draw(plain))
     ours.remove(), theirs.remove()
     assert near(draw(pipeline), draw(plain))
+
+
+def test_a_lora_is_merged_after_a_picture_that_was_left_in_the_middle(tmp_path):
+    """Then blocks are still in the ring, at rest."""
+    file = write(tmp_path / "some.safetensors", factors(load().model.params))
+    loaded, plain = load(), load()
+    pipeline, before = within(loaded, 2 * max(sizes(load()))), draw(plain)
+
+    def leave(step):
+        raise KeyboardInterrupt
+
+    def left():
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.generate("a red apple", 1, on_step=leave, **FAST)
+
+    left()
+    ours, theirs = (one.load_lora(file, 0.5, merge=True) for one in (pipeline, plain))
+    assert near(draw(pipeline), draw(plain)) and not near(draw(plain), before)
+    left()
+    ours.scale = theirs.scale = 0.25
+    assert near(draw(pipeline), draw(plain))
+    left()
+    ours.remove()
+    assert near(draw(pipeline), before)
+
+
+def test_no_block_computes_at_home(monkeypatch):
+    """Where memory was taken that the budget promised: blocks that found none come through a ring."""
+    loaded = load()
+    expected, each = draw(loaded), sizes(loaded)
+    pipeline, taken = within(loaded, sum(each)), []
+    begin = Stream.begin
+
+    def watched(stream, block):
+        if not taken and stream.ring is None:
+            stream.settle(each[0])  # as if little had been left
+            taken.append(len(stream.resident))
+        begin(stream, block)
+        bundle = stream.of[id(block)]
+        assert bundle.entered and (id(bundle) in stream.resident or stream.ring is not None)
+
+    monkeypatch.setattr(Stream, "begin", watched)
+    assert draw(pipeline) == expected and taken == [1]
+
+
+def test_numbers_written_to_a_block_in_the_ring_stay_when_it_is_brought_again():
+    one = Counted(1)
+    ring = Ring(torch.device("cpu"), one.size)
+    ring.bring(one)
+    one.views[0].tensor.fill_(7)
+    ring.bring(one)
+    assert one.values == {7}
 
 
 class Fails:
@@ -399,3 +452,10 @@ def test_random_budgets_under_an_allocator_that_runs_out(number):
         assert torch.equal(found, expected), (budget, smallest, key)
         failures += allocator.failures
     assert failures > number // 4
+
+
+def test_a_budget_that_cuda_takes_for_itself_is_refused():
+    card = torch.device("cuda")
+    assert budget_of(str(CONTEXT + 1), None, card) == 1
+    with pytest.raises(UsageError, match=r"--memory 0\.5GB leaves nothing for a model: CUDA itself takes 0\.9 GB"):
+        budget_of("0.5GB", None, card)
