@@ -142,3 +142,30 @@ def test_the_cost_of_a_second_prompt():
     figures = {line["what"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert figures.keys() == {"one batch", "two passes", "thresholded"}
     assert figures["two passes"]["ratio"] == 1 and figures["one batch"]["ms"] > 0
+
+
+def test_steps_in_a_budget():
+    rates, *lines = lines_of("memory.py", "--budgets", "2MB,700KB", "--steps", "4")
+    assert rates["what"] == "rates" and [line["budget"] for line in lines] == ["2MB", "700KB"]
+    assert [line["copied_gb"] > 0 for line in lines] == [False, True] and all(line["equal"] for line in lines)
+
+
+@pytest.mark.slow
+def test_random_budgets():
+    lines = lines_of("memory.py", "--dtype", "bf16,int8", "--random", "20")
+    assert [(line["pictures"], line["failed"]) for line in lines] == [(20, 0), (20, 0)]
+
+
+@pytest.mark.slow
+def test_a_cold_picture(tmp_path):
+    command = [sys.executable, BENCHMARKS / "cold_picture.py", tmp_path, "--tiny", "--steps", "1", "--runs"]
+    done = subprocess.run([*command, "--dtype float32", "Q4_K"], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line]
+    assert [(line["code"], line["pictures"]) for line in lines] == [(0, 1), (0, 1)]
+
+
+@pytest.mark.slow
+def test_the_error_of_formats_at_full_size():
+    first, *lines = lines_of("velocity_error.py", "--name", "flux-dev")
+    assert first["error"] == {"kernels": 0, "plain": 0} and lines[0]["format"] == "fp8"
+    assert all(line["error"]["kernels"] > 0 for line in lines)
