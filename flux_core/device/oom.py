@@ -62,3 +62,16 @@ class OomFallback:
     def _can_add(self, measure: Measure) -> bool:
         """Whether a measure is off and would free memory: on a CPU, offloading to the CPU would not."""
         return not getattr(self, measure) and not (measure == "offload" and self.device == CPU)
+
+
+def retried(work: Callable[[], T], free: Callable[[], bool]) -> T:
+    """The result of `work()`, called again when memory runs out, as long as `free()` finds some to free."""
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # which holds the work's tensors
+        if not free():
+            raise failure

@@ -73,8 +73,8 @@ class Plan:
     @property
     def smallest(self) -> int:
         """The least budget in which a step can be computed, and a picture decoded in one piece."""
-        step, decoding = self.outside + self.at_work + max(self.blocks), sum(self.autoencoder[:2])
-        return CONTEXT + max(step, decoding)
+        step = self.outside + self.at_work + max(self.blocks)
+        return CONTEXT + max(step, self.autoencoder.weights + self.autoencoder.at_work)
 
     @property
     def home(self) -> int:

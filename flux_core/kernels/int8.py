@@ -233,8 +233,8 @@ def join_gelu_256_kernel(
     D: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """`join_gelu_kernel` in groups of 256, each four times 64: products rotate 64, and the last stage adds
-    up the four, which lie in the registers of one thread. Numbers are twice those of the rotation."""
+    """`join_gelu_kernel` in groups of 256, each four times 64: products rotate 64, and the last stage adds up the four,
+    which lie in the registers of one thread. Numbers are twice those of the rotation."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, col = tl.arange(0, GROUPS)[:, None] * 256, tl.arange(0, 64)[None, :]
     own, there = n < D, n < D + M
@@ -398,11 +398,8 @@ def product_op(
     weight = dense_rows(weight)
     out = torch.empty((len(codes), len(weight)), dtype=dtype, device=codes.device)
     capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (0, 0)
-    size, described = (
-        tiles(len(codes), capability),
-        capability[0] >= COPIES_TILES and all(map(is_aligned, (codes, weight, out))),
-    )
-    product_of_tiles(codes, scale, weight, weight_scale, bias, out, size, described)
+    described = capability[0] >= COPIES_TILES and all(map(is_aligned, (codes, weight, out)))
+    product_of_tiles(codes, scale, weight, weight_scale, bias, out, tiles(len(codes), capability), described)
     return out
 
 

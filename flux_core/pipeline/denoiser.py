@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..device.choice import compile_errors, empty_device_cache
+from ..device.oom import retried
 from ..errors import is_out_of_memory
 from ..hooks import Custom, HookRun
 from ..model import Adapt
@@ -78,17 +79,14 @@ class Denoiser:
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 
+        def step(x: Tensor, sigma: float) -> Tensor:
+            with placement.using(model):
+                return flow(x, sigma)
+
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            while True:
-                try:
-                    with placement.using(model):
-                        return flow(x, sigma)
-                except (RuntimeError, MemoryError) as error:
-                    if run is not None or not is_out_of_memory(error):  # a run would count the forward twice
-                        raise
-                    failure = error.with_traceback(None)  # which holds the forward's tensors
-                if not placement.evict(model):
-                    raise failure
+            if run is not None:  # which would count the forward twice
+                return step(x, sigma)
+            return retried(partial(step, x, sigma), partial(placement.evict, model))
 
         return velocity
 

@@ -1,12 +1,14 @@
 """The blocks of one network, some of them resident on a device, the others there only while they compute."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..device.choice import empty_device_cache
+from ..device.oom import retried
 from ..device.plan import SLOTS, spread
 from ..errors import MemoryShortage, is_out_of_memory
 from .bundle import Bundle
@@ -15,6 +17,7 @@ from .ring import Ring
 EVICTED = 2
 """resident blocks that go home when an allocation fails"""
 B = TypeVar("B")
+T = TypeVar("T")
 
 
 class Stream:
@@ -82,7 +85,7 @@ class Stream:
             self._release(key)
         for key in wanted.keys() - self.resident.keys():
             bundle = wanted[key]
-            buffer = self._buffer(bundle.size)
+            buffer = _unless_short(partial(torch.empty, bundle.size, dtype=torch.uint8, device=self.device))
             if buffer is None:  # others hold what the budget promised
                 self.limit = self.held
                 return
@@ -91,15 +94,6 @@ class Stream:
             bundle.copy(buffer)
             bundle.enter(buffer)
             self.resident[key] = bundle, buffer
-
-    def _buffer(self, size: int) -> Tensor | None:
-        """So many bytes of the device; None where there are none."""
-        try:
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
 
     def evict(self) -> bool:
         """Send a few resident blocks home for good, last the one that computes, which then comes as the others do.
@@ -123,13 +117,8 @@ class Stream:
     def _has_ring(self) -> bool:
         """Take memory for a ring, if there is any."""
         for number in range(SLOTS, 0, -1):
-            try:
-                self.ring = Ring(self.device, number * self.smallest)
-                return True
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-        return False
+            self.ring = self.ring or _unless_short(partial(Ring, self.device, number * self.smallest))
+        return self.ring is not None
 
     def _release(self, key: int) -> None:
         bundle, _ = self.resident.pop(key)
@@ -203,15 +192,17 @@ class Retried:
         self.block, self.free = block, free
 
     def __call__(self, *args: Any, **fields: Any) -> Any:
-        while True:
-            try:
-                return self.block(*args, **fields)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = error.with_traceback(None)  # which holds the block's tensors
-            if not self.free():
-                raise failure
+        return retried(partial(self.block, *args, **fields), self.free)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
+
+
+def _unless_short(make: Callable[[], T]) -> T | None:
+    """What it makes; None where there is no memory for it."""
+    try:
+        return make()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
