@@ -46,7 +46,7 @@ from parity_diffusers import build_theirs, call_theirs, in_dtype_of, random_inpu
 from random_parts import random_autoencoder, tiny_variant
 from torch import Tensor
 
-from flux_core.device.budget import CONTEXT, bytes_of
+from flux_core.device.budget import CONTEXT, Budget, bytes_of
 from flux_core.device.plan import make_plan
 from flux_core.device.rates import measured
 from flux_core.hooks import Skip
@@ -134,7 +134,9 @@ class Bench:
     def pipeline(self, budget: str) -> Pipeline:
         size = bytes_of(budget, "--budgets") - CONTEXT * (not self.args.tiny)
         device = torch.device(self.args.device) if self.args.device == "cuda" else torch.device("cpu", 0)
-        return Pipeline(self.variant, self.components, device, torch.bfloat16, offload=True, budget=size)
+        return Pipeline(
+            self.variant, self.components, device, torch.bfloat16, offload=True, budget=Budget(size, budget)
+        )
 
     def draw(self, pipeline: Pipeline, **also: Any) -> tuple[float, Watch, str]:
         """Seconds, what was seen, and a hash of the pixels."""

@@ -7,10 +7,27 @@ as most users run it, instead of the official command's 50; every run prints its
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UsageError
 from .params import AutoEncoderParams, FluxParams
+
+
+class EncoderSize(NamedTuple):
+    """Parameters of a text encoder."""
+
+    all: int
+    of_linears: int
+    widest: int
+    """of one Linear, at most"""
+    in_formats: int = 0
+    """those that a format stores in few bits: T5's Linears but for `wo`"""
+
+
+T5_XXL = EncoderSize(4_762_310_656, 4_630_511_616, 41_943_040, 3_623_878_656)
+"""of T5 1.1 XXL without its decoder"""
+CLIP_L = EncoderSize(123_060_480, 84_934_656, 2_359_296)
+"""of the text half of ViT-L"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ class Variant:
     t5_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """sizes of T5 and CLIP, as named in transformers, for files without a config.json"""
     clip_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    t5_size: EncoderSize = T5_XXL
+    clip_size: EncoderSize = CLIP_L
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """the user's own files, by the flag that named them: model, ae, clip_l, t5xxl"""
 
@@ -164,6 +183,8 @@ VARIANTS: dict[str, Variant] = {
             ae_file="ae.safetensors",
             t5="t5",
             clip="clip",
+            t5_size=EncoderSize(2_197_376, 1_671_168, 98_304, 1_376_256),
+            clip_size=EncoderSize(537_216, 262_144, 32_768),
             max_text=32,
             shift=True,
             num_steps=28,

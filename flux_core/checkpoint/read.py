@@ -7,9 +7,10 @@ read, from safetensors and GGUF; names and shapes are compared with the header b
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import FileError
 from ..linears.formats import FORMATS, to_dense
+from ..linears.mapped import MappedLinear
 from ..model import AutoEncoder, Flux
 from ..params import AutoEncoderParams, FluxParams
 from ..terminal import note
@@ -32,7 +34,8 @@ from .keymaps import joins_rows, streamed_from_diffusers
 from .names import Pair, Params, pairs_of
 from .source import Source, find_source
 from .stored import Storage, Stored
-from .tensors import DTYPES, opened, reserve
+from .tensors import DTYPES, SMALL, opened, reserve
+from .tensors import mapped as in_file
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", FluxParams, AutoEncoderParams)
@@ -43,13 +46,15 @@ def load_flux(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     format: str | None = None,
+    mapped: bool = False,
 ) -> Flux:
     """The transformer of that name, weights loaded and frozen. FileError says what does not fit.
 
     format: of `linears.formats`, which most of its Linears get; the rest is in `dtype`. A file that has weights in that
-    format is taken as it is.
+    format is taken as it is. mapped: on the CPU, what of Linears would have to be copied stays in the file
+    (`linears/mapped.py`).
     """
-    return _load(Flux, "transformer", variant.params, flow_path(variant), device, dtype, format)
+    return _load(Flux, "transformer", variant.params, flow_path(variant), device, dtype, format, mapped)
 
 
 def load_into(model: Flux, path: str | Path) -> None:
@@ -120,6 +125,8 @@ def skip_init() -> SkipInit:
 
 
 Choice = Callable[[str, list[Stored | None]], str | None]
+Get = Callable[[str], Tensor]
+"""a file's tensor by its name"""
 AS_STORED = "as stored"
 """in place of a format's name: whatever the file has"""
 
@@ -132,6 +139,7 @@ def _load(
     device: torch.device | str,
     dtype: torch.dtype,
     format: str | None = None,
+    mapped: bool = False,
 ) -> M:
     """A network of these sizes, filled from a file that may hold other parts, too. FileError.
 
@@ -143,10 +151,11 @@ def _load(
     note_precision(contents, dtype, format)
     pairs, storage = _in_order(contents, params), contents.storage
     names = (contents.names[name] for pair in pairs for name in pair.diffusers)
-    with opened(contents.source, device, storage.among(names)) as get, _progress(contents.source, get) as take:
+    reading = in_file(contents.source) if mapped else opened(contents.source, device, storage.among(names))
+    with reading as get, _progress(contents.source, get) as take:
         with torch.device("meta"), skip_init():
             model = kind(params)
-        filling = Filling(contents, params, dtype, *choice)
+        filling = Filling(contents, params, dtype, *choice, mapped)
         reserve(device, filling.sizes(model, pairs))
         for pair in pairs:
             filling.fill(model, pair, take)
@@ -154,7 +163,7 @@ def _load(
 
 
 @contextmanager
-def _progress(source: Source, get: Callable[[str], Tensor]) -> Iterator[Callable[[str], Tensor]]:
+def _progress(source: Source, get: Get) -> Iterator[Get]:
     """The same function with a bar, where reading takes time and somebody looks."""
     quiet = source.size < 10**9 or not sys.stderr.isatty()
     with tqdm(total=source.size, unit="B", unit_scale=True, desc=f"reading {source.path.name}", disable=quiet) as bar:
@@ -198,15 +207,23 @@ class Filling:
     dtype: torch.dtype
     choose: Choice
     quantizes: bool = False
+    mapped: bool = False
 
-    def fill(self, model: nn.Module, pair: Pair, get: Callable[[str], Tensor]) -> None:
+    def fill(self, model: nn.Module, pair: Pair, get: Get) -> None:
         """Put one tensor in its place; for a weight that is to be in few bits, a layer in the place of its Linear.
 
         A function of its own, so that nothing of a tensor is left while the next is read.
         """
         owner, _, leaf = pair.official.rpartition(".")
         module, format = model.get_submodule(owner), self.format_of(model, pair)
-        if format is None:
+        if format is None and self.mapped and not self.is_view(pair):
+            names = [self.contents.names[name] for name in pair.diffusers]
+            read = held_in_file(get, self.contents.storage, names, partial(self.dense, pair))
+            if leaf == "weight" and isinstance(module, nn.Linear):
+                model.set_submodule(owner, MappedLinear(read, module.weight.shape, module.bias))
+            else:
+                _put(module, leaf, read(self.dtype))
+        elif format is None:
             _put(module, leaf, self.dense(pair, get, self.dtype))
         elif (layer := self.layer(module, pair, format, get)) is not None:
             model.set_submodule(owner, layer)
@@ -218,6 +235,13 @@ class Filling:
         format = self.choose(owner, self.stored(pair)) if is_weight else None
         return format if format is None or self.quantizes or self.is_kept(pair, format) else None
 
+    def is_view(self, pair: Pair) -> bool:
+        """Whether a tensor is loaded as it lies in the file, on the CPU."""
+        names = [self.contents.names[name] for name in pair.diffusers]
+        same = [DTYPES.get(self.contents.dtypes[name]) == self.dtype for name in pair.diffusers]
+        source, of = self.contents.source, self.contents.storage.of
+        return not (names[1:] or names[0] in of) and same[0] and source.headers_of[names[0]].size >= SMALL
+
     def stored(self, pair: Pair) -> list[Stored | None]:
         return [self.contents.storage.of.get(self.contents.names[name]) for name in pair.diffusers]
 
@@ -227,7 +251,7 @@ class Filling:
         keeps = all(one is not None and one.keeps for one in found)
         return keeps and _shared(found) == format and joins_rows(pair.how, self.params)
 
-    def layer(self, linear: Any, pair: Pair, format: str, get: Callable[[str], Tensor]) -> nn.Module | None:
+    def layer(self, linear: Any, pair: Pair, format: str, get: Get) -> nn.Module | None:
         """The layer for a Linear; None where codes can't be joined, and the Linear got its dense weight."""
         kind, bias = FORMATS[format].kind, None if linear.bias is None else linear.bias.detach()
         if not self.is_kept(pair, format):
@@ -239,7 +263,7 @@ class Filling:
             _put(linear, "weight", torch.cat([part.widen(self.dtype) for part in parts]))
         return layer
 
-    def dense(self, pair: Pair, get: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    def dense(self, pair: Pair, get: Get, dtype: torch.dtype) -> Tensor:
         """The official tensor in that dtype."""
         names = self.contents.names
 
@@ -264,13 +288,27 @@ class Filling:
         return [*found, 8 * largest] if largest else found
 
 
-def kept(get: Callable[[str], Tensor], stored: Stored, bias: Tensor | None) -> Any:
+def held_in_file(
+    get: Get, storage: Storage, names: Iterable[str], read: Callable[[Get, torch.dtype], Tensor]
+) -> Callable[[torch.dtype], Tensor]:
+    """`read` of these tensors of a file at any later time, from where they lie, into new memory."""
+    tensors = {name: get(name) for name in storage.among(names)}
+
+    def read_anew(dtype: torch.dtype) -> Tensor:
+        found = read(tensors.__getitem__, dtype)
+        mine = found.untyped_storage()._cdata
+        return found.clone() if any(x.untyped_storage()._cdata == mine for x in tensors.values()) else found
+
+    return read_anew
+
+
+def kept(get: Get, stored: Stored, bias: Tensor | None) -> Any:
     """The layer of the codes in a file."""
     tensors = {role: get(name) for role, name in stored.parts.items()}
     return FORMATS[stored.format].kind.read(tensors, stored.shape, stored.details, bias)
 
 
-def dense(get: Callable[[str], Tensor], name: str, storage: Storage, dtype: torch.dtype) -> Tensor:
+def dense(get: Get, name: str, storage: Storage, dtype: torch.dtype) -> Tensor:
     """A tensor of the file in that dtype."""
     if (stored := storage.of.get(name)) is None:
         return get(name).to(dtype)

@@ -46,10 +46,23 @@ def opened(source: Source, device: torch.device | str, names: Iterable[str]) -> 
         with streamed(source, device, names) as get:
             yield get
         return
+    with _opened_all(source, device, in_place=False) as get:
+        yield get
+
+
+@contextmanager
+def mapped(source: Source) -> Iterator[Callable[[str], Tensor]]:
+    """`opened` for the CPU; tensors of small files are mapped, too, so they may begin anywhere."""
+    with _opened_all(source, "cpu", in_place=True) as get:
+        yield get
+
+
+@contextmanager
+def _opened_all(source: Source, device: torch.device | str, in_place: bool) -> Iterator[Callable[[str], Tensor]]:
     with ExitStack() as stack:
         getters: dict[str, Callable[[str], Tensor]] = {}
         for header in source.headers:
-            getters |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device)))
+            getters |= dict.fromkeys(header.tensors, stack.enter_context(_opened(header, device, in_place)))
         yield lambda name: getters[name](name)
 
 
@@ -82,7 +95,7 @@ def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
 
 
 @contextmanager
-def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
+def _opened(header: Header, device: torch.device | str, in_place: bool) -> Iterator[Callable[[str], Tensor]]:
     """A context with that function for one file, mapped or read. Its header is sound, so errors are the mapping's."""
     if header.is_gguf:
         with _mapped_gguf(header) as get:
@@ -96,7 +109,7 @@ def _opened(header: Header, device: torch.device | str) -> Iterator[Callable[[st
             yield lambda name: _read_tensor(file, header, header.tensors[name]).to(device)
         return
     with mapped as opened:
-        aligned = torch.device(device).type == "cpu" and header.size < SMALL
+        aligned = torch.device(device).type == "cpu" and header.size < SMALL and not in_place
         yield (lambda name: opened.get_tensor(name).clone()) if aligned else opened.get_tensor
 
 

@@ -189,32 +189,41 @@ def _gb(count: int) -> str:
 def print_report(name: str | None = None, memory: str | None = None, **fields: Any) -> None:
     """Print the lines of `doctor`, or of a model's plan, each as soon as it is known.
 
-    name, memory: the model to plan for, and bytes of a card, as in "12GB"; fields: of the request. UsageError.
+    name, memory: the model to plan for, and bytes of a card or of a CPU, as in "12GB"; fields: device, vae_tiling, and
+    those of the request. UsageError.
     """
-    for line in _plan(name or "flux-dev", memory, fields) if name or memory or fields else doctor():
+    for line in _plan(name or "flux-dev", memory, **fields) if name or memory or fields else doctor():
         tell(line)
 
 
-def _plan(name: str, memory: str | None, fields: dict[str, Any]) -> Iterator[str]:
-    """How a model would lie in a card's memory."""
+def _plan(
+    name: str, memory: str | None, device: str = "auto", vae_tiling: bool = False, **fields: Any
+) -> Iterator[str]:
+    """How a model would lie in a memory."""
     request = GenerationRequest(name=name, prompt="a", **fields)
-    variant, dtype = request.variant, request.dtype or "bfloat16"
-    if variant.embedded:
-        yield f"{name} fits everywhere: its weights are smaller than a tenth of a GB"
-        return
+    variant, (width, height) = request.variant, request.padded_size
 
-    import torch
-
-    from ..device.budget import bytes_of
+    from ..device.budget import available, bytes_of
     from ..device.choice import pick_device
+    from ..device.file_plan import describe as describe_files
+    from ..device.file_plan import make_file_plan
     from ..device.plan import describe, make_plan
     from ..device.rates import measured
 
-    device = pick_device(None)
-    if memory is None and device.type != "cuda":
+    own = device == "auto"
+    place = pick_device(None if own else device)
+    if memory is None and own and place.type != "cuda":
         raise UsageError("there is no card here. Next: say for how much memory to plan, as in --memory 12GB")
-    budget = bytes_of(memory, "--memory") if memory else torch.cuda.mem_get_info(device)[0]
-    size = request.padded_size
-    plans = {x: make_plan(variant, budget, x, request.t5_dtype, *size) for x in dict.fromkeys([dtype, *PLANNED])}
-    yield f"{name} in {budget / 1e9:.1f} GB, {size[0]}x{size[1]} pixels, {dtype}"
-    yield from describe(plans.pop(dtype), request.num_steps, measured(device), plans)
+    given = bytes_of(memory, "--memory") if memory else None
+    how: dict[str, Any] = {"t5_dtype": request.t5_dtype, "width": width, "height": height, "tiled": vae_tiling}
+    if not own and place.type != "cuda":
+        dtype = request.dtype or "float32"
+        files = make_file_plan(variant, given or available(place), dtype, **how)
+        yield f"{name} in {files.budget / 1e9:.1f} GB of a CPU's memory, {width}x{height} pixels, {dtype}"
+        tera = make_plan(variant, 0, "bfloat16", **how).tera
+        yield from describe_files(files, request.num_steps, tera, measured(place))
+        return
+    dtype, budget = request.dtype or "bfloat16", given or available(place)
+    plans = {x: make_plan(variant, budget, x, **how) for x in dict.fromkeys([dtype, *PLANNED])}
+    yield f"{name} in {budget / 1e9:.1f} GB, {width}x{height} pixels, {dtype}"
+    yield from describe(plans.pop(dtype), request.num_steps, measured(place) if place.type == "cuda" else None, plans)

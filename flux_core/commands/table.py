@@ -239,8 +239,12 @@ DOWNLOAD = (
 )
 
 DOCTOR = (
-    Field("name", str, "an official model, to plan for (default: flux-dev)", metavar="NAME"),
-    Field("memory", str, "plan for so much of a card's memory, as in 12GB", metavar="SIZE"),
+    Field("name", str, "a model to plan for (default: flux-dev)", metavar="NAME"),
+    Field(
+        "memory", str, "plan for so much of a card's memory, as in 12GB; with --device cpu, of a CPU's", metavar="SIZE"
+    ),
+    replace(DEVICE, help="cpu: plan for a CPU (default: a card)"),
+    next(field for field in MEMORY if field.name == "vae_tiling"),
     *of_request("width", "height", "dtype", "t5_dtype"),
 )
 LORA_DIALECTS = ("official", "diffusers", "kohya")

@@ -1,10 +1,14 @@
 """How much of a device's memory a model may take: `--memory` and `--reserve`."""
 
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
-from ..errors import UsageError
+from ..errors import MemoryShortage, UsageError
+from .memory import at_least, ram
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "g": 10**9, "m": 10**6}
 RESERVE = "0.5GB"
@@ -21,19 +25,54 @@ def bytes_of(text: str, flag: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def budget_of(memory: str | None, reserve: str | None, device: torch.device) -> int | None:
-    """Bytes that tensors may take on a device; None where nobody asked for a budget. UsageError."""
-    if reserve is not None and memory != "auto":
-        raise UsageError("--reserve goes with --memory auto")
-    if memory is None:
-        return None
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a model may take."""
+
+    size: int
+    """bytes that tensors may take on the device"""
+    asked: str = ""
+    """as the user said; without it nothing is refused, and torch is not held to it"""
+    smallest: Callable[[int, int, int, bool], int] = lambda *picture: 0
+    """the least that he may ask for, by width, height, rows of a batch, and whether the autoencoder works in strips"""
+    beside: int = 0
+    """bytes of what he asked for that are not for tensors"""
+
+    def admit(self, width: int, height: int, rows: int, tiled: bool) -> None:
+        """MemoryShortage where no picture of that size can be drawn."""
+        if self.asked and (least := self.smallest(width, height, rows, tiled)) > self.size + self.beside:
+            all = (self.size + self.beside) / 1e9
+            raise MemoryShortage(
+                f"--memory {self.asked} ({all:.2f} GB) is too little for {width}x{height} pixels: it takes at least "
+                f"{at_least(least)}. Next: that much, a smaller picture, or another --dtype"
+            )
+
+
+def bytes_for(memory: str, reserve: str | None, device: torch.device) -> int:
+    """Bytes that tensors may take on a device. UsageError."""
     size = None if memory == "auto" else bytes_of(memory, "--memory")
     left = bytes_of(reserve or RESERVE, "--reserve")
-    if device.type != "cuda":
-        raise UsageError(f"--memory is for a card's memory: on {device} there is none. Next: leave --memory out")
-    # what is free was measured with a context
-    budget = torch.cuda.mem_get_info(device)[0] - left if size is None else size - CONTEXT
-    if budget <= 0:
-        why = f"CUDA itself takes {CONTEXT / 1e9:.1f} GB" if size else f"{left / 1e9:.1f} GB are reserved"
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--memory does not know how much {device} has. Next: leave --memory out")
+    if size is not None:
+        found, why = size - outside(device), f"CUDA itself takes {CONTEXT / 1e9:.1f} GB"
+    else:
+        found, why = available(device) - left, f"{left / 1e9:.1f} GB are reserved"
+    if found <= 0:
         raise UsageError(f"--memory {memory} leaves nothing for a model: {why}. Next: a larger one, or another device")
-    return budget
+    return found
+
+
+def outside(device: torch.device) -> int:
+    """Bytes of a budget that are not for tensors."""
+    return CONTEXT if device.type == "cuda" else 0
+
+
+def available(device: torch.device) -> int:
+    """Bytes of a memory that tensors of this process may take: what is free, or held by what may be dropped, and on a
+    card what it has already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    return ram()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from itertools import product
+from math import ceil
 from typing import NamedTuple
 
 from ..params import AutoEncoderParams, FluxParams
@@ -11,10 +12,6 @@ from ..variants import Variant
 
 BF16, FP32 = 2, 4
 """bytes of a number"""
-T5_XXL, CLIP_L = 4_762_310_656, 123_060_480
-"""parameters of every official model's text encoders: T5 1.1 XXL without its decoder, CLIP ViT-L's text half"""
-T5_IN_FORMATS = 3_623_878_656
-"""of T5's, those that a format stores in few bits: all but embeddings, norms and `wo`"""
 
 
 def ram() -> int:
@@ -35,9 +32,9 @@ class Share(NamedTuple):
     """of the weights: the transformer's modulation, which never comes to the device with `--offload`"""
 
 
-TEXT, TRANSFORMER, AUTOENCODER = 200_000_000, 650_000_000, 1_650_000_000
-"""bytes at work in bf16: what tensors are alive at once, at most, for a picture of a megapixel with 512 text tokens, as
-the networks' own shapes say (tests/device/test_memory.py); 2048x2048 take four times that"""
+TEXT = 200_000_000
+"""bytes at work in bf16 for 512 tokens of T5 1.1 XXL, as a plain encoder's shapes say"""
+MEGAPIXEL = 1024, 1024
 CACHED_PROMPTS = 64
 """prompts whose text tokens and vectors a pipeline keeps, where it computes"""
 LIBRARIES = 1_000_000_000
@@ -47,19 +44,29 @@ of luck and of a screen that hangs on the same card: so it is with 24 GB and bf1
 
 
 def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None) -> tuple[Share, Share, Share]:
-    """Memory of text encoders, transformer and autoencoder of an official model, by the name of a precision.
+    """Memory of text encoders, transformer and autoencoder, by the name of a precision, for a picture of a megapixel.
 
     t5_dtype: T5's format, if its Linears are in one.
     """
+    from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
+
     format = None if dtype in ("bfloat16", "float32") else dtype
     flux, modulation, less, ae = _count(variant.params, variant.ae_params, format)
-    wide = FP32 if dtype == "float32" else BF16
-    t5_less = round(T5_IN_FORMATS * saved(t5_dtype)) if t5_dtype else 0
+    kind = torch_dtype(dtype)
+    wide = kind.itemsize
+    t5_less = round(variant.t5_size.in_formats * saved(t5_dtype)) if t5_dtype else 0
+    of_forward = transformer_at_work(variant.params, variant.max_text, *MEGAPIXEL, 1, kind)
+    of_decoder = autoencoder_at_work(variant.ae_params, *MEGAPIXEL, kind, tiled=False)
     return (
-        Share(wide * (T5_XXL + CLIP_L) - t5_less, TEXT * wide // BF16),
-        Share(wide * flux - less[0], TRANSFORMER * wide // BF16, wide * modulation - less[1]),
-        Share(wide * ae, AUTOENCODER * wide // BF16),
+        Share(wide * (variant.t5_size.all + variant.clip_size.all) - t5_less, text_at_work(variant, wide)),
+        Share(wide * flux - less[0], of_forward, wide * modulation - less[1]),
+        Share(wide * ae, of_decoder),
     )
+
+
+def text_at_work(variant: Variant, wide: int) -> int:
+    """Bytes that a text encoder holds beside weights, in numbers of so many bytes."""
+    return TEXT * wide * variant.max_text * variant.params.context_in_dim // (BF16 * 512 * 4096)
 
 
 def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
@@ -132,3 +139,13 @@ def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | Non
         word = "fits" if sure else "may just fit"
         return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"
     return f"does not fit{lack}"
+
+
+def gb(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.0f} MB"
+
+
+def at_least(count: int) -> str:
+    """Bytes in words that are no fewer."""
+    return f"{ceil(count / 1e7) / 100:.2f} GB"

@@ -12,17 +12,15 @@ from ..params import FluxParams
 from ..request.generation import PATCH
 from ..variants import Variant
 from .budget import CONTEXT
-from .memory import BF16, Share, saved, shares
+from .memory import BF16, Share, at_least, gb, saved, shares
 from .rates import Rates
 
 SLOTS = 2
 """buffers through which blocks come and go"""
 GAPS = 250_000_000
 """bytes at work for the smallest picture: workspaces of cuBLAS, and gaps between tensors in the allocator's pieces"""
-EMBEDDED = 1_000_000_000
-"""bytes in which a model that ships is there whole, and at work"""
-MEGAPIXEL_TOKENS = 4096
-"""of a picture's, for which `memory.TRANSFORMER` is"""
+LARGE_SIDE = 2048
+"""pixels of a picture's side for which there has to be room beside weights that all stay, if a model draws that"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Network:
 
     sizes: tuple[int, ...]
     """bytes of each block without its modulation"""
+    modulation: int
+    """numbers of a step's modulation"""
     tokens_flops: tuple[float, float]
     """floating point operations of a step for each image token, and for each text token, but for attention"""
 
@@ -87,16 +87,27 @@ class Plan:
 
 
 def make_plan(
-    variant: Variant, budget: int, dtype: str, t5_dtype: str | None, width: int, height: int, rows: int = 1
+    variant: Variant,
+    budget: int,
+    dtype: str,
+    t5_dtype: str | None,
+    width: int,
+    height: int,
+    rows: int = 1,
+    tiled: bool = False,
 ) -> Plan:
     """The plan of one picture of so many pixels. dtype: of the transformer, a precision or a format; t5_dtype: T5's
-    format, if it is in one. rows: of a batch."""
+    format, if it is in one. rows: of a batch. tiled: whether the autoencoder works in strips."""
+    from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
+
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
-    network = _network(variant.params, dtype)
+    network, kind = _network(variant.params, dtype), torch_dtype(dtype)
+    of_decoder = autoencoder_at_work(variant.ae_params, width, height, kind, tiled)
+    autoencoder = autoencoder._replace(at_work=max(GAPS, of_decoder))
+    of_forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
+    at_work = max(GAPS, of_forward + rows * variant.num_steps * network.modulation * kind.itemsize)
     image = -(-width // PATCH) * -(-height // PATCH)
-    autoencoder = autoencoder._replace(at_work=max(GAPS, round(autoencoder.at_work * image / MEGAPIXEL_TOKENS)))
     tokens = image + variant.max_text
-    at_work = max(GAPS, round(transformer.at_work * rows * tokens / (MEGAPIXEL_TOKENS + 512)))
     outside = transformer.weights - transformer.aside - sum(network.sizes)
     room = budget - CONTEXT - outside - at_work
     slots, resident = 0, spread(network.sizes, room)
@@ -121,14 +132,14 @@ def make_plan(
 
 
 def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None) -> bool:
-    """Whether all parts may stay in so many bytes, with room for a picture of four megapixels.
+    """Whether all parts may stay in so many bytes, with room for a large picture.
 
     dtype, t5_dtype: as in `make_plan`.
     """
-    if variant.embedded:
-        return budget >= EMBEDDED
-    parts = shares(variant, dtype, t5_dtype)
-    return sum(part.weights for part in parts) + 4 * max(part.at_work for part in parts) <= budget
+    side = min(LARGE_SIDE, variant.max_side)
+    plan = make_plan(variant, budget, dtype, t5_dtype, side, side)
+    at_work = max(plan.text.at_work, plan.at_work, plan.autoencoder.at_work)
+    return plan.home + at_work <= budget
 
 
 @cache
@@ -144,6 +155,11 @@ def _network(params: FluxParams, dtype: str) -> Network:
         model = Flux(params)
     few = quantizable(model, dtype) if dtype not in ("bfloat16", "float32") else {}
     wide, sizes, of_image, of_text = BF16 * (1 + (dtype == "float32")), [], 0.0, 0.0
+    modulation = sum(
+        layer.out_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.endswith(MODULATION)
+    )
     for kind in ("double_blocks", "single_blocks"):
         for i, block in enumerate(getattr(model, kind)):
             size = 0.0
@@ -157,50 +173,46 @@ def _network(params: FluxParams, dtype: str) -> Network:
                     of_image += 0 if ".txt_" in name else flops
                     of_text += 0 if ".img_" in name else flops
             sizes.append(round(size))
-    return Network(tuple(sizes), (of_image, of_text))
+    return Network(tuple(sizes), modulation, (of_image, of_text))
 
 
 def describe(plan: Plan, steps: int, rates: Rates | None, others: Mapping[str, Plan]) -> Iterator[str]:
     """Lines for people. rates: of the card, if there is one; others: plans by other values of --dtype."""
     text, network = plan.text, plan.transformer
     whole = text.weights + text.at_work <= plan.budget - CONTEXT
-    yield _line("text encoders", f"{_gb(text.weights)}: {'whole' if whole else 'blocks of T5 come when they compute'}")
-    parts = f"{_gb(network.aside)} of modulation stay on the CPU, {_gb(plan.outside)} are outside blocks"
-    yield _line("transformer", f"{_gb(network.weights)}: {parts}, {_gb(sum(plan.blocks))} in {len(plan.blocks)} blocks")
-    yield _line("", _of_blocks(plan))
-    yield _line("a forward", f"{_gb(plan.at_work)} beside weights")
-    yield _line("autoencoder", f"{_gb(plan.autoencoder.weights)}, and {_gb(plan.autoencoder.at_work)} at work")
-    yield _line("smallest", f"{_gb(plan.smallest)}, of which {_gb(CONTEXT)} are CUDA's own")
-    yield _line("CPU memory", f"{_gb(plan.home)} for all weights, at their turn on the card")
-    work = f"{plan.tera:.0f} * 10^12 operations, {_gb(plan.streamed)} copied"
+    yield line("text encoders", f"{gb(text.weights)}: {'whole' if whole else 'blocks of T5 come when they compute'}")
+    parts = f"{gb(network.aside)} of modulation stay on the CPU, {gb(plan.outside)} are outside blocks"
+    yield line("transformer", f"{gb(network.weights)}: {parts}, {gb(sum(plan.blocks))} in {len(plan.blocks)} blocks")
+    yield line("", _of_blocks(plan))
+    yield line("a forward", f"{gb(plan.at_work)} beside weights")
+    yield line("autoencoder", f"{gb(plan.autoencoder.weights)}, and {gb(plan.autoencoder.at_work)} at work")
+    yield line("smallest", f"{at_least(plan.smallest)}, of which {gb(CONTEXT)} are CUDA's own")
+    yield line("CPU memory", f"{gb(plan.home)} for all weights, at their turn on the card")
+    work = f"{plan.tera:.0f} * 10^12 operations, {gb(plan.streamed)} copied"
     if rates is None:
-        yield _line("a step", f"{work}; seconds are measured where the card is")
+        yield line("a step", f"{work}; seconds are measured where the card is")
     elif plan.fits:
         step = plan.seconds(rates.tera, rates.copy)
         speed = f"{rates.tera:.0f} * 10^12 operations and {rates.copy / 1e9:.1f} GB a second here, in bf16"
-        yield _line("a step", f"{work}: at least {step:.2f} s, {steps} steps {steps * step:.0f} s ({speed})")
+        yield line("a step", f"{work}: at least {step:.2f} s, {steps} steps {steps * step:.0f} s ({speed})")
     for dtype, other in others.items():
         if other.fits and (other.streamed < plan.streamed or not plan.fits):
-            yield _line("less to copy", f"--dtype {dtype}: {_of_blocks(other)}")
+            yield line("less to copy", f"--dtype {dtype}: {_of_blocks(other)}")
 
 
 def _of_blocks(plan: Plan) -> str:
     """Which blocks stay on the card, in words."""
     number, stay = len(plan.blocks), len(plan.resident)
     if not plan.fits:
-        return f"too little: it takes at least {_gb(plan.smallest)}"
+        return f"too little: it takes at least {at_least(plan.smallest)}"
     if stay == number:
         return "all blocks stay on the card"
-    through = f"{plan.slots} buffer{'s' * (plan.slots > 1)} of {_gb(max(plan.blocks))}"
-    return f"{stay} of {number} blocks stay on the card, the others, {_gb(plan.streamed)}, come through {through}"
+    through = f"{plan.slots} buffer{'s' * (plan.slots > 1)} of {gb(max(plan.blocks))}"
+    return f"{stay} of {number} blocks stay on the card, the others, {gb(plan.streamed)}, come through {through}"
 
 
-def _line(title: str, text: str) -> str:
+def line(title: str, text: str) -> str:
     return f"{title:<14}{text}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def spread(sizes: Sequence[int], room: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-SIDE = 4096
+SIDE, CPU_SIDE = 4096, 1024
 """of the matrices"""
 COPIED = 2**28
 """bytes of a copy"""
@@ -18,13 +19,16 @@ class Rates(NamedTuple):
     """Of a device."""
 
     tera: float
-    """10^12 operations a second, of products in bf16"""
+    """10^12 operations a second, of products in bf16; on a CPU in fp32"""
     copy: float
     """bytes a second, from pinned memory to the device"""
 
 
 def measured(device: torch.device) -> Rates | None:
-    """The rates of a card; None for a device without memory of its own, and where there is no room to try."""
+    """The rates of a card or a CPU; None for another device, and where there is no room to try."""
+    if device.type == "cpu":
+        x = torch.randn(CPU_SIDE, CPU_SIDE, dtype=torch.float32, device=device)
+        return Rates(_per_second(lambda: x @ x, device) * 2e-12 * CPU_SIDE**3, float("inf"))
     if device.type != "cuda":
         return None
     try:
@@ -40,12 +44,13 @@ def measured(device: torch.device) -> Rates | None:
 
 def _per_second(call: Callable[[], object], device: torch.device) -> float:
     """Calls a second, after a first that is not counted."""
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     call()
-    torch.cuda.synchronize(device)
+    synchronize()
     number, start = 0, time.monotonic()
     while (passed := time.monotonic() - start) < SECONDS:
         for _ in range(4):
             call()
-        torch.cuda.synchronize(device)
+        synchronize()
         number += 4
     return number / passed

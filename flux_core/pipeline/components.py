@@ -32,13 +32,15 @@ def load_components(
     dtype: torch.dtype,
     format: str | None = None,
     t5: T5Choice | None = None,
+    mapped: bool = False,
 ) -> Components:
     """The networks of a model on that device. Errors as in `load_flux`.
 
-    format: that of the transformer's Linears. t5: how T5 is loaded.
+    format: that of the transformer's Linears. t5: how T5 is loaded. mapped: as in `load_flux`.
     """
-    encoders = load_text_encoders(variant, device, dtype, t5)
-    return Components(*encoders, load_flux(variant, device, dtype, format), load_autoencoder(variant, device, dtype))
+    encoders = load_text_encoders(variant, device, dtype, t5, mapped)
+    flux = load_flux(variant, device, dtype, format, mapped)
+    return Components(*encoders, flux, load_autoencoder(variant, device, dtype))
 
 
 def install_kernels(components: Components, device: torch.device) -> Components:

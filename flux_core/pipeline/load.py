@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_fil
 from ..checkpoint.contents import check_format, find_contents
 from ..checkpoint.files import flow_path, own_path, text_files
 from ..checkpoint.identify import Part
-from ..device.budget import budget_of
+from ..device.budget import Budget, bytes_for, outside
 from ..device.choice import (
     OWN,
     dtype_name,
@@ -20,8 +21,11 @@ from ..device.choice import (
     pick_device,
     pick_dtype,
 )
+from ..device.file_plan import make_file_plan
+from ..device.memory import gb
 from ..device.oom import CPU, OomFallback
-from ..device.plan import is_whole
+from ..device.plan import is_whole, make_plan
+from ..errors import UsageError
 from ..kernels import accelerate, can_fuse, install_decode
 from ..linears.int8 import has_int8_units
 from ..request.fields import T5_DEVICE
@@ -92,6 +96,40 @@ def _t5_choice(
     )
 
 
+def _budget(
+    variant: Variant, device: torch.device, memory: str | None, reserve: str | None, dtype: str, t5_dtype: str | None
+) -> Budget | None:
+    """What a model may take: on a card what is free, if nobody says; elsewhere only then None. UsageError."""
+    if reserve is not None and memory != "auto":
+        raise UsageError("--reserve goes with --memory auto")
+    if device.type == "cuda":
+
+        def smallest(width: int, height: int, rows: int, tiled: bool) -> int:
+            return make_plan(variant, 0, dtype, t5_dtype, width, height, rows, tiled).smallest
+
+        return Budget(bytes_for(memory or "auto", reserve, device), memory or "", smallest, outside(device))
+    if memory is None:
+        return None
+    stored = own_format(variant, "transformer") == dtype, own_format(variant, "t5") == t5_dtype
+
+    def least(width: int, height: int, rows: int, tiled: bool) -> int:
+        return make_file_plan(variant, 0, dtype, t5_dtype, width, height, rows, tiled, stored).smallest
+
+    return Budget(bytes_for(memory, reserve, device), memory, least)
+
+
+def _maps(variant: Variant, budget: Budget, dtype: str, t5_dtype: str | None) -> bool:
+    """Whether a CPU's budget is too small for weights that are loaded whole; a line says so."""
+    side = variant.min_side
+    plan = make_file_plan(variant, budget.size, dtype, t5_dtype, side, side)
+    if not plan.whole:
+        note(
+            f"weights would take {gb(plan.all)}: those of Linears stay in their files, mapped, and each product widens "
+            "its own"
+        )
+    return not plan.whole
+
+
 def load_pipeline(
     name: str | Variant | None = None,
     device: str | torch.device | None = None,
@@ -127,8 +165,7 @@ def load_pipeline(
     if "torch._dynamo" in sys.modules:  # compiled blocks are in cycles: an earlier model may still hold memory
         gc.collect()
     empty_device_cache(place)
-    budget = budget_of(memory, reserve, place)
-    fallback = OomFallback(place, offload or budget is not None)
+    fallback = OomFallback(place, offload)
 
     format = format_named(dtype)
     if dtype in (None, "auto"):
@@ -136,16 +173,21 @@ def load_pipeline(
     elif format:
         check_format(find_contents(flow_path(variant), "transformer"), format)
     t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
-    if budget is not None and not offload:
-        few, t5_few = (None if one == "gguf" else one for one in (format, t5.format))  # types in it differ
-        fallback.offload = not is_whole(variant, budget, few or dtype_name(kind), t5_few)
+    precisions = format or dtype_name(kind), t5.format
+    budget, mapped = _budget(variant, place, memory, reserve, *precisions), False
+    if budget is not None and place == CPU:
+        budget.admit(variant.min_side, variant.min_side, 1, vae_tiling)
+        mapped = _maps(variant, budget, *precisions)
+        t5 = replace(t5, mapped=mapped)
+    elif budget is not None and not offload:
+        fallback.offload = not is_whole(variant, budget.size - torch.cuda.memory_allocated(place), *precisions)
     for one in dict.fromkeys([(format, place), (t5.format, t5.home or place)]):
         _note_widening(*one)
     kept = find_kept(folder, variant, t5, place, kind) if folder else None
 
     def load() -> Components:
         home = CPU if fallback.offload else place
-        return install_kernels(load_components(variant, home, kind, format, t5), place)
+        return install_kernels(load_components(variant, home, kind, format, t5, mapped), place)
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
     hashes = weights_hashes(variant)

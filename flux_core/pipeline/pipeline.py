@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..device.budget import Budget
 from ..device.choice import dtype_name
 from ..device.memory import CACHED_PROMPTS
-from ..device.oom import OomFallback
+from ..device.oom import CPU, OomFallback
 from ..errors import UsageError
 from ..hooks import Custom, Intervention, Lora
 from ..images.metadata import describe
@@ -59,18 +60,17 @@ class Pipeline:
         vae_tiling: bool = False,
         compile: bool = False,
         kept: KeptEmbeddings | None = None,
-        budget: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        """kept: where embeddings are kept on the disk. budget: bytes that tensors may take on the device."""
+        """kept: where embeddings are kept on the disk. budget: memory that it may take."""
         self.variant, self.components, self.dtype, self.weights = variant, components, dtype, weights or {}
         self.precision = format_of(components.flux) or dtype_name(dtype)
         """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
         self.t5_precision: str | None = getattr(components.t5, "precision", None)
         """T5's, likewise; None for a T5 that is not ours"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
-        self.placement = (
-            Placement(components, self.fallback) if budget is None else Streamed(components, self.fallback, budget)
-        )
+        streams = budget is not None and device != CPU
+        self.placement = (Streamed if streams else Placement)(components, self.fallback, budget)  # type: ignore[arg-type]
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
         self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, kept)
         self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)
@@ -214,6 +214,7 @@ class Pipeline:
         def work() -> Tensor:
             return self.denoiser.denoise([request], source, on_step, functions, conditions)
 
+        self.placement.admit(request.padded_size, rows=1 + request.uses_true_cfg)
         own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
         x = self.fallback.run(what, work, "offload")
         return self._decoded(x, request.recorded([*functions, *own]))
@@ -230,6 +231,7 @@ class Pipeline:
         if first.init_image is not None:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
+        self.placement.admit(first.padded_size, rows=len(requests) * (1 + first.uses_true_cfg))
         own = self.loras.own_entries()
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
         return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..device.budget import Budget
 from ..device.choice import empty_device_cache
 from ..device.oom import CPU, OomFallback
 from ..linears.contract import Leaf
@@ -26,8 +27,9 @@ _MODULATION = re.compile(f"({'|'.join(map(re.escape, MODULATION))})(\\.|$)")
 class Placement:
     """All parts on the device; with the fallback's `offload` only those in use, the others on the CPU."""
 
-    def __init__(self, components: Components, fallback: OomFallback) -> None:
-        self.components, self.fallback = components, fallback
+    def __init__(self, components: Components, fallback: OomFallback, budget: Budget | None = None) -> None:
+        """budget: what the user allows; pictures that do not fit are refused."""
+        self.components, self.fallback, self.budget = components, fallback, budget
         self._present: tuple[Any, ...] = ()
 
     @property
@@ -38,6 +40,11 @@ class Placement:
     def is_fixed(self) -> bool:
         """Whether weights keep their addresses between two steps, as a CUDA graph needs."""
         return not self.fallback.offload
+
+    def admit(self, size: tuple[int, int], rows: int) -> None:
+        """MemoryShortage where a budget has no room for a picture. size: width and height; rows: of its batches."""
+        if self.budget is not None:
+            self.budget.admit(*size, rows, self.fallback.vae_tiling)
 
     def free(self, part: Any) -> None:
         """Free the memory of a text encoder, which is loaded again when it is used."""

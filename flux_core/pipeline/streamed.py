@@ -17,6 +17,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
+from ..device.budget import Budget
 from ..device.choice import empty_device_cache
 from ..device.memory import ram
 from ..device.oom import CPU, OomFallback
@@ -47,9 +48,10 @@ class Streamed(Placement):
     parts are there, as without a budget, and only the limit holds.
     """
 
-    def __init__(self, components: Components, fallback: OomFallback, budget: int) -> None:
-        super().__init__(components, fallback)
-        self.budget = budget
+    budget: Budget
+
+    def __init__(self, components: Components, fallback: OomFallback, budget: Budget) -> None:
+        super().__init__(components, fallback, budget)
         self._bundles: dict[int, tuple[object, list[Bundle]]] = {}
         """of a part's blocks, by the part, with the state of its layers that they were made of"""
         self._aside: dict[int, Bundle] = {}
@@ -83,12 +85,12 @@ class Streamed(Placement):
     @contextmanager
     def _limited(self) -> Iterator[None]:
         """A context in which torch takes no more of the device than the budget, gaps between tensors included."""
-        limits = self.device.type == "cuda" and not self._uses
+        limits = bool(self.budget.asked) and self.device.type == "cuda" and not self._uses
         self._uses += 1
         try:
             if limits:
                 _, total = torch.cuda.mem_get_info(self.device)
-                torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self._index)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget.size / total), self._index)
             yield
         finally:
             self._uses -= 1
@@ -109,7 +111,7 @@ class Streamed(Placement):
 
     def _learn(self, parts: tuple[Any, ...]) -> None:
         """Keep as many blocks resident as the forward's peak leaves room for."""
-        spare = self.budget - torch.cuda.max_memory_allocated(self.device)
+        spare = self.budget.size - torch.cuda.max_memory_allocated(self.device)
         for part in parts:
             if stream := self._streams.get(id(part)):
                 stream.settle(spare + stream.held + stream.ring_size)
@@ -156,7 +158,7 @@ class Streamed(Placement):
 
     def _room(self) -> int:
         """Bytes of the budget that are free."""
-        return self.budget - (torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0)
+        return self.budget.size - (torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0)
 
     def _fits(self, part: nn.Module) -> bool:
         """Whether a text encoder may be there whole. What the transformer's forward leaves room for is seen later."""

@@ -24,12 +24,14 @@ from ..checkpoint.contents import Contents, find_contents
 from ..checkpoint.files import TextFiles, encoder_config, text_files
 from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
-from ..checkpoint.read import AS_STORED, dense, kept, note_precision
+from ..checkpoint.read import AS_STORED, dense, held_in_file, kept, note_precision
 from ..checkpoint.shapes import T5_DEFAULTS
+from ..checkpoint.tensors import mapped as in_file
 from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..linears.formats import FORMATS
+from ..linears.mapped import MappedLinear
 from ..terminal import note
 from ..variants import Variant
 
@@ -157,6 +159,8 @@ class T5Choice:
     """the device that it never leaves"""
     later: bool = False
     """whether it is loaded when the first text is encoded"""
+    mapped: bool = False
+    """whether its Linears stay in the file, as in `load_flux`"""
     prepare: Callable[[nn.Module], object] = lambda model: None
     """called with the model"""
 
@@ -171,14 +175,15 @@ def load_text_encoders(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     t5: T5Choice | None = None,
+    mapped: bool = False,
 ) -> tuple[TextEncoder, TextEncoder]:
     """T5 and CLIP of that model, frozen, their output in `dtype`. FileError, AccessError or DiskError.
 
-    t5: how T5 is loaded, if not as CLIP.
+    t5: how T5 is loaded, if not as CLIP. mapped: as in `load_flux`, of CLIP.
     """
     files, place = text_files(variant), torch.device(device)
-    t5 = t5 or T5Choice(dtype=dtype, device=lambda: place)
-    return _load_t5(variant, files, dtype, t5), _load_clip(variant, files, place, dtype)
+    t5 = t5 or T5Choice(dtype=dtype, device=lambda: place, mapped=mapped)
+    return _load_t5(variant, files, dtype, t5), _load_clip(variant, files, place, dtype, mapped)
 
 
 @plain_defaults()
@@ -188,7 +193,7 @@ def _load_t5(variant: Variant, files: TextFiles, dtype: torch.dtype, choice: T5C
         with quiet():
             from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-            where, what = choice.device(), (choice.dtype, choice.format)
+            where, what = choice.device(), (choice.dtype, choice.format, choice.mapped)
             model = load_encoder(T5EncoderModel, "t5", files.t5, variant, where, *what)
         choice.prepare(model)
         return model
@@ -201,11 +206,13 @@ def _load_t5(variant: Variant, files: TextFiles, dtype: torch.dtype, choice: T5C
 
 
 @plain_defaults()
-def _load_clip(variant: Variant, files: TextFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def _load_clip(
+    variant: Variant, files: TextFiles, device: torch.device, dtype: torch.dtype, mapped: bool
+) -> TextEncoder:
     with quiet():
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
-        model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype)
+        model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype, mapped=mapped)
         tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", model.config.vocab_size)
     length = min(CLIP_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
     return TextEncoder(tokenizer, model, "pooler_output", length, dtype)
@@ -223,11 +230,12 @@ def load_encoder(
     device: torch.device | str,
     dtype: torch.dtype,
     format: str | None = None,
+    mapped: bool = False,
 ) -> Any:
     """A text encoder, frozen, from a file or a folder of any layout, tensor by tensor. FileError says what is wrong.
 
     Its sizes come from the config.json beside the weights, from that of the model that ships, or from the variant.
-    format: of `linears.formats`, that its Linears get, or AS_STORED.
+    format: of `linears.formats`, that its Linears get, or AS_STORED. mapped: as in `load_flux`.
     """
     contents = find_contents(path, part)
     source, storage = contents.source, contents.storage
@@ -239,20 +247,32 @@ def load_encoder(
     owners = {id(one.weight): (name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)}
     order = sorted(parameters, key=source.spans.__getitem__)
     reserve(device, (x.numel() * dtype.itemsize for x in parameters.values()))
-    with opened(source, device, storage.among(order)) as get:
+
+    def fill(name: str, owner: str, linear: nn.Linear | None) -> None:
+        """Put a weight in its place, in `dtype`."""
+        if not mapped:
+            parameters[name].data = dense(get, name, storage, dtype)
+            return
+        read = held_in_file(get, storage, [name], lambda get, dtype: dense(get, name, storage, dtype))
+        if linear is None or linear.weight is not parameters[name]:
+            parameters[name].data = read(dtype)
+        else:
+            model.set_submodule(owner, MappedLinear(read, linear.weight.shape, linear.bias))
+
+    with in_file(source) if mapped else opened(source, device, storage.among(order)) as get:
         for name in order:
             owner, linear = owners.get(id(parameters[name]), ("", None))
             stored = storage.of.get(name)
             held = stored.format if stored else None
             if linear is None or STAYS.fullmatch(owner) or (format in (None, AS_STORED) and held is None):
-                parameters[name].data = dense(get, name, storage, dtype)
+                fill(name, owner, linear)
             elif stored is not None and stored.keeps and format in (AS_STORED, held):
                 model.set_submodule(owner, kept(get, stored, linear.bias))
             elif format not in (None, AS_STORED):
                 parameters[name].data = dense(get, name, storage, torch.bfloat16)
                 model.set_submodule(owner, FORMATS[format].kind.of(linear))
             else:
-                parameters[name].data = dense(get, name, storage, dtype)
+                fill(name, owner, linear)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -12,7 +12,6 @@ from flux_core.checkpoint import check_files, with_files
 from flux_core.checkpoint.files import text_files
 from flux_core.checkpoint.identify import WHOLE
 from flux_core.commands.save import save
-from flux_core.device.memory import CLIP_L, T5_XXL
 from flux_core.errors import FileError, UsageError
 from flux_core.main import main
 from flux_core.variants import VARIANTS
@@ -186,6 +185,6 @@ def test_the_official_text_encoders_sizes_stand_in_the_table():
     dev = VARIANTS["flux-dev"]
     with torch.device("meta"):
         t5, clip = T5EncoderModel(T5Config(**dev.t5_config)), CLIPTextModel(CLIPTextConfig(**dev.clip_config))
-    assert sum(p.numel() for p in t5.parameters()) == T5_XXL
-    assert sum(p.numel() for p in clip.parameters()) == CLIP_L
+    assert sum(p.numel() for p in t5.parameters()) == dev.t5_size.all
+    assert sum(p.numel() for p in clip.parameters()) == dev.clip_size.all
     assert (t5.config.d_model, clip.config.hidden_size) == (dev.params.context_in_dim, dev.params.vec_in_dim)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from alive import Alive, without_tables
+from capped import Capped
 
 from flux_core.commands import doctor
-from flux_core.device import memory
+from flux_core.device.alive import autoencoder_at_work, transformer_at_work
 from flux_core.device.memory import fit, shares
-from flux_core.model import AutoEncoder, Flux
-from flux_core.sampling import image_ids
+from flux_core.model import AutoEncoder
 from flux_core.text.encoders import STAYS
 from flux_core.variants import VARIANTS, get_variant
 
@@ -37,29 +36,30 @@ def test_the_text_encoders_are_those_of_the_row(row):
 
     with torch.device("meta"):
         t5, clip = T5EncoderModel(T5Config(**row.t5_config)), CLIPTextModel(CLIPTextConfig(**row.clip_config))
-    assert sum(p.numel() for p in t5.parameters()) == memory.T5_XXL
-    assert sum(p.numel() for p in clip.parameters()) == memory.CLIP_L
+    assert sum(p.numel() for p in t5.parameters()) == row.t5_size.all
+    assert sum(p.numel() for p in clip.parameters()) == row.clip_size.all
     linears = {name: x for name, x in t5.named_modules() if isinstance(x, torch.nn.Linear)}
-    assert sum(x.weight.numel() for name, x in linears.items() if not STAYS.fullmatch(name)) == memory.T5_IN_FORMATS
+    assert sum(x.weight.numel() for name, x in linears.items() if not STAYS.fullmatch(name)) == row.t5_size.in_formats
 
 
-@pytest.mark.parametrize(("width", "height"), [(DEV.width, DEV.height), (1024, 1024)])
-def test_what_is_alive_at_work(monkeypatch, width, height):
-    without_tables(monkeypatch)
-    tokens = width * height // 256
-    with torch.no_grad(), torch.device("meta"):
-        flux, ae = Flux(DEV.params).bfloat16(), AutoEncoder(DEV.ae_params).bfloat16()
-        img, txt, y = (torch.empty(1, *shape).bfloat16() for shape in ((tokens, 64), (512, 4096), (768,)))
-        ids = image_ids(1, height // 16, width // 16, torch.device("meta"))
-        one = torch.empty(1).bfloat16()
-        with Alive(flux.parameters()) as transformer:
-            flux(img, ids, txt, torch.empty(1, 512, 3), one, y, one)
-        with Alive(ae.parameters()) as decoder:
-            ae.decode(torch.empty(1, 16, height // 8, width // 8).bfloat16())
-        with Alive(ae.parameters()) as encoder:
-            ae.encode(torch.empty(1, 3, height, width).bfloat16())
-    assert 0.9 * memory.TRANSFORMER < transformer.most <= memory.TRANSFORMER
-    assert 0.9 * memory.AUTOENCODER < max(decoder.most, encoder.most) <= memory.AUTOENCODER
+def test_what_is_alive_at_work():
+    """At 1024x1024 the decoder holds three feature maps of 256 x 1024 x 1024 numbers at once."""
+    maps = 3 * 256 * 1024 * 1024
+    for kind in (torch.bfloat16, torch.float32):
+        decoder = autoencoder_at_work(DEV.ae_params, 1024, 1024, kind, tiled=False)
+        assert 1 <= decoder / (kind.itemsize * maps) < 1.01
+        forward = transformer_at_work(DEV.params, 512, 1024, 1024, 1, kind)
+        assert forward == pytest.approx(transformer_at_work(DEV.params, 512, 1024, 1024, 2, kind) / 2, rel=0.02)
+
+
+def test_as_many_bytes_are_alive_as_an_allocator_gives():
+    """The same count of real tensors."""
+    mini, kind = get_variant("flux-mini"), torch.float32
+    with torch.no_grad():
+        ae = AutoEncoder(mini.ae_params).eval()
+        with Capped() as allocator:
+            ae.decode(torch.zeros(1, 16, 16, 16, dtype=kind))
+    assert allocator.peak == autoencoder_at_work(mini.ae_params, 128, 128, kind, tiled=False)
 
 
 @pytest.mark.parametrize(
