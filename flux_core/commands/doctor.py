@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import own_path
 from ..checkpoint.identify import Part
-from ..device.memory import fit, ram, shares
+from ..device.memory import ram, shares
 from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
 from ..files import user_path
@@ -100,14 +100,14 @@ def _fits() -> list[str]:
     import torch
 
     from ..device.choice import available_devices
+    from ..device.verdict import verdict
 
     devices, here = [torch.device(name) for name in available_devices()], ram()
     lines = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
     for variant in (variant for variant in VARIANTS.values() if not variant.embedded):
         parts = shares(variant)
         verdicts = [
-            f"{device} {fit(variant, _size(device, here), _dtypes(device), None if device.type == 'cpu' else here)}"
-            for device in devices
+            f"{device} {verdict(variant, device.type, _size(device, here), _dtypes(device))}" for device in devices
         ]
         sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
         total = sum(part.weights for part in parts)

@@ -10,7 +10,7 @@ from functools import cache
 
 from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
-from .memory import BF16, FP32, at_least, gb, saved, text_at_work
+from .memory import BF16, FP32, at_least, gb, prompt_cache, saved, text_at_work
 from .plan import LARGE_SIDE, line
 from .rates import Rates
 
@@ -28,7 +28,7 @@ class FilePlan:
     whole: bool
     """whether they are: there is room for them and for a large picture"""
     held: int
-    """that weights take otherwise: what is not in Linears, and codes that no file has"""
+    """otherwise, with prompts that are encoded: weights outside of Linears, and codes that no file has"""
     text: int
     transformer: int
     autoencoder: int
@@ -96,7 +96,9 @@ def make_file_plan(
         budget=budget,
         all=whole,
         whole=budget >= whole + room,
-        held=wide * outside + sum(size for size, there in zip(codes, stored, strict=True) if not there),
+        held=wide * outside
+        + prompt_cache(variant, dtype)
+        + sum(size for size, there in zip(codes, stored, strict=True) if not there),
         text=text_at_work(variant, wide) + wide * t5.widest,
         transformer=transformer_at_work(*image, rows, kind) + table + wide * flux.widest,
         autoencoder=of_decoder,

@@ -1,9 +1,7 @@
-"""How much memory an official model takes, and whether it fits a device: from its sizes, without loading it."""
+"""How much memory a model takes: from its sizes, without loading it."""
 
 import os
-from collections.abc import Mapping
 from functools import cache
-from itertools import product
 from math import ceil
 from typing import NamedTuple
 
@@ -37,10 +35,6 @@ TEXT = 200_000_000
 MEGAPIXEL = 1024, 1024
 CACHED_PROMPTS = 64
 """prompts whose text tokens and vectors a pipeline keeps, where it computes"""
-LIBRARIES = 1_000_000_000
-"""bytes that no tensor holds: CUDA's context and kernels, workspaces of cuBLAS and cuDNN, gaps in the allocator's
-blocks; on the CPU Python and torch themselves. With half of it, which is little more than the context, it is a matter
-of luck and of a screen that hangs on the same card: so it is with 24 GB and bf16 (huggingface/diffusers#11922)"""
 
 
 def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None) -> tuple[Share, Share, Share]:
@@ -108,37 +102,6 @@ def _count(
         of_modulation += less if name.endswith(MODULATION) else 0
     whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
     return whole_flux, modulation, (of_all, of_modulation), whole_ae
-
-
-def fit(variant: Variant, memory: int, dtypes: Mapping[str, str], ram: int | None) -> str:
-    """Whether a model fits that memory, in words, with the fewest flags that make it fit.
-
-    memory: the device's bytes. dtypes: those that it computes in -> the flag that asks for it, the device's own choice
-    first. ram: bytes of the CPU's memory, where `--offload` keeps the parts that wait; None on the CPU itself. 0 is an
-    unknown size.
-    """
-    if not memory:
-        return "does not say its memory"
-    lack = ""
-    for sure, (dtype, flag), small_t5, offload in product((True, False), dtypes.items(), (False, True), (False, True)):
-        if small_t5 and dtype in ("bfloat16", "float32"):
-            continue
-        # a cache of prompts is full only after 64 of them
-        margin = LIBRARIES + prompt_cache(variant, dtype) if sure else LIBRARIES // 2
-        parts = shares(variant, dtype, dtype if small_t5 else None)
-        weights = sum(part.weights for part in parts)
-        whole = weights + max(part.at_work for part in parts)
-        largest = max(part.weights - part.aside + part.at_work for part in parts)
-        if (offload and ram is None) or (largest if offload else whole) + margin > memory:
-            continue
-        if offload and ram and weights + LIBRARIES > ram:
-            kept = (weights + LIBRARIES) / 1e9
-            lack = f" (--offload keeps {kept:.1f} GB in the CPU's memory of {ram / 1e9:.1f} GB)"
-            continue
-        flags = " and ".join(filter(None, (flag, f"--t5-dtype {dtype}" * small_t5, "--offload" * offload)))
-        word = "fits" if sure else "may just fit"
-        return f"{word}{'' if offload else ' whole'}{flags and ' with ' + flags}"
-    return f"does not fit{lack}"
 
 
 def gb(count: int) -> str:

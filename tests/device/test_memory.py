@@ -6,15 +6,15 @@ from capped import Capped
 
 from flux_core.commands import doctor
 from flux_core.device.alive import autoencoder_at_work, transformer_at_work
-from flux_core.device.memory import fit, shares
+from flux_core.device.memory import shares
+from flux_core.device.verdict import verdict
 from flux_core.model import AutoEncoder
 from flux_core.text.encoders import STAYS
 from flux_core.variants import VARIANTS, get_variant
 
 DEV = get_variant("flux-dev")
 OFFICIAL = [row for row in VARIANTS.values() if not row.embedded]
-HALF = {"bfloat16": "", "fp8": "--dtype fp8"}
-FEW = HALF | {"nf4": "--dtype nf4"}
+FEW = {"bfloat16": "", "fp8": "--dtype fp8", "nf4": "--dtype nf4"}
 FULL = {"float32": "", "bfloat16": "--dtype bfloat16"}
 GIB = 2**30
 
@@ -63,69 +63,50 @@ def test_as_many_bytes_are_alive_as_an_allocator_gives():
 
 
 @pytest.mark.parametrize(
-    ("size", "ram", "verdict"),
+    ("size", "said"),
     [
-        (139.8 * GIB, 128 * GIB, "fits whole"),  # H200
-        (79.2 * GIB, 64 * GIB, "fits whole"),  # A100, H100
-        (39.4 * GIB, 64 * GIB, "fits whole"),  # A100 of 40 GB
-        (31.4 * GIB, 64 * GIB, "fits with --offload"),  # a card of 32 GB
-        (23.65 * GIB, 64 * GIB, "fits with --offload"),  # of 24 GB: what torch sees of it
-        (31.4 * GIB, 0, "fits with --offload"),  # where the system does not tell its memory
-        (31.4 * GIB, 32 * GIB, "fits whole with --dtype fp8"),
-        (15.7 * GIB, 16 * GIB, "does not fit (--offload keeps 22.5 GB in the CPU's memory of 17.2 GB)"),
-        (22.0 * GIB, 64 * GIB, "fits with --offload"),  # A10, L4: 24 GB less what their error correction takes
-        (15.7 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),
-        (11.6 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),  # of 12 GB
-        (9.9 * GIB, 64 * GIB, "fits with --dtype fp8 and --t5-dtype fp8 and --offload"),
-        (7.7 * GIB, 64 * GIB, "does not fit"),
-        (0, 64 * GIB, "does not say its memory"),
+        (139.8 * GIB, "fits whole"),  # H200
+        (39.4 * GIB, "fits whole"),  # A100 of 40 GB
+        (31.4 * GIB, "fits, 57 of 57 blocks stay"),  # a card of 32 GB: parts take turns
+        (23.65 * GIB, "fits, 57 of 57 blocks stay"),  # of 24 GB: what torch sees of it
+        (15.7 * GIB, "fits, 47 of 57 blocks stay, 3.2 GB come at each step; all stay with --dtype fp8"),
+        (7.7 * GIB, "fits, 19 of 57 blocks stay, 11.6 GB come at each step; all stay with --dtype nf4"),
+        (2.2 * GIB, "does not fit"),
+        (0, "does not say its memory"),
     ],
 )
-def test_cards(size, ram, verdict):
-    assert fit(DEV, int(size), HALF, int(ram)) == verdict
+def test_cards(size, said):
+    assert verdict(DEV, "cuda", int(size), FEW) == said
+
+
+def test_a_card_whose_blocks_cannot_come_has_to_hold_all():
+    assert verdict(DEV, "mps", 36 * GIB, {"float32": "", "bfloat16": "--dtype bfloat16"}) == "does not fit"
+    assert verdict(DEV, "mps", 44 * GIB, {"float32": "", "bfloat16": "--dtype bfloat16"}) == (
+        "fits whole with --dtype bfloat16"
+    )
 
 
 @pytest.mark.parametrize(
-    ("size", "ram", "verdict"),
-    [
-        (11.6 * GIB, 64 * GIB, "fits with --dtype fp8 and --offload"),
-        (15.7 * GIB, 16e9, "fits whole with --dtype nf4 and --t5-dtype nf4"),
-        (7.7 * GIB, 16 * GIB, "fits with --dtype nf4 and --t5-dtype nf4 and --offload"),
-        (5.7 * GIB, 16 * GIB, "may just fit with --dtype nf4 and --t5-dtype nf4 and --offload"),
-        (5.2 * GIB, 64 * GIB, "does not fit"),
-    ],
-)
-def test_small_cards_take_four_bits(size, ram, verdict):
-    assert fit(DEV, int(size), FEW, int(ram)) == verdict
-
-
-@pytest.mark.parametrize(
-    ("size", "verdict"),
+    ("size", "said"),
     [
         (128 * GIB, "fits whole"),
         (62.7 * GIB, "fits whole with --dtype bfloat16"),  # float32 by itself, twice the size
-        (25.3e9, "does not fit"),
+        (25.3e9, "fits with --memory auto"),
+        (4e9, "does not fit"),
     ],
 )
-def test_the_cpu(size, verdict):
-    assert fit(DEV, int(size), FULL, None) == verdict
+def test_the_cpu(size, said):
+    assert verdict(DEV, "cpu", int(size), FULL) == said
 
 
 def test_doctor_has_a_row_for_each_model_with_a_verdict_for_each_device(monkeypatch):
-    sizes = {"cuda:0": 80 * GIB, "cuda:1": 16 * GIB, "cpu": 64 * GIB}
+    sizes = {"cuda:0": 80 * GIB, "cuda:1": 24 * GIB, "cpu": 64 * GIB}
     monkeypatch.setattr("flux_core.device.choice.available_devices", lambda: list(sizes))
     monkeypatch.setattr(doctor, "ram", lambda: sizes["cpu"])
     monkeypatch.setattr(doctor, "_size", lambda device, ram: sizes[str(device)])
-    monkeypatch.setattr(doctor, "_dtypes", lambda device: FULL if device.type == "cpu" else HALF)
+    monkeypatch.setattr(doctor, "_dtypes", lambda device: FULL if device.type == "cpu" else FEW)
     verdicts = (
-        "9.8 + 23.8 + 0.2 = 33.7 GB: cuda:0 fits whole, cuda:1 fits with --dtype fp8 and --offload, "
+        "9.8 + 23.8 + 0.2 = 33.7 GB: cuda:0 fits whole, cuda:1 fits, 57 of 57 blocks stay, "
         "cpu fits whole with --dtype bfloat16"
     )
     assert doctor._fits()[1:] == [f"{row.name:<14}{verdicts}" for row in OFFICIAL]
-
-
-def test_a_card_without_bf16_or_with_both():
-    assert fit(DEV, 64 * GIB, {"float32": ""}, 128 * GIB) == "fits with --offload"
-    assert fit(DEV, 32 * GIB, {"float32": ""}, 128 * GIB) == "does not fit"
-    assert fit(DEV, 24 * GIB, FULL, 36 * GIB) == "fits with --dtype bfloat16 and --offload"
-    assert fit(DEV, int(33.6 * GIB), {"bfloat16": ""}, 32 * GIB) == "may just fit whole"
