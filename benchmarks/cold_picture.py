@@ -5,7 +5,7 @@
 Writes random weights of full size to FOLDER, unless they are there: flux-dev's transformer in int8 (15.2 GB) and in
 Q4_K (6.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it runs the command line
 in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is that file. Prints a line
-of JSON for each: seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth of a second, less
+of JSON for each: hashes of the picture's file, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth of a second, less
 what was taken before), GiB of the CPU's memory at most, and the last lines that it said. `--tiny` runs small on any
 machine.
 """
@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def variant(tiny: bool) -> Variant:
     if tiny:
         return small_variant()
     full = VARIANTS["flux-dev"]
-    return replace(VARIANTS[NAME], params=full.params, ae_params=full.ae_params, max_text=full.max_text)
+    sizes = {"t5_size": full.t5_size, "clip_size": full.clip_size, "max_side": full.max_side}
+    return replace(VARIANTS[NAME], params=full.params, ae_params=full.ae_params, max_text=full.max_text, **sizes)
 
 
 def write(folder: Path, row: Variant, device: str, tiny: bool) -> None:
@@ -139,7 +141,7 @@ def run(folder: Path, flags: list[str], steps: int, size: int, tiny: bool) -> di
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - began
         over.set()
-        pictures = len(list(Path(output).rglob("*.png")))
+        pictures = [sha256(path.read_bytes()).hexdigest()[:16] for path in Path(output).rglob("*.png")]
     said = [line.split("\r")[-1] for line in (done.stdout + done.stderr).splitlines()]
     found = {"seconds": round(seconds, 1), "code": done.returncode, "pictures": pictures}
     return {**found, "card_gib": round(max(most) - before, 2), "said": said[-12:]}

@@ -6,6 +6,7 @@ Random weights of full size, batch 1, 1024x1024, text embeddings of random numbe
 twice in each budget, the largest first, and prints a line of JSON:
 
 ms         of a step, the median of the second picture's without its first two
+queued_ms  in which Python queued a step's blocks; near `ms` the card waits for it
 resident   blocks that stay on the device; `copied_gb` of the others come at each step
 share      of the longest thing that has to happen in a step: its products (the step of the largest budget) or its
            copies (`copied_gb` over the rate of this run's `copy`), to `ms`. Goal: 0.9
@@ -82,6 +83,17 @@ class Watch:
         """when it was called, and when it returned"""
         self.used = self.peak = self.reserved = 0
         self.places: dict[str, Any] = {}
+        self.queued: list[float] = []
+        """seconds in which Python queued the blocks of a step"""
+        fetch = pipeline.placement.fetch
+
+        def timed(blocks: Any) -> Any:
+            began = time.perf_counter()
+            yield from fetch(blocks)
+            self.queued.append(time.perf_counter() - began)
+
+        pipeline.placement.fetch = timed  # type: ignore[method-assign]
+        self.restore = lambda: setattr(pipeline.placement, "fetch", fetch)
 
     def __call__(self, step: Step) -> None:
         if self.pipeline.device.type == "cuda":
@@ -142,6 +154,7 @@ class Bench:
         """Seconds, what was seen, and a hash of the pixels."""
         watch, began = Watch(pipeline, **also), time.perf_counter()
         image = pipeline.generate("x", 1, on_step=watch, force=True, **self.how)[0]
+        watch.restore()
         return time.perf_counter() - began, watch, hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
     def budgets(self) -> None:
@@ -163,7 +176,8 @@ class Bench:
             products, pixels = products or ms, pixels or found
             longest = max(products, 1e12 * watch.places.get("copied_gb", 0.0) / copy)
             sizes = {"used": watch.used, "reserved": watch.reserved, "tensors": watch.peak}
-            figures = {"budget": budget, "ms": ms, **watch.places, "share": longest / ms}
+            queued = 1000 * statistics.median(watch.queued[SETTLING:])
+            figures = {"budget": budget, "ms": ms, "queued_ms": queued, **watch.places, "share": longest / ms}
             figures |= {f"{kind}_gib": size / 2**30 for kind, size in sizes.items()}
             figures |= {"first_s": first, "second_s": second, "steps": self.args.steps}
             figures |= {"pixels": found, "equal": found == pixels}

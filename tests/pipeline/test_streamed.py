@@ -11,7 +11,7 @@ from random_lora import factors, write
 from torch import nn
 
 from flux_core.device.budget import CONTEXT, Budget, bytes_for, bytes_of
-from flux_core.device.plan import spread
+from flux_core.device.plan import make_plan, spread
 from flux_core.errors import MemoryShortage, UsageError
 from flux_core.hooks import Custom, Lora, Skip
 from flux_core.linears.formats import quantize
@@ -21,6 +21,7 @@ from flux_core.pipeline.bundle import Bundle
 from flux_core.pipeline.ring import Ring
 from flux_core.pipeline.stream import Stream
 from flux_core.request.generation import GenerationRequest
+from flux_core.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
 DEVICE = torch.device("cpu", 0)
@@ -459,3 +460,38 @@ def test_a_budget_that_cuda_takes_for_itself_is_refused():
     assert bytes_for(str(CONTEXT + 1), None, card) == 1
     with pytest.raises(UsageError, match=r"--memory 0\.5GB leaves nothing for a model: CUDA itself takes 0\.9 GB"):
         bytes_for("0.5GB", None, card)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+def test_on_a_card_the_pixels_are_the_same_in_every_budget(tmp_path, dtype):
+    """With a LoRA on blocks that come and go, plans and true guidance; from the smallest budget on that is printed."""
+    file = str(write(tmp_path / "some.safetensors", factors(load().model.params)))
+    whole = load_pipeline("flux-mini", "cuda", dtype)
+    plan = make_plan(whole.variant, 0, dtype, None, 64, 64, rows=2)
+    requests = (
+        {},
+        {"plan": [Skip(blocks="layer.1")]},
+        {"plan": [Lora(file=file, scale=0.5, steps=["1-2"])]},
+        {"negative_prompt": "a pig", "true_cfg_scale": 2.0},
+    )
+    how = {"num_steps": 3, "width": 64, "height": 64, "force": True}
+    expected = [whole.generate("a red apple", 1, **how, **fields)[0].tobytes() for fields in requests]
+    del whole
+    for budget in (plan.smallest, plan.smallest + sum(plan.blocks) // 2):
+        ours = load_pipeline("flux-mini", "cuda", dtype, memory=str(budget))
+        assert ours.fallback.offload
+        assert [ours.generate("a red apple", 1, **how, **fields)[0].tobytes() for fields in requests] == expected
+        del ours
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_come_and_go():
+    how = {"num_steps": 3, "width": 64, "height": 64, "force": True}
+    smallest = make_plan(VARIANTS["flux-mini"], 0, "bfloat16", None, 64, 64).smallest
+    pictures = []
+    for memory in (None, str(smallest)):
+        pipeline = load_pipeline("flux-mini", "cuda", "bfloat16", compile=True, memory=memory)
+        pictures.append(pipeline.generate("a red apple", 1, **how)[0].tobytes())
+        del pipeline
+    assert pictures[0] == pictures[1]
