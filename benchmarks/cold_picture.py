@@ -5,9 +5,9 @@
 Writes random weights of full size to FOLDER, unless they are there: flux-dev's transformer in int8 (15.2 GB) and in
 Q4_K (6.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it runs the command line
 in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is that file. Prints a line
-of JSON for each: hashes of the picture's file, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth of a second, less
-what was taken before), GiB of the CPU's memory at most, and the last lines that it said. `--tiny` runs small on any
-machine.
+of JSON for each: the picture's hash, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth
+of a second, less what was taken before), GiB of the CPU's memory at most, and the last lines that it said. `--tiny`
+runs small on any machine.
 """
 
 import argparse
