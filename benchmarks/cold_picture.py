@@ -5,7 +5,7 @@
 Writes random weights of full size to FOLDER, unless they are there: flux-dev's transformer in int8 (15.2 GB) and in
 Q4_K (6.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it runs the command line
 in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is that file. Prints a line
-of JSON for each: the picture's hash, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth
+of JSON for each: a hash of pixels, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth
 of a second, less what was taken before), GiB of the CPU's memory at most, and the last lines that it said. `--tiny`
 runs small on any machine.
 """
@@ -28,6 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image
 
 from flux_core.variants import VARIANTS, Variant
 
@@ -141,7 +143,7 @@ def run(folder: Path, flags: list[str], steps: int, size: int, tiny: bool) -> di
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - began
         over.set()
-        pictures = [sha256(path.read_bytes()).hexdigest()[:16] for path in Path(output).rglob("*.png")]
+        pictures = [sha256(Image.open(path).tobytes()).hexdigest()[:16] for path in Path(output).rglob("*.png")]
     said = [line.split("\r")[-1] for line in (done.stdout + done.stderr).splitlines()]
     found = {"seconds": round(seconds, 1), "code": done.returncode, "pictures": pictures}
     return {**found, "card_gib": round(max(most) - before, 2), "said": said[-12:]}

@@ -216,11 +216,19 @@ def line(title: str, text: str) -> str:
 
 
 def spread(sizes: Sequence[int], room: int) -> list[int]:
-    """Numbers of as many blocks as go into so many bytes, evenly among the others, which come while these compute."""
-    total, passed, used, chosen = sum(sizes), 0, 0, []
+    """Numbers of the blocks that stay in so many bytes, so that the bytes of the others come evenly over time.
+
+    Each block takes about the same time, whatever its bytes: a double block's weights see either image or text tokens.
+    """
+    come, came, used, stay = sum(sizes) - room, 0, 0, []
     for i, size in enumerate(sizes):
-        if used + size <= room and used * total <= room * passed:
-            chosen.append(i)
+        if used + size > room or (came + size) * len(sizes) <= come * (i + 1):
+            came += size
+        else:
+            stay.append(i)
             used += size
-        passed += size
-    return chosen
+    for i in set(range(len(sizes))) - set(stay):  # what is left may be enough for a smaller one
+        if used + sizes[i] <= room:
+            stay.append(i)
+            used += sizes[i]
+    return sorted(stay)

@@ -9,6 +9,7 @@ plain functions. Low-rank branches beside a layer are part of its product: of in
 (`operands`), of three products (`multiply_columns`), or thin ones for all steps.
 """
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -117,11 +118,24 @@ def modulation(linear: nn.Module, vec: Tensor) -> Tensor:
     if found := branches(linear, vec):
         own = modulation(found.base, vec)
         return own + raised(F.silu(vec).flatten(0, -2), found).view_as(own)
-    product = dense(linear, vec)
+    product = dense(moved(linear, vec.device), vec)
     if product is None:
         return ops.modulation(linear, vec)  # type: ignore[arg-type]
-    weight, bias = (x.to(vec.device) for x in product)
-    return project_op(F.silu(vec).flatten(0, -2), weight, bias).unflatten(0, vec.shape[:-1])
+    return project_op(F.silu(vec).flatten(0, -2), *product).unflatten(0, vec.shape[:-1])
+
+
+def moved(layer: nn.Module, device: torch.device) -> nn.Module:
+    """The same layer with tensors on a device, for one product; itself where they are there."""
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    if all(x is None or x.device == device for x in tensors):
+        return layer
+    found = copy(layer)
+    found._parameters = {
+        name: None if x is None else nn.Parameter(x.to(device), requires_grad=x.requires_grad)
+        for name, x in layer._parameters.items()
+    }
+    found._buffers = {name: None if x is None else x.to(device) for name, x in layer._buffers.items()}
+    return found
 
 
 def raised(x: Tensor, found: Branches) -> Tensor:
