@@ -33,6 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,30 +216,32 @@ class Bench:
         sizes = [32, 48, 64] if self.args.tiny else [256, 512, 768, 1024, 1280]
         whole = "1GB" if self.args.tiny else "80GiB"
         expected: dict[str, str] = {}
-        for _ in range(number):
-            width, height = draw.choice(sizes), draw.choice(sizes)
-            how: dict[str, Any] = {"width": width, "height": height, "num_steps": draw.choice([2, 3])}
-            what = draw.choice(["nothing", "plan", "guidance"])
-            how |= {"plan": {"plan": [Skip(blocks="layer.1")]}, "guidance": GUIDED}.get(what, {})
-            rows, dtype = 1 + (what == "guidance"), NAMED.get(self.dtype, self.dtype)
-            plan = make_plan(self.variant, 0, dtype, None, width, height, rows)
-            most = round(1.1 * (plan.smallest + sum(plan.blocks)))
-            budget, request = str(draw.randint(plan.smallest, most)), json.dumps(how, default=str)
-            for size in dict.fromkeys([budget] if request in expected else [whole, budget]):
-                pipeline = self.pipeline(size)
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        image = pipeline.generate("x", 1, force=True, **how)[0]
-                except Exception as error:
-                    failed.append({"budget": size, "request": request, "error": str(error)[-300:]})
-                    continue
-                found = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-                if found != expected.setdefault(request, found):
-                    failed.append({"budget": size, "request": request, "pixels": "differ"})
-                del pipeline
+        drawn = 0
+        with suppress(KeyboardInterrupt):  # then those so far are told
+            for drawn in range(1, number + 1):
+                width, height = draw.choice(sizes), draw.choice(sizes)
+                how: dict[str, Any] = {"width": width, "height": height, "num_steps": draw.choice([2, 3])}
+                what = draw.choice(["nothing", "plan", "guidance"])
+                how |= {"plan": {"plan": [Skip(blocks="layer.1")]}, "guidance": GUIDED}.get(what, {})
+                rows, dtype = 1 + (what == "guidance"), NAMED.get(self.dtype, self.dtype)
+                plan = make_plan(self.variant, 0, dtype, None, width, height, rows)
+                most = round(1.1 * (plan.smallest + sum(plan.blocks)))
+                budget, request = str(draw.randint(plan.smallest, most)), json.dumps(how, default=str)
+                for size in dict.fromkeys([budget] if request in expected else [whole, budget]):
+                    pipeline = self.pipeline(size)
+                    try:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            image = pipeline.generate("x", 1, force=True, **how)[0]
+                    except Exception as error:
+                        failed.append({"budget": size, "request": request, "error": str(error)[-300:]})
+                        continue
+                    found = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+                    if found != expected.setdefault(request, found):
+                        failed.append({"budget": size, "request": request, "pixels": "differ"})
+                    del pipeline
         seconds = time.perf_counter() - began
-        self.say("random", pictures=number, requests=len(expected), failed=len(failed), some=failed[:4], s=seconds)
+        self.say("random", pictures=drawn, requests=len(expected), failed=len(failed), some=failed[:4], s=seconds)
 
     def elsewhere(self) -> None:
         """diffusers' group offloading, blocks or leaves, with a stream."""
