@@ -18,8 +18,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,23 +33,25 @@ FIFTH = replace(DEV.params, depth=4, depth_single_blocks=8)
 MODES = {"mapped": (DEV.params, "BF16"), "cast": (FIFTH, "F16"), "read": (FIFTH, "BF16")}
 
 
-def write_sparse(path: Path, mode: str) -> int:
-    """Write a file of that mode's tensors. Returns the bytes of the weights."""
-    import torch
-
-    from flux_core.model import Flux
-
-    params, dtype = MODES[mode]
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+    """Write a file of tensors of two bytes a number. Returns the bytes of the weights."""
     header, end = {}, 0
-    with torch.device("meta"):
-        for name, x in Flux(params).state_dict().items():
-            start, end = end, end + 2 * x.numel()
-            header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     return end
+
+
+def shapes_of(kind: Callable[[Any], Any], sizes: Any) -> dict[str, tuple[int, ...]]:
+    """Of a network's tensors, without making them."""
+    import torch
+
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in kind(sizes).state_dict().items()}
 
 
 def anonymous() -> int:
@@ -94,11 +99,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.load:
         return load(args.load)
+    from flux_core.model import Flux
+
     figures = {}
     for mode in MODES:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / DEV.flow_file
-            weights = write_sparse(path, mode)
+            params, dtype = MODES[mode]
+            weights = write_sparse(path, shapes_of(Flux, params), dtype)
             environment = os.environ | {"FLUX_MODEL": str(path)}
             command = [sys.executable, __file__, "--load", mode]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -218,7 +218,8 @@ class Bench:
         expected: dict[str, str] = {}
         drawn = 0
         with suppress(KeyboardInterrupt):  # then those so far are told
-            for drawn in range(1, number + 1):
+            for _ in range(number):
+                drawn += 1
                 width, height = draw.choice(sizes), draw.choice(sizes)
                 how: dict[str, Any] = {"width": width, "height": height, "num_steps": draw.choice([2, 3])}
                 what = draw.choice(["nothing", "plan", "guidance"])

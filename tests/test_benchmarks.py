@@ -161,7 +161,14 @@ def test_a_cold_picture(tmp_path):
     command = [sys.executable, BENCHMARKS / "cold_picture.py", tmp_path, "--tiny", "--steps", "1", "--runs"]
     done = subprocess.run([*command, "--dtype float32", "Q4_K"], capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line]
-    assert [(line["code"], line["pictures"]) for line in lines] == [(0, 1), (0, 1)]
+    assert [(line["code"], len(line["pictures"])) for line in lines] == [(0, 1), (0, 1)]
+
+
+def test_a_picture_in_a_budget_of_the_cpus_memory():
+    command = [sys.executable, BENCHMARKS / "cpu_memory.py", "--tiny", "--memory", "200MB", "--size", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < line["held_gb"] < 0.2 and line["smallest_gb"] < 0.2
 
 
 @pytest.mark.slow

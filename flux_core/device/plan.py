@@ -18,7 +18,7 @@ from .rates import Rates
 SLOTS = 2
 """buffers through which blocks come and go"""
 GAPS = 250_000_000
-"""bytes at work for the smallest picture: workspaces of cuBLAS, and gaps between tensors in the allocator's pieces"""
+"""bytes at work that no tensor holds: workspaces of cuBLAS and cuDNN, and gaps in the allocator's pieces"""
 LARGE_SIDE = 2048
 """pixels of a picture's side for which there has to be room beside weights that all stay, if a model draws that"""
 
@@ -103,9 +103,9 @@ def make_plan(
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
     network, kind = _network(variant.params, dtype), torch_dtype(dtype)
     of_decoder = autoencoder_at_work(variant.ae_params, width, height, kind, tiled)
-    autoencoder = autoencoder._replace(at_work=max(GAPS, of_decoder))
+    autoencoder = autoencoder._replace(at_work=GAPS + of_decoder)
     of_forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
-    at_work = max(GAPS, of_forward + rows * variant.num_steps * network.modulation * kind.itemsize)
+    at_work = GAPS + of_forward + rows * variant.num_steps * network.modulation * kind.itemsize
     image = -(-width // PATCH) * -(-height // PATCH)
     tokens = image + variant.max_text
     outside = transformer.weights - transformer.aside - sum(network.sizes)

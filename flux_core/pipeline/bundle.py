@@ -63,6 +63,11 @@ def _unlock(home: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
 
+def locked(size: int) -> Tensor:
+    """New locked memory of so many bytes. RuntimeError where there is none."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 class Bundle:
     """The tensors of a module whose memory is at home."""
 
@@ -89,23 +94,37 @@ class Bundle:
     def pin(self) -> None:
         """Lock its home in memory, which a device then reads fastest. RuntimeError where that cannot be.
 
-        Large pieces are locked where they are, which takes a tenth of the time of new locked memory; small ones move
-        into one piece.
+        Large pieces are locked where they are, which takes a tenth of the time of new locked memory. Small ones move
+        into one piece of that, and large ones where a file's mapping cannot be locked.
         """
         small = [span for span in self.spans if len(span.home) < LARGE]
         if small:
-            pinned = torch.empty(
-                small[-1].start + len(small[-1].home), dtype=torch.uint8, device="cpu", pin_memory=True
-            )
-            for home, start in small:
-                pinned[start : start + len(home)] = home
-            self.views = [
-                view._replace(home=_view(pinned, view)) if view.start < len(pinned) else view for view in self.views
-            ]
-            self.spans = [Span(pinned, 0), *self.spans[len(small) :]]
-        self.locks += [Lock(home) for home, _ in self.spans[bool(small) :] if not home.is_pinned()]
+            self._move_home(0, small[-1].start + len(small[-1].home))
+        for home, start in self.spans[bool(small) :]:
+            if not home.is_pinned():
+                try:
+                    self.locks.append(Lock(home))
+                except RuntimeError:
+                    self._move_home(start, start + len(home))
         self.is_pinned = True
         self._point_home()
+
+    def _move_home(self, first: int, last: int) -> None:
+        """Give the spans between two places in a buffer one piece of new, locked memory at home."""
+        piece = locked(last - first)
+        inside = [span for span in self.spans if first <= span.start < last]
+        for home, start in inside:
+            piece[start - first : start - first + len(home)] = home
+        self.views = [
+            view._replace(home=_view(piece, view._replace(start=view.start - first)))
+            if first <= view.start < last
+            else view
+            for view in self.views
+        ]
+        self.spans = sorted(
+            [Span(piece, first), *(span for span in self.spans if not first <= span.start < last)],
+            key=lambda span: span.start,
+        )
 
     def copy(self, buffer: Tensor) -> None:
         """Copy its bytes into a buffer, queued on the current stream."""

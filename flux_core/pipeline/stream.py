@@ -96,23 +96,32 @@ class Stream:
             self.resident[key] = bundle, buffer
 
     def evict(self) -> bool:
-        """Send a few resident blocks home for good, last the one that computes, which then comes as the others do.
+        """Send a few resident blocks home for good, last the one that computes, which then comes as the others do. With
+        none left the ring becomes as small as it can be.
 
-        Returns whether there were any, and there is a ring.
+        Returns whether there was anything to free, and there is a ring.
         """
         while keys := [key for key in self.resident if key != self.current][-EVICTED:] or list(self.resident):
-            bundles = [self.resident[key][0] for key in keys]
             for key in keys:
                 self._release(key)
             self.limit = self.held
             empty_device_cache(self.device)
             if self.ring is not None or self._has_ring():
-                assert self.ring is not None
-                for bundle in bundles:
-                    if id(bundle) == self.current:
-                        self.ring.bring(bundle)
+                self._bring_current()
                 return True
-        return False
+        if self.ring is None or self.ring.size <= self.smallest:
+            return False
+        current = self.current
+        self._drop_ring()
+        empty_device_cache(self.device)
+        self.ring, self.current = _unless_short(partial(Ring, self.device, self.smallest)), current
+        self._bring_current()
+        return self.ring is not None
+
+    def _bring_current(self) -> None:
+        """The block that computes is there."""
+        if self.ring is not None and self.current is not None and self.current not in self.resident:
+            self.ring.bring(self.bundles[self.place[self.current]])
 
     def _has_ring(self) -> bool:
         """Take memory for a ring, if there is any."""

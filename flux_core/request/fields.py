@@ -252,7 +252,7 @@ LORAS = (
 )
 """become entries of the plan (`hooks/lora.py`)"""
 MEMORY = (
-    Field("offload", bool, "keep on the device only the part that computes: less memory, slower", default=False),
+    Field("offload", bool, "parts take turns on the device: less memory, slower", default=False),
     Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),
 )
 """switched on automatically where memory runs out"""
@@ -267,8 +267,8 @@ T5_DEVICE = Field(
 BUDGET = Field(
     "memory",
     str,
-    "bytes of the device to use, as in 8GB or 7.5GiB, or auto: what is free; blocks that find no room there come when "
-    "they compute",
+    "how much memory to use, as in 8GB or 7.5GiB, or auto: what is free (on a card the default); blocks that find no "
+    "room on a card come when they compute, a CPU's stay in their files",
     metavar="SIZE",
 )
 LOADING = (

@@ -17,6 +17,7 @@ from flux_core.hooks import Custom, Lora, Skip
 from flux_core.linears.formats import quantize
 from flux_core.main import main
 from flux_core.pipeline import Pipeline, load_pipeline
+from flux_core.pipeline import bundle as bundles
 from flux_core.pipeline.bundle import Bundle
 from flux_core.pipeline.ring import Ring
 from flux_core.pipeline.stream import Stream
@@ -261,6 +262,16 @@ def test_where_an_allocation_fails_two_blocks_go_home_and_that_block_is_computed
     assert draw(pipeline) == expected
 
 
+def test_with_nothing_to_send_home_the_ring_becomes_as_small_as_it_can_be():
+    loaded = load()
+    expected, each = draw(loaded), sizes(loaded)
+    failing, rings = Fails(loaded.model.single_blocks[0], 1), []
+    pipeline = within(loaded, 2 * each[0])
+    look = lambda _: rings.append(stream_of(pipeline).ring_size)  # noqa: E731
+    assert pipeline.generate("a red apple", 1, on_step=look, **FAST)[0].tobytes() == expected
+    assert rings == [2 * each[0], each[0], each[0]] and failing.calls == 4
+
+
 def test_with_nothing_to_send_home_it_is_a_shortage():
     loaded = load()
     Fails(loaded.model.single_blocks[0], *range(99))
@@ -295,6 +306,29 @@ def test_what_shares_memory_at_home_shares_it_in_a_buffer():
     assert torch.equal(layer.weight[0], torch.arange(1.0, 6)) and up[0, 0] == 6
     bundle.leave()
     assert wide.data_ptr() == home and layer.weight[0, 0] == 1  # what was written comes along
+
+
+@pytest.mark.parametrize("can_be_locked", [True, False])
+def test_small_pieces_move_into_locked_memory_and_large_ones_that_cannot_be_locked(monkeypatch, can_be_locked):
+    """Locked memory is CUDA's: here other memory stands in for it."""
+
+    def lock(home):
+        if not can_be_locked:
+            raise RuntimeError("memory cannot be locked")
+
+    monkeypatch.setattr(bundles, "Lock", lock)
+    monkeypatch.setattr(bundles, "locked", lambda size: torch.empty(size, dtype=torch.uint8))
+    tensors = [torch.full((size,), float(i)) for i, size in enumerate([3, bundles.LARGE, 5, bundles.LARGE + 8])]
+    homes = [x.data_ptr() for x in tensors]
+    bundle = Bundle(tensors)
+    bundle.pin()
+    stays = [x.data_ptr() == home for x, home in zip(tensors, homes, strict=True)]
+    assert stays == [False, can_be_locked, False, can_be_locked] and len(bundle.spans) == 3
+    buffer = torch.zeros(bundle.size, dtype=torch.uint8)
+    bundle.copy(buffer)
+    for act in (lambda: bundle.enter(buffer), bundle.leave):
+        act()
+        assert all((x == i).all() for i, x in enumerate(tensors))
 
 
 class Counted(Bundle):
