@@ -26,7 +26,7 @@ from torch.library import wrap_triton
 from ..linears.contract import is_bare, needs_grad
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .launch import operator
+from .launch import cdiv, operator
 
 ELEMENTS, WARPS = 4096, 4
 """of a map that a program holds at once"""
@@ -132,8 +132,8 @@ def launch_norm(
 ) -> None:
     """out = GroupNorm(x + before); x and out in channels_last; they may be the same."""
     B, C, H, W = x.shape
-    chunk = max(32, triton.cdiv(H * W, CHUNKS))
-    T, PIXELS = triton.cdiv(H * W, chunk), pixels_of(C)
+    chunk = max(32, cdiv(H * W, CHUNKS))
+    T, PIXELS = cdiv(H * W, chunk), pixels_of(C)
     means, squares = torch.empty((2, B, T, C), dtype=torch.float32, device=x.device)
     centre, scale = torch.empty((2, B, C), dtype=torch.float32, device=x.device)
     wrap_triton(moments_kernel)[(T, B)](x, means, squares, H * W, chunk, T, C=C, PIXELS=PIXELS, num_warps=WARPS)
@@ -141,7 +141,7 @@ def launch_norm(
         means, squares, before, weight, centre, scale, H * W, chunk, T, eps,
         C=C, GROUP=C // groups, CHUNKS=CHUNKS, num_warps=MERGE_WARPS,
     )  # fmt: skip
-    wrap_triton(normalize_kernel)[(triton.cdiv(H * W, PIXELS), B)](
+    wrap_triton(normalize_kernel)[(cdiv(H * W, PIXELS), B)](
         x, centre, scale, bias, out, H * W, C=C, PIXELS=PIXELS, SILU=silu, num_warps=WARPS
     )
 
@@ -207,7 +207,7 @@ def add_op_(x: Tensor, residual: Tensor, bias: Tensor) -> None:
     """x += residual + bias; x in channels_last."""
     B, C, H, W = x.shape
     PIXELS = pixels_of(C)
-    wrap_triton(add_kernel)[(triton.cdiv(B * H * W, PIXELS),)](
+    wrap_triton(add_kernel)[(cdiv(B * H * W, PIXELS),)](
         x, dense(residual), bias, B * H * W, C=C, PIXELS=PIXELS, num_warps=WARPS
     )
 
@@ -263,7 +263,7 @@ def weave_op(x: Tensor, bias: Tensor) -> Tensor:
     """[B, 4 * C, H + 1, W + 1], parities outermost -> [B, C, 2H, 2W], with the bias."""
     B, C, H, W = x.shape[0], x.shape[1] // 4, x.shape[2] - 1, x.shape[3] - 1
     out, PIXELS = empty_dense(x, (B, C, 2 * H, 2 * W)), pixels_of(C)
-    wrap_triton(weave_kernel)[(2 * B * H, triton.cdiv(2 * W, PIXELS))](
+    wrap_triton(weave_kernel)[(2 * B * H, cdiv(2 * W, PIXELS))](
         dense(x), bias, out, H, W, C=C, PIXELS=PIXELS, num_warps=WARPS
     )
     return out

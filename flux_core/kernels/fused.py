@@ -29,7 +29,7 @@ from torch.library import wrap_triton
 from ..linears.contract import Widened, needs_grad, widening
 from ..model import ops
 from ..model.ops import Heads, Scales
-from .launch import dense_rows, opaque, operator
+from .launch import cdiv, dense_rows, opaque, operator
 
 MODULATE_WARPS = 4
 SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4
@@ -127,7 +127,7 @@ def gated_sum_op(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     x, gate, y = dense_rows(x), dense_rows(gate), dense_rows(y)
     out = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
     block = min(triton.next_power_of_2(D), SUM_FEATURES)
-    wrap_triton(gated_sum_kernel)[(triton.cdiv(L, SUM_ROWS), triton.cdiv(D, block), B)](
+    wrap_triton(gated_sum_kernel)[(cdiv(L, SUM_ROWS), cdiv(D, block), B)](
         x, gate, y, out, x.stride(0), x.stride(1), gate.stride(0), y.stride(0), y.stride(1), L,
         D=D, ROWS=SUM_ROWS, BLOCK=block, num_warps=SUM_WARPS,
     )  # fmt: skip
@@ -194,7 +194,7 @@ def norm_rope_op(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Ten
     q, k, pe = dense_rows(q), dense_rows(k), dense_pe(pe)
     q_out = torch.empty((B, L, H, D), dtype=q.dtype, device=q.device)
     k_out = torch.empty((B, L, H, D), dtype=k.dtype, device=k.device)
-    wrap_triton(norm_rope_kernel)[(L * triton.cdiv(H, ROPE_HEADS), B)](
+    wrap_triton(norm_rope_kernel)[(L * cdiv(H, ROPE_HEADS), B)](
         q, k, q_scale, k_scale, pe, q_out, k_out,
         *q.stride()[:3], *k.stride()[:3], batch_stride(pe), pe.stride(2), L,
         H=H, D=D, HEADS=ROPE_HEADS, BLOCK=triton.next_power_of_2(D), num_warps=ROPE_WARPS,
@@ -267,7 +267,7 @@ def norm_rope_join_op(
     q_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
     k_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
     v_out = torch.empty((B, L, H, D), dtype=img_q.dtype, device=img_q.device)
-    wrap_triton(norm_rope_join_kernel)[(L * triton.cdiv(H, JOINED_HEADS), B)](
+    wrap_triton(norm_rope_join_kernel)[(L * cdiv(H, JOINED_HEADS), B)](
         txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, pe,
         q_out, k_out, v_out,
         *txt_q.stride()[:3], *img_q.stride()[:3], batch_stride(pe), pe.stride(2), T, L,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..linears import gguf as plain
 from ..linears.gguf_types import TYPES
-from .launch import opaque
+from .launch import cdiv, opaque
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL, LARGE, WARPS = 128, 16, 4
@@ -139,7 +139,7 @@ def unpack_op(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     _, block, size = TYPES[kind]
     codes, out, n = codes.contiguous(), _like(codes, kind, dtype), codes.numel() // size
     count = SMALL if block == 32 else LARGE
-    grid, args = (triton.cdiv(n, count),), (codes, codes.view(torch.int16), out, n)
+    grid, args = (cdiv(n, count),), (codes, codes.view(torch.int16), out, n)
     options = {"BLOCKS": count, "num_warps": WARPS, "enable_fp_fusion": False}
     if not n:
         return out

@@ -31,7 +31,7 @@ from ..linears.contract import QuantizedTokens, Widened, first_of, is_leaf, need
 from ..linears.int8 import LARGEST, SMALLEST, Int8Linear
 from . import products, quantized
 from .fused import normed
-from .launch import dense_rows, opaque, operator
+from .launch import cdiv, dense_rows, opaque, operator
 from .products import Activated, is_mlp
 from .quantized import gelu_tanh
 
@@ -421,7 +421,7 @@ def product_of_tiles(
             TensorDescriptor(one, one.shape, one.stride(), list(shape))
             for one, shape in ((x, (size.m, size.k)), (w, (size.n, size.k)), (y, (size.m, size.n)))
         )
-    product_kernel[(triton.cdiv(M, size.m) * triton.cdiv(N, size.n),)](
+    product_kernel[(cdiv(M, size.m) * cdiv(N, size.n),)](
         x, scale, w, weight_scale, weight_scale if bias is None else bias, y, M, N, weight.stride(0),
         K=K, HAS_BIAS=bias is not None, BLOCK_M=size.m, BLOCK_N=size.n, BLOCK_K=size.k, BAND=BAND,
         DESCRIBED=described, num_warps=size.warps, num_stages=size.stages,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ..linears.nf4 import Nested
-from .launch import operator
+from .launch import cdiv, operator
 
 BYTES = 1024
 """of codes for each program: four for each of 256 threads"""
@@ -61,7 +61,7 @@ def unpack_op(
 ) -> Tensor:  # fmt: skip
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     size, count, each = len(codes), math.prod(shape), blocksize // 2
-    wrap_triton(unpack_kernel)[(triton.cdiv(size, max(BYTES, each)),)](
+    wrap_triton(unpack_kernel)[(cdiv(size, max(BYTES, each)),)](
         codes, quant_map, absmax, nested_absmax, nested_map, offset, out, size, count, len(absmax),
         BLOCKS=max(1, BYTES // each), EACH=each, NESTED=nested_blocksize > 0, NESTED_BLOCK=max(1, nested_blocksize),
         num_warps=WARPS,

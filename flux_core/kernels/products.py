@@ -30,7 +30,7 @@ from ..linears.contract import (
     operands,
 )
 from ..model import ops
-from .launch import dense_rows, operator
+from .launch import cdiv, dense_rows, operator
 
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 
@@ -106,7 +106,7 @@ def project_kernel(
 def project_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (M, K), N, weight = x.shape, weight.shape[0], dense_rows(weight)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    wrap_triton(project_kernel)[(triton.cdiv(N, PROJECT_N), triton.cdiv(M, PROJECT_ROWS))](
+    wrap_triton(project_kernel)[(cdiv(N, PROJECT_N), cdiv(M, PROJECT_ROWS))](
         x.contiguous(), weight, bias, out, weight.stride(0), M, N,
         K=K, ROWS=PROJECT_ROWS, BLOCK_N=PROJECT_N, BLOCK_K=PROJECT_K, num_warps=PROJECT_WARPS,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.library import wrap_triton
 
 from ..linears.contract import QuantizedTokens, parts
 from ..linears.fp8 import LARGEST
-from .launch import dense_rows
+from .launch import cdiv, dense_rows
 
 ROWS = 16
 """of tokens in a program; `MANY_ROWS` where each has so many ranks that A, too, takes time to read"""
@@ -110,16 +110,16 @@ def write_codes_behind(tokens: QuantizedTokens, down: Tensor, factor: Tensor, ga
     (B, L, width), (R, K), down = tokens.codes.shape, down.shape, dense_rows(down)
     room, ranks = width - K, triton.next_power_of_2(max(R, 16))
     rows, block = MANY_ROWS if MANY_RANKS <= ranks < MOST_RANKS else ROWS, max(32, min(256, TILE // ranks))
-    number = max(1, min(triton.cdiv(K, FEATURES), SUMS // ranks))
-    part = triton.cdiv(triton.cdiv(K, number), block) * block
-    number = triton.cdiv(K, part)
+    number = max(1, min(cdiv(K, FEATURES), SUMS // ranks))
+    part = cdiv(cdiv(K, number), block) * block
+    number = cdiv(K, part)
     sums = torch.empty((number, B, L, ranks), dtype=torch.float32, device=down.device)
     strides, warps = tokens.codes.stride()[:2], WARPS if ranks < 256 else 2 * WARPS
-    wrap_triton(sums_kernel)[(triton.cdiv(L, rows), number, B)](
+    wrap_triton(sums_kernel)[(cdiv(L, rows), number, B)](
         tokens.codes, down, sums, *strides, down.stride(0), L, R,
         K=K, PART=part, ROWS=rows, RANKS=ranks, BLOCK=block, EXACT=INTERPRETED, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
-    wrap_triton(behind_kernel)[(triton.cdiv(L, ROWS), B)](
+    wrap_triton(behind_kernel)[(cdiv(L, ROWS), B)](
         *tokens, sums, factor, gain, *strides, L, R, K=K, PARTS=number, COLUMNS=parts(R, room), ROOM=room,
         BLOCK_ROOM=triton.next_power_of_2(room), ROWS=ROWS, RANKS=ranks, BLOCK=256, LARGEST=LARGEST, num_warps=warps,
     )  # fmt: skip
