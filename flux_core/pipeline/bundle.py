@@ -143,10 +143,17 @@ class Bundle:
             self.is_pinned, self.locks, self.copied = False, [], []
             self._hold([view.tensor for view in self.views])
 
-    def enter(self, buffer: Tensor) -> None:
-        """Point the module's tensors at a buffer that has its bytes, or will have them."""
-        for view in self.views:
-            view.tensor.data = _view(buffer, view)
+    def views_of(self, buffer: Tensor) -> list[Tensor]:
+        """The module's tensors in a buffer."""
+        return [_view(buffer, view) for view in self.views]
+
+    def enter(self, buffer: Tensor, views: Sequence[Tensor] | None = None) -> None:
+        """Point the module's tensors at a buffer that has its bytes, or will have them.
+
+        views: they in the buffer, if known.
+        """
+        for view, there in zip(self.views, views or self.views_of(buffer), strict=True):
+            view.tensor.data = there
         self.entered = [(view.tensor.data_ptr(), view.tensor._version) for view in self.views]
 
     def leave(self) -> None:

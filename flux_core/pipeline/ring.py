@@ -42,6 +42,8 @@ class Ring:
             self.memory.record_stream(self.stream)
         self.free: list[tuple[int, int, torch.cuda.Event]] = []
         """bytes from and to which may be written after an event"""
+        self.views: dict[tuple[int, int], tuple[object, list[Tensor]]] = {}
+        """tensors of a bundle at a place, which are made once: the bundle's views, of which they are, and they"""
         self._mark(0, size)  # work on what had that memory before may be queued
 
     @property
@@ -58,7 +60,11 @@ class Ring:
         if place.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(place.copied)
         place.is_done = False
-        bundle.enter(place.buffer)
+        of, views = self.views.get((id(bundle), place.start), (None, []))
+        if of is not bundle.views:  # renewed since
+            views = bundle.views_of(place.buffer)
+            self.views[id(bundle), place.start] = bundle.views, views
+        bundle.enter(place.buffer, views)
 
     def prefetch(self, bundle: Bundle) -> bool:
         """Begin to copy a block's bytes, if they are not there. Whether there is room beside those that are still to
