@@ -108,6 +108,12 @@ def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
     return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
 
 
+def resolution_mu(image_seq_len: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
+    """The exponent of `time_shift` for so many image tokens: a line through (256, base_shift), (4096, max_shift)."""
+    slope = (max_shift - base_shift) / (4096 - 256)
+    return slope * image_seq_len + (base_shift - slope * 256)
+
+
 def get_schedule(
     num_steps: int,
     image_seq_len: int,
@@ -115,12 +121,10 @@ def get_schedule(
     max_shift: float = 1.15,
     shift: bool = True,
 ) -> list[float]:
-    """num_steps + 1 sigmas from 1 to 0. mu is a line through (256, base_shift) and (4096, max_shift) image tokens."""
+    """num_steps + 1 sigmas from 1 to 0, shifted by `resolution_mu`."""
     timesteps = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32, device="cpu")
     if shift:
-        slope = (max_shift - base_shift) / (4096 - 256)
-        mu = slope * image_seq_len + (base_shift - slope * 256)
-        timesteps = time_shift(mu, 1.0, timesteps)
+        timesteps = time_shift(resolution_mu(image_seq_len, base_shift, max_shift), 1.0, timesteps)
     return timesteps.tolist()
 
 
