@@ -1,6 +1,21 @@
-"""Train LoRAs beside a frozen transformer: the loss of a rectified flow, and the layers that learn."""
+"""Train LoRAs beside a frozen transformer: the loss of a rectified flow, the layers that learn, and the loop."""
 
-from .adapter import Adapter, adapt
+from .adapter import PRESETS, Adapter, adapt
+from .loop import Example, Progress, Recipe, train
 from .objective import MAPS, WEIGHTINGS, flow_loss, flow_target, noised, on_table
 
-__all__ = ["MAPS", "WEIGHTINGS", "Adapter", "adapt", "flow_loss", "flow_target", "noised", "on_table"]
+__all__ = [
+    "MAPS",
+    "PRESETS",
+    "WEIGHTINGS",
+    "Adapter",
+    "Example",
+    "Progress",
+    "Recipe",
+    "adapt",
+    "flow_loss",
+    "flow_target",
+    "noised",
+    "on_table",
+    "train",
+]

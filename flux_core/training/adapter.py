@@ -4,9 +4,11 @@ Modules have diffusers' names, since files are saved by them: q, k and v are row
 matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_q` hits single blocks, too.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -14,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.write import write_safetensors
 from ..errors import UsageError, nearest
+from ..files import disk_errors
 from ..lora.dialects import Table, Target, flat
+from ..lora.file import ADAPTER_METADATA, FILE_NAMES
 from ..model import Flux
 from ..params import FluxParams
 
@@ -98,6 +103,20 @@ class Adapter:
             up = swapped(one.up) if one.target.swapped else one.up
             found |= {f"{PREFIX}{name}.lora_A.weight": one.down.detach(), f"{PREFIX}{name}.lora_B.weight": up.detach()}
         return found
+
+    def save(self, folder: Path) -> Path:
+        """Write `pytorch_lora_weights.safetensors` as diffusers does, with PEFT's header. Returns its path. DiskError.
+
+        The same numbers are the same bytes: there is no date, host or path in it.
+        """
+        rank = len(next(iter(self.factors.values())).down)
+        config = {"lora_alpha": self.alpha, "peft_type": "LORA", "r": rank, "target_modules": sorted(self.factors)}
+        header = json.dumps({f"{PREFIX}{key}": value for key, value in config.items()}, sort_keys=True)
+        path = folder / f"{FILE_NAMES[0]}.safetensors"
+        with disk_errors(folder, "folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, {name: x.cpu() for name, x in self.state().items()}, {ADAPTER_METADATA: header})
+        return path
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients, by the same keys."""

@@ -24,11 +24,16 @@ STEPS = 1000
 class Inputs(Protocol):
     """What a velocity is conditioned on: `pipeline.conditions.FlowInputs`, a row for each picture."""
 
-    img_ids: Tensor
-    txt: Tensor
-    txt_ids: Tensor
-    vec: Tensor
-    guidance: Tensor
+    @property
+    def img_ids(self) -> Tensor: ...
+    @property
+    def txt(self) -> Tensor: ...
+    @property
+    def txt_ids(self) -> Tensor: ...
+    @property
+    def vec(self) -> Tensor: ...
+    @property
+    def guidance(self) -> Tensor: ...
 
 
 class Map(NamedTuple):
