@@ -20,13 +20,14 @@ class EncoderSize(NamedTuple):
     of_linears: int
     widest: int
     """of one Linear, at most"""
+    blocks: int
     in_formats: int = 0
     """those that a format stores in few bits: T5's Linears but for `wo`"""
 
 
-T5_XXL = EncoderSize(4_762_310_656, 4_630_511_616, 41_943_040, 3_623_878_656)
+T5_XXL = EncoderSize(4_762_310_656, 4_630_511_616, 41_943_040, 24, 3_623_878_656)
 """of T5 1.1 XXL without its decoder"""
-CLIP_L = EncoderSize(123_060_480, 84_934_656, 2_359_296)
+CLIP_L = EncoderSize(123_060_480, 84_934_656, 2_359_296, 12)
 """of the text half of ViT-L"""
 
 
@@ -183,8 +184,8 @@ VARIANTS: dict[str, Variant] = {
             ae_file="ae.safetensors",
             t5="t5",
             clip="clip",
-            t5_size=EncoderSize(2_197_376, 1_671_168, 98_304, 1_376_256),
-            clip_size=EncoderSize(537_216, 262_144, 32_768),
+            t5_size=EncoderSize(2_197_376, 1_671_168, 98_304, 3, 1_376_256),
+            clip_size=EncoderSize(537_216, 262_144, 32_768, 2),
             max_text=32,
             shift=True,
             num_steps=28,

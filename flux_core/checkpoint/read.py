@@ -63,7 +63,7 @@ def load_into(model: Flux, path: str | Path) -> None:
     Linears that the file has in few bits become layers of that format; nothing else is quantized. On an error the model
     stays as it was.
     """
-    path, like = Path(path), model.img_in.weight
+    path, like = Path(path), model.img_in.bias
     inside = path / PARTS["transformer"].folders[0]
     device = torch.device("cpu") if like.is_meta else like.device
     loaded = _load(

@@ -98,7 +98,7 @@ def reserve(device: torch.device | str, sizes: Iterable[int]) -> None:
 def _opened(header: Header, device: torch.device | str, in_place: bool) -> Iterator[Callable[[str], Tensor]]:
     """A context with that function for one file, mapped or read. Its header is sound, so errors are the mapping's."""
     if header.is_gguf:
-        with _mapped_gguf(header) as get:
+        with _mapped_gguf(header, in_place) as get:
             yield lambda name: get(name).to(device)
         return
     try:
@@ -114,7 +114,7 @@ def _opened(header: Header, device: torch.device | str, in_place: bool) -> Itera
 
 
 @contextmanager
-def _mapped_gguf(header: Header) -> Iterator[Callable[[str], Tensor]]:
+def _mapped_gguf(header: Header, in_place: bool) -> Iterator[Callable[[str], Tensor]]:
     """`_opened` for GGUF."""
     with open_file(header.path) as file:
         try:
@@ -127,7 +127,9 @@ def _mapped_gguf(header: Header) -> Iterator[Callable[[str], Tensor]]:
         def get(name: str) -> Tensor:
             entry = header.tensors[name]
             x = whole[entry.start : entry.end]
-            x = x if header.size >= SMALL and entry.start % 4 == 0 else x.clone()  # files may be aligned to 1 byte
+            x = (
+                x if (in_place or header.size >= SMALL) and entry.start % 4 == 0 else x.clone()
+            )  # files may be aligned to 1 byte
             return x.view(READABLE[entry.dtype]).view(entry.shape) if entry.dtype in READABLE else x
 
         yield get

@@ -4,12 +4,16 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..errors import MemoryShortage, UsageError
 from .memory import at_least, ram
 
+CGROUP = Path("/sys/fs/cgroup")
+"""where a container's limits are"""
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "g": 10**9, "m": 10**6}
 RESERVE = "0.5GB"
 """what `--memory auto` leaves for others"""
@@ -25,6 +29,19 @@ def bytes_of(text: str, flag: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+class Picture(NamedTuple):
+    """What decides how much memory is at work."""
+
+    width: int
+    height: int
+    rows: int = 1
+    """of a batch"""
+    tiled: bool = False
+    """whether the autoencoder works in strips"""
+    steps: int | None = None
+    """by default the model's"""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Memory that a model may take."""
@@ -33,33 +50,41 @@ class Budget:
     """bytes that tensors may take on the device"""
     asked: str = ""
     """as the user said; without it nothing is refused, and torch is not held to it"""
-    smallest: Callable[[int, int, int, bool], int] = lambda *picture: 0
-    """the least that he may ask for, by width, height, rows of a batch, and whether the autoencoder works in strips"""
+    smallest: Callable[[Picture], int] = lambda picture: 0
+    """the least that he may ask for"""
     beside: int = 0
     """bytes of what he asked for that are not for tensors"""
 
-    def admit(self, width: int, height: int, rows: int, tiled: bool) -> None:
-        """MemoryShortage where no picture of that size can be drawn."""
-        if self.asked and (least := self.smallest(width, height, rows, tiled)) > self.size + self.beside:
-            all = (self.size + self.beside) / 1e9
+    def admit(self, picture: Picture) -> None:
+        """MemoryShortage where a picture cannot be drawn."""
+        if not self.admits(picture):
+            asked = f"--memory {self.asked} ({(self.size + self.beside) / 1e9:.2f} GB)"
             raise MemoryShortage(
-                f"--memory {self.asked} ({all:.2f} GB) is too little for {width}x{height} pixels: it takes at least "
-                f"{at_least(least)}. Next: that much, a smaller picture, or another --dtype"
+                f"{asked} is too little for {picture.width}x{picture.height} pixels: it takes at least "
+                f"{at_least(self.smallest(picture))}. Next: that much, a smaller picture, or another --dtype"
             )
 
+    def admits(self, picture: Picture) -> bool:
+        """Whether a picture can be drawn."""
+        return not self.asked or self.smallest(picture) <= self.size + self.beside
 
-def bytes_for(memory: str, reserve: str | None, device: torch.device) -> int:
-    """Bytes that tensors may take on a device. UsageError."""
-    size = None if memory == "auto" else bytes_of(memory, "--memory")
+
+def bytes_for(memory: str | None, reserve: str | None, device: torch.device) -> int:
+    """Bytes that tensors may take on a device; None: what is free there, however little. UsageError."""
+    size = None if memory in (None, "auto") else bytes_of(memory, "--memory")
     left = bytes_of(reserve or RESERVE, "--reserve")
     if device.type not in ("cuda", "cpu"):
         raise UsageError(f"--memory does not know how much {device} has. Next: leave --memory out")
     if size is not None:
         found, why = size - outside(device), f"CUDA itself takes {CONTEXT / 1e9:.1f} GB"
     else:
-        found, why = available(device) - left, f"{left / 1e9:.1f} GB are reserved"
+        free = available(device)
+        found, why = free - left, f"{left / 1e9:.1f} GB are reserved"
+        if memory is None and reserve is None:
+            found = max(found, free // 2, 1)
     if found <= 0:
-        raise UsageError(f"--memory {memory} leaves nothing for a model: {why}. Next: a larger one, or another device")
+        asked = f"--memory {memory}" if memory else f"--reserve {reserve}"
+        raise UsageError(f"{asked} leaves nothing for a model: {why}. Next: another size, or another device")
     return found
 
 
@@ -73,6 +98,11 @@ def available(device: torch.device) -> int:
     card what it has already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = [ram()]
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    return ram()
+        free.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
+    with suppress(OSError, StopIteration, ValueError):  # a container's limit; what files take of it may be dropped
+        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        free.append(limit - int(next(line for line in lines if line.startswith("anon ")).split()[1]))
+    return max(0, min(free))

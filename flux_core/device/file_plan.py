@@ -10,12 +10,18 @@ from functools import cache
 
 from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
-from .memory import BF16, FP32, at_least, gb, prompt_cache, saved, text_at_work
-from .plan import LARGE_SIDE, line
+from .memory import BF16, FP32, at_least, gb, prompt_cache, saved, text_at_work, text_width
+from .plan import line
 from .rates import Rates
 
 WORKSPACE = 100_000_000
 """bytes at work that no tensor holds: reordered inputs of convolutions, and gaps; 0.08 GB were seen"""
+WIDENING = {"int8": 2.6, "fp8": 2.0, "nf4": 1.5, "gguf": 1.0}
+"""times a wide weight that its widening holds, by format, measured for one of 21504 x 3072"""
+JOINED = 2
+"""the same for a weight of plain numbers, which may be joined of several"""
+QUANTIZING = 4.1
+"""times a weight in fp32 that its quantizing holds, for int8, which takes most"""
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,11 @@ class FilePlan:
 
     budget: int
     all: int
-    """that weights take which are loaded whole"""
+    """that weights take which are loaded whole, with prompts that are encoded"""
     whole: bool
-    """whether they are: there is room for them and for a large picture"""
+    """whether they are: there is room for them and for the largest picture"""
     held: int
-    """otherwise, with prompts that are encoded: weights outside of Linears, and codes that no file has"""
+    """the same otherwise: of weights outside of Linears, and codes that no file has"""
     text: int
     transformer: int
     autoencoder: int
@@ -43,6 +49,11 @@ class FilePlan:
     def smallest(self) -> int:
         """The least budget in which a picture can be drawn."""
         return self.held + self.at_work
+
+    @property
+    def needed(self) -> int:
+        """What a picture takes as the model is loaded."""
+        return (self.all if self.whole else self.held) + self.at_work
 
     @property
     def fits(self) -> bool:
@@ -71,6 +82,7 @@ def make_file_plan(
     height: int,
     rows: int = 1,
     tiled: bool = False,
+    steps: int | None = None,
     stored: tuple[bool, bool] = (False, False),
 ) -> FilePlan:
     """As `make_plan`. stored: whether codes of transformer and T5 in few bits are in files, not made when they load."""
@@ -78,30 +90,32 @@ def make_file_plan(
 
     from .alive import autoencoder_at_work, transformer_at_work
 
-    wide = BF16 if dtype == "bfloat16" else FP32
-    kind = torch.bfloat16 if wide == BF16 else torch.float32
     format = None if dtype in ("bfloat16", "float32") else dtype
+    wide = BF16 if dtype in ("bfloat16", "fp8") else FP32  # as `choice.pick_dtype` has it on a CPU
+    kind = torch.bfloat16 if wide == BF16 else torch.float32
+    t5_wide, _ = text_width(t5_dtype, wide)
+    t5_format = None if t5_dtype in ("bfloat16", "float32") else t5_dtype
     t5, clip = variant.t5_size, variant.clip_size
     flux, ae = _numbers(variant.params, format), _of_autoencoder(variant.ae_params)
-    codes = [round(flux.in_format * _bytes(format)), round(t5.in_formats * _bytes(t5_dtype))]
-    wider = t5.all + clip.all + flux.all + ae - flux.in_format - (t5.in_formats if t5_dtype else 0)
-    whole = wide * wider + sum(codes)
-    outside = sum(one.all - one.of_linears for one in (t5, clip, flux)) + ae
-    image = variant.params, variant.max_text, width, height
-    table = rows * variant.num_steps * flux.modulation * wide
-    of_decoder = autoencoder_at_work(variant.ae_params, width, height, kind, tiled)
-    side = min(LARGE_SIDE, variant.max_side)
+    codes = [round(flux.in_format * _bytes(format)), round(t5.in_formats * _bytes(t5_format))]
+    whole = wide * (flux.all - flux.in_format + clip.all + ae) + sum(codes)
+    whole += t5_wide * (t5.all - (t5.in_formats if t5_format else 0))
+    outside = t5_wide * (t5.all - t5.of_linears) + wide * (clip.all - clip.of_linears + flux.all - flux.of_linears + ae)
+    made = sum(size for size, there in zip(codes, stored, strict=True) if not there)
+    table = rows * (steps or variant.num_steps) * flux.modulation * wide
+    side = variant.max_side
     room = WORKSPACE + autoencoder_at_work(variant.ae_params, side, side, kind, tiled)
+    forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
+    widening = wide * flux.widest * WIDENING.get(format or "", JOINED)
+    loading = QUANTIZING * FP32 * max(flux.widest if format else 0, t5.widest if t5_format else 0) if made else 0
     return FilePlan(
         budget=budget,
-        all=whole,
+        all=whole + prompt_cache(variant, wide),
         whole=budget >= whole + room,
-        held=wide * outside
-        + prompt_cache(variant, dtype)
-        + sum(size for size, there in zip(codes, stored, strict=True) if not there),
-        text=text_at_work(variant, wide) + wide * t5.widest,
-        transformer=transformer_at_work(*image, rows, kind) + table + wide * flux.widest,
-        autoencoder=of_decoder,
+        held=outside + made + prompt_cache(variant, wide),
+        text=text_at_work(variant, t5_wide) + round(t5_wide * t5.widest * WIDENING.get(t5_format or "", JOINED)),
+        transformer=max(forward + table + round(widening), round(loading)),
+        autoencoder=autoencoder_at_work(variant.ae_params, width, height, kind, tiled),
     )
 
 

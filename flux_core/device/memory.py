@@ -40,7 +40,7 @@ CACHED_PROMPTS = 64
 def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None) -> tuple[Share, Share, Share]:
     """Memory of text encoders, transformer and autoencoder, by the name of a precision, for a picture of a megapixel.
 
-    t5_dtype: T5's format, if its Linears are in one.
+    t5_dtype: T5's, if it is another: a precision or a format.
     """
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
@@ -48,14 +48,24 @@ def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = Non
     flux, modulation, less, ae = _count(variant.params, variant.ae_params, format)
     kind = torch_dtype(dtype)
     wide = kind.itemsize
-    t5_less = round(variant.t5_size.in_formats * saved(t5_dtype)) if t5_dtype else 0
+    t5_wide, t5_less = text_width(t5_dtype, wide)
     of_forward = transformer_at_work(variant.params, variant.max_text, *MEGAPIXEL, 1, kind)
     of_decoder = autoencoder_at_work(variant.ae_params, *MEGAPIXEL, kind, tiled=False)
     return (
-        Share(wide * (variant.t5_size.all + variant.clip_size.all) - t5_less, text_at_work(variant, wide)),
+        Share(
+            t5_wide * variant.t5_size.all - round(variant.t5_size.in_formats * t5_less) + wide * variant.clip_size.all,
+            text_at_work(variant, t5_wide),
+        ),
         Share(wide * flux - less[0], of_forward, wide * modulation - less[1]),
         Share(wide * ae, of_decoder),
     )
+
+
+def text_width(t5_dtype: str | None, wide: int) -> tuple[int, float]:
+    """Bytes of T5's numbers, and those that a format saves of each, where the transformer's have so many."""
+    if t5_dtype in ("float32", "bfloat16"):
+        return (FP32 if t5_dtype == "float32" else BF16), 0.0
+    return wide, wide - (BF16 - saved(t5_dtype)) if t5_dtype else 0.0
 
 
 def text_at_work(variant: Variant, wide: int) -> int:
@@ -63,9 +73,9 @@ def text_at_work(variant: Variant, wide: int) -> int:
     return TEXT * wide * variant.max_text * variant.params.context_in_dim // (BF16 * 512 * 4096)
 
 
-def prompt_cache(variant: Variant, dtype: str = "bfloat16") -> int:
-    """Bytes of a full `PromptCache`: T5's tokens and CLIP's vector of each prompt."""
-    params, wide = variant.params, FP32 if dtype == "float32" else BF16
+def prompt_cache(variant: Variant, wide: int = BF16) -> int:
+    """Bytes of a full `PromptCache`: T5's tokens and CLIP's vector of each prompt, in numbers of so many bytes."""
+    params = variant.params
     return CACHED_PROMPTS * wide * (variant.max_text * params.context_in_dim + params.vec_in_dim)
 
 

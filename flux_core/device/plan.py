@@ -12,7 +12,7 @@ from ..params import FluxParams
 from ..request.generation import PATCH
 from ..variants import Variant
 from .budget import CONTEXT
-from .memory import BF16, Share, at_least, gb, saved, shares
+from .memory import BF16, Share, at_least, gb, saved, shares, text_width
 from .rates import Rates
 
 SLOTS = 2
@@ -46,6 +46,8 @@ class Plan:
     budget: int
     """on the device, with `CONTEXT`"""
     text: Share
+    text_least: int
+    """that text encoders take while they compute with T5 in pieces"""
     transformer: Share
     autoencoder: Share
     outside: int
@@ -72,9 +74,9 @@ class Plan:
 
     @property
     def smallest(self) -> int:
-        """The least budget in which a step can be computed, and a picture decoded in one piece."""
+        """The least budget in which a text can be encoded, a step computed, and a picture decoded in one piece."""
         step = self.outside + self.at_work + max(self.blocks)
-        return CONTEXT + max(step, self.autoencoder.weights + self.autoencoder.at_work)
+        return CONTEXT + max(self.text_least, step, self.autoencoder.weights + self.autoencoder.at_work)
 
     @property
     def home(self) -> int:
@@ -95,9 +97,13 @@ def make_plan(
     height: int,
     rows: int = 1,
     tiled: bool = False,
+    steps: int | None = None,
 ) -> Plan:
-    """The plan of one picture of so many pixels. dtype: of the transformer, a precision or a format; t5_dtype: T5's
-    format, if it is in one. rows: of a batch. tiled: whether the autoencoder works in strips."""
+    """The plan of one picture of so many pixels.
+
+    dtype: of the transformer, a precision or a format; t5_dtype: likewise T5's, if it is another. rows: of a batch.
+    tiled: whether the autoencoder works in strips. steps: by default the model's.
+    """
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
@@ -105,7 +111,7 @@ def make_plan(
     of_decoder = autoencoder_at_work(variant.ae_params, width, height, kind, tiled)
     autoencoder = autoencoder._replace(at_work=GAPS + of_decoder)
     of_forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
-    at_work = GAPS + of_forward + rows * variant.num_steps * network.modulation * kind.itemsize
+    at_work = GAPS + of_forward + rows * (steps or variant.num_steps) * network.modulation * kind.itemsize
     image = -(-width // PATCH) * -(-height // PATCH)
     tokens = image + variant.max_text
     outside = transformer.weights - transformer.aside - sum(network.sizes)
@@ -117,9 +123,14 @@ def make_plan(
     of_image, of_text = network.tokens_flops
     flops = image * of_image + variant.max_text * of_text
     flops += 4 * tokens**2 * variant.params.hidden_size * len(network.sizes)
+    t5, wide = variant.t5_size, kind.itemsize
+    t5_wide, less = text_width(t5_dtype, wide)
+    t5_block = round(t5_wide * t5.of_linears - less * t5.in_formats) // t5.blocks
+    text_least = t5_wide * (t5.all - t5.of_linears) + wide * variant.clip_size.all + t5_block + text.at_work + GAPS
     return Plan(
         budget,
         text,
+        min(text_least, text.weights + text.at_work + GAPS),
         transformer,
         autoencoder,
         outside,
@@ -131,15 +142,15 @@ def make_plan(
     )
 
 
-def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None) -> bool:
+def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5_comes: bool = True) -> bool:
     """Whether all parts may stay in so many bytes, with room for a large picture.
 
-    dtype, t5_dtype: as in `make_plan`.
+    dtype, t5_dtype: as in `make_plan`. t5_comes: whether text is encoded on the device.
     """
     side = min(LARGE_SIDE, variant.max_side)
     plan = make_plan(variant, budget, dtype, t5_dtype, side, side)
     at_work = max(plan.text.at_work, plan.at_work, plan.autoencoder.at_work)
-    return plan.home + at_work <= budget
+    return plan.home - (0 if t5_comes else plan.text.weights) + at_work <= budget
 
 
 @cache

@@ -45,4 +45,5 @@ def _of_cpu(variant: Variant, memory: int, dtypes: Mapping[str, str]) -> str:
     whole = next((dtypes[dtype] for dtype, plan in plans.items() if plan.whole), None)
     if whole is not None:
         return _whole(whole)
-    return "fits with --memory auto" if next(iter(plans.values())).fits else "does not fit"
+    fits = next(iter(plans.values())).fits
+    return "does not fit whole: --memory auto leaves what finds no room in its files" if fits else "does not fit"

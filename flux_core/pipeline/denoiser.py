@@ -75,6 +75,7 @@ class Denoiser:
         size: a request's `padded_size`. sigmas: those of the calls to come, if known. adapt: of `Loras.prepare`.
         """
         model, placement = self.placement.components.flux, self.placement
+        placement.admit(size, len(prompts), len(sigmas) or None)
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)

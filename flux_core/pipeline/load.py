@@ -11,7 +11,7 @@ from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_fil
 from ..checkpoint.contents import check_format, find_contents
 from ..checkpoint.files import flow_path, own_path, text_files
 from ..checkpoint.identify import Part
-from ..device.budget import Budget, bytes_for, outside
+from ..device.budget import Budget, Picture, bytes_for, outside
 from ..device.choice import (
     OWN,
     dtype_name,
@@ -29,6 +29,7 @@ from ..errors import UsageError
 from ..kernels import accelerate, can_fuse, install_decode
 from ..linears.int8 import has_int8_units
 from ..request.fields import T5_DEVICE
+from ..request.generation import PATCH
 from ..terminal import note
 from ..text import T5Choice
 from ..variants import Variant
@@ -97,31 +98,45 @@ def _t5_choice(
 
 
 def _budget(
-    variant: Variant, device: torch.device, memory: str | None, reserve: str | None, dtype: str, t5_dtype: str | None
+    variant: Variant, device: torch.device, memory: str | None, reserve: str | None, dtype: str, t5: T5Choice
 ) -> Budget | None:
-    """What a model may take: on a card what is free, if nobody says; elsewhere only then None. UsageError."""
-    if reserve is not None and memory != "auto":
+    """What a model may take: on a card what is free, if nobody says; elsewhere only then None. UsageError.
+
+    dtype: the transformer's, as requests name it.
+    """
+    if reserve is not None and memory != "auto" and (memory is not None or device.type != "cuda"):
         raise UsageError("--reserve goes with --memory auto")
     if device.type == "cuda":
 
-        def smallest(width: int, height: int, rows: int, tiled: bool) -> int:
-            return make_plan(variant, 0, dtype, t5_dtype, width, height, rows, tiled).smallest
+        def smallest(picture: Picture) -> int:
+            return make_plan(variant, 0, dtype, t5.precision, *picture).smallest
 
-        return Budget(bytes_for(memory or "auto", reserve, device), memory or "", smallest, outside(device))
+        return Budget(bytes_for(memory, reserve, device), memory or "", smallest, outside(device))
     if memory is None:
         return None
-    stored = own_format(variant, "transformer") == dtype, own_format(variant, "t5") == t5_dtype
+    size, stored = (
+        bytes_for(memory, reserve, device),
+        (_has(variant, "transformer", dtype), _has(variant, "t5", t5.format)),
+    )
 
-    def least(width: int, height: int, rows: int, tiled: bool) -> int:
-        return make_file_plan(variant, 0, dtype, t5_dtype, width, height, rows, tiled, stored).smallest
+    def needed(picture: Picture) -> int:
+        return make_file_plan(variant, size, dtype, t5.precision, *picture, stored=stored).needed
 
-    return Budget(bytes_for(memory, reserve, device), memory, least)
+    return Budget(size, memory, needed)
 
 
-def _maps(variant: Variant, budget: Budget, dtype: str, t5_dtype: str | None) -> bool:
-    """Whether a CPU's budget is too small for weights that are loaded whole; a line says so."""
+def _has(variant: Variant, part: Part, format: str | None) -> bool:
+    """Whether a part's file has weights in a format."""
+    contents = find_contents(flow_path(variant) if part == "transformer" else text_files(variant).t5, part)
+    return format in {one.format for one in contents.storage.of.values()}
+
+
+def _maps(variant: Variant, budget: Budget, dtype: str, t5: T5Choice) -> bool:
+    """Whether a CPU's budget is too small for weights that are loaded whole; a line says so. MemoryShortage."""
     side = variant.min_side
-    plan = make_file_plan(variant, budget.size, dtype, t5_dtype, side, side)
+    if not budget.admits(Picture(PATCH, PATCH)):  # nor any other
+        budget.admit(Picture(side, side))
+    plan = make_file_plan(variant, budget.size, dtype, t5.precision, side, side)
     if not plan.whole:
         note(
             f"weights would take {gb(plan.all)}: those of Linears stay in their files, mapped, and each product widens "
@@ -173,14 +188,18 @@ def load_pipeline(
     elif format:
         check_format(find_contents(flow_path(variant), "transformer"), format)
     t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
-    precisions = format or dtype_name(kind), t5.format
-    budget, mapped = _budget(variant, place, memory, reserve, *precisions), False
+    precision = format or dtype_name(kind)
+    budget, mapped = _budget(variant, place, memory, reserve, precision, t5), False
     if budget is not None and place == CPU:
-        budget.admit(variant.min_side, variant.min_side, 1, vae_tiling)
-        mapped = _maps(variant, budget, *precisions)
+        mapped = _maps(variant, budget, precision, t5)
         t5 = replace(t5, mapped=mapped)
+        if mapped and compile:
+            raise UsageError(
+                "--compile needs weights that are loaded whole. Next: leave --compile out, or a larger --memory"
+            )
     elif budget is not None and not offload:
-        fallback.offload = not is_whole(variant, budget.size - torch.cuda.memory_allocated(place), *precisions)
+        free, comes = budget.size - torch.cuda.memory_allocated(place), t5.home is None and not t5.later
+        fallback.offload = not is_whole(variant, free, precision, t5.precision, comes)
     for one in dict.fromkeys([(format, place), (t5.format, t5.home or place)]):
         _note_widening(*one)
     kept = find_kept(folder, variant, t5, place, kind) if folder else None

@@ -214,7 +214,6 @@ class Pipeline:
         def work() -> Tensor:
             return self.denoiser.denoise([request], source, on_step, functions, conditions)
 
-        self.placement.admit(request.padded_size, rows=1 + request.uses_true_cfg)
         own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
         x = self.fallback.run(what, work, "offload")
         return self._decoded(x, request.recorded([*functions, *own]))
@@ -231,7 +230,6 @@ class Pipeline:
         if first.init_image is not None:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
-        self.placement.admit(first.padded_size, rows=len(requests) * (1 + first.uses_true_cfg))
         own = self.loras.own_entries()
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
         return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..device.budget import Budget
+from ..device.budget import Budget, Picture
 from ..device.choice import empty_device_cache
 from ..device.oom import CPU, OomFallback
 from ..linears.contract import Leaf
@@ -41,10 +41,10 @@ class Placement:
         """Whether weights keep their addresses between two steps, as a CUDA graph needs."""
         return not self.fallback.offload
 
-    def admit(self, size: tuple[int, int], rows: int) -> None:
+    def admit(self, size: tuple[int, int], rows: int, steps: int | None) -> None:
         """MemoryShortage where a budget has no room for a picture. size: width and height; rows: of its batches."""
         if self.budget is not None:
-            self.budget.admit(*size, rows, self.fallback.vae_tiling)
+            self.budget.admit(Picture(*size, rows, self.fallback.vae_tiling, steps))
 
     def free(self, part: Any) -> None:
         """Free the memory of a text encoder, which is loaded again when it is used."""

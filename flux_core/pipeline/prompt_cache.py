@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..device.memory import CACHED_PROMPTS
+from ..device.oom import retried
 from ..lora.known import Known
 from .kept_embeddings import KeptEmbeddings
 from .nonfinite import is_finite, nonfinite_error
@@ -55,8 +57,12 @@ class PromptCache:
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         encoders = {"T5": self.placement.components.t5, "CLIP": self.placement.components.clip}
-        with self.placement.using(*encoders.values()):
-            txt, vec = (encode([prompt]).to(self.placement.device, self.dtype) for encode in encoders.values())
+
+        def work() -> list[Tensor]:
+            with self.placement.using(*encoders.values()):
+                return [encode([prompt]).to(self.placement.device, self.dtype) for encode in encoders.values()]
+
+        txt, vec = retried(work, partial(self.placement.evict, encoders["T5"]))
         for (name, encoder), x in zip(encoders.items(), (txt, vec), strict=True):
             if not is_finite(x):
                 raise nonfinite_error(f"in {name}'s embedding of the prompt", self.dtype, encoder)

@@ -111,7 +111,7 @@ class Stream:
                 return True
         if self.ring is None or self.ring.size <= self.smallest:
             return False
-        current = self.current
+        current, self.limit = self.current, 0
         self._drop_ring()
         empty_device_cache(self.device)
         self.ring, self.current = _unless_short(partial(Ring, self.device, self.smallest)), current

@@ -136,7 +136,7 @@ class Streamed(Placement):
             elif part not in parts:  # blocks are at home, and keep the way in which they multiply on the device
                 move_layers(part, CPU, without=_prefixes(part))
         empty_device_cache(self.device)
-        for part in parts:
+        for part in reversed(parts):  # CLIP before T5, which may come in pieces
             self._enter(part)
         self._present = parts
 

@@ -26,8 +26,8 @@ from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
 from ..checkpoint.read import AS_STORED, dense, held_in_file, kept, note_precision
 from ..checkpoint.shapes import T5_DEFAULTS
+from ..checkpoint.tensors import DTYPES, SMALL, opened, reserve
 from ..checkpoint.tensors import mapped as in_file
-from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..linears.formats import FORMATS
@@ -250,7 +250,8 @@ def load_encoder(
 
     def fill(name: str, owner: str, linear: nn.Linear | None) -> None:
         """Put a weight in its place, in `dtype`."""
-        if not mapped:
+        is_view = name not in storage.of and DTYPES.get(source.dtypes[name]) == dtype
+        if not mapped or (is_view and source.headers_of[name].size >= SMALL):
             parameters[name].data = dense(get, name, storage, dtype)
             return
         read = held_in_file(get, storage, [name], lambda get, dtype: dense(get, name, storage, dtype))

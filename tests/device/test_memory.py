@@ -91,7 +91,7 @@ def test_a_card_whose_blocks_cannot_come_has_to_hold_all():
     [
         (128 * GIB, "fits whole"),
         (62.7 * GIB, "fits whole with --dtype bfloat16"),  # float32 by itself, twice the size
-        (25.3e9, "fits with --memory auto"),
+        (25.3e9, "does not fit whole: --memory auto leaves what finds no room in its files"),
         (4e9, "does not fit"),
     ],
 )

@@ -83,6 +83,9 @@ def test_doctor_plans_without_a_card_and_without_weights(capsys):
     assert "text encoders 4.4 GB: whole" in capsys.readouterr().out
     assert main(["doctor", "--name", "flux-mini", "--memory", "2GB"]) == 0
     assert "all blocks stay on the card" in capsys.readouterr().out
+    assert main(["doctor", "--memory", "12GB", "--t5-dtype", "float32"]) == 0
+    assert "text encoders 19.3 GB: blocks of T5 come" in capsys.readouterr().out
+    assert main(["doctor", "--memory", "auto", "--device", "cpu", "--name", "flux-mini"]) == 0
     for wrong in (["--memory", "much"], ["--name", "flux-max"], ["--memory", "8GB", "--dtype", "int3"]):
         assert main(["doctor", *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -56,7 +56,7 @@ def test_the_prompt_used_longest_ago_is_forgotten_first(pipeline):
 def test_what_prompts_take_is_counted():
     variant = VARIANTS["flux-dev"]
     assert prompt_cache(variant) == CACHED_PROMPTS * 2 * (512 * 4096 + 768)
-    assert prompt_cache(variant, "float32") == 2 * prompt_cache(variant)
+    assert prompt_cache(variant, 4) == 2 * prompt_cache(variant)
 
 
 def test_no_part_points_back_to_the_pipeline(pipeline):
