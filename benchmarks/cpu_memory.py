@@ -1,6 +1,6 @@
 """What a picture by FLUX.1-dev takes of a CPU's memory in a budget, in fp32, from text to pixels.
 
-    python benchmarks/cpu_memory.py [--memory 2.5GB] [--size 256] [--steps 1]
+    python benchmarks/cpu_memory.py [--memory 2.6GB] [--size 256] [--steps 1]
 
 The files are sparse (zeros that take no space on the disk), in bf16, with the official names and shapes. The command
 line draws in this process, whose anonymous memory is sampled from /proc; `held_gb` is its peak above what imports take,
@@ -46,7 +46,7 @@ def write_model(folder: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", default="2.5GB")
+    parser.add_argument("--memory", default="2.6GB")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")

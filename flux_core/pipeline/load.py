@@ -114,10 +114,8 @@ def _budget(
         return Budget(bytes_for(memory, reserve, device), memory or "", smallest, outside(device))
     if memory is None:
         return None
-    size, stored = (
-        bytes_for(memory, reserve, device),
-        (_has(variant, "transformer", dtype), _has(variant, "t5", t5.format)),
-    )
+    size = bytes_for(memory, reserve, device)
+    stored = _has(variant, "transformer", dtype), _has(variant, "t5", t5.format)
 
     def needed(picture: Picture) -> int:
         return make_file_plan(variant, size, dtype, t5.precision, *picture, stored=stored).needed

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.write import write_safetensors
 from ..errors import FileError, NonFiniteError, UsageError
+from ..files import disk_errors
 from ..sampling import image_ids
 from .adapter import Adapter
 from .objective import MAPS, WEIGHTINGS, flow_loss, on_table
@@ -129,7 +130,8 @@ def train(
     check(examples)
     parameters = adapter.parameters()
     optimizer = torch.optim.AdamW(parameters, recipe.lr, BETAS, EPS, recipe.weight_decay)
-    losses = [] if folder is None else resume(folder, adapter, optimizer, recipe, examples)
+    run = identity(recipe, examples, adapter)
+    losses = [] if folder is None else resume(folder, adapter, optimizer, run)
     for step in range(len(losses), recipe.steps):
         rate = recipe.lr * factor(recipe, step)
         optimizer.param_groups[0]["lr"] = rate
@@ -148,7 +150,7 @@ def train(
         losses.append(total)
         ends = on_step is not None and on_step(Progress(step + 1, total, rate, names)) is True
         if folder is not None and (ends or len(losses) == recipe.steps or len(losses) % every == 0):
-            save(folder, adapter, optimizer, recipe, losses, examples, keep)
+            save(folder, adapter, optimizer, losses, run, keep)
         if ends:
             break
     return losses
@@ -231,31 +233,33 @@ def check(examples: Sequence[Example]) -> None:
 # Checkpoints -------------------------------------------------------------------------------------------
 
 
-def identity(recipe: Recipe, examples: Sequence[Example]) -> dict[str, str]:
-    """What a run is: its recipe and its examples, as text."""
+def identity(recipe: Recipe, examples: Sequence[Example], adapter: Adapter) -> dict[str, str]:
+    """What a run is, as text: its recipe, its examples, and what learns. The frozen weights are the caller's matter."""
     digest = sha256()
     for one in examples:
         for x in (one.latents, one.txt, one.vec):
             digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     known = {key: json.dumps(value, sort_keys=True) for key, value in asdict(recipe).items()}
-    return {**known, "examples": digest.hexdigest()}
+    ranks = sorted((name, len(one.down)) for name, one in adapter.factors.items())
+    modules = f"{len(ranks)}, {sha256(repr(ranks).encode()).hexdigest()[:8]}"
+    return {**known, "alpha": str(adapter.alpha), "modules": modules, "examples": digest.hexdigest()[:16]}
 
 
 def save(
     folder: Path,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
     losses: Sequence[float],
-    examples: Sequence[Example],
+    run: Mapping[str, str],
     keep: int,
 ) -> None:
-    """Write a checkpoint whole, then delete those before the newest `keep`. DiskError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint of a run whole, then delete those before the newest `keep`. run: `identity`. DiskError."""
+    with disk_errors(folder, "folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
     for name, x in numbers_of(adapter, optimizer).items():
         tensors[name] = x.detach().cpu()
-    write_safetensors(folder / CHECKPOINT.format(len(losses)), tensors, identity(recipe, examples))
+    write_safetensors(folder / CHECKPOINT.format(len(losses)), tensors, run)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
 
@@ -264,12 +268,11 @@ def resume(
     folder: Path,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    examples: Sequence[Example],
+    run: Mapping[str, str],
 ) -> list[float]:
-    """Take the numbers of the newest checkpoint, and return the losses so far, none without one.
+    """Take the numbers of the newest checkpoint of a run, and return the losses so far, none without one.
 
-    UsageError, FileError: as in `train`.
+    run: `identity`. UsageError, FileError: as in `train`.
     """
     if not (found := checkpoints(folder)):
         return []
@@ -279,7 +282,7 @@ def resume(
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path}: the checkpoint could not be read: {error}. Next: delete it.") from error
-    for key, value in identity(recipe, examples).items():
+    for key, value in run.items():
         if metadata.get(key) != value:
             raise UsageError(
                 f"{path} was trained with {key} {metadata.get(key, 'unknown')}, not {value}. Next: go on with what it "
@@ -294,8 +297,6 @@ def resume(
         }
         x.grad = None
     mine = numbers_of(adapter, optimizer)
-    if mine.keys() | {"losses"} != tensors.keys():
-        raise UsageError(f"{path} is of other modules. Next: name another folder")
     with torch.no_grad():
         for name, mine_now in mine.items():
             mine_now.copy_(tensors[name])

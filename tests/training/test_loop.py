@@ -129,6 +129,8 @@ def test_what_differs_is_named(tmp_path):
     for change, said in [({"lr": 1e-3}, r"with lr 0\.01, not 0\.001"), ({"steps": 3}, "with steps 2, not 3")]:
         with pytest.raises(UsageError, match=said):
             run(tmp_path, replace(RECIPE, **{"steps": 2} | change))
+    with pytest.raises(UsageError, match=r"with modules 7, .* not 3, "):
+        train(small_adapter(("to_q",)), examples(), replace(RECIPE, steps=2), tmp_path)
     with pytest.raises(UsageError, match="with examples"):
         run(tmp_path, replace(RECIPE, steps=2), examples(4))
 
