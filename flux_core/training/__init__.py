@@ -1,6 +1,7 @@
 """Train LoRAs beside a frozen transformer: the loss of a rectified flow, the layers that learn, and the loop."""
 
 from .adapter import PRESETS, Adapter, adapt
+from .data import Found, Picture, read_folder
 from .loop import Example, Progress, Recipe, train
 from .objective import MAPS, WEIGHTINGS, flow_loss, flow_target, noised, on_table
 
@@ -10,6 +11,8 @@ __all__ = [
     "WEIGHTINGS",
     "Adapter",
     "Example",
+    "Found",
+    "Picture",
     "Progress",
     "Recipe",
     "adapt",
@@ -17,5 +20,6 @@ __all__ = [
     "flow_target",
     "noised",
     "on_table",
+    "read_folder",
     "train",
 ]

@@ -1,0 +1,135 @@
+"""A folder of pictures and captions, as people have them: `NAME.txt` beside each picture, or one `metadata.jsonl`.
+
+What cannot be used is left out, with its reason, and nothing is guessed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import FileError, UsageError
+from ..images.pictures import open_picture
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+"""of files that are taken for pictures"""
+METADATA, CAPTIONS = "metadata.jsonl", ("text", "prompt", "caption")
+"""a file of lines with `file_name` and one of these, as of Hugging Face's imagefolder"""
+PLACE = "[trigger]"
+"""in a caption: where the trigger word goes"""
+
+
+class Picture(NamedTuple):
+    """A picture to train on."""
+
+    path: Path
+    caption: str
+    sha256: str
+    """of its file"""
+
+
+class Found(NamedTuple):
+    """What is in a folder."""
+
+    pictures: list[Picture]
+    skipped: dict[Path, str]
+    """why a picture is left out"""
+
+
+def read_folder(folder: Path, width: int, height: int, trigger: str = "") -> Found:
+    """The pictures of a folder and of those in it, by their names, for training at that size.
+
+    trigger: a word for what is learned, put where a caption says `[trigger]`, else in front, if it is not there; the
+    whole caption where there is none. With a metadata.jsonl only the pictures that it lists are used. UsageError where
+    none is left, FileError for a metadata.jsonl that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder. Next: name a folder of pictures with captions")
+    listed = _listed(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    pictures: dict[str, Picture] = {}
+    skipped: dict[Path, str] = {}
+    for path in paths if listed is None else [path for path in paths if path in listed]:
+        try:
+            caption = with_trigger(_beside(path) if listed is None else _one_line(listed[path]), trigger)
+            sha256 = _hash_of(path, width, height)
+        except FileError as error:
+            skipped[path] = str(error)
+            continue
+        if not caption:
+            skipped[path] = "it has no caption"
+        elif sha256 in pictures:
+            skipped[path] = f"it is the same file as {pictures[sha256].path.name}"
+        else:
+            pictures[sha256] = Picture(path, caption, sha256)
+    for path in (listed or {}).keys() - set(paths):
+        skipped[path] = f"{METADATA} names it, and it is not there"
+    if not pictures:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in sorted(skipped.items())[:3])
+        raise UsageError(
+            f"{folder} has no picture to train on{reasons and f' ({reasons})'}. Next: pictures of at least "
+            f"{width}x{height} pixels, each with a caption in a .txt of its name, or a trigger word"
+        )
+    return Found(list(pictures.values()), skipped)
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """A caption with its trigger word, once."""
+    if PLACE in caption:
+        return caption.replace(PLACE, trigger).strip()
+    return caption if not trigger or trigger in caption else f"{trigger} {caption}".strip()
+
+
+def _beside(path: Path) -> str:
+    """The caption in the .txt of a picture's name; empty without one."""
+    file = path.with_suffix(".txt")
+    try:
+        return _one_line(file.read_text(encoding="utf-8-sig")) if file.is_file() else ""
+    except UnicodeDecodeError:
+        raise FileError(f"its caption {file.name} is no text in UTF-8") from None
+    except OSError as error:
+        raise FileError(f"its caption {file.name} cannot be read: {error}") from None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _hash_of(path: Path, width: int, height: int) -> str:
+    """The SHA-256 of a picture's file. FileError if it is none, or would have to be enlarged."""
+    image, sha256 = open_picture(path)
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    w, h = image.size[::-1] if turned else image.size
+    if w < width or h < height:
+        raise FileError(f"it has {w}x{h} pixels, fewer than {width}x{height}")
+    return sha256
+
+
+def _listed(folder: Path) -> Mapping[Path, str] | None:
+    """The captions of a metadata.jsonl, by picture; None without one. FileError."""
+    file = folder / METADATA
+    if not file.is_file():
+        return None
+    return dict(_rows(file))
+
+
+def _rows(file: Path) -> Iterator[tuple[Path, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{file} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], next(row[key] for key in CAPTIONS if key in row)
+            assert isinstance(name, str) and isinstance(text, str)
+        except (ValueError, KeyError, TypeError, AssertionError, StopIteration, RecursionError):
+            raise FileError(
+                f'{file}, line {number}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'
+            ) from None
+        path = file.parent / name
+        if not path.resolve().is_relative_to(file.parent.resolve()):
+            raise FileError(f"{file}, line {number}: {name} is outside of the folder")
+        yield path, text
