@@ -202,7 +202,9 @@ def drawn(examples: Sequence[Example], recipe: Recipe, micro: int) -> list[Examp
     found = []
     for number in range(micro * recipe.batch, (micro + 1) * recipe.batch):
         epoch, at = divmod(number, len(examples))
-        order = torch.randperm(len(examples), device="cpu", generator=generator(recipe, "order", epoch))
+        order = torch.randperm(
+            len(examples), dtype=torch.int64, device="cpu", generator=generator(recipe, "order", epoch)
+        )
         found.append(examples[int(order[at])])
     return found
 
