@@ -24,6 +24,7 @@ from random_model import clip_tokenizer, t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_core.device.file_plan import make_file_plan
+from flux_core.device.memory import Picture
 from flux_core.main import main as command_line
 from flux_core.model import AutoEncoder, Flux
 from flux_core.variants import VARIANTS
@@ -72,7 +73,7 @@ def main() -> int:
         seconds = time.perf_counter() - began
         done.set()
         watcher.join()
-    plan = make_file_plan(variant, 0, "float32", None, args.size, args.size)
+    plan = make_file_plan(variant, 0, "float32", None, Picture(args.size, args.size))
     figures = {"held_gb": (peak - before) / 1e9, "smallest_gb": plan.smallest / 1e9, "whole_gb": plan.all / 1e9}
     figures = {"memory": args.memory, **{key: round(x, 3) for key, x in figures.items()}, "s": round(seconds, 1)}
     print(json.dumps({"benchmark": "cpu_memory", "model": variant.name, "size": args.size, **figures}))

@@ -49,6 +49,7 @@ from random_parts import random_autoencoder, tiny_variant
 from torch import Tensor
 
 from flux_core.device.budget import CONTEXT, Budget, bytes_of
+from flux_core.device.memory import Picture
 from flux_core.device.plan import make_plan
 from flux_core.device.rates import measured
 from flux_core.hooks import Skip
@@ -225,7 +226,7 @@ class Bench:
                 what = draw.choice(["nothing", "plan", "guidance"])
                 how |= {"plan": {"plan": [Skip(blocks="layer.1")]}, "guidance": GUIDED}.get(what, {})
                 rows, dtype = 1 + (what == "guidance"), NAMED.get(self.dtype, self.dtype)
-                plan = make_plan(self.variant, 0, dtype, None, width, height, rows)
+                plan = make_plan(self.variant, 0, dtype, None, Picture(width, height, rows))
                 most = round(1.1 * (plan.smallest + sum(plan.blocks)))
                 budget, request = str(draw.randint(plan.smallest, most)), json.dumps(how, default=str)
                 for size in dict.fromkeys([budget] if request in expected else [whole, budget]):

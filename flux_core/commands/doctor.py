@@ -207,7 +207,7 @@ def _plan(
     from ..device.choice import pick_device
     from ..device.file_plan import describe as describe_files
     from ..device.file_plan import make_file_plan
-    from ..device.memory import gb
+    from ..device.memory import Picture, gb
     from ..device.plan import describe, make_plan
     from ..device.rates import measured
 
@@ -216,18 +216,17 @@ def _plan(
     if memory is None and own and place.type != "cuda":
         raise UsageError("there is no card here. Next: say for how much memory to plan, as in --memory 12GB")
     given = bytes_of(memory, "--memory") if memory else None
-    how: dict[str, Any] = {"t5_dtype": request.t5_dtype, "width": width, "height": height, "tiled": vae_tiling}
-    how["steps"] = request.num_steps
+    how = request.t5_dtype, Picture(width, height, tiled=vae_tiling, steps=request.num_steps)
     if place.type == "mps" and not own:
         raise UsageError(f"there are no plans for {place}. Next: --device cpu, or leave --device out, for a card")
     if not own and place.type == "cpu":
         dtype = request.dtype or "float32"
-        files = make_file_plan(variant, given or available(place), dtype, **how)
+        files = make_file_plan(variant, given or available(place), dtype, *how)
         yield f"{name} in {gb(files.budget)} of a CPU's memory, {width}x{height} pixels, {dtype}"
-        tera = make_plan(variant, 0, "bfloat16", **how).tera
+        tera = make_plan(variant, 0, "bfloat16", *how).tera
         yield from describe_files(files, request.num_steps, tera, measured(place))
         return
     dtype, budget = request.dtype or "bfloat16", given or available(place)
-    plans = {x: make_plan(variant, budget, x, **how) for x in dict.fromkeys([dtype, *PLANNED])}
+    plans = {x: make_plan(variant, budget, x, *how) for x in dict.fromkeys([dtype, *PLANNED])}
     yield f"{name} in {gb(budget)}, {width}x{height} pixels, {dtype}"
     yield from describe(plans.pop(dtype), request.num_steps, measured(place) if place.type == "cuda" else None, plans)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..model import AutoEncoder, Flux, strips
 from ..params import AutoEncoderParams, FluxParams
 from ..request.generation import PATCH
+from .memory import Picture
 
 
 def most_alive(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
@@ -63,9 +64,9 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 @cache
-def transformer_at_work(params: FluxParams, text: int, width: int, height: int, rows: int, dtype: torch.dtype) -> int:
-    """Bytes that a forward holds beside weights: so many text tokens, pixels, rows of a batch, plain functions."""
-    image = -(-width // PATCH) * -(-height // PATCH)
+def transformer_at_work(params: FluxParams, text: int, picture: Picture, dtype: torch.dtype) -> int:
+    """Bytes that a forward by plain functions holds beside weights, with so many text tokens."""
+    rows, image = picture.rows, picture.tokens
     with torch.device("meta"):
         # a block of each kind: they come one after the other
         flux = Flux(replace(params, depth=1, depth_single_blocks=1)).to(dtype)
@@ -84,10 +85,10 @@ def transformer_at_work(params: FluxParams, text: int, width: int, height: int, 
 
 
 @cache
-def autoencoder_at_work(params: AutoEncoderParams, width: int, height: int, dtype: torch.dtype, tiled: bool) -> int:
-    """Bytes that decoding holds beside weights, which encoding does not exceed. tiled: in strips."""
+def autoencoder_at_work(params: AutoEncoderParams, picture: Picture, dtype: torch.dtype) -> int:
+    """Bytes that decoding holds beside weights, which encoding does not exceed."""
     with torch.device("meta"):
         ae = AutoEncoder(params).to(dtype)
-    decode = partial(strips.decode, ae) if tiled else ae.decode
-    shape = 1, params.z_channels, -(-height // PATCH) * 2, -(-width // PATCH) * 2
+    decode = partial(strips.decode, ae) if picture.tiled else ae.decode
+    shape = 1, params.z_channels, -(-picture.height // PATCH) * 2, -(-picture.width // PATCH) * 2
     return most_alive(lambda: decode(torch.empty(shape, dtype=dtype, device="meta")), ae.parameters())

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..errors import MemoryShortage, UsageError
-from .memory import at_least, ram
+from .memory import Picture, at_least, ram
 
 CGROUP = Path("/sys/fs/cgroup")
 """where a container's limits are"""
@@ -27,19 +26,6 @@ def bytes_of(text: str, flag: str) -> int:
     if found is None or found[2] not in UNITS or not float(found[1]):
         raise UsageError(f"{flag} must be a size, as in 8GB or 7.5GiB, not {text!a}")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-class Picture(NamedTuple):
-    """What decides how much memory is at work."""
-
-    width: int
-    height: int
-    rows: int = 1
-    """of a batch"""
-    tiled: bool = False
-    """whether the autoencoder works in strips"""
-    steps: int | None = None
-    """by default the model's"""
 
 
 @dataclass(frozen=True)

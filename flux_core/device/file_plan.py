@@ -6,11 +6,21 @@ again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
-from ..params import AutoEncoderParams, FluxParams
 from ..variants import Variant
-from .memory import BF16, FP32, at_least, gb, prompt_cache, saved, text_at_work, text_width
+from .memory import (
+    BF16,
+    FP32,
+    Picture,
+    at_least,
+    gb,
+    modulation_table,
+    numbers_of,
+    prompt_cache,
+    saved,
+    text_at_work,
+    text_width,
+)
 from .plan import line
 from .rates import Rates
 
@@ -60,29 +70,12 @@ class FilePlan:
         return self.budget >= self.smallest
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """How many a network has."""
-
-    all: int
-    of_linears: int
-    widest: int
-    """of one Linear"""
-    in_format: int
-    modulation: int
-    """of a step"""
-
-
 def make_file_plan(
     variant: Variant,
     budget: int,
     dtype: str,
     t5_dtype: str | None,
-    width: int,
-    height: int,
-    rows: int = 1,
-    tiled: bool = False,
-    steps: int | None = None,
+    picture: Picture,
     stored: tuple[bool, bool] = (False, False),
 ) -> FilePlan:
     """As `make_plan`. stored: whether codes of transformer and T5 in few bits are in files, not made when they load."""
@@ -96,16 +89,17 @@ def make_file_plan(
     t5_wide, _ = text_width(t5_dtype, wide)
     t5_format = None if t5_dtype in ("bfloat16", "float32") else t5_dtype
     t5, clip = variant.t5_size, variant.clip_size
-    flux, ae = _numbers(variant.params, format), _of_autoencoder(variant.ae_params)
+    flux = numbers_of(variant.params, variant.ae_params, format)
     codes = [round(flux.in_format * _bytes(format)), round(t5.in_formats * _bytes(t5_format))]
-    whole = wide * (flux.all - flux.in_format + clip.all + ae) + sum(codes)
+    whole = wide * (flux.all - flux.in_format + clip.all + flux.autoencoder) + sum(codes)
     whole += t5_wide * (t5.all - (t5.in_formats if t5_format else 0))
-    outside = t5_wide * (t5.all - t5.of_linears) + wide * (clip.all - clip.of_linears + flux.all - flux.of_linears + ae)
+    outside = t5_wide * (t5.all - t5.of_linears) + wide * (clip.all - clip.of_linears)
+    outside += wide * (flux.all - flux.in_linears + flux.autoencoder)
     made = sum(size for size, there in zip(codes, stored, strict=True) if not there)
-    table = rows * (steps or variant.num_steps) * flux.modulation * wide
-    side = variant.max_side
-    room = WORKSPACE + autoencoder_at_work(variant.ae_params, side, side, kind, tiled)
-    forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
+    largest = picture._replace(width=variant.max_side, height=variant.max_side)
+    room = WORKSPACE + autoencoder_at_work(variant.ae_params, largest, kind)
+    forward = transformer_at_work(variant.params, variant.max_text, picture, kind)
+    forward += modulation_table(variant, picture, wide)
     widening = wide * flux.widest * WIDENING.get(format or "", JOINED)
     loading = QUANTIZING * FP32 * max(flux.widest if format else 0, t5.widest if t5_format else 0) if made else 0
     return FilePlan(
@@ -114,46 +108,14 @@ def make_file_plan(
         whole=budget >= whole + room,
         held=outside + made + prompt_cache(variant, wide),
         text=text_at_work(variant, t5_wide) + round(t5_wide * t5.widest * WIDENING.get(t5_format or "", JOINED)),
-        transformer=max(forward + table + round(widening), round(loading)),
-        autoencoder=autoencoder_at_work(variant.ae_params, width, height, kind, tiled),
+        transformer=max(forward + round(widening), round(loading)),
+        autoencoder=autoencoder_at_work(variant.ae_params, picture, kind),
     )
 
 
 def _bytes(format: str | None) -> float:
     """Of a number in that format."""
     return BF16 - saved(format) if format else 0
-
-
-@cache
-def _numbers(params: FluxParams, format: str | None) -> _Numbers:
-    """Of a transformer, built on the meta device."""
-    import torch
-    from torch import nn
-
-    from ..linears.formats import quantizable
-    from ..model import MODULATION, Flux
-
-    with torch.device("meta"):
-        model = Flux(params)
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
-    few = quantizable(model, format) if format else {}
-    return _Numbers(
-        all=sum(x.numel() for x in model.parameters()),
-        of_linears=sum(one.weight.numel() for one in linears.values()),
-        widest=max(one.weight.numel() for one in linears.values()),
-        in_format=sum(one.weight.numel() for one in few.values()),
-        modulation=sum(one.out_features for name, one in linears.items() if name.endswith(MODULATION)),
-    )
-
-
-@cache
-def _of_autoencoder(params: AutoEncoderParams) -> int:
-    import torch
-
-    from ..model import AutoEncoder
-
-    with torch.device("meta"):
-        return sum(x.numel() for x in AutoEncoder(params).parameters())
 
 
 def describe(plan: FilePlan, steps: int, tera: float, rates: Rates | None) -> Iterator[str]:

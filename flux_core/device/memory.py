@@ -6,6 +6,7 @@ from math import ceil
 from typing import NamedTuple
 
 from ..params import AutoEncoderParams, FluxParams
+from ..request.generation import PATCH
 from ..variants import Variant
 
 BF16, FP32 = 2, 4
@@ -20,6 +21,27 @@ def ram() -> int:
         return 0
 
 
+class Picture(NamedTuple):
+    """What decides how much memory is at work."""
+
+    width: int
+    height: int
+    rows: int = 1
+    """of a batch"""
+    tiled: bool = False
+    """whether the autoencoder works in strips"""
+    steps: int | None = None
+    """by default the model's"""
+
+    @property
+    def tokens(self) -> int:
+        """Of a row."""
+        return -(-self.width // PATCH) * -(-self.height // PATCH)
+
+
+MEGAPIXEL = Picture(1024, 1024)
+
+
 class Share(NamedTuple):
     """The memory that a part of a model takes, in bytes."""
 
@@ -32,7 +54,6 @@ class Share(NamedTuple):
 
 TEXT = 200_000_000
 """bytes at work in bf16 for 512 tokens of T5 1.1 XXL, as a plain encoder's shapes say"""
-MEGAPIXEL = 1024, 1024
 CACHED_PROMPTS = 64
 """prompts whose text tokens and vectors a pipeline keeps, where it computes"""
 
@@ -45,19 +66,24 @@ def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = Non
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
     format = None if dtype in ("bfloat16", "float32") else dtype
-    flux, modulation, less, ae = _count(variant.params, variant.ae_params, format)
+    numbers = numbers_of(variant.params, variant.ae_params, format)
+    less = saved(format) if format else 0.0
     kind = torch_dtype(dtype)
     wide = kind.itemsize
     t5_wide, t5_less = text_width(t5_dtype, wide)
-    of_forward = transformer_at_work(variant.params, variant.max_text, *MEGAPIXEL, 1, kind)
-    of_decoder = autoencoder_at_work(variant.ae_params, *MEGAPIXEL, kind, tiled=False)
+    of_forward = transformer_at_work(variant.params, variant.max_text, MEGAPIXEL, kind)
+    of_decoder = autoencoder_at_work(variant.ae_params, MEGAPIXEL, kind)
     return (
         Share(
             t5_wide * variant.t5_size.all - round(variant.t5_size.in_formats * t5_less) + wide * variant.clip_size.all,
             text_at_work(variant, t5_wide),
         ),
-        Share(wide * flux - less[0], of_forward, wide * modulation - less[1]),
-        Share(wide * ae, of_decoder),
+        Share(
+            wide * numbers.all - round(less * numbers.in_format),
+            of_forward,
+            wide * numbers.modulation - round(less * numbers.modulation_in_format),
+        ),
+        Share(wide * numbers.autoencoder, of_decoder),
     )
 
 
@@ -73,6 +99,12 @@ def text_at_work(variant: Variant, wide: int) -> int:
     return TEXT * wide * variant.max_text * variant.params.context_in_dim // (BF16 * 512 * 4096)
 
 
+def modulation_table(variant: Variant, picture: Picture, wide: int) -> int:
+    """Bytes of the modulation of a picture's steps, computed ahead, in numbers of so many bytes."""
+    modulated = numbers_of(variant.params, variant.ae_params, None).modulated
+    return picture.rows * (picture.steps or variant.num_steps) * modulated * wide
+
+
 def prompt_cache(variant: Variant, wide: int = BF16) -> int:
     """Bytes of a full `PromptCache`: T5's tokens and CLIP's vector of each prompt, in numbers of so many bytes."""
     params = variant.params
@@ -86,15 +118,27 @@ def saved(format: str) -> float:
     return BF16 - FORMATS[format].bits / 8
 
 
-@cache
-def _count(
-    params: FluxParams, ae_params: AutoEncoderParams, format: str | None
-) -> tuple[int, int, tuple[int, int], int]:
-    """Numbers of parameters of transformer, its modulation and autoencoder; third, the bytes that a format saves, of
-    bf16's, of the transformer and of its modulation.
+class Numbers(NamedTuple):
+    """How many a transformer has, and an autoencoder."""
 
-    Built on the meta device: shapes without memory.
-    """
+    all: int
+    in_linears: int
+    """in weights of Linears"""
+    widest: int
+    """in one of these"""
+    in_format: int
+    """in those that a format stores in few bits"""
+    modulation: int
+    """in projections of modulation"""
+    modulation_in_format: int
+    modulated: int
+    """that modulation computes for a step"""
+    autoencoder: int
+
+
+@cache
+def numbers_of(params: FluxParams, ae_params: AutoEncoderParams, format: str | None) -> Numbers:
+    """Built on the meta device: shapes without memory."""
     import torch
     from torch import nn
 
@@ -104,14 +148,18 @@ def _count(
     with torch.device("meta"):
         flux, ae = Flux(params), AutoEncoder(ae_params)
     linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
-    modulation = sum(p.numel() for name, one in linears.items() if name.endswith(MODULATION) for p in one.parameters())
-    of_all, of_modulation = 0, 0
-    for name, one in quantizable(flux, format).items() if format else ():
-        less = round(one.weight.numel() * saved(format))  # type: ignore[arg-type]
-        of_all += less
-        of_modulation += less if name.endswith(MODULATION) else 0
-    whole_flux, whole_ae = (sum(p.numel() for p in network.parameters()) for network in (flux, ae))
-    return whole_flux, modulation, (of_all, of_modulation), whole_ae
+    modulation = {name: one for name, one in linears.items() if name.endswith(MODULATION)}
+    few = quantizable(flux, format) if format else {}
+    return Numbers(
+        all=sum(p.numel() for p in flux.parameters()),
+        in_linears=sum(one.weight.numel() for one in linears.values()),
+        widest=max(one.weight.numel() for one in linears.values()),
+        in_format=sum(one.weight.numel() for one in few.values()),
+        modulation=sum(p.numel() for one in modulation.values() for p in one.parameters()),
+        modulation_in_format=sum(one.weight.numel() for name, one in modulation.items() if name in few),
+        modulated=sum(one.out_features for one in modulation.values()),
+        autoencoder=sum(p.numel() for p in ae.parameters()),
+    )
 
 
 def gb(count: int) -> str:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..params import FluxParams
-from ..request.generation import PATCH
 from ..variants import Variant
 from .budget import CONTEXT
-from .memory import BF16, Share, at_least, gb, saved, shares, text_width
+from .memory import BF16, Picture, Share, at_least, gb, modulation_table, saved, shares, text_width
 from .rates import Rates
 
 SLOTS = 2
@@ -29,8 +28,6 @@ class Network:
 
     sizes: tuple[int, ...]
     """bytes of each block without its modulation"""
-    modulation: int
-    """numbers of a step's modulation"""
     tokens_flops: tuple[float, float]
     """floating point operations of a step for each image token, and for each text token, but for attention"""
 
@@ -88,32 +85,20 @@ class Plan:
         return max(self.tera / tera_rate, self.streamed / copy_rate)
 
 
-def make_plan(
-    variant: Variant,
-    budget: int,
-    dtype: str,
-    t5_dtype: str | None,
-    width: int,
-    height: int,
-    rows: int = 1,
-    tiled: bool = False,
-    steps: int | None = None,
-) -> Plan:
-    """The plan of one picture of so many pixels.
+def make_plan(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, picture: Picture) -> Plan:
+    """The plan of a picture.
 
-    dtype: of the transformer, a precision or a format; t5_dtype: likewise T5's, if it is another. rows: of a batch.
-    tiled: whether the autoencoder works in strips. steps: by default the model's.
+    dtype: of the transformer, a precision or a format; t5_dtype: likewise T5's, if it is another.
     """
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
     text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
     network, kind = _network(variant.params, dtype), torch_dtype(dtype)
-    of_decoder = autoencoder_at_work(variant.ae_params, width, height, kind, tiled)
+    of_decoder = autoencoder_at_work(variant.ae_params, picture, kind)
     autoencoder = autoencoder._replace(at_work=GAPS + of_decoder)
-    of_forward = transformer_at_work(variant.params, variant.max_text, width, height, rows, kind)
-    at_work = GAPS + of_forward + rows * (steps or variant.num_steps) * network.modulation * kind.itemsize
-    image = -(-width // PATCH) * -(-height // PATCH)
-    tokens = image + variant.max_text
+    of_forward = transformer_at_work(variant.params, variant.max_text, picture, kind)
+    at_work = GAPS + of_forward + modulation_table(variant, picture, kind.itemsize)
+    image, tokens = picture.tokens, picture.tokens + variant.max_text
     outside = transformer.weights - transformer.aside - sum(network.sizes)
     room = budget - CONTEXT - outside - at_work
     slots, resident = 0, spread(network.sizes, room)
@@ -138,7 +123,7 @@ def make_plan(
         tuple(resident),
         slots,
         at_work,
-        rows * flops / 1e12,
+        picture.rows * flops / 1e12,
     )
 
 
@@ -148,7 +133,7 @@ def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5
     dtype, t5_dtype: as in `make_plan`. t5_comes: whether text is encoded on the device.
     """
     side = min(LARGE_SIDE, variant.max_side)
-    plan = make_plan(variant, budget, dtype, t5_dtype, side, side)
+    plan = make_plan(variant, budget, dtype, t5_dtype, Picture(side, side))
     at_work = max(plan.text.at_work, plan.at_work, plan.autoencoder.at_work)
     return plan.home - (0 if t5_comes else plan.text.weights) + at_work <= budget
 
@@ -166,11 +151,6 @@ def _network(params: FluxParams, dtype: str) -> Network:
         model = Flux(params)
     few = quantizable(model, dtype) if dtype not in ("bfloat16", "float32") else {}
     wide, sizes, of_image, of_text = BF16 * (1 + (dtype == "float32")), [], 0.0, 0.0
-    modulation = sum(
-        layer.out_features
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name.endswith(MODULATION)
-    )
     for kind in ("double_blocks", "single_blocks"):
         for i, block in enumerate(getattr(model, kind)):
             size = 0.0
@@ -184,7 +164,7 @@ def _network(params: FluxParams, dtype: str) -> Network:
                     of_image += 0 if ".txt_" in name else flops
                     of_text += 0 if ".img_" in name else flops
             sizes.append(round(size))
-    return Network(tuple(sizes), modulation, (of_image, of_text))
+    return Network(tuple(sizes), (of_image, of_text))
 
 
 def describe(plan: Plan, steps: int, rates: Rates | None, others: Mapping[str, Plan]) -> Iterator[str]:

@@ -30,7 +30,7 @@ def _whole(flag: str) -> str:
 
 
 def _streamed(variant: Variant, memory: int, dtypes: Mapping[str, str]) -> str:
-    plans = {dtype: make_plan(variant, memory, dtype, None, *MEGAPIXEL) for dtype in dtypes}
+    plans = {dtype: make_plan(variant, memory, dtype, None, MEGAPIXEL) for dtype in dtypes}
     plan = plans[next(iter(dtypes))]
     if not plan.fits:
         return "does not fit"
@@ -41,7 +41,7 @@ def _streamed(variant: Variant, memory: int, dtypes: Mapping[str, str]) -> str:
 
 
 def _of_cpu(variant: Variant, memory: int, dtypes: Mapping[str, str]) -> str:
-    plans = {dtype: make_file_plan(variant, memory, dtype, None, *MEGAPIXEL) for dtype in dtypes}
+    plans = {dtype: make_file_plan(variant, memory, dtype, None, MEGAPIXEL) for dtype in dtypes}
     whole = next((dtypes[dtype] for dtype, plan in plans.items() if plan.whole), None)
     if whole is not None:
         return _whole(whole)

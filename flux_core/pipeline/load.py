@@ -11,7 +11,7 @@ from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_fil
 from ..checkpoint.contents import check_format, find_contents
 from ..checkpoint.files import flow_path, own_path, text_files
 from ..checkpoint.identify import Part
-from ..device.budget import Budget, Picture, bytes_for, outside
+from ..device.budget import Budget, bytes_for, outside
 from ..device.choice import (
     OWN,
     dtype_name,
@@ -22,7 +22,7 @@ from ..device.choice import (
     pick_dtype,
 )
 from ..device.file_plan import make_file_plan
-from ..device.memory import gb
+from ..device.memory import Picture, gb
 from ..device.oom import CPU, OomFallback
 from ..device.plan import is_whole, make_plan
 from ..errors import UsageError
@@ -109,7 +109,7 @@ def _budget(
     if device.type == "cuda":
 
         def smallest(picture: Picture) -> int:
-            return make_plan(variant, 0, dtype, t5.precision, *picture).smallest
+            return make_plan(variant, 0, dtype, t5.precision, picture).smallest
 
         return Budget(bytes_for(memory, reserve, device), memory or "", smallest, outside(device))
     if memory is None:
@@ -118,7 +118,7 @@ def _budget(
     stored = _has(variant, "transformer", dtype), _has(variant, "t5", t5.format)
 
     def needed(picture: Picture) -> int:
-        return make_file_plan(variant, size, dtype, t5.precision, *picture, stored=stored).needed
+        return make_file_plan(variant, size, dtype, t5.precision, picture, stored).needed
 
     return Budget(size, memory, needed)
 
@@ -134,7 +134,7 @@ def _maps(variant: Variant, budget: Budget, dtype: str, t5: T5Choice) -> bool:
     side = variant.min_side
     if not budget.admits(Picture(PATCH, PATCH)):  # nor any other
         budget.admit(Picture(side, side))
-    plan = make_file_plan(variant, budget.size, dtype, t5.precision, side, side)
+    plan = make_file_plan(variant, budget.size, dtype, t5.precision, Picture(side, side))
     if not plan.whole:
         note(
             f"weights would take {gb(plan.all)}: those of Linears stay in their files, mapped, and each product widens "

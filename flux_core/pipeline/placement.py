@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..device.budget import Budget, Picture
+from ..device.budget import Budget
 from ..device.choice import empty_device_cache
+from ..device.memory import Picture
 from ..device.oom import CPU, OomFallback
 from ..linears.contract import Leaf
 from ..model import MODULATION, Flux

@@ -6,7 +6,7 @@ from capped import Capped
 
 from flux_core.commands import doctor
 from flux_core.device.alive import autoencoder_at_work, transformer_at_work
-from flux_core.device.memory import shares
+from flux_core.device.memory import MEGAPIXEL, Picture, shares
 from flux_core.device.verdict import verdict
 from flux_core.model import AutoEncoder
 from flux_core.text.encoders import STAYS
@@ -46,10 +46,12 @@ def test_what_is_alive_at_work():
     """At 1024x1024 the decoder holds three feature maps of 256 x 1024 x 1024 numbers at once."""
     maps = 3 * 256 * 1024 * 1024
     for kind in (torch.bfloat16, torch.float32):
-        decoder = autoencoder_at_work(DEV.ae_params, 1024, 1024, kind, tiled=False)
+        decoder = autoencoder_at_work(DEV.ae_params, MEGAPIXEL, kind)
         assert 1 <= decoder / (kind.itemsize * maps) < 1.01
-        forward = transformer_at_work(DEV.params, 512, 1024, 1024, 1, kind)
-        assert forward == pytest.approx(transformer_at_work(DEV.params, 512, 1024, 1024, 2, kind) / 2, rel=0.02)
+        forward = transformer_at_work(DEV.params, 512, MEGAPIXEL, kind)
+        assert forward == pytest.approx(
+            transformer_at_work(DEV.params, 512, Picture(1024, 1024, rows=2), kind) / 2, rel=0.02
+        )
 
 
 def test_as_many_bytes_are_alive_as_an_allocator_gives():
@@ -59,7 +61,7 @@ def test_as_many_bytes_are_alive_as_an_allocator_gives():
         ae = AutoEncoder(mini.ae_params).eval()
         with Capped() as allocator:
             ae.decode(torch.zeros(1, 16, 16, 16, dtype=kind))
-    assert allocator.peak == autoencoder_at_work(mini.ae_params, 128, 128, kind, tiled=False)
+    assert allocator.peak == autoencoder_at_work(mini.ae_params, Picture(128, 128), kind)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux_core.device.budget import CONTEXT
-from flux_core.device.memory import at_least, shares
+from flux_core.device.memory import Picture, at_least, shares
 from flux_core.device.plan import describe, is_whole, make_plan
 from flux_core.device.rates import Rates
 from flux_core.main import main
@@ -21,7 +21,7 @@ DTYPES = ["bfloat16", "float32", "fp8", "int8", "nf4"]
 
 
 def planned(budget, dtype="bfloat16", side=1024):
-    return make_plan(DEV, budget, dtype, None, side, side)
+    return make_plan(DEV, budget, dtype, None, Picture(side, side))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ from flux_core.checkpoint.layouts import file_state
 from flux_core.commands.save import save
 from flux_core.device.budget import Budget, available
 from flux_core.device.file_plan import WORKSPACE, make_file_plan
-from flux_core.device.memory import prompt_cache, ram
+from flux_core.device.memory import Picture, prompt_cache, ram
 from flux_core.errors import MemoryShortage
 from flux_core.hooks import Lora, Skip
 from flux_core.linears.formats import quantize
@@ -56,7 +56,7 @@ def test_of_a_budget_in_which_all_fits_nothing_is_seen():
 def test_the_plan_knows_what_is_held(dtype, t5):
     pipeline = load_pipeline("flux-mini", "cpu", dtype, t5_dtype=t5, memory=SMALL)
     held = sum(x.nbytes for part in pipeline.components for x in (*part.parameters(), *part.buffers()))
-    plan = make_file_plan(MINI, 220 * 10**6, dtype, t5, 256, 256)
+    plan = make_file_plan(MINI, 220 * 10**6, dtype, t5, Picture(256, 256))
     assert not plan.whole and plan.held - prompt_cache(MINI, 2 if dtype == "bfloat16" else 4) == pytest.approx(
         held, rel=0.02
     )
@@ -90,7 +90,7 @@ def test_plans_loras_and_guidance_are_drawn_the_same(tmp_path):
 
 
 def test_below_the_smallest_budget_it_is_said_before_anything_is_loaded(capsys, monkeypatch):
-    smallest = make_file_plan(MINI, 0, "float32", None, 256, 256).smallest
+    smallest = make_file_plan(MINI, 0, "float32", None, Picture(256, 256)).smallest
     plain = ["--prompt", "a", "--device", "cpu", "--memory"]
     monkeypatch.setattr("flux_core.pipeline.load.load_components", lambda *rest: pytest.fail("loaded"))
     assert main([*plain, "50MB"]) == 5
@@ -124,7 +124,7 @@ def test_an_edit_is_refused_like_a_picture(tmp_path, capsys):
 
 def test_weights_that_are_loaded_whole_count():
     """A picture beside them is refused where they leave it no room, though it would fit beside a mapped file."""
-    plan = make_file_plan(VARIANTS["flux-dev"], 120 * 10**9, "float32", None, 4096, 4096, rows=4)
+    plan = make_file_plan(VARIANTS["flux-dev"], 120 * 10**9, "float32", None, Picture(4096, 4096, rows=4))
     assert plan.whole and plan.needed == plan.all + plan.at_work > plan.budget > plan.smallest
 
 
@@ -154,7 +154,9 @@ def test_random_budgets_under_an_allocator_that_runs_out(number):
         how = {"width": random.choice([32, 64, 128]), "height": random.choice([32, 64, 128]), "num_steps": 2}
         guided = {"negative_prompt": "a pig", "true_cfg_scale": 2.0}
         how |= random.choice([{}, {"plan": [Skip(blocks="layer.1")]}, guided])
-        plan = make_file_plan(MINI, 0, "float32", None, how["width"], how["height"], 1 + ("negative_prompt" in how))
+        plan = make_file_plan(
+            MINI, 0, "float32", None, Picture(how["width"], how["height"], 1 + ("negative_prompt" in how))
+        )
         ours.placement.budget = Budget(random.randint(plan.smallest, 2 * plan.smallest))
         key = json.dumps(how, default=str)
         if key not in expected:

@@ -11,6 +11,7 @@ from random_lora import factors, write
 from torch import nn
 
 from flux_core.device.budget import CONTEXT, Budget, bytes_for, bytes_of
+from flux_core.device.memory import Picture
 from flux_core.device.plan import make_plan, spread
 from flux_core.errors import MemoryShortage, UsageError
 from flux_core.hooks import Custom, Lora, Skip
@@ -502,7 +503,7 @@ def test_on_a_card_the_pixels_are_the_same_in_every_budget(tmp_path, dtype):
     """With a LoRA on blocks that come and go, plans and true guidance; from the smallest budget on that is printed."""
     file = str(write(tmp_path / "some.safetensors", factors(load().model.params)))
     whole = load_pipeline("flux-mini", "cuda", dtype)
-    plan = make_plan(whole.variant, 0, dtype, None, 64, 64, rows=2)
+    plan = make_plan(whole.variant, 0, dtype, None, Picture(64, 64, rows=2))
     requests = (
         {},
         {"plan": [Skip(blocks="layer.1")]},
@@ -522,7 +523,7 @@ def test_on_a_card_the_pixels_are_the_same_in_every_budget(tmp_path, dtype):
 @pytest.mark.gpu
 def test_compiled_blocks_come_and_go():
     how = {"num_steps": 3, "width": 64, "height": 64, "force": True}
-    smallest = make_plan(VARIANTS["flux-mini"], 0, "bfloat16", None, 64, 64).smallest
+    smallest = make_plan(VARIANTS["flux-mini"], 0, "bfloat16", None, Picture(64, 64)).smallest
     pictures = []
     for memory in (None, str(smallest)):
         pipeline = load_pipeline("flux-mini", "cuda", "bfloat16", compile=True, memory=memory)
