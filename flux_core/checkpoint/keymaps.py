@@ -79,7 +79,7 @@ def _joined(parts: list[Tensor], how: str, params: Params) -> Tensor:
 def _diffusers_values(x: Tensor, how: str, params: Params) -> Tensor:
     match how:
         case "swap halves":
-            return _swap_halves(x)
+            return swap_halves(x)
         case "square":
             return x[:, :, 0, 0] if x.ndim == 4 else x
         case "widen rows" if zeros := added_width(params):
@@ -92,7 +92,7 @@ def _diffusers_values(x: Tensor, how: str, params: Params) -> Tensor:
 def _official_values(x: Tensor, how: str, params: Params) -> Tensor:
     match how:
         case "swap halves":
-            return _swap_halves(x)
+            return swap_halves(x)
         case "square":
             return x[:, :, None, None] if x.ndim == 2 else x
         case "widen rows" if zeros := added_width(params):
@@ -107,7 +107,8 @@ def joins_rows(how: str, params: Params) -> bool:
     return not how or (how.startswith("widen") and not added_width(params))
 
 
-def _swap_halves(x: Tensor) -> Tensor:
+def swap_halves(x: Tensor) -> Tensor:
+    """The halves of its rows in the other order: diffusers has scale before shift in the last layer's modulation."""
     return torch.cat(x.chunk(2)[::-1])
 
 

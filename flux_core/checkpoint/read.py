@@ -7,7 +7,7 @@ read, from safetensors and GGUF; names and shapes are compared with the header b
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -216,8 +216,8 @@ class Filling:
         """
         owner, _, leaf = pair.official.rpartition(".")
         module, format = model.get_submodule(owner), self.format_of(model, pair)
-        if format is None and self.mapped and not self.is_view(pair):
-            names = [self.contents.names[name] for name in pair.diffusers]
+        names = [self.contents.names[name] for name in pair.diffusers]
+        if format is None and self.mapped and not is_view(self.contents, names, self.dtype):
             read = held_in_file(get, self.contents.storage, names, partial(self.dense, pair))
             if leaf == "weight" and isinstance(module, nn.Linear):
                 model.set_submodule(owner, MappedLinear(read, module.weight.shape, module.bias))
@@ -234,13 +234,6 @@ class Filling:
         is_weight = leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
         format = self.choose(owner, self.stored(pair)) if is_weight else None
         return format if format is None or self.quantizes or self.is_kept(pair, format) else None
-
-    def is_view(self, pair: Pair) -> bool:
-        """Whether a tensor is loaded as it lies in the file, on the CPU."""
-        names = [self.contents.names[name] for name in pair.diffusers]
-        same = [DTYPES.get(self.contents.dtypes[name]) == self.dtype for name in pair.diffusers]
-        source, of = self.contents.source, self.contents.storage.of
-        return not (names[1:] or names[0] in of) and same[0] and source.headers_of[names[0]].size >= SMALL
 
     def stored(self, pair: Pair) -> list[Stored | None]:
         return [self.contents.storage.of.get(self.contents.names[name]) for name in pair.diffusers]
@@ -286,6 +279,14 @@ class Filling:
             if format is not None and not self.is_kept(pair, format):
                 largest = max(largest, numel)
         return [*found, 8 * largest] if largest else found
+
+
+def is_view(contents: Contents, names: Sequence[str], dtype: torch.dtype) -> bool:
+    """Whether a tensor made of these of a file is loaded in that dtype as it lies there, on the CPU."""
+    name, *others = names
+    source = contents.source
+    is_plain = not others and name not in contents.storage.of
+    return is_plain and DTYPES.get(source.dtypes[name]) == dtype and source.headers_of[name].size >= SMALL
 
 
 def held_in_file(

@@ -127,9 +127,8 @@ def _mapped_gguf(header: Header, in_place: bool) -> Iterator[Callable[[str], Ten
         def get(name: str) -> Tensor:
             entry = header.tensors[name]
             x = whole[entry.start : entry.end]
-            x = (
-                x if (in_place or header.size >= SMALL) and entry.start % 4 == 0 else x.clone()
-            )  # files may be aligned to 1 byte
+            stays = (in_place or header.size >= SMALL) and entry.start % 4 == 0  # files may be aligned to 1 byte
+            x = x if stays else x.clone()
             return x.view(READABLE[entry.dtype]).view(entry.shape) if entry.dtype in READABLE else x
 
         yield get

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.keymaps import swap_halves
 from ..checkpoint.shapes import clip_shapes, t5_shapes
 from ..params import FluxParams
 from ..variants import VARIANTS
@@ -146,7 +147,7 @@ def _part(module: Module, tensors: Mapping[str, Tensor], columns: int | None = N
     def official(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        return _narrow(_swapped(x) if target.swapped else x, rows)
+        return _narrow(swap_halves(x) if target.swapped else x, rows)
 
     vectors = {role: tensors[role].flatten() for role in ("magnitude", "up_bias", "diff_b") if role in tensors}
     alpha = tensors.get("alpha")
@@ -164,10 +165,6 @@ def _narrow(x: Tensor, size: int) -> Tensor:
     if len(x) > size and x[size:].float().any():
         raise CannotSay("features that only diffusers' wider MLP has")
     return x[:size]
-
-
-def _swapped(x: Tensor) -> Tensor:
-    return torch.cat(x.chunk(2)[::-1])
 
 
 # From parts to a dialect -------------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ class Words:
         return found
 
     def _own_rows(self, x: Tensor, target: Target) -> Tensor:
-        x = _swapped(x) if target.swapped else x
+        x = swap_halves(x) if target.swapped else x
         return F.pad(x, (0,) * (2 * x.ndim - 1) + (target.spare_rows,)) if target.spare_rows else x
 
     def _named(self, name: str, factors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:

@@ -6,35 +6,12 @@ adds tokens after them, Redux adds tokens to the text, a ControlNet adds residua
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
-from ..sampling import SampledRun
-
-
-@dataclass(frozen=True, eq=False)
-class FlowInputs:
-    """The fixed inputs of `sampling.flow_velocity`: its arguments by name, a row for each picture."""
-
-    img_ids: Tensor
-    """[B, L, 3]"""
-    txt: Tensor
-    """[B, T, D]"""
-    txt_ids: Tensor
-    """[B, T, 3]"""
-    vec: Tensor
-    """[B, V]"""
-    guidance: Tensor
-    """[B]"""
-    img_cond: Tensor | None = None
-    """[B, L, C], concatenated to the image tokens by channels"""
-    img_cond_seq: Tensor | None = None
-    """[B, K, C], concatenated after them by sequence, at the positions"""
-    img_cond_seq_ids: Tensor | None = None
-    """[B, K, 3]"""
+from ..sampling import FlowInputs, SampledRun
 
 
 class Condition(Protocol):

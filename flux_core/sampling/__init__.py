@@ -1,6 +1,7 @@
 """Sampling of a rectified flow, with the official names."""
 
 from .flow import (
+    FlowInputs,
     OnStep,
     SampledRun,
     Step,
@@ -21,6 +22,7 @@ from .flow import (
 )
 
 __all__ = [
+    "FlowInputs",
     "OnStep",
     "SampledRun",
     "Step",

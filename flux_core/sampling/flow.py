@@ -50,6 +50,28 @@ class SampledRun(Run, Protocol):
     def begin(self, sigma: float) -> None: ...
 
 
+@dataclass(frozen=True, eq=False)
+class FlowInputs:
+    """The fixed inputs of `flow_velocity`: its arguments by name, a row for each picture."""
+
+    img_ids: Tensor
+    """[B, L, 3]"""
+    txt: Tensor
+    """[B, T, D]"""
+    txt_ids: Tensor
+    """[B, T, 3]"""
+    vec: Tensor
+    """[B, V]"""
+    guidance: Tensor
+    """[B]"""
+    img_cond: Tensor | None = None
+    """[B, L, C], concatenated to the image tokens by channels"""
+    img_cond_seq: Tensor | None = None
+    """[B, K, C], concatenated after them by sequence, at the positions"""
+    img_cond_seq_ids: Tensor | None = None
+    """[B, K, 3]"""
+
+
 def get_noise(
     num_samples: int, height: int, width: int, device: torch.device | str, dtype: torch.dtype, seed: int
 ) -> Tensor:

@@ -24,10 +24,10 @@ from ..checkpoint.contents import Contents, find_contents
 from ..checkpoint.files import TextFiles, encoder_config, text_files
 from ..checkpoint.identify import Part
 from ..checkpoint.layouts import tokenizer_class
-from ..checkpoint.read import AS_STORED, dense, held_in_file, kept, note_precision
+from ..checkpoint.read import AS_STORED, dense, held_in_file, is_view, kept, note_precision
 from ..checkpoint.shapes import T5_DEFAULTS
-from ..checkpoint.tensors import DTYPES, SMALL, opened, reserve
 from ..checkpoint.tensors import mapped as in_file
+from ..checkpoint.tensors import opened, reserve
 from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..linears.formats import FORMATS
@@ -250,8 +250,7 @@ def load_encoder(
 
     def fill(name: str, owner: str, linear: nn.Linear | None) -> None:
         """Put a weight in its place, in `dtype`."""
-        is_view = name not in storage.of and DTYPES.get(source.dtypes[name]) == dtype
-        if not mapped or (is_view and source.headers_of[name].size >= SMALL):
+        if not mapped or is_view(contents, [name], dtype):
             parameters[name].data = dense(get, name, storage, dtype)
             return
         read = held_in_file(get, storage, [name], lambda get, dtype: dense(get, name, storage, dtype))

@@ -6,7 +6,7 @@ matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.keymaps import swap_halves
 from ..checkpoint.write import write_safetensors
 from ..errors import UsageError, nearest
 from ..files import disk_errors
@@ -98,10 +99,18 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a file in PEFT's keys, fp32: `transformer.NAME.lora_A.weight` and `lora_B.weight`."""
+        return self._in_file(lambda x: x.detach())
+
+    def grads(self) -> dict[str, Tensor]:
+        """The gradients, by the same keys."""
+        return self._in_file(lambda x: cast(Tensor, x.grad))
+
+    def _in_file(self, take: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, one in self.factors.items():
-            up = swapped(one.up) if one.target.swapped else one.up
-            found |= {f"{PREFIX}{name}.lora_A.weight": one.down.detach(), f"{PREFIX}{name}.lora_B.weight": up.detach()}
+            down, up = take(one.down), take(one.up)
+            up = swap_halves(up) if one.target.swapped else up
+            found |= {f"{PREFIX}{name}.lora_A.weight": down, f"{PREFIX}{name}.lora_B.weight": up}
         return found
 
     def save(self, folder: Path) -> Path:
@@ -118,22 +127,13 @@ class Adapter:
         write_safetensors(path, {name: x.cpu() for name, x in self.state().items()}, {ADAPTER_METADATA: header})
         return path
 
-    def grads(self) -> dict[str, Tensor]:
-        """The gradients, by the same keys."""
-        found: dict[str, Tensor] = {}
-        for name, one in self.factors.items():
-            assert one.down.grad is not None and one.up.grad is not None
-            up = swapped(one.up.grad) if one.target.swapped else one.up.grad
-            found |= {f"{PREFIX}{name}.lora_A.weight": one.down.grad, f"{PREFIX}{name}.lora_B.weight": up}
-        return found
-
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the numbers of a file's tensors, of the same modules and ranks."""
         for name, one in self.factors.items():
             up = state[f"{PREFIX}{name}.lora_B.weight"]
             one.down.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
-            one.up.copy_(swapped(up) if one.target.swapped else up)
+            one.up.copy_(swap_halves(up) if one.target.swapped else up)
 
     def remove(self) -> None:
         """The model has its own layers again."""
@@ -184,9 +184,3 @@ def matching(params: FluxParams, patterns: Iterable[str]) -> list[str]:
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
-def swapped(x: Tensor) -> Tensor:
-    """The halves of its rows in the other order: diffusers has scale before shift in the last layer's modulation."""
-    first, second = x.chunk(2)
-    return torch.cat((second, first))

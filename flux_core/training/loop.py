@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.write import write_safetensors
 from ..errors import FileError, NonFiniteError, UsageError
 from ..files import disk_errors
-from ..sampling import image_ids
+from ..sampling import FlowInputs, image_ids
 from .adapter import Adapter
 from .objective import MAPS, WEIGHTINGS, flow_loss, on_table
 
@@ -168,7 +168,7 @@ def loss_of(adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: i
     model, device = adapter.model, adapter.parameters()[0].device
     latents, txt, vec = (torch.stack(parts).to(device) for parts in list(zip(*batch, strict=True))[1:])
     noise = torch.randn(latents.shape, dtype=torch.float32, device="cpu", generator=generator(recipe, "noise", micro))
-    inputs = Inputs(
+    inputs = FlowInputs(
         img_ids=image_ids(len(batch), latents.shape[2] // 2, latents.shape[3] // 2, device),
         txt=txt,
         txt_ids=torch.zeros(len(batch), txt.shape[1], 3, dtype=torch.float32, device=device),
@@ -179,16 +179,6 @@ def loss_of(adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: i
     again = CHECKPOINTING[recipe.checkpointing]
     fetch = iter if recipe.checkpointing == "none" else partial(recomputed, again=again)
     return flow_loss(model, inputs, latents, noise.to(device), sigma, weighting, fetch).mean()
-
-
-class Inputs(NamedTuple):
-    """`objective.Inputs`"""
-
-    img_ids: Tensor
-    txt: Tensor
-    txt_ids: Tensor
-    vec: Tensor
-    guidance: Tensor
 
 
 def recomputed(blocks: Iterable[Any], again: Callable[[int], bool]) -> Iterator[Any]:

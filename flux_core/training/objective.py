@@ -8,32 +8,17 @@ x = (1 - sigma) latents + sigma noise moves along noise - latents, which the mod
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model import Flux
 from ..model.transformer import Fetch
-from ..sampling import pack, resolution_mu, time_shift
+from ..sampling import FlowInputs, pack, resolution_mu, time_shift
 
 STEPS = 1000
 """of the table that diffusers draws from"""
-
-
-class Inputs(Protocol):
-    """What a velocity is conditioned on: `pipeline.conditions.FlowInputs`, a row for each picture."""
-
-    @property
-    def img_ids(self) -> Tensor: ...
-    @property
-    def txt(self) -> Tensor: ...
-    @property
-    def txt_ids(self) -> Tensor: ...
-    @property
-    def vec(self) -> Tensor: ...
-    @property
-    def guidance(self) -> Tensor: ...
 
 
 class Map(NamedTuple):
@@ -103,7 +88,7 @@ def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 def flow_loss(
     model: Flux,
-    inputs: Inputs,
+    inputs: FlowInputs,
     latents: Tensor,
     noise: Tensor,
     sigma: Tensor,

@@ -5,7 +5,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from golden_files import FOLDER, distance
 from safetensors.torch import load_file, safe_open
 
 from flux_core.model import Flux, FluxParams
-from flux_core.sampling import image_ids, pack
+from flux_core.sampling import FlowInputs, image_ids, pack
 from flux_core.training import MAPS, WEIGHTINGS, adapt, flow_loss, flow_target, noised, on_table
 
 CASES = ["dev", "dev_accum2", "dev_outer", "dev_wide", "schnell_tall"]
@@ -46,7 +45,7 @@ class Case:
         """Latents, noise, sigma and what the velocity is conditioned on, of a micro-batch."""
         given = self.group(f"in.{number}")
         batch, _, h, w = given["latents"].shape
-        inputs = SimpleNamespace(
+        inputs = FlowInputs(
             img_ids=image_ids(batch, h // 2, w // 2),
             txt=given["prompt_embeds"],
             txt_ids=torch.zeros(batch, given["prompt_embeds"].shape[1], 3),
