@@ -1,4 +1,9 @@
-"""LoRA factors that learn, beside the frozen Linears of a transformer: y = W x + alpha / rank * B A x (Hu et al. 2021).
+"""Factors that learn, beside the frozen Linears of a transformer: y = W x + s B A x.
+
+    LoRA    s = alpha / rank (Hu et al. 2021)
+    rsLoRA  s = alpha / sqrt(rank), which does not fade with the rank (Kalajdzievski 2023, arXiv 2312.03732)
+    DoRA    y = m V / |V| x with V = W + s B A: rows have a magnitude m and a direction (Liu et al. 2024, arXiv
+            2402.09353); |V| is that of each row, and has no gradient, as in PEFT
 
 Modules have diffusers' names, since files are saved by them: q, k and v are rows of one official Linear. They are
 matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_q` hits single blocks, too.
@@ -7,6 +12,7 @@ matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -19,14 +25,21 @@ from torch import Tensor, nn
 from ..checkpoint.keymaps import swap_halves
 from ..checkpoint.write import write_safetensors
 from ..errors import UsageError, nearest
-from ..files import disk_errors
+from ..files import disk_errors, expand_home
+from ..hooks.layers import layers_of
+from ..linears.frozen import Frozen
 from ..lora.dialects import Table, Target, flat
 from ..lora.file import ADAPTER_METADATA, FILE_NAMES
 from ..model import Flux
 from ..params import FluxParams
+from .optimizers import Ema
 
 PREFIX = "transformer."
 """before every key of a file"""
+ENDINGS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+"""of a file's keys, by the parameter's name in `Factors`"""
+BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
+"""official name -> diffusers'"""
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -43,7 +56,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 class Factors(nn.Module):
-    """The factors of one module, in fp32: rows `start` to `stop` of a Linear change by scale * up @ down."""
+    """LoRA's factors of one module, in fp32: rows `start` to `stop` of a Linear change by scale * up @ down."""
 
     def __init__(self, target: Target, columns: int, rank: int, scale: float, device: torch.device) -> None:
         super().__init__()
@@ -62,9 +75,73 @@ class Factors(nn.Module):
             self.down.copy_(drawn)
             self.up.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to these rows' outputs, in the dtype of x. [..., K] -> [..., N]"""
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+    def rows_of(self, x: Tensor) -> Tensor:
+        """What of a layer's weight or bias is of these rows."""
+        return x[self.target.start : self.target.stop]
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """These rows' outputs, of the layer's inputs and of its own outputs y. [..., K], [..., N] -> [..., N]"""
+        return y + self.product(x, self.up).to(y.dtype)
+
+    def product(self, x: Tensor, up: Tensor) -> Tensor:
+        """scale * up @ down @ x, in the dtype of x."""
+        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), up.to(x.dtype))
+
+    @torch.no_grad()
+    def change(self, own: Tensor) -> Tensor:
+        """The difference to these rows of the layer's weight, which are `own`, dense. [N, K] -> [N, K]"""
+        return self.scale * self.up @ self.down
+
+
+class DoraFactors(Factors):
+    """DoRA's factors: those of LoRA, and a magnitude for each row. Before the first step the layer is as it was."""
+
+    def __init__(
+        self, target: Target, columns: int, rank: int, scale: float, device: torch.device, weight: Tensor
+    ) -> None:
+        super().__init__(target, columns, rank, scale, device)
+        self.squares: Tensor
+        """of the weight's rows, summed"""
+        self.register_buffer("squares", self.rows_of(weight).square().sum(1), persistent=False)
+        self.magnitude = nn.Parameter(_root(self.squares))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """`Factors.forward`. A bias is no part of the direction."""
+        gain = self.magnitude / self.norms(base, x.dtype)
+        bias = cast(Tensor | None, base.bias)
+        own = y if bias is None else y - self.rows_of(bias).to(y.dtype)
+        return y + (gain - 1).to(y.dtype) * own + self.product(x, gain[:, None] * self.up).to(y.dtype)
+
+    @torch.no_grad()
+    def norms(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
+        """|V| by rows, fp32 [N], without V: |W|^2 + 2 B (s A W^T) + B (s^2 A A^T) B^T."""
+        weight = self.rows_of(weight_of(base, dtype))
+        mixed = F.linear(self.down.to(dtype), weight).t().float()
+        inner = 2 * self.scale * mixed + self.scale**2 * self.up @ (self.down @ self.down.t())
+        return _root(self.squares + (self.up * inner).sum(1))
+
+    @torch.no_grad()
+    def change(self, own: Tensor) -> Tensor:
+        """`Factors.change`"""
+        trained = own + super().change(own)
+        return trained * (self.magnitude / _root(trained.square().sum(1)))[:, None] - own
+
+
+def _root(x: Tensor) -> Tensor:
+    """sqrt(x), above 0 where rounding leaves nothing."""
+    return x.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+
+def weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A layer's weight [N, K] in that dtype, whatever format it is in. UsageError for a layer that cannot say."""
+    if isinstance(layer, Frozen):
+        return layer.widen(dtype)
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach().to(dtype)
+    raise UsageError(
+        f"{type(layer).__name__} does not tell its weight, which DoRA and the table of changes need. Next: take off "
+        "what is attached to the model, or train without them"
+    )
 
 
 class AdaptedLinear(nn.Module):
@@ -82,7 +159,7 @@ class AdaptedLinear(nn.Module):
         y, pieces, done = self.base(x), [], 0
         for one in cast(Iterable[Factors], self.factors):
             start, stop = one.target.start, one.target.stop
-            pieces += [y[..., done:start], y[..., start:stop] + one(x).to(y.dtype)]
+            pieces += [y[..., done:start], one(x, y[..., start:stop], self.base)]
             done = stop
         return torch.cat([*pieces, y[..., done:]], dim=-1) if len(pieces) > 2 or done < y.shape[-1] else pieces[1]
 
@@ -90,15 +167,39 @@ class AdaptedLinear(nn.Module):
 class Adapter:
     """The factors beside a model's Linears, by diffusers' names of modules. The model's own weights are frozen."""
 
-    def __init__(self, model: Flux, factors: Mapping[str, Factors], alpha: float) -> None:
-        self.model, self.factors, self.alpha = model, dict(factors), alpha
+    def __init__(self, model: Flux, factors: Mapping[str, Factors], alpha: float, rslora: bool = False) -> None:
+        self.model, self.factors, self.alpha, self.rslora = model, dict(factors), alpha, rslora
+        self.average: Ema | None = None
+        """of what learns, if one is kept: what is sampled and saved"""
 
     def parameters(self) -> list[nn.Parameter]:
         """All that learns, in the order of names."""
-        return [x for name in sorted(self.factors) for x in (self.factors[name].down, self.factors[name].up)]
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All that learns, by the module's name and `down`, `up` or `magnitude`, in the order of modules' names."""
+        return {
+            f"{name}.{role}": x for name in sorted(self.factors) for role, x in self.factors[name].named_parameters()
+        }
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the factors are their average, if one is kept."""
+        return nullcontext() if self.average is None else self.average.averaged()
+
+    def config(self) -> dict[str, Any]:
+        """What is not in the tensors, under the names of PEFT's LoraConfig."""
+        some = next(iter(self.factors.values()))
+        return {
+            "lora_alpha": self.alpha,
+            "peft_type": "LORA",
+            "r": len(some.down),
+            "target_modules": sorted(self.factors),
+            "use_dora": isinstance(some, DoraFactors),
+            "use_rslora": self.rslora,
+        }
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of a file in PEFT's keys, fp32: `transformer.NAME.lora_A.weight` and `lora_B.weight`."""
+        """The tensors of a file in PEFT's keys, fp32, such as `transformer.NAME.lora_A.weight` (`ENDINGS`)."""
         return self._in_file(lambda x: x.detach())
 
     def grads(self) -> dict[str, Tensor]:
@@ -106,21 +207,18 @@ class Adapter:
         return self._in_file(lambda x: cast(Tensor, x.grad))
 
     def _in_file(self, take: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, one in self.factors.items():
-            down, up = take(one.down), take(one.up)
-            up = swap_halves(up) if one.target.swapped else up
-            found |= {f"{PREFIX}{name}.lora_A.weight": down, f"{PREFIX}{name}.lora_B.weight": up}
-        return found
+        return {
+            f"{PREFIX}{name}.{ENDINGS[role]}": _to_diffusers(take(x), role, one.target)
+            for name, one in self.factors.items()
+            for role, x in one.named_parameters()
+        }
 
     def save(self, folder: Path) -> Path:
         """Write `pytorch_lora_weights.safetensors` as diffusers does, with PEFT's header. Returns its path. DiskError.
 
         The same numbers are the same bytes: there is no date, host or path in it.
         """
-        rank = len(next(iter(self.factors.values())).down)
-        config = {"lora_alpha": self.alpha, "peft_type": "LORA", "r": rank, "target_modules": sorted(self.factors)}
-        header = json.dumps({f"{PREFIX}{key}": value for key, value in config.items()}, sort_keys=True)
+        header = json.dumps({f"{PREFIX}{key}": value for key, value in self.config().items()}, sort_keys=True)
         path = folder / f"{FILE_NAMES[0]}.safetensors"
         with disk_errors(folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -131,9 +229,19 @@ class Adapter:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the numbers of a file's tensors, of the same modules and ranks."""
         for name, one in self.factors.items():
-            up = state[f"{PREFIX}{name}.lora_B.weight"]
-            one.down.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
-            one.up.copy_(swap_halves(up) if one.target.swapped else up)
+            for role, x in one.named_parameters():
+                found = state[f"{PREFIX}{name}.{ENDINGS[role]}"]
+                found = swap_halves(found) if one.target.swapped and role != "down" else found
+                x.copy_(found[tuple(map(slice, x.shape))])  # what only diffusers' wider MLP has meets zeros there
+
+    def changes(self) -> list[tuple[str, float]]:
+        """How much each module's weight changed, as |difference| / |weight| (Frobenius), the most first. UsageError."""
+        found = []
+        for name, one in self.factors.items():
+            layer = cast(AdaptedLinear, self.model.get_submodule(one.target.module))
+            own = one.rows_of(weight_of(layer.base, torch.float32))
+            found.append((name, float(one.change(own).norm() / _root(own.square().sum()))))
+        return sorted(found, key=lambda item: (-item[1], item[0]))
 
     def remove(self) -> None:
         """The model has its own layers again."""
@@ -142,26 +250,62 @@ class Adapter:
                 self.model.set_submodule(name, layer.base)
 
 
+def _to_diffusers(x: Tensor, role: str, target: Target) -> Tensor:
+    """A parameter, or its gradient, by diffusers' order of rows, with zeros for what only its wider MLP has."""
+    if role == "down":
+        return F.pad(x, (0, target.spare_columns))
+    x = swap_halves(x) if target.swapped else x
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, target.spare_rows))
+
+
 def adapt(
-    model: Flux, patterns: Iterable[str], rank: int, alpha: float, generator: torch.Generator | None = None
+    model: Flux,
+    patterns: Iterable[str],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator | None = None,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> Adapter:
     """Factors of that rank beside every module that a pattern matches, on its device; the model is frozen. UsageError.
 
     patterns: as PEFT's `target_modules`, with `*` for any characters. generator: on the CPU, for the first numbers.
     """
-    table = Table(model.params)
+    table, scale = Table(model.params), alpha / (math.sqrt(rank) if rslora else rank)
     model.requires_grad_(False)
     of: dict[str, dict[str, Factors]] = {}
     for name in matching(model.params, patterns):
         target = table.linears[flat(name)]
         layer: Any = model.get_submodule(target.module)
         device = next(x.device for x in (*layer.parameters(), *layer.buffers()))
-        one = Factors(target, layer.in_features, rank, alpha / rank, device)
+        sizes = target, layer.in_features, rank, scale, device
+        if dora and target.spare_rows:
+            raise UsageError(
+                f"{name} has more rows in diffusers than in this model, all zeros, and DoRA divides by their norms. "
+                "Next: leave DoRA out, or name other targets"
+            )
+        one = DoraFactors(*sizes, weight_of(layer, torch.float32)) if dora else Factors(*sizes)
         one.reset(generator)
         of.setdefault(target.module, {})[name] = one
     for module, factors in of.items():
         model.set_submodule(module, AdaptedLinear(model.get_submodule(module), factors.values()))
-    return Adapter(model, {name: one for factors in of.values() for name, one in factors.items()}, alpha)
+    return Adapter(model, {name: one for factors in of.values() for name, one in factors.items()}, alpha, rslora)
+
+
+def patterns_of(text: str, name: str, params: FluxParams) -> list[str]:
+    """The patterns that a text means, with commas between its parts. UsageError, FileError.
+
+    A part is a pattern, a preset's name, `vital` for the vital blocks that are known of the model of that name, or
+    `vital:FILE` for those in the `vital.json` that `importance` wrote: all Linears of those blocks.
+    """
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part == "vital" or part.startswith("vital:"):
+            blocks = layers_of(expand_home(part.removeprefix("vital:")), name, params)
+            found += [f"{BLOCKS[kind]}.{number}.*" for kind, _, number in (x.partition(".") for x in blocks)]
+        else:
+            found += PRESETS.get(part, (part,))
+    return found
 
 
 def matching(params: FluxParams, patterns: Iterable[str]) -> list[str]:
@@ -177,7 +321,9 @@ def matching(params: FluxParams, patterns: Iterable[str]) -> list[str]:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
             ends = sorted({name.rpartition(".")[2] for name in names})
-            raise UsageError(f"no Linear of the transformer is named {pattern!r}.{nearest(pattern, [*ends, *names])}")
+            raise UsageError(
+                f"no Linear of the transformer is named {pattern!r}.{nearest(pattern, [*PRESETS, *ends, *names])}"
+            )
         found |= hits
     return [name for name in names if name in found]
 

@@ -1,38 +1,45 @@
 """The training loop, and what it needs to go on after it was killed, to the bit.
 
-What a step draws (pictures, noise, noise levels) is a function of the seed and the step alone, so there is no state of
-generators to keep: a checkpoint is the factors, their optimizer's moments, and the losses so far, in one file that
-appears whole. The same examples, recipe and machine give the same bytes.
+What a step draws (pictures, crops, captions, noise, noise levels) is a function of the seed and the step alone, so
+there is no state of generators to keep: a checkpoint is the factors, what the optimizer and the average know of them,
+and the losses so far, in one file that appears whole. The same sources, recipe and machine give the same bytes.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.write import write_safetensors
 from ..errors import FileError, NonFiniteError, UsageError
 from ..files import disk_errors
+from ..model.transformer import Fetch
 from ..sampling import FlowInputs, image_ids
 from .adapter import Adapter
 from .objective import MAPS, WEIGHTINGS, flow_loss, on_table
+from .optimizers import OPTIMIZERS, Ema, restore, state_of
+from .recompute import WAYS, differentiable, fetch_for
 
-BETAS, EPS = (0.9, 0.999), 1e-8
-"""of AdamW, as in diffusers' script"""
 CHECKPOINT = "step-{:07d}.safetensors"
 SAVED = re.compile(r"step-(\d{7})\.safetensors")
-DRAWN = ("order", "noise", "level")
+DRAWN = ("order", "noise", "level", "example", "validation")
 """what is drawn, each from numbers of its own"""
+VALIDATED = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""noise levels at which held-out pictures are judged"""
+PRECISIONS = ("auto", "fp16")
+"""of the products: as the model computes, or half precision under a scale of the loss, for cards without bf16"""
+SCALE, DOUBLED_AFTER = 2.0**16, 2000
+"""of the loss at first, and the steps without an overflow after which it doubles (Micikevicius et al. 2018)"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,12 @@ class Recipe:
     """steps in which the rate grows from 0"""
     schedule: str = "constant"
     """of the rate after that: constant, or cosine to 0"""
+    optimizer: str = "adamw"
+    """a name in `OPTIMIZERS`"""
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    ema: float = 0.0
+    """decay of an average of the factors, which is what is sampled and saved; 0: the factors themselves"""
     timesteps: str = "logit_normal"
     """a name in `MAPS`"""
     timestep_options: Mapping[str, float] = field(default_factory=dict)
@@ -58,14 +69,17 @@ class Recipe:
     weighting: str = "none"
     """a name in `WEIGHTINGS`"""
     guidance: float = 3.5
+    precision: str = "auto"
+    """one of `PRECISIONS`"""
     seed: int = 0
     checkpointing: str = "none"
-    """which blocks are computed again for their gradient: none, blocks (all), or second (every second)"""
+    """what is computed again for gradients: a name in `recompute.WAYS`"""
 
     def __post_init__(self) -> None:
         """UsageError for a value that is none."""
-        known = {
-            "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": CHECKPOINTING,
+        known: dict[str, Any] = {
+            "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": WAYS,
+            "optimizer": OPTIMIZERS, "precision": PRECISIONS,
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -80,12 +94,6 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
 }
 """factors of the rate, by the share of steps behind the warm-up that is done"""
-CHECKPOINTING: Mapping[str, Callable[[int], bool]] = {
-    "none": lambda i: False,
-    "blocks": lambda i: True,
-    "second": lambda i: i % 2 == 1,
-}
-"""whether a block is computed again, by its number"""
 
 
 class Example(NamedTuple):
@@ -99,6 +107,40 @@ class Example(NamedTuple):
     vec: Tensor
     """[V]"""
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of its latents: pictures of a batch have one size."""
+        return tuple(self.latents.shape)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all its numbers."""
+        found = sha256()
+        for x in (self.latents, self.txt, self.vec):
+            found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def draw(self, generator: torch.Generator | None) -> "Example":
+        """Itself: it has one crop and one caption."""
+        return self
+
+
+class Source(Protocol):
+    """A picture from which examples come: an `Example`, or one that reads them from caches."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> tuple[int, ...]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def draw(self, generator: torch.Generator | None) -> Example:
+        """One of its crops and captions; without a generator the first of each."""
+        ...
+
 
 class Progress(NamedTuple):
     """What is told after a step."""
@@ -107,53 +149,115 @@ class Progress(NamedTuple):
     """steps that are done"""
     loss: float
     rate: float
+    norm: float
+    """of the gradient before it is clipped; infinite where fp16 overflowed, and nothing was learned"""
     names: list[str]
 
 
 @torch.enable_grad()
 def train(
     adapter: Adapter,
-    examples: Sequence[Example],
+    sources: Sequence[Source],
     recipe: Recipe,
     folder: Path | None = None,
     every: int = 100,
     keep: int = 2,
     on_step: Callable[[Progress], bool | None] | None = None,
+    about: Mapping[str, str] | None = None,
+    fetch: Fetch | None = None,
 ) -> list[float]:
     """Train an adapter in place, and return the loss of each step.
 
     folder: where checkpoints are, from the last of which it goes on; one is written every so many steps and at the end,
     and the newest `keep` stay. on_step: called after each step; when it returns True, the state is saved, and training
-    ends. UsageError where a checkpoint is of another recipe, FileError for one that cannot be read, DiskError;
-    NonFiniteError names step and pictures, and changes nothing that was saved.
+    ends. about: what else a run hangs on, by name, such as a hash of the base; it must be the same to go on. fetch: as
+    in `Flux.forward`, instead of the recipe's checkpointing. UsageError where a checkpoint is of another run, FileError
+    for one that cannot be read, DiskError; NonFiniteError names step and pictures, and changes nothing that was saved.
     """
-    check(examples)
-    parameters = adapter.parameters()
-    optimizer = torch.optim.AdamW(parameters, recipe.lr, BETAS, EPS, recipe.weight_decay)
-    run = identity(recipe, examples, adapter)
-    losses = [] if folder is None else resume(folder, adapter, optimizer, run)
-    for step in range(len(losses), recipe.steps):
-        rate = recipe.lr * factor(recipe, step)
-        optimizer.param_groups[0]["lr"] = rate
-        total, names = 0.0, []
-        for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation):
-            batch = drawn(examples, recipe, micro)
-            loss = loss_of(adapter, batch, recipe, micro)
-            names += [one.name for one in batch]
-            if not loss.isfinite():
-                raise NonFiniteError(f"step {step + 1}: the loss of {', '.join(names)} is {loss.item()}")
-            (loss / recipe.accumulation).backward()
-            total += loss.item() / recipe.accumulation
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        ends = on_step is not None and on_step(Progress(step + 1, total, rate, names)) is True
-        if folder is not None and (ends or len(losses) == recipe.steps or len(losses) % every == 0):
-            save(folder, adapter, optimizer, losses, run, keep)
-        if ends:
-            break
+    check(sources)
+    state, run = State(adapter, recipe), identity(recipe, sources, adapter) | dict(about or {})
+    losses = [] if folder is None else resume(folder, state, run)
+    with differentiable(adapter.model, recipe.checkpointing):
+        for step in range(len(losses), recipe.steps):
+            found: list[Tensor] = []
+            names: list[str] = []
+            for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation):
+                batch = drawn(sources, recipe, micro)
+                loss = loss_of(adapter, batch, recipe, micro, fetch)
+                (loss * (state.scale / recipe.accumulation)).backward()
+                found.append(loss.detach())  # looked at behind the backward, so that a card need not wait
+                names += [one.name for one in batch]
+            total = float(torch.stack(found).double().mean())
+            if not math.isfinite(total):
+                raise NonFiniteError(unstable(recipe, f"the loss of {', '.join(names)} is {total}", step))
+            rate = recipe.lr * factor(recipe, step)
+            norm = state.update(rate, partial(unstable, recipe, step=step), names)
+            losses.append(total)
+            ends = on_step is not None and on_step(Progress(step + 1, total, rate, norm, names)) is True
+            if folder is not None and (ends or len(losses) == recipe.steps or len(losses) % every == 0):
+                save(folder, state, losses, run, keep)
+            if ends:
+                break
     return losses
+
+
+class State:
+    """All that a step changes: factors, what the optimizer knows of them, their average, the scale of the loss."""
+
+    def __init__(self, adapter: Adapter, recipe: Recipe) -> None:
+        self.adapter, self.recipe, self.named = adapter, recipe, adapter.named_parameters()
+        self.parameters = list(self.named.values())
+        self.optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, recipe.weight_decay)
+        adapter.average = Ema(self.named, recipe.ema) if recipe.ema else None
+        self.scale, self.good = SCALE if recipe.precision == "fp16" else 1.0, 0
+
+    def update(self, rate: float, explain: Callable[[str], str], names: Sequence[str]) -> float:
+        """Learn from the gradients, and forget them. Returns their norm. NonFiniteError."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.scale != 1:
+            for x in self.parameters:
+                if x.grad is not None:
+                    x.grad.div_(self.scale)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            if self.adapter.average is not None:
+                self.adapter.average.update()
+            self.good += 1
+        elif self.recipe.precision != "fp16" or self.scale <= 1:
+            raise NonFiniteError(explain(f"the gradient of {', '.join(names)} is not finite"))
+        self.optimizer.zero_grad()
+        if self.recipe.precision == "fp16" and not math.isfinite(norm):
+            self.scale, self.good = self.scale / 2, 0
+        elif self.recipe.precision == "fp16" and self.good == DOUBLED_AFTER:
+            self.scale, self.good = min(2 * self.scale, SCALE), 0
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        found = {name: x.detach() for name, x in self.named.items()} | state_of(self.optimizer, self.named)
+        if self.adapter.average is not None:
+            found |= self.adapter.average.state()
+        scale = torch.tensor([self.scale, self.good], dtype=torch.float64, device="cpu")
+        return {name: x.cpu() for name, x in (found | {"scale": scale}).items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take everything from tensors of these names."""
+        for name, x in self.named.items():
+            x.copy_(tensors[name])
+        restore(self.optimizer, self.named, tensors)
+        if self.adapter.average is not None:
+            self.adapter.average.load(tensors)
+        scale, good = tensors["scale"].tolist()
+        self.scale, self.good = scale, int(good)
+
+
+def unstable(recipe: Recipe, what: str, step: int) -> str:
+    """An error's text."""
+    wide = " Next: leave --precision fp16 out: its numbers end at 65504" if recipe.precision == "fp16" else ""
+    return f"step {step + 1}: {what}.{wide or ' Next: a smaller --lr'}"
 
 
 def factor(recipe: Recipe, step: int) -> float:
@@ -163,11 +267,25 @@ def factor(recipe: Recipe, step: int) -> float:
     return SCHEDULES[recipe.schedule]((step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
 
 
-def loss_of(adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int) -> Tensor:
+def loss_of(
+    adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int, fetch: Fetch | None = None
+) -> Tensor:
     """The loss of a micro-batch, at the noise and the levels that are its own."""
-    model, device = adapter.model, adapter.parameters()[0].device
+    noise = noise_like(batch, generator(recipe, "noise", micro))
+    return each_loss(adapter, batch, recipe, noise, levels(recipe, micro, len(batch)), fetch).mean()
+
+
+def noise_like(batch: Sequence[Example], draw: torch.Generator) -> Tensor:
+    """Noise for the latents of a batch, on the CPU."""
+    return torch.randn((len(batch), *batch[0].latents.shape), dtype=torch.float32, device="cpu", generator=draw)
+
+
+def each_loss(
+    adapter: Adapter, batch: Sequence[Example], recipe: Recipe, noise: Tensor, sigma: Tensor, fetch: Fetch | None = None
+) -> Tensor:
+    """The loss of each picture of a batch, fp32 [B]. noise: as the latents; sigma: [B]."""
+    device = adapter.parameters()[0].device
     latents, txt, vec = (torch.stack(parts).to(device) for parts in list(zip(*batch, strict=True))[1:])
-    noise = torch.randn(latents.shape, dtype=torch.float32, device="cpu", generator=generator(recipe, "noise", micro))
     inputs = FlowInputs(
         img_ids=image_ids(len(batch), latents.shape[2] // 2, latents.shape[3] // 2, device),
         txt=txt,
@@ -175,28 +293,48 @@ def loss_of(adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: i
         vec=vec,
         guidance=torch.full((len(batch),), recipe.guidance, dtype=txt.dtype, device=device),
     )
-    sigma, weighting = levels(recipe, micro, len(batch)).to(device), WEIGHTINGS[recipe.weighting]
-    again = CHECKPOINTING[recipe.checkpointing]
-    fetch = iter if recipe.checkpointing == "none" else partial(recomputed, again=again)
-    return flow_loss(model, inputs, latents, noise.to(device), sigma, weighting, fetch).mean()
+    half = torch.autocast(device.type, torch.float16) if recipe.precision == "fp16" else nullcontext()
+    fetch, weighting = fetch or fetch_for(recipe.checkpointing), WEIGHTINGS[recipe.weighting]
+    with half:
+        return flow_loss(adapter.model, inputs, latents, noise.to(device), sigma.to(device), weighting, fetch)
 
 
-def recomputed(blocks: Iterable[Any], again: Callable[[int], bool]) -> Iterator[Any]:
-    """The blocks, of which some keep only their inputs for the backward."""
-    for i, block in enumerate(blocks):
-        yield partial(checkpoint, block, use_reentrant=False) if again(i) else block
+@torch.no_grad()
+def validate(adapter: Adapter, sources: Sequence[Source], recipe: Recipe) -> float:
+    """The mean loss of pictures at fixed noise and at the levels `VALIDATED`, unweighted: comparable between steps.
+
+    It is of the factors' average, where there is one.
+    """
+    plain, total = partial(generator, recipe, "validation"), 0.0
+    with adapter.averaged(), differentiable(adapter.model, "none"):
+        for i, source in enumerate(sources):
+            one = source.draw(None)
+            noise = noise_like([one], plain(i))
+            for level in VALIDATED:
+                sigma = torch.full((1,), level, dtype=torch.float32, device="cpu")
+                total += each_loss(adapter, [one], recipe, noise, sigma, iter).item()
+    return total / (len(sources) * len(VALIDATED))
 
 
-def drawn(examples: Sequence[Example], recipe: Recipe, micro: int) -> list[Example]:
-    """The examples of a micro-batch: each is seen once before any is seen again."""
-    found = []
-    for number in range(micro * recipe.batch, (micro + 1) * recipe.batch):
-        epoch, at = divmod(number, len(examples))
-        order = torch.randperm(
-            len(examples), dtype=torch.int64, device="cpu", generator=generator(recipe, "order", epoch)
-        )
-        found.append(examples[int(order[at])])
-    return found
+def drawn(sources: Sequence[Source], recipe: Recipe, micro: int) -> list[Example]:
+    """The examples of a micro-batch: each picture is seen once before any is seen again, but to fill a batch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(sources):
+        groups.setdefault(one.size, []).append(i)
+    epoch, at = divmod(micro, sum(-(-len(places) // recipe.batch) for places in groups.values()))
+    draw, batches = generator(recipe, "order", epoch), []
+    for places in groups.values():
+        order = [places[i] for i in permuted(len(places), draw)]
+        for first in range(0, len(order), recipe.batch):
+            batches.append([order[i % len(order)] for i in range(first, first + recipe.batch)])
+    chosen = batches[permuted(len(batches), draw)[at]]
+    one_of = generator(recipe, "example", micro)
+    return [sources[i].draw(one_of) for i in chosen]
+
+
+def permuted(count: int, draw: torch.Generator) -> list[int]:
+    """The numbers below `count` in a drawn order."""
+    return torch.randperm(count, dtype=torch.int64, device="cpu", generator=draw).tolist()
 
 
 def levels(recipe: Recipe, micro: int, count: int) -> Tensor:
@@ -213,55 +351,39 @@ def generator(recipe: Recipe, what: str, number: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def check(examples: Sequence[Example]) -> None:
-    """UsageError where there are none, or shapes differ."""
-    if not examples:
+def check(sources: Sequence[Source]) -> None:
+    """UsageError where there is nothing to train on."""
+    if not sources:
         raise UsageError("there is nothing to train on")
-    shapes = {(tuple(one.latents.shape), tuple(one.txt.shape)) for one in examples}
-    if len(shapes) > 1:
-        raise UsageError(f"examples of {len(shapes)} shapes: they must be of one size, with as many text tokens")
 
 
 # Checkpoints -------------------------------------------------------------------------------------------
 
 
-def identity(recipe: Recipe, examples: Sequence[Example], adapter: Adapter) -> dict[str, str]:
-    """What a run is, as text: its recipe, its examples, and what learns. The frozen weights are the caller's matter."""
+def identity(recipe: Recipe, sources: Sequence[Source], adapter: Adapter) -> dict[str, str]:
+    """What a run is, as text: its recipe, its pictures, and what learns. The frozen weights are the caller's matter."""
     digest = sha256()
-    for one in examples:
-        for x in (one.latents, one.txt, one.vec):
-            digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    known = {key: json.dumps(value, sort_keys=True) for key, value in asdict(recipe).items()}
-    ranks = sorted((name, len(one.down)) for name, one in adapter.factors.items())
-    modules = f"{len(ranks)}, {sha256(repr(ranks).encode()).hexdigest()[:8]}"
-    return {**known, "alpha": str(adapter.alpha), "modules": modules, "examples": digest.hexdigest()[:16]}
+    for one in sources:
+        digest.update(f"{one.name}\n{one.digest}\n".encode())
+    told = asdict(recipe)
+    if recipe.schedule == "constant":
+        del told["steps"]  # which nothing hangs on: a run may go on for longer
+    known = {key: json.dumps(value, sort_keys=True) for key, value in (told | adapter.config()).items()}
+    modules = sha256(known.pop("target_modules").encode()).hexdigest()[:8]
+    return {**known, "modules": f"{len(adapter.factors)}, {modules}", "pictures": digest.hexdigest()[:16]}
 
 
-def save(
-    folder: Path,
-    adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
-    losses: Sequence[float],
-    run: Mapping[str, str],
-    keep: int,
-) -> None:
+def save(folder: Path, state: State, losses: Sequence[float], run: Mapping[str, str], keep: int) -> None:
     """Write a checkpoint of a run whole, then delete those before the newest `keep`. run: `identity`. DiskError."""
     with disk_errors(folder, "folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
-    for name, x in numbers_of(adapter, optimizer).items():
-        tensors[name] = x.detach().cpu()
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu"), **state.tensors()}
     write_safetensors(folder / CHECKPOINT.format(len(losses)), tensors, run)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
 
 
-def resume(
-    folder: Path,
-    adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
-    run: Mapping[str, str],
-) -> list[float]:
+def resume(folder: Path, state: State, run: Mapping[str, str]) -> list[float]:
     """Take the numbers of the newest checkpoint of a run, and return the losses so far, none without one.
 
     run: `identity`. UsageError, FileError: as in `train`.
@@ -280,29 +402,8 @@ def resume(
                 f"{path} was trained with {key} {metadata.get(key, 'unknown')}, not {value}. Next: go on with what it "
                 "was trained with, or name another folder"
             )
-    for x in adapter.parameters():  # AdamW makes its moments at its first step
-        x.grad = torch.zeros_like(x)
-        optimizer.state[x] = {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "exp_avg": torch.zeros_like(x),
-            "exp_avg_sq": torch.zeros_like(x),
-        }
-        x.grad = None
-    mine = numbers_of(adapter, optimizer)
-    with torch.no_grad():
-        for name, mine_now in mine.items():
-            mine_now.copy_(tensors[name])
+    state.load(tensors)
     return tensors["losses"].tolist()
-
-
-def numbers_of(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a step changes, by name: the tensors themselves."""
-    found: dict[str, Tensor] = {}
-    for module in sorted(adapter.factors):
-        for name, x in adapter.factors[module].named_parameters():
-            found[f"{module}.{name}"] = x
-            found |= {f"{module}.{name}.{key}": value for key, value in optimizer.state[x].items()}
-    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:

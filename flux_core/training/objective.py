@@ -102,6 +102,7 @@ def flow_loss(
     """
     x = pack(noised(latents, noise, sigma)).to(inputs.txt.dtype)
     guidance = inputs.guidance if model.params.guidance_embed else None
-    velocity = model(x, inputs.img_ids, inputs.txt, inputs.txt_ids, sigma.float(), inputs.vec, guidance, fetch=fetch)
+    time = sigma.to(x.dtype)  # rounded as when sampling
+    velocity = model(x, inputs.img_ids, inputs.txt, inputs.txt_ids, time, inputs.vec, guidance, fetch=fetch)
     error = (velocity.float() - pack(flow_target(latents, noise))).square()
     return weighting(sigma.float()) * error.mean((1, 2))
