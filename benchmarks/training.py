@@ -21,7 +21,10 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,13 @@ from latency import MODELS
 from parity_diffusers import build_theirs, call_theirs
 from random_parts import tiny_variant
 
+from flux_core.device.budget import CONTEXT, bytes_of
 from flux_core.kernels import install
 from flux_core.sampling import image_ids, pack
 from flux_core.training import PRESETS, Example, Recipe, adapt, train
+from flux_core.training.plan import plan_of
 from flux_core.training.recompute import WAYS
+from flux_core.training.streaming import streaming
 from flux_core.variants import VARIANTS
 
 ROWS = [
@@ -59,6 +65,7 @@ class Row:
     rank: int = 16
     targets: str = "attention"
     optimizer: str = "adamw"
+    memory: str = ""
 
     @classmethod
     def of(cls, text: str) -> "Row":
@@ -118,12 +125,29 @@ class Bench:
             marks.append(time.perf_counter())
 
         self.release()
-        train(adapter, [self.example(row)], recipe, on_step=mark)
+        with self.placed(row) as fetch:
+            train(adapter, [self.example(row)], recipe, on_step=mark, fetch=fetch)
         adapter.remove()
         if compiled:
             for block in (*model.double_blocks, *model.single_blocks):
                 block._compiled_call_impl = None
         self.say(text, "compiled" if compiled else "eager", [began, *marks])
+
+    @contextmanager
+    def placed(self, row: Row) -> Iterator[Any]:
+        """A context in which the model is whole on the device, or comes block by block in the row's memory."""
+        if not row.memory:
+            yield None
+            return
+        model, size = self.models.pop(row.dtype), (row.width, row.height)
+        dtype = "bfloat16" if row.dtype == "bf16" else row.dtype
+        plan = plan_of(self.variant, size, dtype, None, list(PRESETS[row.targets]), row.rank, 1, 1, "blocks", "adamw")
+        model.to("cpu")
+        self.release()
+        budget = bytes_of(row.memory, "memory") - CONTEXT
+        device = torch.device(self.args.device)
+        with streaming(model, device, budget, plan.kept + plan.at_work + plan.learning) as trip:
+            yield trip.fetch
 
     def theirs(self, text: str) -> None:
         """diffusers and PEFT, by the steps of `train_dreambooth_lora_flux.py`."""
@@ -134,6 +158,8 @@ class Bench:
         if row.dtype != "bf16" or row.checkpointing not in ("none", "blocks"):
             return
         other, one = build_theirs(self.model("bf16")).train(), self.example(row)
+        for x in other.parameters():  # views of ours, some of which cuBLAS does not take
+            x.data = x.data.clone()
         other.add_adapter(LoraConfig(r=row.rank, lora_alpha=row.rank, target_modules=list(PRESETS[row.targets])))
         for layer in other.modules():
             if isinstance(layer, LoraLayer):
@@ -200,14 +226,13 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args)
     for text in args.rows:
-        for compiled in (True, False) if args.eager else (True,):
+        ways = [partial(bench.ours, text, compiled) for compiled in ((True, False) if args.eager else (True,))]
+        for way in [partial(bench.theirs, text), *ways] if args.elsewhere else ways:
             try:
-                bench.ours(text, compiled)
+                way()
             except Exception as error:
                 print(json.dumps({"benchmark": "training", "row": text, "error": str(error)[:400]}), flush=True)
                 bench.models.clear()
-        if args.elsewhere:
-            bench.theirs(text)
     return 0
 
 

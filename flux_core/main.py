@@ -43,6 +43,7 @@ def build_parser(name: str) -> Parser:
         parser.add_argument("--version", action="version", version=f"flux_core {__version__}")
     for field in command.positional:
         several: dict[str, Any] = {"nargs": "+"} if field.multiple else {}
+        several |= {} if field.default is None else {"nargs": "?"}
         parser.add_argument(field.name, metavar=field.metavar or None, help=field.help or None, **several)
     for field in command.fields:
         _add(parser, field)

@@ -29,6 +29,7 @@ from ..request.fields import (
     THREADS,
     Field,
 )  # fmt: skip
+from ..request.training import EXAMPLES, SETTINGS
 
 
 def of_request(*names: str) -> tuple[Field, ...]:
@@ -220,6 +221,12 @@ SAVE = (
     ),
     Field("output", str, "new folder to write to (default: output/NAME-FORMAT-DTYPE)", metavar="FOLDER", path=True),
 )
+TRAIN = (
+    *SETTINGS,
+    Field("example", str, "noto: train a style that ships; style: print a file of settings to fill in",
+          choices=EXAMPLES, metavar="NAME"),
+    Field("dry_run", bool, "print the plan, and do nothing", default=False),
+)  # fmt: skip
 DOWNLOAD = (
     Field(
         "source",
@@ -328,6 +335,12 @@ COMMANDS = {
     ),
     "sites": Command("list the named values of a model's forward, which plans use", "sites:print_sites", SITES),
     "run": Command("run the commands in a job file (JSON)", "run:run", positional=(FILE,)),
+    "train": Command(
+        "train a LoRA from pictures and captions",
+        "train:train",
+        TRAIN,
+        (Field("config", str, "settings as a TOML file; flags win", metavar="CONFIG.toml", path=True, default=""),),
+    ),
     "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
     "download": Command(
         "fetch an official model's files from the hub or ModelScope",

@@ -23,14 +23,14 @@ would save the pass and clip what was not calibrated for, so those in ComfyUI's 
 Where a device has no fp8 units the weights are dequantized in the forward, w = c s, and the product runs in the dtype
 of x: as small in memory, no faster. Then only the weights are rounded.
 
-Gradients pass through to x, by dequantized weights, so that layers below can be trained; the weights are frozen.
+Gradients pass through to x, by codes and scales, so that layers below can be trained; the weights are frozen.
 
 Not here: fp8 attention, training of the weights, e5m2 (which has the range of gradients), other blocks than rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
 from .contract import Leaf, QuantizedTokens
-from .frozen import Scaled
+from .frozen import Rows, Scaled
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -187,11 +187,17 @@ class Fp8Linear(Scaled, Leaf):
         """[..., K] -> [..., N]"""
         if isinstance(x, QuantizedTokens):
             return product_of_tokens(x, self.weight, self.weight_scale, self.bias)
-        return self.differentiable(x, self.multiply) if self.scaled else self.multiply_widened(x)
+        return self.multiply_rows(x)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply_rows(self, x: Tensor, rows: Rows = None) -> Tensor:
+        """Those rows of its forward."""
+        if not self.scaled:
+            return self.multiply_widened(x, rows)
+        return self.differentiable(x, partial(self.multiply, rows=rows), rows)
+
+    def multiply(self, x: Tensor, rows: Rows = None) -> Tensor:
         """Its forward in fp8."""
-        return product_of_tokens(self.quantize(x), self.weight, self.weight_scale, self.bias)
+        return product_of_tokens(self.quantize(x), *self.numbers(rows))
 
     def widen(self, dtype: torch.dtype) -> Tensor:
         """codes * scale"""

@@ -30,6 +30,9 @@ written and read again.
 Where a device has no int8 units, tokens are rotated, and multiplied by the rotated weights, codes * scale, in the dtype
 of x: as small in memory, no faster. Then only the weights are rounded.
 
+Gradients pass to x as (g W R) R: by the rotated weights, and the product is rotated back, which has as many rows as
+there are tokens. Rotating W back would be four stages of additions over all weights in every backward.
+
 Precision. The rotation runs in fp32, in the order of ComfyUI's CUDA kernel for fp32 weights (comfy-kitchen,
 `int8_linear.cu`): stages with strides 1, 4, 16 and 64, each sum from left to right. So a file has the same bits
 wherever it was written. A matrix product with R, as in ComfyUI without CUDA, sums in an order that libraries choose.
@@ -44,7 +47,7 @@ Not here: int8 attention, static scales, codes below eight bits, rotations that 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -53,7 +56,7 @@ from torch import Tensor, nn
 
 from ..errors import is_out_of_memory
 from .contract import Leaf, QuantizedTokens
-from .frozen import Scaled
+from .frozen import Rows, Scaled
 
 GROUP = 256
 """features that are rotated together, where their number divides by it"""
@@ -61,8 +64,6 @@ LARGEST = 127
 """of the codes"""
 SMALLEST = 1e-30
 """of the scales, for rows of zeros; ComfyUI's"""
-H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
-"""twice the block for a group of four"""
 FORMAT = "int8_tensorwise"
 """ComfyUI's name of the format"""
 
@@ -96,12 +97,24 @@ def stages(group: int) -> int:
 
 
 def hadamard(group: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """The block of R for a group: H4's Kronecker power [group, group], orthogonal and symmetric. ValueError."""
-    quarter = torch.tensor(H4, dtype=dtype, device=device) / 2
-    block = quarter
-    for _ in range(stages(group) - 1):
-        block = torch.kron(block, quarter)
-    return block
+    """The block of R for a group: H4's Kronecker power [group, group], orthogonal and symmetric. ValueError.
+
+    Computed where it is used, from numbers of rows and columns in base 4: H4 is negative where two digits add up to 3.
+    """
+    count, number = stages(group), torch.arange(group, dtype=torch.int64, device=device)
+    digits = number[:, None] ^ number
+    negative = torch.zeros_like(digits, dtype=torch.bool)
+    for stage in range(count):
+        negative = negative ^ (digits >> 2 * stage & 3 == 3)
+    return (1 - 2 * negative.to(dtype)) * group**-0.5
+
+
+def rotate_tokens(x: Tensor, group: int) -> Tensor:
+    """x R as a product with R, in the dtype of x: quicker than `rotate` for a product's numbers, in which the order of
+    the sums is no file's matter. x itself for group 0. [..., K] -> [..., K]"""
+    if not group:
+        return x
+    return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.dtype, x.device)).flatten(-2)
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
@@ -281,23 +294,30 @@ class Int8Linear(Scaled, Leaf):
         """[..., K] -> [..., N], in the dtype of x; of tokens in that of the bias, or in bf16."""
         if isinstance(x, QuantizedTokens):
             return self.of_tokens(x, torch.bfloat16 if self.bias is None else self.bias.dtype)
-        return self.differentiable(x, self.multiply if self.scaled else self.multiply_rotated)
+        return self.multiply_rows(x)
 
-    def of_tokens(self, x: QuantizedTokens, dtype: torch.dtype) -> Tensor:
+    def multiply_rows(self, x: Tensor, rows: Rows = None) -> Tensor:
+        """Those rows of its forward."""
+        multiply = self.multiply if self.scaled else self.multiply_rotated
+        return self.differentiable(x, partial(multiply, rows=rows), rows)
+
+    def of_tokens(self, x: QuantizedTokens, dtype: torch.dtype, rows: Rows = None) -> Tensor:
         """Its forward of tokens that are rotated in its groups."""
-        return self.product(x, self.weight, self.weight_scale, self.bias, dtype)
+        return self.product(x, *self.numbers(rows), dtype)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, rows: Rows = None) -> Tensor:
         """Its forward in int8."""
-        return self.of_tokens(self.quantize(x, self.group), x.dtype)
+        return self.of_tokens(self.quantize(x, self.group), x.dtype, rows)
 
-    def multiply_rotated(self, x: Tensor) -> Tensor:
+    def multiply_rotated(self, x: Tensor, rows: Rows = None) -> Tensor:
         """Its forward in the dtype of x: of rotated tokens by the rotated weight, which is less to rotate."""
-        weight = self.unpack(self.weight, self.weight_scale, 0, x.dtype)
-        if self.group:  # a product with R: quicker here, and the order of its sums is no file's matter
-            rotation = hadamard(self.group, torch.float32, x.device)
-            x = (x.float().unflatten(-1, (-1, self.group)) @ rotation).flatten(-2).to(x.dtype)
-        return F.linear(x, weight, self.bias)
+        codes, scale, bias = self.numbers(rows)
+        rotated = rotate_tokens(x.float(), self.group).to(x.dtype) if self.group else x
+        return F.linear(rotated, self.unpack(codes, scale, 0, x.dtype), bias)
+
+    def input_gradient(self, grad: Tensor, rows: Rows = None) -> Tensor:
+        """`Scaled.input_gradient` by rotated codes, rotated back: fewer numbers than the weight has."""
+        return rotate_tokens(super().input_gradient(grad, rows), self.group)
 
     def widen(self, dtype: torch.dtype) -> Tensor:
         """codes * scale, rotated back"""

@@ -47,6 +47,11 @@ class Placement:
         if self.budget is not None:
             self.budget.admit(Picture(*size, rows, self.fallback.vae_tiling, steps))
 
+    def release(self) -> None:
+        """Where parts take turns, all go home: somebody else places them now."""
+        if self.fallback.offload:
+            self._exchange(())
+
     def free(self, part: Any) -> None:
         """Free the memory of a text encoder, which is loaded again when it is used."""
         part.free()

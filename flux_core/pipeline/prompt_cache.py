@@ -43,6 +43,11 @@ class PromptCache:
             self._kept.popitem(last=False)
         return found
 
+    def remember(self, prompt: str, txt: Tensor, vec: Tensor) -> None:
+        """Take a prompt's text tokens [T, D] and vector [V], which somebody has encoded before."""
+        found = (x[None].to(self.placement.device, self.dtype) for x in (txt, vec))
+        self._kept[prompt, self.text_key()] = next(found), next(found)
+
     def _found(self, prompt: str, loras: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """From the disk, or encoded; with a LoRA that has no file of its own only the latter."""
         if self.disk is None or not all(isinstance(known, Known) for known, *_ in loras):

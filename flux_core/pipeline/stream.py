@@ -57,7 +57,7 @@ class Stream:
         total = sum(bundle.size for bundle in self.bundles)
         if total > min(room, resident):
             number = min(SLOTS, room // self.smallest)
-            if not number:
+            if number < 1:
                 raise MemoryShortage(
                     f"{max(room, 0) / 1e9:.2f} GB are left for blocks of {self.smallest / 1e9:.2f} GB each. Next: a "
                     "larger --memory, or a smaller --dtype (nf4, then int8 or fp8)"

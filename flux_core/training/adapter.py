@@ -169,6 +169,7 @@ class Adapter:
 
     def __init__(self, model: Flux, factors: Mapping[str, Factors], alpha: float, rslora: bool = False) -> None:
         self.model, self.factors, self.alpha, self.rslora = model, dict(factors), alpha, rslora
+        model.changes = model.changes.next(scales=False)
         self.average: Ema | None = None
         """of what learns, if one is kept: what is sampled and saved"""
 
@@ -248,6 +249,7 @@ class Adapter:
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, AdaptedLinear):
                 self.model.set_submodule(name, layer.base)
+        self.model.changes = self.model.changes.next(scales=False)
 
 
 def _to_diffusers(x: Tensor, role: str, target: Target) -> Tensor:

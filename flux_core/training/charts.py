@@ -73,8 +73,7 @@ def loss_chart(losses: Sequence[float], rates: Sequence[float], validated: Mappi
     panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     steps, window = range(1, len(losses) + 1), window_of(len(losses))
     panels[0].plot(steps, losses, color=LOSS, alpha=0.25, linewidth=0.8, label="loss of a step")
-    mean = f"mean of the last {window}" if window > 1 else "loss"
-    panels[0].plot(steps, running_mean(losses, window), color=LOSS, linewidth=2, label=mean)
+    panels[0].plot(steps, running_mean(losses, window), color=LOSS, linewidth=2, label=f"mean of the last {window}")
     panels[0].legend(frameon=False, fontsize=8, loc="upper right")
     panels[0].set_title(title, fontsize=10, parse_math=False)
     panels[0].set_ylabel("loss")

@@ -4,12 +4,13 @@ What cannot be used is left out, with its reason, and nothing is guessed.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FileError, UsageError
-from ..images.pictures import open_picture
+from ..images.pictures import as_rgb, open_picture
+from .sizes import Size
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 """of files that are taken for pictures"""
@@ -26,6 +27,8 @@ class Picture(NamedTuple):
     caption: str
     sha256: str
     """of its file"""
+    shape: Size
+    """upright"""
 
 
 class Found(NamedTuple):
@@ -36,12 +39,15 @@ class Found(NamedTuple):
     """why a picture is left out"""
 
 
-def read_folder(folder: Path, width: int, height: int, trigger: str = "") -> Found:
-    """The pictures of a folder and of those in it, by their names, for training at that size.
+def read_folder(
+    folder: Path, size_of: Callable[[Size], Size], trigger: str = "", on_picture: Callable[[], object] | None = None
+) -> Found:
+    """The pictures of a folder and of those in it, by their names. All are decoded once, so a damaged one is found.
 
-    trigger: a word for what is learned, put where a caption says `[trigger]`, else in front, if it is not there; the
-    whole caption where there is none. With a metadata.jsonl only the pictures that it lists are used. UsageError where
-    none is left, FileError for a metadata.jsonl that cannot be read.
+    size_of: the training size for a shape, as `Resolution.size_of`; its FileError leaves the picture out. on_picture:
+    called after each. trigger: a word for what is learned, put where a caption says `[trigger]`, else in front, if it
+    is not there; the whole caption where there is none. With a metadata.jsonl only the pictures that it lists are used.
+    UsageError where none is left, FileError for a metadata.jsonl that cannot be read.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder. Next: name a folder of pictures with captions")
@@ -52,23 +58,28 @@ def read_folder(folder: Path, width: int, height: int, trigger: str = "") -> Fou
     for path in paths if listed is None else [path for path in paths if path in listed]:
         try:
             caption = with_trigger(_beside(path) if listed is None else _one_line(listed[path]), trigger)
-            sha256 = _hash_of(path, width, height)
+            image, sha256 = open_picture(path)
+            shape = Size(*as_rgb(image, path.name).size)
+            size_of(shape)
         except FileError as error:
             skipped[path] = str(error)
             continue
+        finally:
+            if on_picture is not None:
+                on_picture()
         if not caption:
             skipped[path] = "it has no caption"
         elif sha256 in pictures:
             skipped[path] = f"it is the same file as {pictures[sha256].path.name}"
         else:
-            pictures[sha256] = Picture(path, caption, sha256)
+            pictures[sha256] = Picture(path, caption, sha256, shape)
     for path in (listed or {}).keys() - set(paths):
         skipped[path] = f"{METADATA} names it, and it is not there"
     if not pictures:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in sorted(skipped.items())[:3])
         raise UsageError(
-            f"{folder} has no picture to train on{reasons and f' ({reasons})'}. Next: pictures of at least "
-            f"{width}x{height} pixels, each with a caption in a .txt of its name, or a trigger word"
+            f"{folder} has no picture to train on{reasons and f' ({reasons})'}. Next: pictures of at least the "
+            "training size, each with a caption in a .txt of its name, or a trigger word"
         )
     return Found(list(pictures.values()), skipped)
 
@@ -95,16 +106,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _hash_of(path: Path, width: int, height: int) -> str:
-    """The SHA-256 of a picture's file. FileError if it is none, or would have to be enlarged."""
-    image, sha256 = open_picture(path)
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    w, h = image.size[::-1] if turned else image.size
-    if w < width or h < height:
-        raise FileError(f"it has {w}x{h} pixels, fewer than {width}x{height}")
-    return sha256
-
-
 def _listed(folder: Path) -> Mapping[Path, str] | None:
     """The captions of a metadata.jsonl, by picture; None without one. FileError."""
     file = folder / METADATA
@@ -125,6 +126,7 @@ def _rows(file: Path) -> Iterator[tuple[Path, str]]:
             row = json.loads(line)
             name, text = row["file_name"], next(row[key] for key in CAPTIONS if key in row)
             assert isinstance(name, str) and isinstance(text, str)
+            text.encode()  # half a surrogate pair is no text
         except (ValueError, KeyError, TypeError, AssertionError, StopIteration, RecursionError):
             raise FileError(
                 f'{file}, line {number}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'

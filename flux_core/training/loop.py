@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -272,7 +272,8 @@ def loss_of(
 ) -> Tensor:
     """The loss of a micro-batch, at the noise and the levels that are its own."""
     noise = noise_like(batch, generator(recipe, "noise", micro))
-    return each_loss(adapter, batch, recipe, noise, levels(recipe, micro, len(batch)), fetch).mean()
+    tokens = batch[0].latents[0].numel() // 4  # packed two by two
+    return each_loss(adapter, batch, recipe, noise, levels(recipe, micro, len(batch), tokens), fetch).mean()
 
 
 def noise_like(batch: Sequence[Example], draw: torch.Generator) -> Tensor:
@@ -300,19 +301,19 @@ def each_loss(
 
 
 @torch.no_grad()
-def validate(adapter: Adapter, sources: Sequence[Source], recipe: Recipe) -> float:
+def validate(adapter: Adapter, sources: Sequence[Source], recipe: Recipe, fetch: Fetch = iter) -> float:
     """The mean loss of pictures at fixed noise and at the levels `VALIDATED`, unweighted: comparable between steps.
 
-    It is of the factors' average, where there is one.
+    It is of the factors' average, where there is one. fetch: as in `Flux.forward`.
     """
-    plain, total = partial(generator, recipe, "validation"), 0.0
+    plain, total = replace(recipe, weighting="none"), 0.0
     with adapter.averaged(), differentiable(adapter.model, "none"):
         for i, source in enumerate(sources):
             one = source.draw(None)
-            noise = noise_like([one], plain(i))
+            noise = noise_like([one], generator(recipe, "validation", i))
             for level in VALIDATED:
                 sigma = torch.full((1,), level, dtype=torch.float32, device="cpu")
-                total += each_loss(adapter, [one], recipe, noise, sigma, iter).item()
+                total += each_loss(adapter, [one], plain, noise, sigma, fetch).item()
     return total / (len(sources) * len(VALIDATED))
 
 
@@ -337,11 +338,13 @@ def permuted(count: int, draw: torch.Generator) -> list[int]:
     return torch.randperm(count, dtype=torch.int64, device="cpu", generator=draw).tolist()
 
 
-def levels(recipe: Recipe, micro: int, count: int) -> Tensor:
-    """The noise levels of a micro-batch, fp32 [B], on the CPU."""
-    way, draw = MAPS[recipe.timesteps], generator(recipe, "level", micro)
+def levels(recipe: Recipe, micro: int, count: int, tokens: int = 0) -> Tensor:
+    """The noise levels of a micro-batch, fp32 [B], on the CPU. tokens: of a picture, for `flux_shift`."""
+    way, draw, options = MAPS[recipe.timesteps], generator(recipe, "level", micro), dict(recipe.timestep_options)
     make = torch.randn if way.is_normal else torch.rand
-    sigma = way.sigma(make(count, dtype=torch.float32, device="cpu", generator=draw), **dict(recipe.timestep_options))
+    if recipe.timesteps == "flux_shift":
+        options.setdefault("tokens", tokens)
+    sigma = way.sigma(make(count, dtype=torch.float32, device="cpu", generator=draw), **options)
     return on_table(sigma) if recipe.on_table else sigma
 
 

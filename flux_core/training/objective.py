@@ -28,6 +28,8 @@ class Map(NamedTuple):
     """whether draws are of a normal distribution, else uniform in [0, 1)"""
     sigma: Callable[..., Tensor]
     """the levels in [0, 1] of draws [B], in fp32"""
+    tabled: bool = False
+    """whether a trainer that has it takes the nearest level of diffusers' table"""
 
 
 def _logit_normal(n: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -49,8 +51,8 @@ def _flux_shift(n: Tensor, tokens: int, scale: float = 1.0) -> Tensor:
 
 MAPS: Mapping[str, Map] = MappingProxyType(
     {
-        "uniform": Map(False, lambda u: u),
-        "logit_normal": Map(True, _logit_normal),
+        "uniform": Map(False, lambda u: u, tabled=True),
+        "logit_normal": Map(True, _logit_normal, tabled=True),
         "sigmoid": Map(True, _sigmoid),
         "shift": Map(True, _shift),
         "flux_shift": Map(True, _flux_shift),

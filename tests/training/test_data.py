@@ -9,6 +9,7 @@ from PIL import Image
 
 from flux_core.errors import FileError, UsageError
 from flux_core.training.data import read_folder, with_trigger
+from flux_core.training.sizes import Resolution, Size
 
 CAPTIONS = json.loads((FOLDER / "train" / "captions.json").read_text())
 
@@ -20,6 +21,11 @@ def picture(path, size=(40, 32), colour=(1, 2, 3), caption=None, **how):
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
+def fixed(width, height):
+    """The size of all pictures."""
+    return Resolution("fixed", (Size(width, height),)).size_of
+
+
 def captions(found, folder):
     return {one.path.relative_to(folder).as_posix(): one.caption for one in found.pictures}
 
@@ -27,7 +33,7 @@ def captions(found, folder):
 def test_a_caption_is_beside_its_picture(tmp_path):
     picture(tmp_path / "b.PNG", caption="a red\n apple \n")
     picture(tmp_path / "more" / "a.jpg", colour=(9, 9, 9), caption="\ufeffa pig")
-    found = read_folder(tmp_path, 32, 32)
+    found = read_folder(tmp_path, fixed(32, 32))
     assert captions(found, tmp_path) == {"b.PNG": "a red apple", "more/a.jpg": "a pig"} and not found.skipped
 
 
@@ -42,7 +48,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "broken.txt").write_text("broken")
     (tmp_path / "notes.md").write_text("not looked at")
-    found = read_folder(tmp_path, 32, 32)
+    found = read_folder(tmp_path, fixed(32, 32))
     assert captions(found, tmp_path) == {"good.png": "good"}
     reasons = {path.name: reason for path, reason in found.skipped.items()}
     assert reasons.keys() == {"twin.png", "small.png", "bare.png", "empty.png", "bytes.png", "broken.png"}
@@ -57,15 +63,15 @@ def test_a_picture_is_measured_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(tmp_path / "a.jpg", (64, 32), caption="turned", exif=exif)
-    assert len(read_folder(tmp_path, 32, 64).pictures) == 1
+    assert len(read_folder(tmp_path, fixed(32, 64)).pictures) == 1
     with pytest.raises(UsageError, match=r"a\.jpg: it has 32x64 pixels, fewer than 64x32"):
-        read_folder(tmp_path, 64, 32)
+        read_folder(tmp_path, fixed(64, 32))
 
 
 def test_a_trigger_word_is_a_caption(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", colour=(7, 7, 7), caption="a [trigger] pig")
-    assert list(captions(read_folder(tmp_path, 32, 32, "noto"), tmp_path).values()) == ["noto", "a noto pig"]
+    assert list(captions(read_folder(tmp_path, fixed(32, 32), "noto"), tmp_path).values()) == ["noto", "a noto pig"]
 
 
 def test_the_trigger_word_is_where_ai_toolkit_has_it():
@@ -93,7 +99,7 @@ def test_metadata_names_what_is_used_as_imagefolder_has_it(tmp_path):
         for j, name in enumerate(case["images"]):
             picture(folder / name, colour=(j, i, 0))
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, case["metadata"])))
-        found = captions(read_folder(folder, 32, 32), folder)
+        found = captions(read_folder(folder, fixed(32, 32)), folder)
         there = [row for row in rows if row["image"] in case["images"]]  # datasets fails when it opens the others
         assert found == {row["image"]: row.get("text", row.get("prompt")) for row in there}, case["name"]
         seen += 1
@@ -109,18 +115,18 @@ def test_wrong_metadata_is_said(tmp_path):
     ]:
         (tmp_path / "metadata.jsonl").write_text(text)
         with pytest.raises(FileError, match=said):
-            read_folder(tmp_path, 32, 32)
+            read_folder(tmp_path, fixed(32, 32))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}')
-    found = read_folder(tmp_path, 32, 32)
+    found = read_folder(tmp_path, fixed(32, 32))
     assert [one.caption for one in found.pictures] == ["y"]
     assert list(found.skipped.values()) == ["metadata.jsonl names it, and it is not there"]
 
 
 def test_where_nothing_is_left_it_says_why(tmp_path):
     with pytest.raises(UsageError, match="is no folder"):
-        read_folder(tmp_path / "none", 32, 32)
+        read_folder(tmp_path / "none", fixed(32, 32))
     with pytest.raises(UsageError, match=r"has no picture to train on\. Next: pictures of at least 32x32"):
-        read_folder(tmp_path, 32, 32)
+        read_folder(tmp_path, fixed(32, 32))
 
 
 def test_the_golden_captions_are_read(tmp_path):
@@ -128,7 +134,7 @@ def test_the_golden_captions_are_read(tmp_path):
     for i, row in enumerate(CAPTIONS["read_file"]):
         picture(tmp_path / f"{i:02d}.png", colour=(i, 1, 1))
         (tmp_path / f"{i:02d}.txt").write_bytes(base64.b64decode(row["bytes_base64"]))
-    found = read_folder(tmp_path, 32, 32)
+    found = read_folder(tmp_path, fixed(32, 32))
     used = {int(one.path.stem): one.caption for one in found.pictures}
     for i, row in enumerate(CAPTIONS["read_file"]):
         whole = base64.b64decode(row["bytes_base64"]).decode("utf-8-sig", "replace")

@@ -39,7 +39,7 @@ def colours(width=70, height=40, mode="RGB"):
 
 def saved(path, image=None, **how):
     (image or colours()).save(path, **how)
-    return Picture(path, "a caption", open_picture(path)[1])
+    return Picture(path, "a caption", open_picture(path)[1], Size(0, 0))
 
 
 def cache_of(folder, *pictures, autoencoder="abc float32", **how):
@@ -182,7 +182,7 @@ from flux_core.training.data import Picture
 from flux_core.training.latents import LatentCache
 from flux_core.training.sizes import Size, cuts
 folder = Path(sys.argv[1])
-picture = Picture(folder / "a.png", "", open_picture(folder / "a.png")[1])
+picture = Picture(folder / "a.png", "", open_picture(folder / "a.png")[1], Size(0, 0))
 cache = LatentCache(folder / "cache", "abc", {picture: cuts(Size(70, 40), Size(48, 32), flip=True)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:

@@ -15,6 +15,7 @@ from test_captions import is_near
 from flux_core.errors import FileError, NonFiniteError, UsageError
 from flux_core.training.captions import draw, variants
 from flux_core.training.data import Picture
+from flux_core.training.sizes import Size
 from flux_core.training.texts import ROWS, Row, Text, TextCache, build, texts_of
 
 BF16 = torch.bfloat16
@@ -22,7 +23,7 @@ SHAPES = (1, 6, 8), (1, 4)
 
 
 def picture(i, caption):
-    return Picture(Path(f"{i}.png"), caption, f"{i:064x}")
+    return Picture(Path(f"{i}.png"), caption, f"{i:064x}", Size(1, 1))
 
 
 PICTURES = [picture(i, f"noto, thing {i}, red, large") for i in range(9)]

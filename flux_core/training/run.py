@@ -1,0 +1,487 @@
+"""A whole training run, stage by stage: pictures, captions, latents, steps, and what is left at the end.
+
+Each stage keeps what it made in a folder of its own under the run's, and goes on with what is there. Between stages
+memory is given back: text encoders are gone before latents are encoded, the autoencoder before the first step.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import with_files
+from ..checkpoint.files import weights_hashes
+from ..device.budget import bytes_for, bytes_of
+from ..device.choice import dtype_name, pick_device, pick_dtype
+from ..device.rates import measured
+from ..device.threads import set_threads
+from ..errors import DiskError, UsageError
+from ..files import prepare_folder, user_path, write_whole
+from ..lora.file import FILE_NAMES
+from ..pipeline import Pipeline, load_pipeline
+from ..pipeline.load import own_format
+from ..request.fields import FILES
+from ..request.generation import GenerationRequest
+from ..session.stopping import Stop
+from ..terminal import no_bars, note, tell
+from . import captions
+from .adapter import Adapter, adapt, patterns_of
+from .card import Facts, model_card
+from .charts import LossRow, change_chart, loss_chart, loss_csv, sample_sheet
+from .data import Found, Picture, read_folder
+from .hub_data import from_hub
+from .latents import LatentCache, encoding
+from .loop import Example, Progress, checkpoints, factor, train, validate
+from .plan import Plan, plan_of
+from .settings import Settings
+from .sizes import Cut, Resolution, Size, cuts, parse_resolution
+from .streaming import RoundTrip, streaming
+from .texts import Text, TextCache, build, texts_of
+
+ADAPTER = f"{FILE_NAMES[0]}.safetensors"
+MOST_HELD_OUT = 8
+"""pictures that are held out by themselves"""
+KEPT_IN_MEMORY = 256
+"""encoded captions, 4 MB each of FLUX.1-dev's"""
+SAMPLE = "sample"
+"""the kind of a sample's prompt in the cache of texts, with its number behind it"""
+
+
+class Cached:
+    """A picture whose examples come from the caches."""
+
+    def __init__(self, run: "Run", picture: Picture, kinds: Sequence[str]) -> None:
+        self.run, self.picture, self.kinds, self.cuts = run, picture, kinds, run.cuts[picture]
+        self.name = picture.path.name
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(self.cuts[0].size)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that its examples depend on: the latents' file is named by one."""
+        run, settings = self.run, self.run.settings
+        texts = [run.texts.key(text) for text in run.captions_of(self.picture).values()]
+        told = [run.latents.path(self.picture).name, texts, settings.caption_dropout, settings.trigger_only]
+        return sha256(json.dumps(told).encode()).hexdigest()
+
+    def draw(self, generator: torch.Generator | None) -> Example:
+        """One of its cuts and captions; without a generator the first cut, and the caption as it is."""
+        kind, number, settings = captions.CAPTION, 0, self.run.settings
+        if generator is not None:
+            chances = settings.caption_dropout, settings.trigger_only
+            kind = captions.draw(self.kinds, generator, *chances)
+            drawn = torch.randint(len(self.cuts), (1,), dtype=torch.int64, device="cpu", generator=generator)
+            number = int(drawn)
+        txt, vec = self.run.text(self.picture.sha256, kind)
+        return Example(self.name, self.run.latents.get(self.picture, number).float(), txt, vec)
+
+
+class Run:
+    """A run, and what its stages made so far."""
+
+    texts: TextCache
+    latents: LatentCache
+    trip: RoundTrip
+
+    def __init__(self, settings: Settings) -> None:
+        """UsageError for settings that do not go together; nothing is read yet."""
+        self.settings = settings
+        self.variant = with_files(settings.name, **{f.name: getattr(settings, f.name) for f in FILES})
+        self.folder = user_path(settings.output_dir)
+        self.device = pick_device(settings.device)
+        self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
+        side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
+        self.resolution: Resolution = parse_resolution(side, settings.rule or "")
+        captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
+        if settings.memory and (self.device.type != "cuda" or settings.checkpointing != "blocks"):
+            raise UsageError("--memory streams blocks to a card, and needs --checkpointing blocks")
+        if settings.precision == "fp16" and settings.compile:
+            raise UsageError("--precision fp16 does not go with --compile")
+        self.places = ExitStack()
+        self.text = lru_cache(KEPT_IN_MEMORY)(self._text)
+        self.prompts: list[str] = settings.sample_prompts or []
+
+    # Pictures ----------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Read the data, and choose training sizes and cuts. What is left out is told. UsageError, FileError."""
+        settings, source = self.settings, user_path(self.settings.data)
+        if not source.is_dir() and settings.data.count("/") == 1 and not settings.data.startswith((".", "/", "~")):
+            source = from_hub(settings.data, self.folder / "data")
+        with tqdm(desc="pictures", unit="picture", disable=no_bars(), leave=False) as bar:
+            found: Found = read_folder(source, self.resolution.size_of, settings.trigger or "", bar.update)
+        for path, reason in found.skipped.items():
+            note(f"{path}: left out: {reason}")
+        if found.skipped and settings.strict:
+            raise UsageError(f"{len(found.skipped)} pictures cannot be used. Next: mend them, or leave --strict out")
+        every = found.pictures
+        held = min(MOST_HELD_OUT, len(every) // 10) if settings.held_out is None else settings.held_out
+        if held >= len(every):
+            raise UsageError(f"--held-out {held} leaves nothing to train on: there are {len(every)} pictures")
+        order = sorted(every, key=lambda one: sha256(f"{settings.seed} {one.sha256}".encode()).digest())
+        judged = {one.sha256 for one in order[:held]}
+        self.learned = [one for one in every if one.sha256 not in judged]
+        self.judged = [one for one in every if one.sha256 in judged]
+        self.cuts: dict[Picture, list[Cut]] = {}
+        for one in every:
+            count = settings.crops if settings.crop == "random" else 1
+            size, last = self.resolution.size_of(one.shape), one.sha256 in judged
+            if last:
+                self.cuts[one] = cuts(one.shape, size)
+            else:
+                self.cuts[one] = cuts(one.shape, size, settings.crop, count, settings.flip, settings.seed, one.sha256)
+        self.left_out = len(found.skipped)
+
+    def captions_of(self, one: Picture) -> Mapping[str, str]:
+        """The texts of a picture that a step may draw, by kind."""
+        settings = self.settings
+        return captions.variants(
+            one.caption, settings.trigger or "", settings.shuffles, settings.keep_tags, settings.seed
+        )
+
+    def wanted(self) -> list[Text]:
+        """All texts to be encoded: those of the pictures, and the samples' prompts."""
+        settings = self.settings
+        how: Any = (settings.trigger or "", settings.shuffles, settings.keep_tags, settings.seed)
+        samples = [Text("", f"{SAMPLE}-{i}", text) for i, text in enumerate(self.prompts)]
+        return [*texts_of([*self.learned, *self.judged], *how), *samples]
+
+    # The plan ----------------------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """Print what will be done and what it takes. UsageError where it cannot fit, DiskError."""
+        settings, learned = self.settings, self.learned
+        sizes: dict[Size, int] = {}
+        for one in learned:
+            sizes[self.cuts[one][0].size] = sizes.get(self.cuts[one][0].size, 0) + 1
+        listed = ", ".join(f"{count} of {size}" for size, count in sorted(sizes.items()))
+        seen = settings.steps * settings.batch * settings.accumulation / (len(learned) * settings.repeats)
+        tell(
+            f"pictures: {len(learned)} to learn from ({listed}), {len(self.judged)} held out, {self.left_out} left out"
+        )
+        tell(f"captions: {len(self.wanted())} texts to encode once; {self._too_long()}")
+        tell(f"steps: {settings.steps}, {settings.batch * settings.accumulation} pictures each: {seen:.1f} epochs")
+        plan = self._numbers(max(sizes, key=lambda size: size.width * size.height))
+        rates = measured(self.device)
+        for line in plan.lines(self.device.type, plan.tera / rates.tera if rates else None, settings.steps):
+            tell(line)
+        needed = self._disk(plan)
+        free = _free(self.folder)
+        tell(f"disk: {needed / 1e9:.2f} GB of {free / 1e9:.0f} GB free, into {self.folder}")
+        self._refuse(plan)
+        if needed > free:
+            raise DiskError(f"{self.folder}: the run writes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+    def _numbers(self, size: Size) -> Plan:
+        settings, variant = self.settings, self.variant
+        precision = settings.dtype or own_format(variant, "transformer") or dtype_name(pick_dtype(None, self.device))
+        return plan_of(
+            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
+            settings.accumulation, settings.checkpointing, settings.optimizer,
+        )  # fmt: skip
+
+    def _refuse(self, plan: Plan) -> None:
+        """UsageError where a card is too small, with what would fit."""
+        if self.device.type != "cuda":
+            return
+        _, total = torch.cuda.mem_get_info(self.device)
+        most = bytes_of(self.settings.memory, "--memory") if self.settings.memory else total
+        least = plan.streamed if self.settings.memory else plan.needed
+        if least > most:
+            raise UsageError(
+                f"this takes about {least / 1e9:.1f} GB of {self.device}, and {most / 1e9:.1f} GB are there. Next: "
+                "--checkpointing blocks, a smaller --resolution or --batch, --dtype int8 or nf4, or --memory, with "
+                "which blocks come when they compute"
+            )
+
+    def _disk(self, plan: Plan) -> int:
+        """Bytes of caches, checkpoints and the adapter, at most."""
+        params, texts = self.variant.params, len({text.caption for text in self.wanted()})
+        of_texts = texts * 4 * (self.variant.max_text * params.context_in_dim + params.vec_in_dim)
+        of_latents = sum(4 * len(all) * all[0].size.width * all[0].size.height // 4 for all in self.cuts.values())
+        return of_texts + of_latents + 4 * plan.numbers * (3 * (self.settings.keep + 1) + 1)
+
+    def _too_long(self) -> str:
+        """How many captions T5 cuts, where its tokenizer is there."""
+        from ..checkpoint.files import own_path, text_files
+        from ..text.encoders import load_tokenizer
+
+        if not self.variant.embedded and own_path(self.variant, "t5") is None:
+            return "how many are too long is not known before the model is there"
+        tokenizer = load_tokenizer(text_files(self.variant).t5_tokenizer, "T5TokenizerFast", 10**6)
+        found = [one for one in self.learned if len(tokenizer(one.caption).input_ids) > self.variant.max_text]
+        return f"{len(found)} are longer than T5's {self.variant.max_text} tokens, and cut"
+
+    # Captions and latents ----------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the model; T5 only when a caption is to be encoded."""
+        settings = self.settings
+        self.pipeline: Pipeline = load_pipeline(
+            self.variant, self.device, settings.dtype, vae_tiling=settings.vae_tiling, t5_dtype=settings.t5_dtype,
+            t5_device=settings.t5_device, memory=settings.memory or None, keep_embeddings=self.folder / "texts",
+        )  # fmt: skip
+        hashes = weights_hashes(self.variant)
+        self.base, *_ = hashes.values()
+        disk = self.pipeline.prompts.disk
+        assert disk is not None
+        self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
+        self.pipeline.prompts.disk = None  # captions are kept in parquet
+        how = f"{list(hashes.values())[1]} {dtype_name(self.pipeline.dtype)} {self.device.type} {torch.__version__}"
+        self.latents = LatentCache(self.folder / "latents", how, self.cuts)
+
+    def encode_captions(self) -> None:
+        """T5 and CLIP, once. Then T5 is gone."""
+        texts = self.wanted()
+        missing = self.texts.missing(texts)
+        with (
+            tqdm(total=len(missing), desc="captions", unit="text", disable=no_bars() or not missing) as bar,
+            torch.no_grad(),
+        ):
+            build(self.texts, texts, self.pipeline.prompts, lambda text: bar.update())
+        for i, prompt in enumerate(self.prompts):
+            self.pipeline.prompts.remember(prompt, *self.texts.get("", f"{SAMPLE}-{i}"))
+        self.pipeline.free_t5()
+
+    def encode_pictures(self) -> None:
+        """The autoencoder, once."""
+        missing = self.latents.missing()
+        encode = encoding(self.pipeline.codec)
+        for picture in tqdm(missing, desc="latents", unit="picture", disable=no_bars() or not missing):
+            self.latents.add(picture, encode)
+
+    def _text(self, sha256: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.texts.get(sha256, kind)
+
+    # Steps -------------------------------------------------------------------------------------------------
+
+    def learn(self) -> None:
+        """The loop, with samples, validation and losses as it goes. KeyboardInterrupt when it is stopped."""
+        settings, model = self.settings, self.pipeline.model
+        draw = torch.Generator("cpu").manual_seed(settings.seed)
+        self.adapter: Adapter = adapt(
+            model, self.patterns, settings.rank, settings.alpha, draw, settings.rslora, settings.dora
+        )
+        sources = [Cached(self, one, list(self.captions_of(one))) for one in self.learned] * settings.repeats
+        self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
+        if settings.compile:
+            for block in (*model.double_blocks, *model.single_blocks):
+                block.compile()
+        done = checkpoints(self.folder / "checkpoints")
+        self.rows = self._rows_before(int(done[-1].stem.rpartition("-")[2]) if done else 0)
+        stop = Stop()
+        bar = tqdm(total=settings.steps, initial=len(self.rows), desc="steps", unit="step", disable=no_bars())
+        with bar, stop.listening(), stop.finishing(), self.places:
+            self.place()
+            if not self.rows:
+                self.look(0)
+
+            def told(done: Progress) -> bool:
+                bar.update()
+                bar.set_postfix(loss=f"{done.loss:.4f}", refresh=False)
+                self.rows.append(LossRow(done.step, done.loss, done.rate, done.norm, None))
+                self.look(done.step)
+                return stop.requested
+
+            about = {"base": self.base, "dtype": self.pipeline.precision}
+            train(
+                self.adapter, sources, settings.recipe, self.folder / "checkpoints", settings.save_every,
+                settings.keep, told, about, self.fetch if settings.memory else None,
+            )  # fmt: skip
+        self.write_losses()
+        if stop.requested and len(self.rows) < settings.steps:
+            note(f"stopped behind step {len(self.rows)}; the same command goes on")
+            raise KeyboardInterrupt
+
+    def _rows_before(self, step: int) -> list[LossRow]:
+        """The rows of the table of losses up to a checkpoint."""
+        path = self.folder / "loss.csv"
+        if not step or not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [LossRow(int(row["step"]), *(float(x) if (x := row[key]) else None for key in LossRow._fields[1:]))
+                    for row in csv.DictReader(file)]  # fmt: skip
+        return [row for row in rows if 0 < row.step <= step]
+
+    def place(self) -> None:
+        """Put the transformer where it learns: whole on the device, or block by block in a budget. MemoryShortage."""
+        pipeline, settings = self.pipeline, self.settings
+        pipeline.placement.release()
+        if not settings.memory:
+            pipeline.model.to(self.device)
+            return
+        size = max((every[0].size for every in self.cuts.values()), key=lambda size: size.width * size.height)
+        plan, budget = self._numbers(size), bytes_for(settings.memory, None, self.device)
+        at_work = plan.kept + plan.at_work + plan.learning
+        self.trip = self.places.enter_context(streaming(pipeline.model, self.device, budget, at_work))
+
+    def fetch(self, blocks: Iterable[Any]) -> Iterator[Any]:
+        """The blocks in order, each where it computes."""
+        return self.trip.fetch(blocks) if self.settings.memory else iter(blocks)
+
+    def look(self, step: int) -> None:
+        """What is due behind a step: validation, samples, and the losses so far."""
+        settings = self.settings
+        if self.held and step % (settings.validate_every or settings.save_every) == 0:
+            value = validate(self.adapter, self.held, settings.recipe, self.fetch)
+            if self.rows:
+                self.rows[-1] = self.rows[-1]._replace(validation=value)
+        if step and step % settings.save_every == 0:
+            self.write_losses()
+        every = settings.sample_every or max(1, settings.steps // 10)
+        if self.prompts and step % every == 0:
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        """Samples, and the sheet of all so far."""
+        folder = prepare_folder(self.folder / "samples")
+        with self.adapter.averaged(), self.drawing():
+            for i, prompt in enumerate(self.prompts):
+                path = folder / f"step-{step:07d}-{i}.png"
+                write_whole(path, png(self.picture(prompt)))
+        self.write_sheet()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """A context in which pictures are drawn: the transformer is the pipeline's, and then again where it learns."""
+        self.places.close()
+        eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+        with eager, torch.no_grad():
+            yield
+        if self.pipeline.fallback.offload or self.settings.memory:
+            self.place()
+
+    def picture(self, prompt: str) -> Image.Image:
+        """A sample of a prompt; always of the same seed."""
+        size = max((all[0].size for all in self.cuts.values()), key=lambda size: size.width * size.height)
+        request = GenerationRequest(
+            name=self.variant.name, prompt=prompt, seed=self.settings.seed, width=size.width, height=size.height,
+            num_steps=self.settings.sample_steps, force=True,
+        )  # fmt: skip
+        return self.pipeline.draw(self.pipeline.complete(request))
+
+    def write_sheet(self) -> None:
+        """The growing sheet: a row for each sampled step."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted((self.folder / "samples").glob("step-*-*.png")):
+            _, step, number = path.stem.split("-")
+            found.setdefault(int(step), {})[int(number)] = path
+        every = range(len(self.prompts))
+        rows = [
+            (str(step), [Image.open(of[i]) for i in every]) for step, of in sorted(found.items()) if len(of) > every[-1]
+        ]
+        if rows:
+            write_whole(self.folder / "samples.png", png(sample_sheet(rows, self.prompts)))
+
+    def write_losses(self) -> None:
+        """The losses as a table and as a picture, which needs matplotlib."""
+        write_whole(self.folder / "loss.csv", loss_csv(self.rows))
+        losses = [row.loss or 0.0 for row in self.rows]
+        rates = [self.settings.lr * factor(self.settings.recipe, i) for i in range(len(self.rows))]
+        try:
+            title = f"{self.variant.name}, {len(self.learned)} pictures"
+            write_whole(self.folder / "loss.png", loss_chart(losses, rates, self.validated, title))
+        except ModuleNotFoundError:
+            note('no chart without matplotlib: pip install "matplotlib>=3.9"')
+
+    @property
+    def validated(self) -> dict[int, float]:
+        return {row.step: row.validation for row in self.rows if row.validation is not None}
+
+    # The end -----------------------------------------------------------------------------------------------
+
+    def finish(self) -> Path:
+        """The adapter, its card, the A/B sheet, and how much was changed where. Returns the adapter's path."""
+        settings, adapter = self.settings, self.adapter
+        prompts = self.prompts or [self.learned[0].caption]
+        with adapter.averaged():
+            path = adapter.save(self.folder)
+            changed = adapter.changes()
+            with self.drawing():
+                trained = [self.picture(prompt) for prompt in prompts]
+        adapter.remove()
+        with self.drawing():
+            base = [self.picture(prompt) for prompt in prompts]
+        write_whole(self.folder / "ab.png", png(sample_sheet([("base", base), ("adapter", trained)], prompts)))
+        try:
+            write_whole(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
+        except ModuleNotFoundError:
+            note('no chart of changes without matplotlib: pip install "matplotlib>=3.9"')
+        there = [name for name in ("ab.png", "samples.png", "loss.png", "changes.png") if (self.folder / name).exists()]
+        write_whole(self.folder / "README.md", model_card(self.facts(prompts[0], there)))
+        name, most = changed[0]
+        tell(f"most changed: {name}, {most:.1%} of its weight")
+        if self.validated:
+            best = min(self.validated, key=lambda step: self.validated[step])
+            tell(f"least validation loss: {self.validated[best]:.4f} behind step {best} of {settings.steps}")
+        return path
+
+    def facts(self, prompt: str, there: Sequence[str]) -> Facts:
+        """What the card tells."""
+        left = {"data", "output_dir", "model", "ae", "clip_l", "t5xxl", "device", "threads", "sample_prompts", "name"}
+        told = {
+            name: x for name, x in vars(self.settings).items() if name not in left | {"given"} and x not in (None, "")
+        }
+        return Facts(
+            variant=self.variant, base=self.base, pictures=[one.sha256 for one in self.learned],
+            trigger=self.settings.trigger or "", prompt=prompt, settings=told,
+            losses=[row.loss or 0.0 for row in self.rows], validated=self.validated, files=there,
+        )  # fmt: skip
+
+
+def run(settings: Settings, dry: bool = False) -> Path | None:
+    """The whole run; returns the adapter's path, None for a dry one. What is there already is not done again."""
+    set_threads(settings.threads)
+    this = Run(settings)
+    record, told = this.folder / "settings.json", json.dumps(settings.given, indent=1, sort_keys=True) + "\n"
+    if not dry and is_finished(this.folder, settings.steps) and _read(record) == told:
+        tell(f"finished: {this.folder / ADAPTER}")
+        return this.folder / ADAPTER
+    this.find()
+    this.plan()
+    if dry:
+        return None
+    prepare_folder(this.folder)
+    this.load()
+    this.encode_captions()
+    this.encode_pictures()
+    this.learn()
+    path = this.finish()
+    write_whole(record, told)
+    tell(str(path))
+    return path
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether a run's last checkpoint and its adapter are there."""
+    found = checkpoints(folder / "checkpoints")
+    return bool(found) and found[-1].stem.endswith(f"-{steps:07d}") and (folder / ADAPTER).is_file()
+
+
+def png(image: Image.Image) -> bytes:
+    data = BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    import shutil
+
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

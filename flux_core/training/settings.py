@@ -1,0 +1,180 @@
+"""A run's settings: read from a TOML file and from flags, which win; and the files that ship as examples.
+
+Keys are flags without their dashes (`request/training.py`). Tables in a file only group them: `[adapter] rank = 16` is
+`rank = 16`.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import FileError, UsageError, nearest
+from ..files import user_path
+from ..hub.places import ROOTS
+from ..request.fields import Field
+from ..request.training import SECTIONS, SETTINGS
+from .loop import Recipe
+from .objective import MAPS
+
+BY_NAME = {field.name: field for field in SETTINGS}
+NOTO = "noto"
+"""the style that ships, and its trigger"""
+NOTEBOOK: Mapping[str, Any] = MappingProxyType(
+    {
+        "dtype": "nf4", "rank": 4, "alpha": 4, "targets": "attention", "optimizer": "adamw8bit",
+        "resolution": "512x768", "checkpointing": "blocks", "accumulation": 4, "guidance": 1.0, "caption_dropout": 0.0,
+    }
+)  # fmt: skip
+"""of the notebook that trains a painter's style in NF4 on a card of 8 to 16 GB"""
+EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "style": {
+            "name": "flux-dev", "dtype": "int8", "data": "pictures", "trigger": "in the style of mucha",
+            "resolution": "512,768", "rank": 16, "alpha": 16, "caption_dropout": 0.1, "steps": 1500, "lr": 2e-4,
+            "accumulation": 1, "warmup": 50, "schedule": "cosine", "checkpointing": "blocks", "timesteps": "flux_shift",
+            "guidance": 1.0, "ema": 0.99, "sample_prompts": ["a lighthouse in a storm", "portrait of a woman"],
+        },
+        "noto": {
+            "name": "flux-mini", "trigger": NOTO, "output_dir": "output/noto",
+        },
+    }
+)  # fmt: skip
+"""what `--example NAME` sets"""
+
+
+class Settings:
+    """A run's settings, an attribute for each of `SETTINGS`."""
+
+    alpha: Any
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """values: parsed, those that are given. UsageError for what does not go together."""
+        self.given = dict(values)
+        for field in SETTINGS:
+            setattr(self, field.name, values.get(field.name, field.default))
+        if self.alpha is None:
+            self.alpha = float(self.rank)
+        if not self.data:
+            raise UsageError("there is no --data. Next: name a folder of pictures with captions, or --example noto")
+        options = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal", "timestep_shift": "shift",
+                   "timestep_scale": "sigmoid, shift, flux_shift"}  # fmt: skip
+        for name, ways in options.items():
+            if name in values and self.timesteps not in ways.split(", "):
+                raise UsageError(f"{BY_NAME[name].flag} goes with --timesteps {ways}, not {self.timesteps}")
+        if self.timesteps == "shift" and self.timestep_shift is None:
+            raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
+        self.recipe  # noqa: B018 - its errors
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it learns. UsageError."""
+        names = {"mean", "std", "scale", "shift"}
+        options = {name: x for name in sorted(names) if (x := getattr(self, f"timestep_{name}")) is not None}
+        return Recipe(
+            on_table=MAPS[self.timesteps].tabled,
+            timestep_options=options,
+            **{name: getattr(self, name) for name in Recipe.__dataclass_fields__ if name in BY_NAME},
+        )
+
+
+def read_settings(config: str | None, example: str | None, flags: Mapping[str, Any]) -> Settings:
+    """The settings of an example, a file and flags, each over those before. UsageError, FileError.
+
+    flags: texts, lists of them, and True, by the fields' names.
+    """
+    values = {**example_values(example)} if example else {}
+    if config:
+        values |= read_file(user_path(config))
+    values |= {name: parsed(BY_NAME[name], value, BY_NAME[name].flag) for name, value in flags.items()}
+    return Settings({name: value for name, value in values.items() if value not in ("", [])})
+
+
+def example_values(name: str) -> dict[str, Any]:
+    """What an example sets. FileError where its pictures are not there."""
+    values = dict(EXAMPLES[name])
+    if name == NOTO:
+        folders = [root / NOTO / "pictures" for root in ROOTS]
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is None:
+            raise FileError(
+                f"the pictures of the example are not in {' or '.join(map(str, folders))}. Next: clone the repository "
+                "again, whole, or reinstall the package from it"
+            )
+        values["data"] = str(found)
+    return values
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. FileError; UsageError names file and key."""
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileError(f"{path} is no TOML: {error}. Next: `train --example style` prints a file") from None
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        for name, one in value.items() if isinstance(value, dict) else [(key, value)]:
+            name = name.replace("-", "_")
+            if name not in BY_NAME:
+                raise UsageError(f"{path}: there is no setting {name!a}.{nearest(name, BY_NAME)}")
+            if name in found:
+                raise UsageError(f"{path}: {name} is set twice")
+            found[name] = parsed(BY_NAME[name], one, f"{path}: {name}")
+    return found
+
+
+def parsed(field: Field, value: Any, named: str) -> Any:
+    """A setting's value, from a file's or a flag's. UsageError. named: for its text."""
+    try:
+        if field.multiple:
+            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise UsageError(f"{field.flag} must be a list of texts, not {value!a}")
+            return value
+        if field.kind is bool:
+            if not isinstance(value, bool):
+                raise UsageError(f"{field.flag} must be true or false, not {value!a}")
+            return value
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UsageError(f"{field.flag} must be {field.expected}, not {value!a}")
+        if value == "":
+            return ""
+        text = str(value)
+        return field.parse(text if field.kind is not int else text.removesuffix(".0"))
+    except UsageError as error:
+        raise UsageError(str(error).replace(field.flag, named, 1)) from None
+
+
+def example_file(name: str) -> str:
+    """An example as a TOML file: every setting with its help; those that it leaves to their defaults are comments."""
+    values, lines = example_values(name), [f"# python cli.py train {name}.toml", ""]
+    for title, fields in SECTIONS.items():
+        lines += [f"# {title} {'-' * (100 - len(title))}", ""]
+        for field in fields:
+            lines += _setting(field, values, NOTEBOOK if name == "style" else {})
+    return "\n".join(lines)
+
+
+def _setting(field: Field, values: Mapping[str, Any], notebook: Mapping[str, Any]) -> list[str]:
+    """A setting's lines: what it is, and its value."""
+    is_set, default = field.name in values, field.default
+    shown = values[field.name] if is_set else default if default is not None else _blank(field)
+    other = notebook.get(field.name, shown)
+    beside = "" if other == shown else f"  # the notebook's: {_toml(other)}"
+    return [f"# {field.help}", f"{'' if is_set else '# '}{field.name} = {_toml(shown)}{beside}", ""]
+
+
+def _blank(field: Field) -> Any:
+    return [] if field.multiple else ""
+
+
+def _toml(value: Any) -> str:
+    """As JSON, which TOML takes for texts, numbers, booleans and lists."""
+    return json.dumps(value, ensure_ascii=False)
