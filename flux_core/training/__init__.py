@@ -1,9 +1,10 @@
-"""Train LoRAs beside a frozen transformer: the loss of a rectified flow, the layers that learn, and the loop."""
+"""Train LoRAs beside a frozen transformer: the loss of a rectified flow, the layers that learn, the loop, and a run."""
 
 from .adapter import PRESETS, Adapter, adapt
 from .data import Found, Picture, read_folder
-from .loop import Example, Progress, Recipe, train
+from .loop import Example, Progress, Recipe, Source, train, validate
 from .objective import MAPS, WEIGHTINGS, flow_loss, flow_target, noised, on_table
+from .sizes import parse_resolution
 
 __all__ = [
     "MAPS",
@@ -15,11 +16,14 @@ __all__ = [
     "Picture",
     "Progress",
     "Recipe",
+    "Source",
     "adapt",
     "flow_loss",
     "flow_target",
     "noised",
     "on_table",
+    "parse_resolution",
     "read_folder",
     "train",
+    "validate",
 ]

@@ -161,7 +161,8 @@ class AdaptedLinear(nn.Module):
             start, stop = one.target.start, one.target.stop
             pieces += [y[..., done:start], one(x, y[..., start:stop], self.base)]
             done = stop
-        return torch.cat([*pieces, y[..., done:]], dim=-1) if len(pieces) > 2 or done < y.shape[-1] else pieces[1]
+        pieces = [piece for piece in (*pieces, y[..., done:]) if piece.shape[-1]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 class Adapter:
