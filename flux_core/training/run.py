@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..checkpoint import with_files
 from ..checkpoint.files import weights_hashes
-from ..device.budget import bytes_for, bytes_of
+from ..device.budget import CONTEXT, bytes_for
 from ..device.choice import dtype_name, pick_device, pick_dtype
 from ..device.rates import measured
 from ..device.threads import set_threads
@@ -196,8 +196,9 @@ class Run:
         if self.device.type != "cuda":
             return
         _, total = torch.cuda.mem_get_info(self.device)
-        most = bytes_of(self.settings.memory, "--memory") if self.settings.memory else total
-        least = plan.streamed if self.settings.memory else plan.needed
+        memory = self.settings.memory
+        most = bytes_for(memory, None, self.device) + CONTEXT if memory else total
+        least = plan.streamed if memory else plan.needed
         if least > most:
             raise UsageError(
                 f"this takes about {least / 1e9:.1f} GB of {self.device}, and {most / 1e9:.1f} GB are there. Next: "

@@ -64,6 +64,10 @@ class Settings:
         for name, ways in options.items():
             if name in values and self.timesteps not in ways.split(", "):
                 raise UsageError(f"{BY_NAME[name].flag} goes with --timesteps {ways}, not {self.timesteps}")
+        for name, other, there in (("crops", "--crop random", self.crop == "random"),
+                                   ("keep_tags", "--shuffles", self.shuffles)):  # fmt: skip
+            if name in values and not there:
+                raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
         if self.timesteps == "shift" and self.timestep_shift is None:
             raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
         self.recipe  # noqa: B018 - its errors

@@ -173,6 +173,8 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
     (["--data=data", "--resolution=32x32", "--targets=to_x"], "no Linear of the transformer is named 'to_x'"),
     (["--data=data", "--resolution=33x32"], "is not one size in multiples of 16"),
     (["--data=data", "--trigger-only=0.5"], "there is no trigger word"),
+    (["--data=data", "--crops=3"], "--crops goes with --crop random"),
+    (["--data=data", "--keep-tags=1"], "--keep-tags goes with --shuffles"),
     (["--data=data", "--timestep-shift=3"], "--timestep-shift goes with --timesteps shift"),
     (["--data=data", "--held-out=12", "--resolution=32x32"], "leaves nothing to train on"),
     (["--data=data", "--memory=8GB"], "--memory streams blocks to a card"),
