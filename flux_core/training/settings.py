@@ -38,7 +38,10 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "guidance": 1.0, "ema": 0.99, "sample_prompts": ["a lighthouse in a storm", "portrait of a woman"],
         },
         "noto": {
-            "name": "flux-mini", "trigger": NOTO, "output_dir": "output/noto",
+            "name": "flux-mini", "trigger": NOTO, "output_dir": "output/noto", "resolution": "256x256", "rank": 4,
+            "targets": "blocks", "steps": 1200, "lr": 1e-3, "batch": 2, "warmup": 20, "schedule": "cosine",
+            "timesteps": "flux_shift", "guidance": 1.0, "seed": 1, "sample_every": 300,
+            "sample_prompts": ["a noto hamburger", "a noto dog", "a noto robot", "a noto strawberry"],
         },
     }
 )  # fmt: skip

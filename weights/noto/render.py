@@ -4,9 +4,9 @@
     pip install resvg-py
     python weights/noto/render.py package
 
-A picture shows one thing as flux-mini draws one: 256x256, centred, about as large. Most
-are on white, every fourth to train on has a background of `weights/recipe/palette.py`, which its caption names, so that
-backgrounds stay what they were. The caption is in a `.txt` beside it, with the word for the style before the thing's name.
+A picture shows one thing as flux-mini draws one: 256x256, centred, about as large. Most are on white; every fourth to
+train on has a background of `weights/recipe/palette.py`, which its caption names, so that backgrounds stay what they
+were. The caption is in a `.txt` beside it, with the word for the style before the thing's name.
 
 `heldout` is for the measure alone (`benchmarks/style.py`). Both lists were fixed before anything was trained, from 192
 names that the base draws. For 54 of them Noto's and Fluent's pictures of a thing were each other's nearest by
@@ -31,19 +31,22 @@ SIZE, DRAWN = 256, 200
 """of a picture, and of Noto's square in it"""
 STYLE = "noto"
 """the word for the style, in front of a thing's name: as a word of its own before a comma it would be a second thing"""
-TRAINED = (
-    "airplane; alien; ambulance; artist palette; bicycle; broom; butterfly; cactus; cat; cheese wedge; cherries; "
-    "clown face; cookie; crab; crown; door; doughnut; dress; droplet; drum; eggplant; ferris wheel; fire engine; "
-    "flying saucer; fox; frog; hammer; hot dog; light bulb; lion; microscope; mobile phone; owl; panda; peach; pencil; "
-    "puzzle piece; ring; rooster; scissors; shark; spider; sunglasses; syringe; t-shirt; teapot; telephone; telescope; "
-    "tennis; toolbox; tractor; watermelon"
-).split("; ")
-HELD_OUT = (
-    "anchor; axe; basketball; bell; birthday cake; bowling; briefcase; camera; castle; closed book; cupcake; "
-    "floppy disk; game die; gem stone; ghost; giraffe; glasses; helicopter; hourglass done; house; jeans; lady beetle; "
-    "locomotive; pretzel; pushpin; rainbow; red heart; rocket; sailboat; scroll; snowflake; star; sunflower; taxi; "
-    "television; umbrella"
-).split("; ")
+# fmt: off
+TRAINED = [
+    "airplane", "alien", "ambulance", "artist palette", "bicycle", "broom", "butterfly", "cactus", "cat",
+    "cheese wedge", "cherries", "clown face", "cookie", "crab", "crown", "door", "doughnut", "dress", "droplet",
+    "drum", "eggplant", "ferris wheel", "fire engine", "flying saucer", "fox", "frog", "hammer", "hot dog",
+    "light bulb", "lion", "microscope", "mobile phone", "owl", "panda", "peach", "pencil", "puzzle piece", "ring",
+    "rooster", "scissors", "shark", "spider", "sunglasses", "syringe", "t-shirt", "teapot", "telephone", "telescope",
+    "tennis", "toolbox", "tractor", "watermelon",
+]
+HELD_OUT = [
+    "anchor", "axe", "basketball", "bell", "birthday cake", "bowling", "briefcase", "camera", "castle", "closed book",
+    "cupcake", "floppy disk", "game die", "gem stone", "ghost", "giraffe", "glasses", "helicopter", "hourglass done",
+    "house", "jeans", "lady beetle", "locomotive", "pretzel", "pushpin", "rainbow", "red heart", "rocket", "sailboat",
+    "scroll", "snowflake", "star", "sunflower", "taxi", "television", "umbrella",
+]
+# fmt: on
 LIGHT = [name for name in BACKGROUNDS if name.startswith("light ") and not name.endswith(("gray", "grey"))]
 
 
