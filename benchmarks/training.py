@@ -1,6 +1,6 @@
 """Steps of training a LoRA for FLUX.1: how many a second, and the most memory that they take.
 
-    python benchmarks/training.py [--rows "bf16 512x512" "int8 1024x1024 blocks" …] [--elsewhere] [--eager]
+    python benchmarks/training.py [--rows "bf16 512x512" "int8 1024x1024 blocks" …] [--elsewhere] [--compile none]
 
 Random weights of full size, embeddings and latents of random numbers, batch 1. A row is words in any order: a dtype
 (bf16, or one of `in_format.py`), a size, what is computed again (`recompute.WAYS`), `rank=4`, `targets=blocks`,
@@ -11,7 +11,7 @@ it_s       steps a second, by the median of those behind the first three, loss a
 peak_gib   the most that tensors held, and that torch reserved, in those steps
 first_s    of the first step, in which blocks are compiled
 
-`--eager`: without torch.compile, too. `--elsewhere`: diffusers' transformer with PEFT's adapters of the same Linears
+`--elsewhere`: diffusers' transformer with PEFT's adapters of the same Linears
 on the same weights, by its script's loop, eager as the script, for rows in bf16. `--tiny` runs small on any machine.
 """
 
@@ -219,14 +219,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
     parser.add_argument("--elsewhere", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     bench = Bench(args)
     for text in args.rows:
-        ways = [partial(bench.ours, text, compiled) for compiled in ((True, False) if args.eager else (True,))]
+        ways = [partial(bench.ours, text, args.compile == "blocks")]
         for way in [partial(bench.theirs, text), *ways] if args.elsewhere else ways:
             try:
                 way()

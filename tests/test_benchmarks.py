@@ -72,6 +72,19 @@ def test_the_cost_of_loras(dtype):
     assert figures["scale"]["change"] > 1e-3 and figures["attach_s"]["same_bits"]
 
 
+def test_steps_of_training():
+    rows = "bf16 64x64 mlp", "int8 64x64 blocks memory=2GB rank=4"
+    found = lines_of("training.py", "--compile", "none", "--steps", "5", "--elsewhere", "--rows", *rows)
+    assert [(one["row"], one["what"]) for one in found] == [(rows[0], "eager"), (rows[1], "eager")]
+    assert all(one["it_s"] > 0 for one in found)
+
+
+def test_a_style(tmp_path):
+    *things, figures = lines_of("style.py", "--sheet", str(tmp_path / "sheet.png"))
+    assert len(things) == figures["things"] == 2 and figures["unharmed"] and (tmp_path / "sheet.png").is_file()
+    assert figures["lora"].keys() == figures["base"].keys() == {"style", "kept", "whole"}
+
+
 @pytest.mark.slow
 def test_the_quality_that_caching_costs(tmp_path):
     flags = ["--prompts", "2", "--chart", str(tmp_path / "chart.png"), "--sheet", str(tmp_path / "sheet.jpg")]

@@ -14,7 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """SIGINT and SIGTERM as a request, inside `finishing`; outside it they raise KeyboardInterrupt at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "picture") -> None:
+        """what: is finished first."""
+        self.what = what
         self.requested = self._finishing = False
 
     def check(self) -> None:
@@ -49,5 +51,5 @@ class Stop:
             raise KeyboardInterrupt
         if not self.requested:
             with suppress(OSError):  # not `note`: a signal may come while stderr is being written
-                os.write(2, b"\nthis picture is finished first; interrupt again to stop at once\n")
+                os.write(2, f"\nthis {self.what} is finished first; interrupt again to stop at once\n".encode())
         self.requested = True

@@ -135,12 +135,9 @@ class Run:
         self.judged = [one for one in every if one.sha256 in judged]
         self.cuts: dict[Picture, list[Cut]] = {}
         for one in every:
-            count = settings.crops if settings.crop == "random" else 1
-            size, last = self.resolution.size_of(one.shape), one.sha256 in judged
-            if last:
-                self.cuts[one] = cuts(one.shape, size)
-            else:
-                self.cuts[one] = cuts(one.shape, size, settings.crop, count, settings.flip, settings.seed, one.sha256)
+            size, count = self.resolution.size_of(one.shape), settings.crops if settings.crop == "random" else 1
+            how: Any = (settings.crop, count, settings.flip, settings.seed, one.sha256)
+            self.cuts[one] = cuts(one.shape, size, *(() if one.sha256 in judged else how))
         self.left_out = len(found.skipped)
 
     def captions_of(self, one: Picture) -> Mapping[str, str]:
@@ -281,7 +278,7 @@ class Run:
                 block.compile()
         done = checkpoints(self.folder / "checkpoints")
         self.rows = self._rows_before(int(done[-1].stem.rpartition("-")[2]) if done else 0)
-        stop = Stop()
+        stop = Stop("step")
         bar = tqdm(total=settings.steps, initial=len(self.rows), desc="steps", unit="step", disable=no_bars())
         with bar, stop.listening(), stop.finishing(), self.places:
             self.place()
@@ -306,14 +303,17 @@ class Run:
             raise KeyboardInterrupt
 
     def _rows_before(self, step: int) -> list[LossRow]:
-        """The rows of the table of losses up to a checkpoint."""
+        """The rows of the table of losses up to a checkpoint; empty ones where the table is gone."""
         path = self.folder / "loss.csv"
-        if not step or not path.is_file():
-            return []
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [LossRow(int(row["step"]), *(float(x) if (x := row[key]) else None for key in LossRow._fields[1:]))
-                    for row in csv.DictReader(file)]  # fmt: skip
-        return [row for row in rows if 0 < row.step <= step]
+        rows: list[LossRow] = []
+        if step and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [
+                    LossRow(int(row["step"]), *(float(x) if (x := row[key]) else None for key in LossRow._fields[1:]))
+                    for row in csv.DictReader(file)
+                ]
+        known = {row.step: row for row in rows}
+        return [known.get(i, LossRow(i, None, None, None, None)) for i in range(1, step + 1)]
 
     def place(self) -> None:
         """Put the transformer where it learns: whole on the device, or block by block in a budget. MemoryShortage."""
