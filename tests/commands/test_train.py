@@ -215,6 +215,7 @@ def test_stale_and_damaged_caches_are_made_again_and_told(small, work, capsys):
     assert digest(Path("out", ADAPTER)) == kept
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(small_root, work):
     """Row 24: at the caches, at checkpoints, at the end; then the same command goes on."""
     code = (
