@@ -9,6 +9,7 @@ import torch
 from flux_core import load_pipeline
 from flux_core.hub.places import SCORER, embedded_folder
 from flux_core.sampling import flow_velocity, get_noise, prepare
+from flux_core.training.settings import NOTO
 from flux_core.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,12 +72,14 @@ def test_a_negative_prompt_takes_its_colour_away_in_one_batch_and_in_two_passes(
 
 
 def test_what_ships_stays_small():
-    """44 MiB for flux-mini with card and notices, 6 MiB for the scorer, so that a clone takes seconds."""
+    """44 MiB for flux-mini with card and notices, 6 for the scorer, 4 for Noto, so that a clone takes seconds."""
     weights = embedded_folder(ROW).parent
     files = [file for file in weights.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     scorer = sum(file.stat().st_size for file in files if SCORER in file.parts)
     assert scorer <= 6 * 2**20
-    assert sum(file.stat().st_size for file in files) - scorer <= 44 * 2**20
+    noto = sum(file.stat().st_size for file in files if NOTO in file.parts)
+    assert noto <= 4 * 2**20
+    assert sum(file.stat().st_size for file in files) - scorer - noto <= 44 * 2**20
 
 
 def test_notices_ship_with_the_weights():

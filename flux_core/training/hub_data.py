@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AccessError, UsageError
-from ..files import disk_errors, prepare_folder, write_whole
+from ..files import prepare_folder, write_whole
 from .data import CAPTIONS
 
 ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"BM": ".bmp"}
@@ -18,7 +18,7 @@ def from_hub(name: str, folder: Path) -> Path:
 
     UsageError without the library `datasets`, or where there are no pictures; AccessError, DiskError.
     """
-    if (folder / DONE).is_file() and (folder / DONE).read_text() == name:
+    if (folder / DONE).is_file() and (folder / DONE).read_text(encoding="utf-8") == name:
         return folder
     try:
         import datasets
@@ -51,6 +51,5 @@ def write_rows(found: Any, name: str, folder: Path) -> Path:
         write_whole(folder / f"{number:06d}{ending}", data)
         if text is not None:
             write_whole(folder / f"{number:06d}.txt", str(row[text]))
-    with disk_errors(folder):
-        (folder / DONE).write_text(name)
+    write_whole(folder / DONE, name)
     return folder

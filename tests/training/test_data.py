@@ -125,7 +125,7 @@ def test_wrong_metadata_is_said(tmp_path):
 def test_where_nothing_is_left_it_says_why(tmp_path):
     with pytest.raises(UsageError, match="is no folder"):
         read_folder(tmp_path / "none", fixed(32, 32))
-    with pytest.raises(UsageError, match=r"has no picture to train on\. Next: pictures of at least 32x32"):
+    with pytest.raises(UsageError, match=r"has no picture to train on\. Next: pictures of at least the training size"):
         read_folder(tmp_path, fixed(32, 32))
 
 
