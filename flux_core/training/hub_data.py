@@ -23,7 +23,7 @@ def from_hub(name: str, folder: Path) -> Path:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UsageError(f'{name} is a data set of the hub. Next: pip install "flux1-core[train]"') from None
+        raise UsageError(f"{name} is a data set of the hub. Next: pip install datasets") from None
     try:
         found = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the library has many kinds
@@ -39,7 +39,7 @@ def write_rows(found: Any, name: str, folder: Path) -> Path:
 
     features = found.features or {}
     image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    text = next((key for key in (*CAPTIONS, "caption_text") if key in features), None)
+    text = next((key for key in CAPTIONS if key in features), None)
     if image is None:
         raise UsageError(
             f"the data set {name} has no column of pictures, but {', '.join(features) or 'none that is told'}"

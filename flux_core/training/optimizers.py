@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,16 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) ->
 
 def adamw8bit(parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2022), but for tensors below 4096 numbers. UsageError."""
+    found = bitsandbytes_optimizers().AdamW8bit(parameters, lr, BETAS, EPS, weight_decay)
+    return cast(Optimizer, found)
+
+
+def bitsandbytes_optimizers() -> Any:
+    """The module. UsageError where it is not installed."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        return import_module("bitsandbytes.optim")
     except ModuleNotFoundError:
         raise UsageError("the optimizer adamw8bit needs bitsandbytes. Next: pip install bitsandbytes") from None
-    return cast(Optimizer, AdamW8bit(parameters, lr, BETAS, EPS, weight_decay))
 
 
 OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], float, float], Optimizer]] = MappingProxyType(

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from ..device.rates import measured
 from ..device.threads import set_threads
 from ..errors import DiskError, UsageError
 from ..files import prepare_folder, user_path, write_whole
+from ..hub.client import free_bytes
+from ..images.metadata import png_bytes
 from ..lora.file import FILE_NAMES
 from ..pipeline import Pipeline, load_pipeline
 from ..pipeline.load import own_format
@@ -41,11 +42,12 @@ from .data import Found, Picture, read_folder
 from .hub_data import from_hub
 from .latents import LatentCache, encoding
 from .loop import Example, Progress, checkpoints, factor, train, validate
+from .optimizers import bitsandbytes_optimizers
 from .plan import Plan, plan_of
 from .settings import Settings
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
-from .texts import Text, TextCache, build, texts_of
+from .texts import Text, TextCache, build, parquet_modules, texts_of
 
 ADAPTER = f"{FILE_NAMES[0]}.safetensors"
 MOST_HELD_OUT = 8
@@ -174,7 +176,7 @@ class Run:
         for line in plan.lines(self.device.type, plan.tera / rates.tera if rates else None, settings.steps):
             tell(line)
         needed = self._disk(plan)
-        free = _free(self.folder)
+        free = free_bytes(self.folder, "--output_dir")
         tell(f"disk: {needed / 1e9:.2f} GB of {free / 1e9:.0f} GB free, into {self.folder}")
         self._refuse(plan)
         if needed > free:
@@ -350,7 +352,7 @@ class Run:
         with self.adapter.averaged(), self.drawing():
             for i, prompt in enumerate(self.prompts):
                 path = folder / f"step-{step:07d}-{i}.png"
-                write_whole(path, png(self.picture(prompt)))
+                write_whole(path, png_bytes(self.picture(prompt)))
         self.write_sheet()
 
     @contextmanager
@@ -370,7 +372,9 @@ class Run:
             name=self.variant.name, prompt=prompt, seed=self.settings.seed, width=size.width, height=size.height,
             num_steps=self.settings.sample_steps, force=True,
         )  # fmt: skip
-        return self.pipeline.draw(self.pipeline.complete(request))
+        image = self.pipeline.draw(self.pipeline.complete(request))
+        image.info = {"xmp": image.info["xmp"]}  # its request does not name what learns, and would draw another picture
+        return image
 
     def write_sheet(self) -> None:
         """The growing sheet: a row for each sampled step."""
@@ -383,7 +387,7 @@ class Run:
             (str(step), [Image.open(of[i]) for i in every]) for step, of in sorted(found.items()) if len(of) > every[-1]
         ]
         if rows:
-            write_whole(self.folder / "samples.png", png(sample_sheet(rows, self.prompts)))
+            write_whole(self.folder / "samples.png", png_bytes(sample_sheet(rows, self.prompts)))
 
     def write_losses(self) -> None:
         """The losses as a table and as a picture, which needs matplotlib."""
@@ -414,7 +418,7 @@ class Run:
         adapter.remove()
         with self.drawing():
             base = [self.picture(prompt) for prompt in prompts]
-        write_whole(self.folder / "ab.png", png(sample_sheet([("base", base), ("adapter", trained)], prompts)))
+        write_whole(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
         try:
             write_whole(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
         except ModuleNotFoundError:
@@ -453,6 +457,7 @@ def run(settings: Settings, dry: bool = False) -> Path | None:
     this.plan()
     if dry:
         return None
+    check_libraries(settings)
     prepare_folder(this.folder)
     this.load()
     this.encode_captions()
@@ -464,25 +469,18 @@ def run(settings: Settings, dry: bool = False) -> Path | None:
     return path
 
 
+def check_libraries(settings: Settings) -> None:
+    """UsageError where one that is needed later is not installed, before anything is loaded."""
+    parquet_modules()
+    if settings.optimizer == "adamw8bit":
+        bitsandbytes_optimizers()
+
+
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run's last checkpoint and its adapter are there."""
     found = checkpoints(folder / "checkpoints")
     return bool(found) and found[-1].stem.endswith(f"-{steps:07d}") and (folder / ADAPTER).is_file()
 
 
-def png(image: Image.Image) -> bytes:
-    data = BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
-
-
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _free(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
-    import shutil
-
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free

@@ -70,7 +70,7 @@ class TextCache:
 
         Every row is read once and checked; a part with a damaged one is told, and none of its rows is used.
         """
-        _parquet()
+        parquet_modules()
         self.folder, self.depends = folder, depends
         self._keys = {path: _keys_of(path) for path in _parts(folder)}
         self._index()
@@ -177,20 +177,20 @@ def _number(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def _parquet() -> tuple[Any, Any]:
+def parquet_modules() -> tuple[Any, Any]:
     """The modules pyarrow and pyarrow.parquet. UsageError where they are not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise UsageError(
-            'encoded captions are kept in parquet, which needs pyarrow. Next: pip install "flux1-core[train]"'
+            "encoded captions are kept in parquet, which needs pyarrow. Next: pip install pyarrow"
         ) from None
     return pyarrow, parquet
 
 
 def _schema() -> Any:
-    arrow, _ = _parquet()
+    arrow, _ = parquet_modules()
     words = [(name, arrow.string()) for name in ("sha256", "kind", "caption", "key")]
     numbers = [
         (f"{name}{end}", kind)
@@ -202,7 +202,7 @@ def _schema() -> Any:
 
 def _parquet_bytes(table: list[dict[str, Any]]) -> bytes:
     """A file of rows, each a row group with a checksum for each column; numbers of encoders are not worth packing."""
-    arrow, parquet = _parquet()
+    arrow, parquet = parquet_modules()
     sink = arrow.BufferOutputStream()
     parquet.write_table(
         arrow.Table.from_pylist(table, _schema()), sink, row_group_size=1, compression="none", use_dictionary=False,
@@ -214,7 +214,7 @@ def _parquet_bytes(table: list[dict[str, Any]]) -> bytes:
 
 def _open(path: Path) -> Any:
     """A part, of which checksums are compared when a row is read."""
-    return _parquet()[1].ParquetFile(path, page_checksum_verification=True)
+    return parquet_modules()[1].ParquetFile(path, page_checksum_verification=True)
 
 
 def _keys_of(path: Path) -> list[str]:
@@ -229,7 +229,7 @@ def _keys_of(path: Path) -> list[str]:
 
 def _damages() -> tuple[type[Exception], ...]:
     """What reading a damaged part may raise."""
-    return (_parquet()[0].ArrowException, OSError, ValueError, KeyError, TypeError, RuntimeError)
+    return (parquet_modules()[0].ArrowException, OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 def _row(part: Any, number: int) -> tuple[str, Tensor, Tensor]:

@@ -84,6 +84,9 @@ def test_from_pictures_to_an_adapter(small, work, capsys):
         "step-0000004.safetensors",
     ]
     assert str(work) not in Path("out/README.md").read_text()
+    for picture in (*Path("out/samples").iterdir(), Path("out/ab.png"), Path("out/samples.png")):
+        with Image.open(picture) as image:  # the mark of pictures that a model made; no request draws them again
+            assert "xmp" in image.info and "flux_core" not in image.info, picture
     pipeline = load_pipeline("flux-mini")
     how = {"width": 32, "height": 32, "num_steps": 1, "force": True}
     plain = pipeline.generate("a red apple", 1, **how)[0].tobytes()
@@ -145,6 +148,14 @@ def test_a_plan_writes_nothing(small, work, capsys):
                  "disk: "):  # fmt: skip
         assert line in said
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("module, flags", [("pyarrow", []), ("bitsandbytes", ["--optimizer=adamw8bit"])])
+def test_a_library_that_is_missing_is_said_before_anything_is_loaded(small, work, capsys, monkeypatch, module, flags):
+    """Row 46."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert train(*FEW, *flags) == 2
+    assert f"Next: pip install {module}" in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_settings_come_from_a_file_and_flags_win(work):
