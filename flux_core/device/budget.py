@@ -1,8 +1,8 @@
 """How much of a device's memory a model may take: `--memory` and `--reserve`."""
 
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,21 @@ def bytes_for(memory: str | None, reserve: str | None, device: torch.device) -> 
         asked = f"--memory {memory}" if memory else f"--reserve {reserve}"
         raise UsageError(f"{asked} leaves nothing for a model: {why}. Next: another size, or another device")
     return found
+
+
+@contextmanager
+def limited(size: int, device: torch.device) -> Iterator[None]:
+    """A context in which torch takes no more than so many bytes of a card, gaps between tensors included."""
+    if device.type != "cuda":
+        yield
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def outside(device: torch.device) -> int:

@@ -9,7 +9,7 @@ how many have room. Where an allocation fails all the same, two of them go home,
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, reduce
 from typing import Any, TypeVar
 from weakref import WeakSet, ref
@@ -17,7 +17,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
-from ..device.budget import Budget
+from ..device.budget import Budget, limited
 from ..device.choice import empty_device_cache
 from ..device.memory import ram
 from ..device.oom import CPU, OomFallback
@@ -85,21 +85,13 @@ class Streamed(Placement):
     @contextmanager
     def _limited(self) -> Iterator[None]:
         """A context in which torch takes no more of the device than the budget, gaps between tensors included."""
-        limits = bool(self.budget.asked) and self.device.type == "cuda" and not self._uses
+        limits = bool(self.budget.asked) and not self._uses
         self._uses += 1
         try:
-            if limits:
-                _, total = torch.cuda.mem_get_info(self.device)
-                torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget.size / total), self._index)
-            yield
+            with limited(self.budget.size, self.device) if limits else nullcontext():
+                yield
         finally:
             self._uses -= 1
-            if limits:
-                torch.cuda.set_per_process_memory_fraction(1.0, self._index)
-
-    @property
-    def _index(self) -> int:
-        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def fetch(self, blocks: Iterable[B]) -> Iterator[B]:
         stream = self._streams.get(id(self.components.flux))

@@ -36,8 +36,8 @@ from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from . import captions
 from .adapter import Adapter, adapt, patterns_of
-from .card import Facts, model_card
-from .charts import LossRow, change_chart, loss_chart, loss_csv, sample_sheet
+from .card import SHOWN, Facts, model_card
+from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, sample_sheet
 from .data import Found, Picture, read_folder
 from .hub_data import from_hub
 from .latents import LatentCache, encoding
@@ -171,7 +171,7 @@ class Run:
         )
         tell(f"captions: {len(self.wanted())} texts to encode once; {self._too_long()}")
         tell(f"steps: {settings.steps}, {settings.batch * settings.accumulation} pictures each: {seen:.1f} epochs")
-        plan = self._numbers(max(sizes, key=lambda size: size.width * size.height))
+        plan = self._numbers()
         rates = measured(self.device)
         for line in plan.lines(self.device.type, plan.tera / rates.tera if rates else None, settings.steps):
             tell(line)
@@ -182,11 +182,16 @@ class Run:
         if needed > free:
             raise DiskError(f"{self.folder}: the run writes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
-    def _numbers(self, size: Size) -> Plan:
+    @property
+    def largest(self) -> Size:
+        """Of the training sizes."""
+        return max((every[0].size for every in self.cuts.values()), key=lambda size: size.width * size.height)
+
+    def _numbers(self) -> Plan:
         settings, variant = self.settings, self.variant
         precision = settings.dtype or own_format(variant, "transformer") or dtype_name(pick_dtype(None, self.device))
         return plan_of(
-            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
+            variant, self.largest, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
             settings.accumulation, settings.checkpointing, settings.optimizer,
         )  # fmt: skip
 
@@ -324,8 +329,7 @@ class Run:
         if not settings.memory:
             pipeline.model.to(self.device)
             return
-        size = max((every[0].size for every in self.cuts.values()), key=lambda size: size.width * size.height)
-        plan, budget = self._numbers(size), bytes_for(settings.memory, None, self.device)
+        plan, budget = self._numbers(), bytes_for(settings.memory, None, self.device)
         at_work = plan.kept + plan.at_work + plan.learning
         self.trip = self.places.enter_context(streaming(pipeline.model, self.device, budget, at_work))
 
@@ -367,7 +371,7 @@ class Run:
 
     def picture(self, prompt: str) -> Image.Image:
         """A sample of a prompt; always of the same seed."""
-        size = max((all[0].size for all in self.cuts.values()), key=lambda size: size.width * size.height)
+        size = self.largest
         request = GenerationRequest(
             name=self.variant.name, prompt=prompt, seed=self.settings.seed, width=size.width, height=size.height,
             num_steps=self.settings.sample_steps, force=True,
@@ -423,12 +427,12 @@ class Run:
             write_whole(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
         except ModuleNotFoundError:
             note('no chart of changes without matplotlib: pip install "matplotlib>=3.9"')
-        there = [name for name in ("ab.png", "samples.png", "loss.png", "changes.png") if (self.folder / name).exists()]
+        there = [name for name in SHOWN if (self.folder / name).exists()]
         write_whole(self.folder / "README.md", model_card(self.facts(prompts[0], there)))
         name, most = changed[0]
         tell(f"most changed: {name}, {most:.1%} of its weight")
         if self.validated:
-            best = min(self.validated, key=lambda step: self.validated[step])
+            best = best_step(self.validated)
             tell(f"least validation loss: {self.validated[best]:.4f} behind step {best} of {settings.steps}")
         return path
 

@@ -14,9 +14,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..errors import FileError, UsageError, nearest
+from ..request.generation import PATCH
 
-PATCH = 16
-"""pixels of a token's side, of which every training size is a multiple"""
 STEP = 64
 """of the sides of buckets"""
 SMALL = 256

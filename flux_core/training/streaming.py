@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..device.budget import limited
 from ..device.choice import empty_device_cache
 from ..device.memory import ram
 from ..device.oom import CPU, retried
@@ -164,7 +165,7 @@ def streaming(model: Flux, device: torch.device, budget: int, at_work: int) -> I
     blocks = {f"{kind}.{i}": block for kind in BLOCKS[Flux] for i, block in enumerate(getattr(model, kind))}
     move(model, CPU)
     try:
-        with _limited(device, budget):
+        with limited(budget, device):
             bundles = _bundles(blocks, device)
             aside = Bundle([x for _, x in tensors_of(_frozen(model.named_modules(), modulation=True))])
             _pin(bundles, device, aside)  # for as long as there is such an object
@@ -208,18 +209,3 @@ def _pin(others: Sequence[Bundle], device: torch.device, bundle: Bundle) -> None
     if device.type == "cuda" and pinned + bundle.size <= PINNED * ram():
         with suppress(RuntimeError):
             bundle.pin()
-
-
-@contextmanager
-def _limited(device: torch.device, budget: int) -> Iterator[None]:
-    """A context in which torch takes no more of a card than the budget, gaps between tensors included."""
-    if device.type != "cuda":
-        yield
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    _, total = torch.cuda.mem_get_info(index)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), index)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
