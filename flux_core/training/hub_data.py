@@ -1,14 +1,17 @@
 """Data sets of the hub, written as a folder of pictures with captions, where what is trained on can be looked at."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import AccessError, UsageError
+from tqdm import tqdm
+
+from ..errors import AccessError, FileError, FluxError, UsageError
 from ..files import prepare_folder, write_whole
+from ..images.pictures import as_rgb
+from ..terminal import no_bars, note
 from .data import CAPTIONS
 
-ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"BM": ".bmp"}
-"""by a file's first bytes"""
 DONE = "complete"
 """a file that is there when all pictures are"""
 
@@ -26,15 +29,20 @@ def from_hub(name: str, folder: Path) -> Path:
         raise UsageError(f"{name} is a data set of the hub. Next: pip install datasets") from None
     try:
         found = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the library has many kinds
+        return write_rows(found, name, folder)
+    except FluxError:
+        raise
+    except Exception as error:  # the library and its clients have many kinds
         raise AccessError(
-            f"the data set {name} could not be opened: {error}. Next: see its page, and HF_TOKEN"
+            f"the data set {name} could not be read: {error}. Next: see its page and HF_TOKEN, or try again"
         ) from None
-    return write_rows(found, name, folder)
 
 
 def write_rows(found: Any, name: str, folder: Path) -> Path:
-    """Write the rows of a data set of the library `datasets` as files. UsageError, DiskError."""
+    """Write the rows of a data set of the library `datasets` as upright PNGs with captions. UsageError, DiskError.
+
+    A picture that is damaged is told, and left out.
+    """
     import datasets
 
     features = found.features or {}
@@ -45,10 +53,14 @@ def write_rows(found: Any, name: str, folder: Path) -> Path:
             f"the data set {name} has no column of pictures, but {', '.join(features) or 'none that is told'}"
         )
     prepare_folder(folder)
-    for number, row in enumerate(found.cast_column(image, datasets.Image(decode=False))):
-        data = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
-        ending = next((ending for start, ending in ENDINGS.items() if data.startswith(start)), ".png")
-        write_whole(folder / f"{number:06d}{ending}", data)
+    for number, row in enumerate(tqdm(found, desc=name, unit="picture", disable=no_bars())):
+        try:
+            picture, data = as_rgb(row[image], f"row {number}"), BytesIO()
+        except FileError as error:
+            note(f"{name}: left out: {error}")
+            continue
+        picture.save(data, "PNG")
+        write_whole(folder / f"{number:06d}.png", data.getvalue())
         if text is not None:
             write_whole(folder / f"{number:06d}.txt", str(row[text]))
     write_whole(folder / DONE, name)
