@@ -34,7 +34,7 @@ def adamw8bit(parameters: Sequence[nn.Parameter], lr: float, weight_decay: float
 def bitsandbytes_optimizers() -> Any:
     """The module. UsageError where it is not installed."""
     try:
-        return import_module("bitsandbytes.optim")
+        return import_module("bitsandbytes").optim
     except ModuleNotFoundError:
         raise UsageError("the optimizer adamw8bit needs bitsandbytes. Next: pip install bitsandbytes") from None
 
