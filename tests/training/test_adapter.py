@@ -357,7 +357,7 @@ def test_moments_of_large_tensors_are_in_8_bits():
 
 
 def test_without_bitsandbytes(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match="pip install bitsandbytes"):
         Bowl("adamw8bit")
 
