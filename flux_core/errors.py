@@ -19,6 +19,10 @@ class UsageError(FluxError):
     exit_code = 2
 
 
+class HookError(UsageError):
+    """A function of a plan that failed, or returned what does not fit its place."""
+
+
 class AccessError(FluxError):
     """A gated repository, a missing or refused token, a licence that was not accepted."""
 

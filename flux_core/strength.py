@@ -19,5 +19,9 @@ def highest_strength(num_steps: int) -> float:
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """The step of a falling schedule at a sigma; one between two of the schedule belongs to the step across it."""
-    return min(bisect_right(sigmas, -sigma, key=lambda x: -x), len(sigmas) - 1) - 1
+    """The step of a schedule, which falls or rises, at a sigma.
+
+    A sigma between two of the schedule belongs to the step across it, one beyond an end to the step at that end.
+    """
+    sign = 1 if sigmas[0] < sigmas[-1] else -1
+    return max(min(bisect_right(sigmas, sign * sigma, key=lambda x: sign * x), len(sigmas) - 1) - 1, 0)

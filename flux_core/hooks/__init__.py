@@ -13,6 +13,7 @@ its own file. Importing this module does not import torch.
 from typing import TYPE_CHECKING, Any
 
 from .attention_maps import AttentionMaps
+from .attention_mask import AttentionMask
 from .capture import Capture
 from .change import Add, Replace, Scale
 from .custom import Custom
@@ -20,16 +21,20 @@ from .first_block_cache import FirstBlockCache
 from .intervention import Intervention
 from .lora import Lora
 from .plan import Plan, check_plan, parse_plan, read_plan
+from .python import Python
 from .seam import At, traceable
 from .share_kv import ShareKV
 from .skip import Skip
+from .store import Captured, load_capture
+from .velocity import Sampler, Sampling, Wrap
 
 if TYPE_CHECKING:
     from .run import HookRun, run_with_cache
 
 __all__ = [
-    "Add", "At", "AttentionMaps", "Capture", "Custom", "FirstBlockCache", "HookRun", "Intervention", "Lora", "Plan",
-    "Replace", "Scale", "ShareKV", "Skip", "check_plan", "parse_plan", "read_plan", "run_with_cache", "traceable",
+    "Add", "At", "AttentionMaps", "AttentionMask", "Capture", "Captured", "Custom", "FirstBlockCache", "HookRun",
+    "Intervention", "Lora", "Plan", "Python", "Replace", "Sampler", "Sampling", "Scale", "ShareKV", "Skip", "Wrap",
+    "check_plan", "load_capture", "parse_plan", "read_plan", "run_with_cache", "traceable",
 ]  # fmt: skip
 
 

@@ -5,15 +5,13 @@ never computes them. So they are computed separately, after the block, over all 
 to the chosen keys.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import BeforeValidator
+from typing import TYPE_CHECKING, Literal
 
 from ..params import FluxParams
 from .capture import Collector
-from .intervention import Patterns, parse_steps
+from .intervention import Patterns, Tokens
 from .seam import At, Placed
-from .sites import match_blocks
+from .sites import HEAD, head_of, match_blocks, match_sites, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,17 +20,11 @@ CHUNK = 256
 """queries computed at once"""
 
 
-def _tokens(value: object) -> object:
-    return value if value in ("img", "txt", "all") else parse_steps(value)
-
-
-Tokens = Annotated[Literal["img", "txt", "all"] | tuple[int, ...], BeforeValidator(_tokens)]
-
-
 class AttentionMaps(Collector):
     """`{"kind": "attention_maps", "blocks": ["layer.15-18"], "queries": "img", "keys": [3], "to": "maps.safetensors"}`
 
-    Stored as `step.block.attention_map`: [B, queries, keys], or [B, H, queries, keys] with `heads: "each"`.
+    Stored as `step.block.attention_map`: [B, queries, keys], or [B, H, queries, keys] with `heads: "each"`. A block may
+    name one head, `double_blocks.3.head.7`: then as `step.double_blocks.3.head.7.attention_map`, [B, queries, keys].
     """
 
     kind: Literal["attention_maps"] = "attention_maps"
@@ -43,12 +35,22 @@ class AttentionMaps(Collector):
     heads: Literal["mean", "each"] = "mean"
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
+        of_heads = tuple(pattern for pattern in self.blocks if HEAD in pattern)
+        blocks = tuple(pattern for pattern in self.blocks if HEAD not in pattern)
+        names = [*match_blocks(blocks, params), *match_sites(of_heads, params)]
+        return [placed for name in names for placed in self._of(name)]
+
+    def _of(self, name: str) -> list[Placed]:
+        """The functions for a block, or for one of its heads."""
+        block, head = split(name)[0], head_of(name)
+
         def compute(at: At, q: "Tensor", k: "Tensor") -> "tuple[str, Tensor]":
             queries, keys = (token_indices(tokens, at.txt_len, q.shape[2]) for tokens in (self.queries, self.keys))
-            block = at.name.rpartition(".")[0]
-            return f"{block}.attention_map", attention_map(q, k, queries, keys, self.heads == "mean")
+            if head is not None:
+                q, k = q[:, head : head + 1], k[:, head : head + 1]
+            return f"{name}.attention_map", attention_map(q, k, queries, keys, head is not None or self.heads == "mean")
 
-        return self.collect([(f"{name}.q", f"{name}.k") for name in match_blocks(self.blocks, params)], compute)
+        return self.collect([(f"{block}.q", f"{block}.k")], compute)
 
 
 def token_indices(tokens: str | tuple[int, ...], txt_len: int, length: int) -> list[int]:

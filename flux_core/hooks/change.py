@@ -1,15 +1,16 @@
 """Change the value at a site: multiply it, add to it, or replace it.
 
 The operand is a number or a tensor that broadcasts to the site's shape: a tensor from Python, or in a plan `{"file":
-"direction.safetensors", "tensor": "smile"}`. Numbers are passed as tensors too, so that other strengths, blocks and
-steps use the same compiled graph.
+"direction.safetensors", "tensor": "smile", "times": 2}`. Numbers are passed as tensors too, so that other strengths,
+blocks and steps use the same compiled graph.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..jsonfile import first_finding, in_words
 from ..params import FluxParams
 from .intervention import Intervention, Patterns
 from .seam import Placed, Write, traceable
@@ -21,11 +22,26 @@ if TYPE_CHECKING:
 
 
 class Stored(BaseModel):
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file, times a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     file: Path
     tensor: str
+    times: float = Field(default=1.0, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> "Stored":
+        """From JSON. ValueError with the finding, in words."""
+        try:
+            return cls(**found)
+        except ValidationError as error:
+            first = first_finding(error)
+            raise ValueError(in_words(first, "the value", str(first["loc"][0]), cls.model_fields)) from None
+
+    def read(self) -> "Tensor":
+        """FileError."""
+        x = read_tensor(self.file, self.tensor)
+        return x if self.times == 1 else x * self.times
 
 
 class _Change(Intervention):
@@ -37,7 +53,7 @@ class _Change(Intervention):
     @classmethod
     def _number_or_tensor(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return Stored(**value)
+            return Stored.of(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
             return float(value)
         if isinstance(value, Stored) or hasattr(value, "broadcast_to"):
@@ -55,7 +71,7 @@ class _Change(Intervention):
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         import torch
 
-        value = read_tensor(self.value.file, self.value.tensor) if isinstance(self.value, Stored) else self.value
+        value = self.value.read() if isinstance(self.value, Stored) else self.value
         x = torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, float) else value
         return [Write(site, _FUNCTIONS[self.kind], (x,), traceable=True) for site in match_sites(self.sites, params)]
 

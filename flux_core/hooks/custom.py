@@ -1,31 +1,29 @@
 """A Python function applied at a site, around a block, or in place of a block's attention."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
+from pydantic import Field
+
 from ..params import FluxParams
-from .intervention import Intervention, Patterns
-from .seam import ATTEND, Around, Placed, Read, Write
-from .sites import OF_BLOCK, match_blocks, match_sites
+from .intervention import Patterns
+from .python import OfPython
+from .seam import Around, Placed, Read, Write
+from .sites import ATTEND, OF_BLOCK, match_blocks, match_sites
 
 
-class Custom(Intervention):
-    """`Custom(sites="double_blocks.*.img.out", fn=lambda x, at: 0.9 * x)`; it has no JSON form.
+class Custom(OfPython):
+    """`Custom(sites="vec", fn=lambda x, at: 0.9 * x)`, `{"kind": "custom", "fn": "my.py:brighter", "sites": ["vec"]}`
 
-    sites: sites, blocks, or a block's `attend`. The arguments of fn depend on which of these it is: see
-    `hooks/seam.py`. With `reads`, fn is called with (at, x) and changes nothing.
+    sites: sites, blocks, or a block's `attend`; what several patterns match gets the function once. The arguments of fn
+    depend on which of these it is: see `hooks/seam.py`. With `reads`, fn is called with (at, x) and changes nothing: x
+    is a site's value, what a block returned, or what attention returned, [B, T+L, D].
     """
 
     kind: Literal["custom"] = "custom"
     sites: Patterns
-    fn: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    """tensors passed to a function marked @traceable after its own"""
+    args: tuple[Any, ...] = Field(default=(), exclude=True)
+    """Python only: tensors passed to a function marked @traceable after its own"""
     reads: bool = False
-
-    @property
-    def portable(self) -> bool:
-        return False
 
     @property
     def changes_pixels(self) -> bool:
@@ -33,20 +31,19 @@ class Custom(Intervention):
 
     @property
     def label(self) -> str:
-        return f"{getattr(self.fn, '__name__', type(self.fn).__name__)} at {', '.join(self.sites)}"
+        return f"{self.called} at {', '.join(self.sites)}"
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
-        return [placed for pattern in self.sites for placed in self._place(pattern, params)]
-
-    def _place(self, pattern: str, params: FluxParams) -> list[Placed]:
-        traceable = getattr(self.fn, "traceable", False)
-        if pattern.endswith(f".{ATTEND}"):
-            blocks = match_blocks((pattern.removesuffix(f".{ATTEND}"),), params)
-            return [Write(f"{block}.{ATTEND}", self.fn, self.args, traceable) for block in blocks]
-        if _names_blocks(pattern):
-            return [Around(block, self.fn) for block in match_blocks((pattern,), params)]
-        sites = match_sites((pattern,), params)
-        return [Read((site,), self.fn) if self.reads else Write(site, self.fn, self.args, traceable) for site in sites]
+        attention = tuple(x.removesuffix(f".{ATTEND}") for x in self.sites if x.endswith(f".{ATTEND}"))
+        blocks = tuple(x for x in self.sites if _names_blocks(x))
+        values = tuple(x for x in self.sites if not (x.endswith(f".{ATTEND}") or _names_blocks(x)))
+        inside = [f"{block}.{ATTEND}" for block in match_blocks(attention, params)] + match_sites(values, params)
+        fn = self.function
+        if self.reads:
+            return [Read((name,), fn) for name in (*match_blocks(blocks, params), *inside)]
+        traceable = getattr(fn, "traceable", False)
+        around = [Around(block, fn) for block in match_blocks(blocks, params)]
+        return [*around, *(Write(name, fn, self.args, traceable) for name in inside)]
 
 
 def _names_blocks(pattern: str) -> bool:

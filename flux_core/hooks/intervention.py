@@ -6,7 +6,7 @@ An intervention is an entry of a plan; `place` turns it, for one model, into fun
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -38,6 +38,12 @@ def parse_steps(value: Any) -> Any:
     return tuple(sorted(steps))
 
 
+def _parse_tokens(value: Any) -> Any:
+    return value if value in (None, "img", "txt", "all") else parse_steps(value)
+
+
+Tokens = Annotated[Literal["img", "txt", "all"] | tuple[int, ...], BeforeValidator(_parse_tokens)]
+"""a stream's tokens, all, or indices, which are sorted"""
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 Steps = Annotated[tuple[int, ...] | None, BeforeValidator(parse_steps)]
 
@@ -46,6 +52,8 @@ class Intervention(BaseModel):
     """Base of all kinds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    in_forward: ClassVar[bool] = True
+    """whether it hooks into a forward; else the pipeline does what it says"""
 
     kind: str
     steps: Steps = None
@@ -57,6 +65,11 @@ class Intervention(BaseModel):
     def portable(self) -> bool:
         """Whether a picture's metadata can hold it: it is no function, and reads and writes no file."""
         return True
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it holds a function of Python itself, so that it has no JSON form at all."""
+        return False
 
     @property
     def changes_pixels(self) -> bool:

@@ -6,7 +6,7 @@ record of one, as pictures carry it, has the file's own name and its hash; nothi
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field
 
@@ -34,6 +34,7 @@ class Lora(Intervention):
     """
 
     kind: Literal["lora"] = "lora"
+    in_forward: ClassVar[bool] = False
     file: Annotated[str, Field(min_length=1)]
     """a safetensors file, a folder that a trainer wrote, or a hub repository; in a record the file's own name"""
     scale: Annotated[float, Field(strict=True), AfterValidator(_bounded)] = 1.0

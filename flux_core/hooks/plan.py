@@ -6,44 +6,53 @@
 `parse_plan` checks the entries' keys and values; `check_plan` checks names, steps and conflicting writers.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..errors import UsageError, nearest
+from ..errors import FluxError, HookError, UsageError, nearest
 from ..files import expand_home
 from ..jsonfile import first_finding, in_words, read_json
 from ..params import FluxParams
 from .attention_maps import AttentionMaps
+from .attention_mask import AttentionMask
 from .capture import Capture
 from .change import Add, Replace, Scale
 from .custom import Custom
 from .first_block_cache import FirstBlockCache
 from .intervention import Intervention
 from .lora import Lora
-from .seam import Around, Placed, Write
+from .python import OfPython, Python, pinned
+from .seam import Around, Placed, Read, Write
 from .share_kv import ShareKV
+from .sites import is_inside, split
 from .skip import Skip
+from .velocity import Sampler, Wrap
 
-KINDS: dict[str, type[Intervention]] = {
-    kind.model_fields["kind"].default: kind
-    for kind in (Skip, Capture, AttentionMaps, ShareKV, Scale, Add, Replace, FirstBlockCache, Lora)
-}
+_KINDS = (
+    Skip, Capture, AttentionMaps, AttentionMask, ShareKV, Scale, Add, Replace, FirstBlockCache, Lora,
+    Custom, Wrap, Sampler, Python,
+)  # fmt: skip
+KINDS: dict[str, type[Intervention]] = {kind.model_fields["kind"].default: kind for kind in _KINDS}
 AnyIntervention = Annotated[
-    Skip | Capture | AttentionMaps | ShareKV | Scale | Add | Replace | FirstBlockCache | Lora,
+    Skip | Capture | AttentionMaps | AttentionMask | ShareKV | Scale | Add | Replace | FirstBlockCache | Lora
+    | Custom | Wrap | Sampler | Python,
     Field(discriminator="kind"),
-]
-PATHS = ("to", "file")
+]  # fmt: skip
+PATHS = ("to", "file", "fn")
 """keys of files and folders, in an entry and in its tensor"""
+READ = ("file", "fn")
+"""those of files to read, which may lie beside the plan"""
 Plan = tuple[AnyIntervention, ...]
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
 def parse_plan(entries: Any) -> Plan:
     """A plan from parsed JSON or from interventions. UsageError names entry, finding and nearest known word."""
-    if isinstance(entries, dict):
+    if isinstance(entries, dict | Intervention):
         entries = [entries]
     try:
         return _PLAN.validate_python(list(entries))
@@ -52,24 +61,58 @@ def parse_plan(entries: Any) -> Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a JSON file. FileError if it can't be read, UsageError if it is no plan."""
+    """The plan in a JSON file, or that a function of a Python file returns (`my.py`, or `my.py:name`).
+
+    Only for a file that the user himself named: the Python that it names is run. FileError if a file can't be read,
+    UsageError if it is no plan.
+    """
+    if re.fullmatch(r".+\.py(:\w+)?", str(path)):
+        return (pinned(Python(fn=str(path))),)
     entries = read_json(path, "the plan")
     if not isinstance(entries, list | dict):
         raise UsageError(f"{path}: a plan is a list of interventions")
     try:
-        return parse_plan(_with_whole_paths(entries))
+        return pin(parse_plan(_with_whole_paths(entries, Path(path).parent)))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _with_whole_paths(found: Any) -> Any:
-    """Parsed JSON, its paths without `~`. UsageError where there is no such home folder."""
+def pin(plan: Plan) -> Plan:
+    """The plan with its functions from files loaded. Only for what the user himself wrote. FileError, UsageError."""
+    return tuple(pinned(entry) if isinstance(entry, OfPython) else entry for entry in plan)
+
+
+def _with_whole_paths(found: Any, folder: Path) -> Any:
+    """Parsed JSON, its paths without `~`, those of files to read in `folder` where they are there. UsageError."""
     if isinstance(found, list):
-        return [_with_whole_paths(one) for one in found]
+        return [_with_whole_paths(one, folder) for one in found]
     if isinstance(found, dict):
         whole = {key: expand_home(found[key], key) for key in PATHS if isinstance(found.get(key), str)}
-        return {key: _with_whole_paths(value) for key, value in found.items()} | whole
+        for key in whole.keys() & set(READ):
+            if (folder / re.sub(r":\w+$", "", whole[key])).exists():
+                whole[key] = str(folder / whole[key])
+        return {key: _with_whole_paths(value, folder) for key, value in found.items()} | whole
     return found
+
+
+def from_python(fn: Callable[[FluxParams], Any], called: str, params: FluxParams) -> tuple[Intervention, ...]:
+    """The interventions that a function returns. HookError for an exception, or anything else that it returns."""
+    try:
+        plan = listed(fn(params))
+    except Exception as error:
+        if isinstance(error, FluxError):
+            raise HookError(f"{called}: {error}") from error
+        raise HookError(f"{called} raised {type(error).__name__}: {error}") from error
+    if others := [entry.kind for entry in plan if isinstance(entry, Lora | Python)]:
+        raise HookError(f"{called}: a function returns no {others[0]}. Next: --lora for LoRAs")
+    return plan
+
+
+def expanded(plan: Iterable[Intervention], params: FluxParams) -> tuple[Intervention, ...]:
+    """The plan with what its Python functions return in their places: fresh state for one picture. HookError."""
+    return tuple(
+        one for entry in plan for one in (entry.interventions(params) if isinstance(entry, Python) else (entry,))
+    )
 
 
 def _finding(error: ValidationError | TypeError, entries: Any) -> str:
@@ -99,10 +142,24 @@ def short_form(kind: str, text: str) -> dict[str, Any]:
     return {**entry, "steps": steps} if at else entry
 
 
+def listed(plan: Any) -> tuple[Intervention, ...]:
+    """A plan, or a single intervention, as a tuple; entries may be JSON. UsageError for anything else."""
+    if plan is None or isinstance(plan, Intervention | dict):
+        plan = [] if plan is None else [plan]
+    if not isinstance(plan, Iterable) or isinstance(plan, str):
+        return parse_plan(plan)  # which says what is wrong
+    return tuple(entry if isinstance(entry, Intervention) else parse_plan([entry])[0] for entry in plan)
+
+
 def check_plan(
-    plan: Iterable[Intervention], params: FluxParams, num_steps: int, branches: tuple[str, ...] = ("image",)
+    plan: Intervention | Iterable[Intervention],
+    params: FluxParams,
+    num_steps: int,
+    branches: tuple[str, ...] = ("image",),
 ) -> None:
     """Check a plan for a model, without running it. UsageError for anything that does not fit."""
+    # what Python returns is checked when it is run; a record of code can only be asked for
+    plan = [x for x in listed(plan) if not (isinstance(x, Python) or (isinstance(x, OfPython) and x.is_missing))]
     for intervention in plan:
         intervention.check_steps(num_steps)
     place_all(plan, params, branches)
@@ -125,6 +182,18 @@ def place_all(
                     )
             writers[place].append(second)
     return functions
+
+
+def hidden(functions: Iterable[tuple[Intervention, Placed]]) -> Iterator[str]:
+    """A line for people for each block that is skipped at steps where functions inside it would be called."""
+    functions = list(functions)
+    skips = {placed.block: one for one, placed in functions if isinstance(one, Skip) and isinstance(placed, Around)}
+    for one, placed in functions:
+        sites = placed.sites if isinstance(placed, Read) else (placed.site,) if isinstance(placed, Write) else ()
+        for block, site in map(split, sites):
+            if is_inside(site) and block in skips and _overlap(one, skips[block]):
+                yield f"{block} is skipped: {one.label} has no effect at {block}.{site} then"
+                del skips[block]  # one line is enough
 
 
 def _overlap(a: Intervention, b: Intervention) -> bool:

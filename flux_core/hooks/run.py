@@ -6,14 +6,19 @@ a step. So all blocks of a kind whose taps hold the same functions share one com
 and tensors.
 """
 
+import traceback
 import warnings
-from collections import defaultdict
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial, wraps
+from itertools import pairwise
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from ..errors import FluxError, HookError, UsageError, is_out_of_memory
 from ..model import Flux
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
 from ..model.tap import UNTOUCHED, Tap
@@ -21,12 +26,42 @@ from ..params import FluxParams
 from ..strength import step_of
 from .capture import Capture
 from .intervention import Intervention
-from .plan import place_all
-from .seam import ATTEND, Around, At, End, Read, Write
-from .sites import INSIDE, split
+from .plan import expanded, hidden, listed, place_all
+from .seam import About, Around, At, End, Read, Write
+from .sites import ATTEND, is_inside, split
 
 BoundFunction = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """a function and its arguments after the value"""
+
+
+class Misfit(Exception):
+    """What a function returned does not fit its place."""
+
+    def __init__(self, fn: Callable[..., Any], site: str, text: str) -> None:
+        super().__init__(text)
+        self.fn, self.site, self.text = fn, site, text
+
+
+def fitting(new: Any, shape: Sequence[int], old: Tensor, fn: Callable[..., Any], site: str) -> Tensor:
+    """`new`, if it is a tensor of that shape, and of the dtype and device of `old`. Misfit."""
+    if isinstance(new, Tensor) and new.shape == shape and new.dtype == old.dtype and new.device == old.device:
+        return new
+    raise Misfit(fn, site, f"returned {_described(new, old)}; expected {_sizes(shape)} {_name_of(old.dtype)}")
+
+
+def _described(x: Any, old: Tensor) -> str:
+    if not isinstance(x, Tensor):
+        return "None" if x is None else f"a {type(x).__name__}"
+    place = "" if x.device == old.device else f" on {x.device}"
+    return f"{_sizes(x.shape)} {_name_of(x.dtype)}{place}"
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Taps(Tap):
@@ -34,11 +69,12 @@ class Taps(Tap):
 
     def __init__(self, txt_len: int, functions: dict[str, tuple[BoundFunction, ...]], reads: frozenset[str]) -> None:
         self.txt_len, self.functions, self.reads = txt_len, functions, reads
+        self.heads = tuple(sorted({site for site in (*functions, *reads) if site.startswith("head.")}))
         self.values: dict[str, Tensor] = {}
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
         for fn, args in self.functions.get(site, ()):
-            x = fn(x, *args)
+            x = fitting(fn(x, *args), x.shape, x, fn, site)
         if site in self.reads:
             self.values[site] = x
         return x
@@ -55,72 +91,123 @@ class Taps(Tap):
     def attend(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for fn, args in self.functions.get(ATTEND, ()):
             attend = _wrap_attention(fn, attend, args)
-        return attend(q, k, v)
+        out = attend(q, k, v)
+        out = self._each_head(out, q.shape[1]) if self.heads else out
+        if ATTEND in self.reads:
+            self.values[ATTEND] = out
+        return out
+
+    def _each_head(self, out: Tensor, num_heads: int) -> Tensor:
+        """Apply `head.N` to each head's part of attention's output [B, T+L, D]."""
+        parts = list(out.unflatten(-1, (num_heads, -1)).unbind(2))
+        for site in self.heads:
+            i = int(site.removeprefix("head."))
+            parts[i] = self(site, parts[i])
+        return torch.stack(parts, 2).flatten(2) if any(site in self.functions for site in self.heads) else out
 
 
 def _wrap_attention(
     fn: Callable[..., Tensor], attend: Callable[..., Tensor], args: tuple[Any, ...]
 ) -> Callable[..., Tensor]:
-    return lambda q, k, v: fn(attend, q, k, v, *args)
+    def wrapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape[0], q.shape[2], q.shape[1] * q.shape[3]
+        return fitting(fn(attend, q, k, v, *args), shape, q, fn, ATTEND)
+
+    return wrapped
 
 
 class HookRun:
-    """A plan applied to one model during one sampling. `finish` ends it.
+    """A plan applied to one model during one sampling: `with HookRun(…) as run:`, whose end writes captures to files.
 
-    sigmas: the schedule, which gives the step of a forward; without it every forward is step 0. branches: names of the
-    batch's rows, row = image * len(branches) + branch. passes: each branch has its own forward instead, in that order;
-    then branches cannot share values.
+    sigmas: the schedule, which falls or rises, and gives the step of a forward; without it every forward is of step 0.
+    branches: names of the batch's rows, row = image * len(branches) + branch. passes: each branch has its own forward
+    instead, in that order; then branches cannot share values. image, request: what captures and functions are told of
+    the picture. UsageError for a plan that does not fit.
     """
 
     def __init__(
         self,
-        plan: Iterable[Intervention],
+        plan: Intervention | Iterable[Intervention],
         params: FluxParams,
         sigmas: Sequence[float] = (1.0, 0.0),
         branches: tuple[str, ...] = ("image",),
         passes: bool = False,
+        image: int = 0,
+        request: str | None = None,
     ) -> None:
-        self.plan, self.params, self.sigmas, self.branches = tuple(plan), params, sigmas, branches
-        self.passes = passes and len(branches) > 1
-        self.step, self.sigma, self.call = 0, sigmas[0], -1
+        self.plan = expanded(listed(plan), params)
+        if others := [entry.kind for entry in self.plan if not entry.in_forward]:
+            raise UsageError(
+                f"{others[0]} is no part of a forward. Next: give it to the pipeline, as in generate(plan=…)"
+            )
+        self.params, self.sigmas, self.branches = params, tuple(sigmas), branches
+        self.passes, self.image = passes and len(branches) > 1, image
+        _check_schedule(self.sigmas)
+        self.step, self.sigma, self.call = 0, self.sigmas[0], -1
+        self._calls: Counter[int] = Counter()
         self._txt_len, self._device = 0, torch.device("cpu")
         self._by_block: dict[str, list[tuple[Intervention, Any]]] = defaultdict(list)
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
         self._warned: set[str] = set()
-        self._ends: list[Callable[[], None]] = []
-        for intervention, placed in place_all(self.plan, params, branches[:1] if passes else branches):
-            if isinstance(placed, End):
-                self._ends.append(placed.fn)
-            else:
+        for intervention in self.plan:
+            intervention.check_steps(self.num_steps)
+        functions = place_all(self.plan, params, branches[:1] if passes else branches)
+        ends = [placed for _, placed in functions if isinstance(placed, End)]
+        for intervention, placed in functions:
+            if not isinstance(placed, End):
                 self._by_block[_block_of(placed)].append((intervention, placed))
+        for line in hidden(functions):
+            warnings.warn(line, stacklevel=2)
+        # a run that is dropped without its end writes its files all the same
+        self._end = weakref.finalize(self, _end_all, ends, About(self.sigmas, branches, self.passes, request))
+        self._ends = ends
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
 
     def again(self, *others: Intervention) -> "HookRun":
         """A run with fresh state of the same plan and then `others`. Interventions that only read are left out."""
         plan = [intervention for intervention in self.plan if intervention.changes_pixels]
-        return HookRun([*plan, *others], self.params, self.sigmas, self.branches, self.passes)
+        return HookRun([*plan, *others], self.params, self.sigmas, self.branches, self.passes, self.image)
 
     @property
     def needs_vec(self) -> bool:
-        """Whether the plan uses `vec`, which a forward lacks when its modulation was computed before."""
-        return any("vec" in _sites_of(placed) for _, placed in self._by_block.get("", ()))
+        """Whether the plan uses `vec` or `y`, which a forward lacks when its modulation was computed before."""
+        used = {site for _, placed in self._by_block.get("", ()) for site in _sites_of(placed)}
+        return not used.isdisjoint(("vec", "y"))
 
     def begin(self, sigma: float) -> None:
-        """Set step and call for the next forward. A sigma between two of the schedule belongs to the step across it."""
-        self.call = self.call + 1 if sigma == self.sigma else 0
-        self.sigma = sigma
-        self.step = step_of(sigma, self.sigmas)
+        """Set the step for the next forwards."""
+        self.sigma, self.step = sigma, step_of(sigma, self.sigmas)
 
     def finish(self) -> None:
-        """Call the End functions (which write files), after the last step."""
+        """End the sampling: captured values are written to files, whose paths are printed. DiskError."""
+        self._end()
+
+    def discard(self) -> None:
+        """End a sampling that will be done again: nothing of it is kept."""
+        self._end.detach()
         for end in self._ends:
-            end()
+            end.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and is_out_of_memory(error):
+            self.discard()
+        else:
+            self.finish()
 
     # What the model's loop calls -------------------------------------------------------------------
 
     def value(self, name: str, x: Any) -> Any:
         block, site = split(name)
-        if site == "txt_in":
+        if site == "txt_in":  # the first of a forward
             self._txt_len = x.shape[1]
+            self.call = self._calls[self.step]
+            self._calls[self.step] += 1
         active = self._active_at(block)
         if site == "mod":
             return self._modulation(block, x, active) if active else x
@@ -152,16 +239,45 @@ class HookRun:
         x = self._streams(name, "in", x, active)
         run, tap = self._prepare(name, block, active)
 
-        inner: Callable[[Any], Any] = lambda x: call(x, run, tap)  # noqa: E731
+        inner: Callable[[Any], Any] = lambda x: self._run_block(name, block, active, lambda run: call(x, run, tap), run)  # noqa: E731
         for placed in active:
             if isinstance(placed, Around):
                 inner = self._wrap(placed, inner)
-        x = self._streams(name, "out", inner(x), active)
+        x = inner(x)
+        self._read_whole(name, x, active)
+        x = self._streams(name, "out", x, active)
         self._call_readers(getattr(tap, "values", {}), active)
         return x
 
     def _wrap(self, around: Around, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda x: around.fn(inner, x, self._at(around.block))
+        def wrapped(x: Any) -> Any:
+            new = self._called(around.fn, around.block, inner, x, self._at(around.block))
+            try:
+                if isinstance(x, Tensor):
+                    return fitting(new, x.shape, x, around.fn, "")
+                if not isinstance(new, tuple) or len(new) != len(x):
+                    raise Misfit(around.fn, "", f"returned {_described(new, x[0])}; expected (img, txt)")
+                return tuple(fitting(one, old.shape, old, around.fn, "") for one, old in zip(new, x, strict=True))
+            except Misfit as misfit:
+                raise self._hook_error(misfit.fn, around.block, misfit.text) from None
+
+        return wrapped
+
+    def _run_block(
+        self, name: str, block: Any, active: list[Any], call: Callable[[Callable[..., Any]], Any], run: Any
+    ) -> Any:
+        """Run the block with its taps. HookError for what a function inside it did."""
+        try:
+            return call(run)
+        except Misfit as misfit:
+            raise self._hook_error(misfit.fn, f"{name}.{misfit.site}", misfit.text) from None
+        except Exception as error:
+            inside = [x for x in active if isinstance(x, Write) and x.traceable and is_inside(split(x.site)[1])]
+            if not inside or isinstance(error, FluxError) or is_out_of_memory(error):
+                raise
+            if run is block and getattr(block, "_compiled_call_impl", None) is not None:
+                self._run_block(name, block, active, call, block.forward)  # whose error says more
+            raise self._failure(inside[0].fn, inside[0].site, error) from error
 
     def _prepare(self, name: str, block: Any, active: list[Any]) -> tuple[Callable[..., Any], Tap]:
         """The block as a function (compiled, or eager where a function inside is not traceable), and its taps."""
@@ -169,19 +285,20 @@ class HookRun:
         run = block
         for placed in active:
             site = split(placed.site)[1] if isinstance(placed, Write) else ""
-            if site in INSIDE or site == ATTEND:
+            if is_inside(site):
                 functions[site] = (*functions.get(site, ()), self._bind(placed))
                 if not placed.traceable:
                     run = block.forward
                     self._warn_eager(name, block, placed)
         readers = [placed for placed in active if isinstance(placed, Read)]
-        reads = frozenset(
-            site for read in readers for site in (split(name)[1] for name in read.sites) if site in INSIDE
-        )
+        sites = (split(name)[1] for read in readers for name in read.sites)
+        reads = frozenset(site for site in sites if is_inside(site))
         return run, Taps(self._txt_len, functions, reads) if functions or reads else UNTOUCHED
 
     def _bind(self, write: Write) -> BoundFunction:
-        return (write.fn, self._args(write)) if write.traceable else (write.fn, (self._at(write.site),))
+        if write.traceable:
+            return write.fn, self._args(write)
+        return wraps(write.fn)(partial(self._called, write.fn, write.site)), (self._at(write.site),)
 
     def _args(self, write: Write) -> tuple[Tensor, ...]:
         """The tensors of a Write on the device of this forward; moved once."""
@@ -235,12 +352,26 @@ class HookRun:
         self._device = x.device
         for placed in active:
             if isinstance(placed, Write) and placed.site == name:
-                fn, args = self._bind(placed)
-                x = _with_strides_of(x, fn(x, *args))
+                x = _with_strides_of(x, self._written(placed, x))
         for placed in active:
             if isinstance(placed, Read) and placed.sites == (name,):
-                placed.fn(self._at(name), x)
+                self._read(placed, x)
         return x
+
+    def _written(self, write: Write, x: Tensor) -> Tensor:
+        try:
+            args = self._args(write) if write.traceable else (self._at(write.site),)
+            return fitting(self._called(write.fn, write.site, x, *args), x.shape, x, write.fn, write.site)
+        except Misfit as misfit:
+            raise self._hook_error(misfit.fn, write.site, misfit.text) from None
+
+    # Readers ----------------------------------------------------------------------------------------
+
+    def _read_whole(self, name: str, x: Any, active: list[Any]) -> None:
+        """Call the Reads of the block itself."""
+        for placed in active:
+            if isinstance(placed, Read) and placed.sites == (name,):
+                self._read(placed, x)
 
     def _call_readers(self, found: dict[str, Tensor], active: list[Any]) -> None:
         """Call the Reads whose sites are all among the values found inside a block."""
@@ -248,7 +379,36 @@ class HookRun:
             if isinstance(placed, Read):
                 values = [found.get(split(site)[1]) for site in placed.sites]
                 if all(value is not None for value in values):
-                    placed.fn(self._at(placed.sites[0]), *values)
+                    self._read(placed, *values)
+
+    def _read(self, read: Read, *values: Any) -> None:
+        """Call a reader. HookError where it writes into a value."""
+        tensors = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+        versions = [None if x.is_inference() else x._version for x in tensors]
+        self._called(read.fn, read.sites[0], self._at(read.sites[0]), *values)
+        if versions != [None if x.is_inference() else x._version for x in tensors]:
+            said = "changed a value in place. A reader changes nothing. Next: clone it, or leave reads=True out"
+            raise self._hook_error(read.fn, read.sites[0], said)
+
+    # Calling functions ------------------------------------------------------------------------------
+
+    def _called(self, fn: Callable[..., Any], name: str, *values: Any) -> Any:
+        """What a function returns. HookError with its place where it raises."""
+        try:
+            return fn(*values)
+        except Exception as error:
+            if isinstance(error, FluxError | Misfit) or is_out_of_memory(error):
+                raise
+            raise self._failure(fn, name, error) from error
+
+    def _failure(self, fn: Callable[..., Any], name: str, error: Exception) -> HookError:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename.rpartition('/')[2]}, line {last.lineno}"
+        return self._hook_error(fn, name, f"raised {type(error).__name__}: {error} ({where})")
+
+    def _hook_error(self, fn: Callable[..., Any], name: str, text: str) -> HookError:
+        called = getattr(fn, "__name__", None) or type(fn).__name__
+        return HookError(f"{called} at {name.rstrip('.')}, step {self.step}, {text}")
 
     def _active_at(self, block: str) -> list[Any]:
         """The functions placed at a block (or, by "", at the whole forward) that are active at this step."""
@@ -257,12 +417,25 @@ class HookRun:
     def _at(self, name: str) -> At:
         call = max(self.call, 0)
         branches = (self.branches[call % len(self.branches)],) if self.passes else self.branches
-        return At(name, self.step, self.sigma, call, self._txt_len, branches)
+        return At(name, self.step, self.sigma, call, self._txt_len, branches, self.num_steps, self.image)
+
+
+def _check_schedule(sigmas: Sequence[float]) -> None:
+    """UsageError for a schedule that neither falls nor rises."""
+    pairs = list(pairwise(sigmas))
+    if not sigmas or not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
+        shown = ", ".join(f"{sigma:g}" for sigma in sigmas[:6])
+        raise UsageError(f"the sigmas of a schedule all fall or all rise, and these are {shown or 'none'}")
+
+
+def _end_all(ends: list[End], about: About) -> None:
+    for end in ends:
+        end.finish(about)
 
 
 def _with_strides_of(old: Tensor, new: Tensor) -> Tensor:
     """The new value with the strides of the old, which a compiled block is specialized on."""
-    if new.shape != old.shape or new.stride() == old.stride():
+    if new.stride() == old.stride():
         return new
     return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device).copy_(new)
 
@@ -275,12 +448,18 @@ def _block_of(placed: Any) -> str:
     return placed.block if isinstance(placed, Around) else split(_sites_of(placed)[0])[0]
 
 
-def run_with_cache(model: Flux, names: Any, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def run_with_cache(model: Flux, names: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The velocity of one forward, and by full name the values at the sites that `names` match.
 
-    names: patterns, as in `Capture.sites`. inputs: those of `Flux.forward`.
+    names: patterns, as in `Capture.sites`. inputs: those of `Flux.forward`, or what `prepare` gives with timesteps and
+    guidance, which may be numbers.
     """
-    values: dict[str, Tensor] = {}
+    if "vec" in inputs:
+        inputs["y"] = inputs.pop("vec")
+    img, values = inputs["img"], dict[str, Tensor]()
+    for name in ("timesteps", "guidance"):
+        if isinstance(inputs.get(name), int | float):
+            inputs[name] = torch.full(img.shape[:1], inputs[name], dtype=img.dtype, device=img.device)
     run = HookRun([Capture(sites=names, into=values)], model.params)
     velocity = model(**inputs, run=run)
     return velocity, {name.partition(".")[2]: x for name, x in values.items()}

@@ -5,12 +5,14 @@ There are four kinds, and no others:
 - `Around` wraps a block: its function calls the block, or does not.
 - `Write` replaces the value at a site, or a block's attention, by what its function returns.
 - `Read` gets the values of one or several sites of a block when the block is done, and changes nothing.
-- `End` is called after the last step.
+- `End` is called when the sampling ends, however it does.
 
 A Write inside a block whose function is `traceable` becomes part of the block's compiled graph. It is called with its
 `args`, tensors that may differ from block to block and from step to step without another graph. Any other function is
 called with an `At`, its place and time; a block with such a function inside runs eagerly. Reads never cause that: they
 are called after the block, with values that the block returned.
+
+What a function returns has the shape, dtype and device of what it replaces, else it is a HookError.
 """
 
 from collections.abc import Callable
@@ -30,11 +32,27 @@ class At:
     step: int
     sigma: float
     call: int
-    """forwards of this step before the current: 1 in the second pass of two-pass guidance"""
+    """forwards of this step before the current: 1 in the second pass of two-pass guidance, or at a midpoint"""
     txt_len: int
     """number of text tokens, which come first in a joined sequence"""
     branches: tuple[str, ...]
     """names of the batch's rows: row = image * len(branches) + branch"""
+    num_steps: int = 1
+    """of the schedule; `step` counts from 0 to the last of them"""
+    image: int = 0
+    """pictures of the request before the current"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a sampling was, for those who write it down."""
+
+    sigmas: tuple[float, ...]
+    branches: tuple[str, ...]
+    passes: bool
+    """whether each branch had a forward of its own"""
+    request: str | None
+    """the picture's request as JSON; None where the user sampled on his own"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Read:
-    """`fn(at, *values)`; the sites are all of one block, or a single site of the whole forward."""
+    """`fn(at, *values)`; the sites are all of one block, or a single site of the whole forward.
+
+    A block's own name stands for what the block returns, its `attend` for what attention returns.
+    """
 
     sites: tuple[str, ...]
     fn: Callable[..., None]
@@ -65,13 +86,14 @@ class Read:
 
 @dataclass(frozen=True)
 class End:
-    """`fn()`"""
+    """`finish(about)` when a sampling has ended, or failed; `discard()` instead where it ran out of memory, since then
+    the picture is drawn again."""
 
-    fn: Callable[[], None]
+    finish: Callable[[About], None]
+    discard: Callable[[], None]
 
 
 Placed = Around | Write | Read | End
-ATTEND = "attend"
 
 
 def traceable(fn: "Callable[..., Tensor]") -> "Callable[..., Tensor]":

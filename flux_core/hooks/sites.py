@@ -2,7 +2,8 @@
 
 A site's full name is the block's name and its own: `double_blocks.17.img.k`. Blocks have their names of the checkpoint.
 Patterns select several: globs (`double_blocks.*.img.k`), ranges (`single_blocks.9-12.mod.gate`), and the flat numbers
-over both kinds that papers use (`layer.28`: the tenth single block of FLUX.1-dev).
+over both kinds that papers use (`layer.28`: the tenth single block of FLUX.1-dev). A glob reaches single heads only
+where it says `head`, as in `layer.*.head.*`.
 
 Shapes: B batch rows, L image tokens, T text tokens, D hidden size, H heads, P features of a head.
 """
@@ -47,6 +48,7 @@ def _modulation(name: str, kind: str, what: str) -> list[Site]:
 SITES = (
     Site("img_in", (), "[B, L, D]", "image tokens as they enter the first block"),
     Site("txt_in", (), "[B, T, D]", "text tokens as they enter the first block"),
+    Site("y", (), "[B, V]", "CLIP's pooled vector of the prompt, from which vec is computed"),
     Site("vec", (), "[B, D]", "embedding of time, guidance and pooled prompt: the input of every modulation"),
     Site("pe", (), "[B, 1, T+L, P/2, 2, 2]", "rotations of RoPE, text first"),
     Site("velocity", (), "[B, L, C]", "the output of the forward"),
@@ -61,6 +63,7 @@ SITES = (
     *_stream("v", "[B, H, S, P]", "values of {} tokens"),
     Site("q", KINDS, "[B, H, T+L, P]", "queries of all tokens, after their norm and RoPE", True),
     Site("k", KINDS, "[B, H, T+L, P]", "keys of all tokens, after their norm and RoPE", True),
+    Site("head.N", KINDS, "[B, T+L, P]", "output of one head of attention, the Nth, from 0", True),
     *_stream("attn", "[B, S, D]", "attention's output for {} tokens, before the projection"),
     *_stream("mlp", "[B, S, D]", "the MLP's output for {} tokens, before its gate", ("double_blocks",)),
     *_stream("linear2", "[B, S, D]", "output of attention and MLP for {} tokens, before the gate", ("single_blocks",)),
@@ -68,7 +71,30 @@ SITES = (
 )
 GLOBAL = tuple(site.name for site in SITES if not site.kinds)
 OF_BLOCK = {kind: tuple(site.name for site in SITES if kind in site.kinds) for kind in KINDS}
-INSIDE = frozenset(site.name for site in SITES if site.inside)
+ATTEND = "attend"
+"""a block's attention itself, where functions are placed; no value"""
+HEAD = ".head."
+_SHAPES = {site.name: site.shape.strip("[]").split(", ") for site in SITES}
+_INSIDE = frozenset(site.name for site in SITES if site.inside)
+_TOKENS = {"L": "img", "T": "txt", "T+L": "all"}
+
+
+def is_inside(site: str) -> bool:
+    """Whether a site's own name is inside a block, so that a function there needs another compiled graph."""
+    return site in _INSIDE or site == ATTEND or site.startswith("head.")
+
+
+def head_of(name: str) -> int | None:
+    """The head's number in `double_blocks.3.head.7`; None for any other site or block."""
+    _, head, number = name.rpartition(HEAD)
+    return int(number) if head else None
+
+
+def token_axis(name: str) -> tuple[int, str] | None:
+    """The axis of a site's tokens, and whose they are: img, txt or all. None for a site without tokens."""
+    site = split(name)[1]
+    shape = _SHAPES["head.N" if site.startswith("head.") else site]
+    return next(((axis, _TOKENS[size]) for axis, size in enumerate(shape) if size in _TOKENS), None)
 
 
 def split(name: str) -> tuple[str, str]:
@@ -87,9 +113,14 @@ def block_names(params: FluxParams) -> list[str]:
 
 
 def site_names(params: FluxParams) -> list[str]:
-    """Full names of all sites of a model."""
+    """Full names of all sites of a model, but for those of single heads."""
     inner = [f"{block}.{site}" for block in block_names(params) for site in OF_BLOCK[block.partition(".")[0]]]
-    return [*GLOBAL, *inner]
+    return [*GLOBAL, *(name for name in inner if HEAD not in name)]
+
+
+def head_names(params: FluxParams) -> list[str]:
+    """Full names of the sites of all heads."""
+    return [f"{block}{HEAD}{i}" for block in block_names(params) for i in range(params.num_heads)]
 
 
 def match_blocks(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
@@ -101,14 +132,22 @@ def match_blocks(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
 
 def match_sites(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
     """The sites that any of the patterns matches. UsageError for a pattern without a match."""
-    return _match(patterns, site_names(params), params, "site", "`python cli.py sites` lists them")
+    for pattern in patterns:
+        if pattern.endswith(f".{ATTEND}"):
+            raise UsageError(
+                f"{pattern}: attend is attention itself, for functions of Custom, and no value. Next: its output is at "
+                f"{pattern.removesuffix(ATTEND)}img.attn and txt.attn"
+            )
+    heads = head_names(params) if any(HEAD in pattern for pattern in patterns) else []
+    return _match(patterns, [*site_names(params), *heads], params, "site", "`python cli.py sites` lists them")
 
 
 def _match(patterns: tuple[str, ...], names: list[str], params: FluxParams, what: str, hint: str) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
         globs = list(_expand(pattern, params))
-        matching = {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+        fitting = [name for name in names if (HEAD in name) <= (HEAD in pattern)]
+        matching = {name for name in fitting if any(fnmatchcase(name, glob) for glob in globs)}
         if not matching:
             raise UsageError(f"no {what} is called {pattern!r}: {hint}.{nearest(pattern, names)}")
         found |= matching

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from ..hooks import HookRun, ShareKV
+from ..hooks import HookRun, Intervention, ShareKV
 from ..pipeline import Pipeline
 from ..request.fields import FIT, NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
-from ..sampling import OnStep, Step, Velocity, euler, get_noise, get_schedule, invert, pack
+from ..sampling import OnStep, Step, Velocity, get_noise, get_schedule, invert, pack
 
 SOURCE = "source"
 Replay = Literal["exact", "released"]
@@ -54,7 +54,8 @@ class Editing:
             raise UsageError(f"{pipeline.variant.name} takes no guidance")
         self.pipeline, self.request, self.edits = pipeline, pipeline.complete(request), tuple(edits)
         self.branches = (SOURCE, *(f"edit{i + 1}" for i in range(len(edits))))
-        self.plan = [ShareKV(blocks=tuple(layers), source=SOURCE)] if layers else []
+        shared = (ShareKV(blocks=tuple(layers), source=SOURCE),) if layers else ()
+        self.plan: tuple[Intervention, ...] = (*shared, *request.hooks)
         self.size = request.padded_size
         tokens = self.size[0] * self.size[1] // PATCH**2
         self.sigmas = get_schedule(request.num_steps, tokens, shift=pipeline.variant.shift)
@@ -105,8 +106,8 @@ class Editing:
         x = start.expand(len(self.branches), *start.shape[1:])
 
         def work() -> Tensor:
-            run = HookRun(self.plan, self.pipeline.variant.params, self.sigmas, self.branches)
-            return euler(velocity(run), x, self.sigmas, self.pipeline.denoiser.checked(on_step, velocity, run))
+            integrate = self.pipeline.denoiser.integrate
+            return integrate(velocity, x, self.sigmas, self.plan, on_step, branches=self.branches)
 
         what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, work, "offload")

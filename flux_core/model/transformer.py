@@ -23,9 +23,10 @@ Fetch = Callable[[Iterable[Any]], Iterator[Any]]
 class Run(Protocol):
     """The hooks of one forward, called by the loop over the blocks.
 
-    `value` gets each value that exists once for all blocks (`img_in`, `txt_in`, `vec`, `pe`, `velocity`) and the
-    modulation of every block, by name, and returns its replacement. `double_block` and `single_block` are called
-    instead of a block: they call it, skip it, change its inputs and outputs, or pass a `tap` for the values inside.
+    `value` gets each value that exists once for all blocks (first `txt_in`, then `img_in`, `pe`, `y`, `vec`,
+    `velocity`) and the modulation of every block, by name, and returns its replacement. `double_block` and
+    `single_block` are called instead of a block: they call it, skip it, change its inputs and outputs, or pass a `tap`
+    for the values inside.
     """
 
     def value(self, name: str, x): ...
@@ -146,7 +147,7 @@ class Flux(nn.Module):
         if run is not None:
             txt, img, pe = run.value("txt_in", txt), run.value("img_in", img), run.value("pe", pe)
         if mods is None:
-            vec = self.embed_vec(timesteps, y, guidance)
+            vec = self.embed_vec(timesteps, y if run is None else run.value("y", y), guidance)
             mods = self.modulations(vec if run is None else run.value("vec", vec))
         x = self._blocks(img, txt, mods, pe, fetch) if run is None else self._blocks_run(img, txt, mods, pe, fetch, run)
         velocity = self.final_layer(x, *mods.last)

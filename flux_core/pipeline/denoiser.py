@@ -1,6 +1,7 @@
 """Sample the tokens of pictures for requests: noise, schedule, guidance, plan, conditions, and Euler."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from ..device.choice import compile_errors, empty_device_cache
 from ..device.oom import retried
-from ..errors import is_out_of_memory
-from ..hooks import Custom, HookRun
+from ..errors import UsageError, is_out_of_memory
+from ..hooks import HookRun, Intervention, Sampler, Sampling, Wrap
+from ..hooks.plan import expanded
 from ..model import Adapt
 from ..request.fields import FIT, PERCENTILE
 from ..request.generation import PATCH, GenerationRequest
@@ -97,11 +99,15 @@ class Denoiser:
         requests: Sequence[GenerationRequest],
         source: Image.Image | None = None,
         on_step: OnStep | None = None,
-        functions: Sequence[Custom] = (),
+        functions: Sequence[Intervention] = (),
         conditions: Sequence[Condition] = (),
+        image: int = 0,
     ) -> Tensor:
-        """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone."""
-        sample = partial(self._sample, requests, source, on_step, functions, conditions)
+        """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone.
+
+        functions: interventions beside those of the requests' plan. image: the number that these are told.
+        """
+        sample = partial(self._sample, requests, source, on_step, functions, conditions, image)
         try:
             return sample(self.one_batch)
         except (RuntimeError, MemoryError) as error:
@@ -116,8 +122,9 @@ class Denoiser:
         requests: Sequence[GenerationRequest],
         source: Image.Image | None,
         on_step: OnStep | None,
-        functions: Sequence[Custom],
+        functions: Sequence[Intervention],
         conditions: Sequence[Condition],
+        image: int,
         together: bool,
     ) -> Tensor:
         first = requests[0]
@@ -128,13 +135,43 @@ class Denoiser:
         if source is not None:
             latent = self.codec.encode(source, width, height, first.fit or FIT)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
-        plan = (*first.hooks, *functions)
-        run = HookRun(plan, self.variant.params, sigmas, first.branches, passes=not together)
         adapt = self.loras.prepare(first.loras, sigmas)
         velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
-        x = euler(velocity(run if plan else None), x, sigmas, self.checked(on_step, velocity, run))
-        run.finish()
-        return x
+        request = first.recorded(functions).model_dump_json()
+        about = {"branches": first.branches, "passes": not together, "image": image, "request": request}
+        return self.integrate(velocity, x, sigmas, (*first.hooks, *functions), on_step, **about)
+
+    def integrate(
+        self,
+        velocity: Callable[[HookRun | None], Velocity],
+        x: Tensor,
+        sigmas: Sequence[float],
+        plan: Sequence[Intervention] = (),
+        on_step: OnStep | None = None,
+        **about: Any,
+    ) -> Tensor:
+        """The tokens at the end of the schedule, under a plan: by Euler, if it has no sampler of its own.
+
+        velocity: as a function of the hooks in a forward. about: the other arguments of `HookRun`. HookError,
+        NonFiniteError.
+        """
+        params = self.variant.params
+        plan = expanded(plan, params)
+        samplers = [entry for entry in plan if isinstance(entry, Sampler)]
+        if len(samplers) > 1:
+            raise UsageError(f"{samplers[0].called} and {samplers[1].called} are two samplers. Next: leave one out")
+        with ExitStack() as runs:
+
+            def of(plan: Any) -> Velocity:
+                run = runs.enter_context(HookRun(plan, params, sigmas, **about))
+                return velocity(run if run.plan else None)
+
+            run = runs.enter_context(HookRun([x for x in plan if x.in_forward], params, sigmas, **about))
+            v, sampling = velocity(run if run.plan else None), Sampling(tuple(sigmas), params, of)
+            for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
+                v = wrap.around(v, sampling)
+            sample = samplers[0].sample if samplers else euler
+            return sample(v, x, sigmas, self.checked(on_step, velocity, run))
 
     def _guided(
         self,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..hooks import Custom
+from ..hooks import Intervention
 from ..kernels import describe
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling.graph import is_worth_it
@@ -12,7 +12,7 @@ from .placement import Placement
 
 
 def environment(
-    placement: Placement, request: GenerationRequest, functions: Sequence[Custom] = (), branched: bool = False
+    placement: Placement, request: GenerationRequest, functions: Sequence[Intervention] = (), branched: bool = False
 ) -> dict[str, str]:
     """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement.
     `t5_device` is there where T5 encodes elsewhere.

@@ -18,7 +18,8 @@ from ..device.choice import dtype_name
 from ..device.memory import CACHED_PROMPTS
 from ..device.oom import CPU, OomFallback
 from ..errors import UsageError
-from ..hooks import Custom, Intervention, Lora
+from ..hooks import Intervention, Lora, check_plan
+from ..hooks.plan import listed
 from ..images.metadata import describe
 from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.formats import format_of
@@ -29,6 +30,7 @@ from ..request.generation import GenerationRequest
 from ..sampling import OnStep
 from ..text import TextEncoder
 from ..variants import Variant
+from .by_hand import ByHand
 from .codec import Codec
 from .components import Components
 from .conditions import Condition
@@ -41,7 +43,7 @@ from .prompt_cache import PromptCache
 from .streamed import Streamed
 
 
-class Pipeline:
+class Pipeline(ByHand):
     """One loaded model on one device.
 
     `t5.notes(prompt)` are lines on what t5 does not read of a prompt. With `offload` text encoders, transformer and
@@ -105,21 +107,21 @@ class Pipeline:
         *,
         init_image: str | Path | Image.Image | None = None,
         on_step: OnStep | None = None,
-        plan: Sequence[Intervention] | None = None,
+        plan: Intervention | Sequence[Intervention] | None = None,
         **fields: Any,
     ) -> list[Image.Image]:
         """The pictures of a request, or of a prompt and the request's other fields.
 
         Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
         Notes for the user (a size that is cropped, a prompt that is too long) are Python warnings.
-        `plan`: interventions of `flux_core.hooks`. Those with a JSON form become part of the request.
+        `plan`: interventions of `flux_core.hooks`, after those of the request. What has a JSON form becomes part of it.
         """
-        functions = [x for x in plan or () if isinstance(x, Custom)]
-        if plan is not None:
-            fields["plan"] = [x for x in plan if not isinstance(x, Custom)]
+        plan = listed(plan)
+        functions = [entry for entry in plan if entry.is_code]
         source, origin = open_source(init_image)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
         fields |= {"seed": seed, "init_image": origin}
+        fields["plan"] = [*given.get("plan", ()), *(entry for entry in plan if not entry.is_code)]
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
         size = request.width, request.height
@@ -127,7 +129,8 @@ class Pipeline:
         texts = [line for text in request.texts for line in self.text_notes(text)]
         for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)
-        return [self.draw(image, source, on_step, functions) for image in request.images()]
+        images = enumerate(request.images())
+        return [self.draw(one, source, on_step, functions, image=number) for number, one in images]
 
     def load_lora(
         self, file: str | Path, scale: float = 1.0, allow_partial: bool = False, merge: bool = False
@@ -175,11 +178,14 @@ class Pipeline:
         notes = getattr(self.t5, "notes", None)  # a plain function has none
         return notes(prompt) if notes else []
 
-    def complete(self, request: GenerationRequest, functions: Sequence[Custom] = ()) -> GenerationRequest:
+    def complete(self, request: GenerationRequest, functions: Sequence[Intervention] = ()) -> GenerationRequest:
         """The request as this pipeline draws it: its LoRAs by their hashes, with dtype, weights and environment.
 
-        UsageError if it cannot.
+        UsageError if it cannot, or if the functions do not fit its plan.
         """
+        if functions:
+            whole = (*request.hooks, *functions)
+            check_plan(whole, self.variant.params, request.num_forward_steps, request.branches)
         if request.name != self.variant.name:
             raise UsageError(f"the request is for {request.name}, but {self.variant.name} is loaded")
         if request.dtype not in (None, self.precision):
@@ -199,12 +205,14 @@ class Pipeline:
         request: GenerationRequest,
         source: Image.Image | None = None,
         on_step: OnStep | None = None,
-        functions: Sequence[Custom] = (),
+        functions: Sequence[Intervention] = (),
         conditions: Sequence[Condition] = (),
+        image: int = 0,
     ) -> Image.Image:
         """The picture of a request for a single image. `source`: the init image, RGB, of any size.
 
-        `functions` are added to the request's plan, `conditions` to its prompt.
+        `functions` are added to the request's plan, `conditions` to its prompt. `image`: what hooks are told as
+        `at.image`.
         """
         request = self.complete(request, functions)
         if (source is None) != (request.init_image is None):
@@ -212,7 +220,7 @@ class Pipeline:
         what = f"drawing {request.width}x{request.height} pixels"
 
         def work() -> Tensor:
-            return self.denoiser.denoise([request], source, on_step, functions, conditions)
+            return self.denoiser.denoise([request], source, on_step, functions, conditions, image)
 
         own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
         x = self.fallback.run(what, work, "offload")
@@ -236,8 +244,10 @@ class Pipeline:
 
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
-        """The picture of a request, decoded from tokens [1, L, 64], with the request attached."""
-        return self._decoded(x, self.complete(request))
+        """The picture of a request, decoded from tokens [1, L, 64], with the request attached. UsageError for rows."""
+        if x.shape[0] != 1:
+            raise UsageError(f"a request is for one picture, and these are {x.shape[0]} rows. Next: pipeline.decode(x)")
+        return self._decoded(x, self.complete(request).recorded())
 
     def _decoded(self, x: Tensor, request: GenerationRequest) -> Image.Image:
         image = self.codec.decode(x, *request.padded_size)

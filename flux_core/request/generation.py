@@ -242,7 +242,8 @@ class GenerationRequest(BaseModel):
         """
         entries = (*self.plan, *functions)
         labels = tuple(entry.label for entry in entries if entry.changes_pixels and not entry.portable)
-        return self.model_copy(update={"plan": tuple(x for x in entries if x.portable), "functions": labels})
+        kept = tuple(entry for entry in entries if entry.portable and entry.changes_pixels)
+        return self.model_copy(update={"plan": kept, "functions": (*self.functions, *labels)})
 
     def images(self) -> list["GenerationRequest"]:
         """A request for each picture: seeds s, s+1, …"""
@@ -257,7 +258,7 @@ class GenerationRequest(BaseModel):
         parts += [] if self.cfg_zero is None else ["CFG-Zero*"]
         parts += [] if self.mimic_scale is None else [f"thresholded as at {self.mimic_scale:g}"]
         if self.hooks:
-            parts.append("plan: " + ", ".join(entry.kind for entry in self.hooks))
+            parts.append("plan: " + ", ".join(getattr(entry, "called", entry.kind) for entry in self.hooks))
         parts += [f"LoRA {entry.settings()}" for entry in self.loras]
         if self.init_image is not None:
             parts.append(f"from {one_line(self.init_image.file)} at strength {self.strength:g}")

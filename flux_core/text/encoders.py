@@ -105,7 +105,7 @@ class TextEncoder(nn.Module):
 
         A word is unknown without a token in the tokenizer, as emoji, Chinese or Cyrillic for T5; each is listed once.
         """
-        pieces = self._pieces(prompt)
+        pieces = self.pieces(prompt)
         kept = pieces[: self.max_length - 1]  # the last is the end-of-text token
         dropped = prompt[pieces[len(kept)][1] :].strip() if len(pieces) > self.max_length else ""
         unknown = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
@@ -126,7 +126,7 @@ class TextEncoder(nn.Module):
             lines.append(f"the text encoder cannot read {listed}; say it in English words")
         return lines
 
-    def _pieces(self, prompt: str) -> list[tuple[int, int, int]]:
+    def pieces(self, prompt: str) -> list[tuple[int, int, int]]:
         """Token id, start and end in the prompt, for all tokens of the prompt without padding."""
         found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
         return [(token, *place) for token, place in zip(found.input_ids, found["offset_mapping"], strict=True)]

@@ -19,12 +19,22 @@ EXAMPLES = [
     {"kind": "skip", "blocks": ["single_blocks.9"], "steps": ["0-14", 20]},
     {"kind": "capture", "sites": ["double_blocks.*.img.out"], "to": "out.safetensors"},
     {"kind": "attention_maps", "blocks": ["layer.15-18"], "keys": [3], "to": "maps.safetensors"},
+    {
+        "kind": "attention_mask",
+        "blocks": ["layer.*"],
+        "value": {"file": "m.safetensors", "tensor": "mask"},
+        "steps": "0-9",
+    },
     {"kind": "share_kv", "blocks": ["layer.0-1"], "targets": ["edit"]},
     {"kind": "scale", "sites": ["single_blocks.3.mod.gate"], "value": 0.5},
     {"kind": "add", "sites": ["vec"], "value": {"file": "d.safetensors", "tensor": "smile"}},
     {"kind": "replace", "sites": ["double_blocks.2.img.attn"], "value": 0},
     {"kind": "first_block_cache", "threshold": 0.1, "schedule": "5-9"},
     {"kind": "lora", "file": "style.safetensors", "scale": 0.8, "blocks": ["single_blocks.*"], "steps": "0-13"},
+    {"kind": "custom", "fn": "my.py:brighter", "sites": ["vec"], "steps": "0-9"},
+    {"kind": "wrap", "fn": "my.py:away"},
+    {"kind": "sampler", "fn": "my.py:midpoint"},
+    {"kind": "python", "fn": "my_method.py"},
 ]
 
 

@@ -20,7 +20,7 @@ TEXT = INPUTS["txt"].shape[1]
 SIZES = {
     "B": INPUTS["img"].shape[0], "L": INPUTS["img"].shape[1], "T": TEXT, "T+L": TEXT + INPUTS["img"].shape[1],
     "D": PARAMS.hidden_size, "H": PARAMS.num_heads, "P": PARAMS.head_dim, "P/2": PARAMS.head_dim // 2,
-    "C": PARAMS.out_channels, "1": 1, "2": 2,
+    "C": PARAMS.out_channels, "V": PARAMS.vec_in_dim, "1": 1, "2": 2, "3": 3,
 }  # fmt: skip
 
 

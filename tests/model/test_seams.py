@@ -47,7 +47,7 @@ def test_a_run_sees_every_modulation_by_name(model, inputs):
     run = Through()
     model(**inputs, run=run)
     blocks = [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i in range(3)]
-    assert run.values == ["txt_in", "img_in", "pe", "vec", *(f"{block}.mod" for block in blocks), "velocity"]
+    assert run.values == ["txt_in", "img_in", "pe", "y", "vec", *(f"{block}.mod" for block in blocks), "velocity"]
 
 
 @pytest.mark.parametrize(("kind", "index"), [("double_blocks", 0), ("double_blocks", 1), ("single_blocks", 2)])
