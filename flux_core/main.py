@@ -5,6 +5,7 @@ a command's module is imported when it runs. `-` and `_` are the same in every f
 """
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     """The command and the values of its flags. UsageError for an unknown flag, with the nearest known flag."""
     words = [_dashes(word) for word in argv]
     name, words = _command(words)
+    words = _steps_of_hook(words, COMMANDS[name])
     parser = build_parser(name)
     flags, unknown = parser.parse_known_args(words)
     if unknown:
@@ -113,6 +115,14 @@ def _dashes(word: str) -> str:
     """`--num_steps=4` -> `--num-steps=4`; words that are no flags are returned unchanged."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") and " " not in flag else word
+
+
+def _steps_of_hook(words: list[str], command: Command) -> list[str]:
+    """The words with --hook-steps for --steps, where there is a --hook and the command has both meanings of it."""
+    names = {field.name for field in command.fields}
+    if not names >= {"num_steps", "hook_steps"} or not any(word.partition("=")[0] == "--hook" for word in words):
+        return words
+    return [re.sub(r"^--steps(?=$|=)", "--hook-steps", word) for word in words]
 
 
 def _unknown(words: list[str], argv: Sequence[str], parser: Parser) -> str:

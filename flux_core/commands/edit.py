@@ -14,8 +14,9 @@ from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
+from ..request.plans import given_plan
 from ..terminal import no_bars, note, tell
-from .loras import entries_of
+from .loras import checked_plan, entries_of
 from .table import EDIT
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def edit(
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
     loading = pop_fields(fields, LOADING)
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
-    fields["plan"] = entries_of(fields, variant)
+    plan = given_plan(fields)
+    fields["plan"] = (*checked_plan(plan, variant), *entries_of(fields, variant))
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None

@@ -5,7 +5,7 @@ torchrun, every process draws the next picture that no other process is drawing.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,13 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
 from ..files import prepare_folder, write_whole
+from ..hooks import Intervention, Lora
+from ..hooks.plan import Plan
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
 from ..request.fields import FILES, LOADING, MEMORY, THREADS, pop_fields
+from ..request.plans import given_plan, load_again
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
 from ..session.folder import Session, new_folder, read_manifest, wait_for_manifest
@@ -31,7 +34,7 @@ from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from ..variants import Variant
 from ..version import __version__
-from .loras import found_again, typed_entries
+from .loras import checked_plan, found_again, typed_entries
 from .stepwise import Stepwise
 from .table import EXPLORE
 
@@ -40,7 +43,14 @@ if TYPE_CHECKING:
     from ..sampling import Step
 
 _FIELDS = {field.name: field for field in EXPLORE}
-WITH_RESUME = {"device", "stepwise_dir", "lora", *(field.name for field in (*FILES, *MEMORY, *LOADING, THREADS))}
+WITH_RESUME = {
+    "device",
+    "stepwise_dir",
+    "lora",
+    "plan",
+    "hook",
+    *(field.name for field in (*FILES, *MEMORY, *LOADING, THREADS)),
+}
 """flags that a manifest does not hold: the machine's, and paths, because no file may make us open others"""
 
 
@@ -59,10 +69,15 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
         pop_fields(flags, MEMORY + LOADING),
     )
     threads = THREADS.parse(flags.pop("threads", None))
+    began = read_manifest(Path(resume)) if resume else None
+    plan = given_plan(flags) if began is None else load_again(flags, began.hooks, "the session")
+    beside = tuple(entry for entry in plan if not (entry.portable or isinstance(entry, Lora)))
+    if began is not None and began.beside != _labels(beside):
+        raise UsageError(f"the session draws with {', '.join(began.beside) or 'no plan'}. Next: give the same --plan")
     with ExitStack() as stack:
         if rank == 0:
             given = flags.pop("lora", None)
-            exploration = read_manifest(Path(resume)) if resume else _build_exploration(flags | _lora(given), files)
+            exploration = began or _build_exploration(flags | _lora(given), files, plan)
             check_files(with_files(exploration.request["name"], **files))
             _check_loras(exploration, files, given if resume else None)
             if steps_dir:
@@ -76,7 +91,7 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
             folder = Path(resume) if resume else Path(parent, name)
             exploration = wait_for_manifest(folder)
         session, stop = Session(folder, exploration), stack.enter_context(Stop().listening())
-        work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None)
+        work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None, beside)
         try:
             set_threads(threads)
             work.run(with_files(exploration.request["name"], **files), device, memory)
@@ -88,8 +103,13 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     return folder
 
 
-def _build_exploration(flags: dict[str, Any], files: dict[str, Any]) -> Exploration:
-    """The exploration that the flags describe. UsageError, FileError."""
+def _labels(plan: Sequence[Intervention]) -> tuple[str, ...]:
+    """What a manifest says of entries that it cannot hold."""
+    return tuple(entry.label for entry in plan)
+
+
+def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan) -> Exploration:
+    """The exploration that the flags and their plan describe. UsageError, FileError."""
     prompt, file = flags.pop("prompt", None), flags.pop("prompts", None)
     if (prompt is None) == (file is None):
         raise UsageError('say what to explore: --prompt "a red apple", or --prompts and a file of such lines')
@@ -102,9 +122,11 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any]) -> Explorat
     if lists["lora_scales"] and flags.get("lora_scale") is not None:
         raise UsageError("--lora-scale and --lora-scales both say the scales. Next: leave --lora-scale out")
     variant = with_files(flags.get("name"), **files)
+    kept = [entry for entry in checked_plan(given, variant) if entry.portable]
     loras = typed_entries(flags, variant)
-    varied = [i for i, (_, typed) in enumerate(loras) if typed.scale is None]
-    fields = {**flags, "name": variant.name, "plan": [entry for entry, _ in loras]}
+    varied = [i for i, (_, typed) in enumerate(loras, len(kept)) if typed.scale is None]
+    fields = {**flags, "name": variant.name, "plan": [*kept, *(entry for entry, _ in loras)]}
+    options["beside"] = _labels([entry for entry in given if not (entry.portable or isinstance(entry, Lora))])
     texts = _prompts(file) if file else [str(prompt)]
     return plan_exploration(texts, fields, **lists, varied=varied, **options)
 
@@ -143,6 +165,8 @@ class Work:
     stop: Stop
     rank: int
     steps_folder: Path | None
+    beside: tuple[Intervention, ...] = ()
+    """entries of the plan that read or write files, which no manifest holds"""
 
     def run(self, variant: Variant, device: str, memory: dict[str, Any]) -> None:
         """Draw pictures until none is missing, or none is free for this process."""
@@ -246,7 +270,7 @@ class Work:
             if stepwise is not None:
                 stepwise(step)
 
-        image = pipeline.draw(request, None, on_step)
+        image = pipeline.draw(request, None, on_step, self.beside)
         if stepwise is not None:
             stepwise.save_sheet()
         recorded = image.info[KEY] if exploration.metadata else None

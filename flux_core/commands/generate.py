@@ -19,13 +19,14 @@ from ..device.threads import set_threads
 from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
-from ..hooks.plan import Plan, parse_plan, read_plan, short_form
+from ..hooks.plan import Plan
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
+from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell
 from ..variants import Variant
@@ -50,17 +51,17 @@ def generate(
     vae_tiling: bool = False,
     compile: bool = False,
     threads: str | None = None,
-    plan: str | None = None,
-    skip: list[str] | None = None,
     **fields: Any,
 ) -> list[Path]:
     """Draw pictures. Returns their files, in order.
 
-    fields: the request's other fields, the user's own files (`fields.FILES`), and how a model is loaded (`LOADING`).
+    fields: the request's other fields, the plan's flags (`table.PLAN`), the user's own files (`fields.FILES`), and how
+    a model is loaded (`LOADING`).
 
     UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for an init image or a file of
     prompts that cannot be read.
     """
+    given = given_plan(fields)
     lines = _read_prompt_file(prompt_file, fields, loop)
     source, origin = open_source(init_image)
     loading = pop_fields(fields, LOADING)
@@ -70,7 +71,7 @@ def generate(
     fields["init_image"] = origin
     variant = with_files(fields.get("name"), **pop_fields(fields, FILES))
     fields["name"] = variant.name
-    fields["plan"] = _plan(old, _read_plan(plan, skip), fields, variant)
+    fields["plan"] = _plan(old, given, fields, variant)
     lines = lines and [_with_loras(line, fields["plan"], variant) for line in lines]
     requests = build_requests(seed, fields, lines)
     num_threads = THREADS.parse(threads)
@@ -101,18 +102,13 @@ def _read_prompt_file(file: str | None, fields: dict[str, Any], loop: bool) -> l
     return read_lines(file)
 
 
-def _read_plan(file: str | None, skip: list[str] | None) -> Plan:
-    """The interventions of --plan, then those of --skip."""
-    entries = read_plan(file) if file else ()
-    return (*entries, *parse_plan([short_form("skip", text) for text in skip or ()]))
-
-
 def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], variant: Variant) -> Plan:
     """The interventions of the flags, else of the picture to repeat, and their LoRAs; removes the flags."""
     given = checked_plan(given, variant)
     if old is None:
         return (*given, *entries_of(fields, variant))
     hooks = [entry for entry in given if not isinstance(entry, Lora)] or old.hooks
+    check_given(hooks, "the picture")
     return (*hooks, *(x for x in given if isinstance(x, Lora)), *changed_plan(old.loras, fields, variant))
 
 

@@ -35,10 +35,11 @@ from ..methods.importance import (
 )
 from ..request.fields import DEVICE, FILES, LOADING, THREADS, pop_fields
 from ..request.generation import PATCH, GenerationRequest
+from ..request.plans import given_plan
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
 from ..terminal import no_bars, note, tell
-from .loras import entries_of
+from .loras import checked_plan, entries_of
 from .table import IMPORTANCE
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def importance(
     prompts: str | None = None,
     limit: str | None = None,
     seeds: str = str(_FIELDS["seeds"].default),
-    num_steps: str = str(_FIELDS["num_steps"].default),
     batch: str | None = None,
     scorer: str | None = None,
     pooling: str = _FIELDS["pooling"].default,
@@ -84,7 +84,9 @@ def importance(
     num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
-    fields |= {"num_steps": num_steps, "seed": 0, "plan": entries_of(fields, variant)}
+    given = given_plan(fields)
+    fields |= {"seed": 0, "plan": (*checked_plan(given, variant), *entries_of(fields, variant))}
+    fields.setdefault("num_steps", _FIELDS["num_steps"].default)
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request

@@ -20,6 +20,7 @@ from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
 from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
+from ..request.plans import load_again
 from ..session.record import read_rows
 from ..terminal import note, one_line, tell
 from ..variants import Variant
@@ -65,6 +66,8 @@ def repeat(
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
     loading = pop_fields(files, LOADING)
+    if not from_latents:
+        load_again(files, request.hooks, "the picture")
     variant, given = with_files(request.name, **pop_fields(files, FILES)), files.pop("lora", None)
     fields = request.model_dump(exclude=set(DRAWN_BY))
     if given or (request.loras and not from_latents):

@@ -1,8 +1,10 @@
 """`sites`: list the named values of a model's forward, which plans use."""
 
-from ..hooks.sites import GLOBAL, KINDS, OF_BLOCK, SITES, site_names
+from ..hooks.sites import ATTEND, GLOBAL, KINDS, OF_BLOCK, SITES, head_names, site_names
 from ..terminal import tell
 from ..variants import DEFAULT, get_variant
+
+_GIVEN = {"double_blocks": "x is (img, txt)", "single_blocks": "x is the joined sequence, text first"}
 
 
 def sites(name: str = DEFAULT) -> str:
@@ -22,11 +24,16 @@ def sites(name: str = DEFAULT) -> str:
                 [(site.name, site.shape, site.meaning) for site in of_kind],
             )
         )
+    places = [
+        *((f"{kind}.N", "fn(call, x, at)", f"the block: {given}") for kind, given in _GIVEN.items()),
+        (f"BLOCK.{ATTEND}", "fn(attend, q, k, v, at)", "the attention of any block, over the joined sequence"),
+    ]
+    parts.append(_table("where functions are placed besides (docs/hooks.md)", places))
     flat = numbers["double_blocks"] + numbers["single_blocks"]
     sizes = f"D {params.hidden_size}, H {params.num_heads}, P {params.head_dim}, C {params.out_channels}"
     parts.append(
-        f"{len(site_names(params)):,} sites of {variant.name}: {sizes}; "
-        f"B batch rows, L image tokens, T text tokens ({variant.max_text}).\n"
+        f"{len(site_names(params)):,} sites of {variant.name}, and {len(head_names(params)):,} heads: {sizes}; "
+        f"B batch rows, L image tokens, T text tokens ({variant.max_text}), V features of CLIP's vector.\n"
         f"layer.0-{flat - 1} numbers double, then single blocks; globs work (double_blocks.*.img.k)."
     )
     return "\n\n".join(parts)

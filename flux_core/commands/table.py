@@ -24,6 +24,7 @@ from ..request.fields import (
     NUDGE,
     OUTPUT_DIR,
     PICTURES,
+    PLAN,
     REQUEST,
     STEPWISE_DIR,
     THREADS,
@@ -56,9 +57,9 @@ RUN = (
     Field("compile", bool, "torch.compile for the blocks; gains little where our own kernels run", default=False),
     THREADS,
 )
-PLAN = (
-    Field("plan", str, "interventions to draw with, as a JSON file (docs/hooks.md)", metavar="FILE", path=True),
-    Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", multiple=True, metavar="BLOCKS"),
+_GIVEN_AGAIN = (
+    replace(PLAN[0], help="the Python or JSON file of a plan, where a function of your own is needed again"),
+    replace(PLAN[2], help="the Python file of a function of your own, likewise", metavar="FILE.py"),
 )
 _AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength", "fit")
 EXPLORE = (
@@ -91,6 +92,7 @@ EXPLORE = (
     ),
     STEPWISE_DIR,
     Field("no_metadata", bool, "no metadata.csv, and pictures without their request", default=False),
+    *PLAN,
     Field("resume", str, "draw what is missing in a session's folder", metavar="FOLDER", path=True),
     OUTPUT_DIR,
     *MACHINE,
@@ -99,6 +101,7 @@ REPEAT = (
     Field("row", int, "row of the table; 1 is the first below the header", minimum=1, maximum=1_000_000),
     Field("from_latents", bool, "decode the latents beside the picture; nothing is denoised", default=False),
     replace(FIELDS["lora"], help="where a LoRA of the picture is, if its file has moved; may be repeated"),
+    *_GIVEN_AGAIN,
     *FILES,
     *of_request("force", "allow_empty_prompt"),
     OUTPUT_DIR,
@@ -149,6 +152,7 @@ EDIT = (
     ),
     *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force"),
     *LORAS,
+    *PLAN,
     Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
     OUTPUT_DIR,
     *MACHINE,
@@ -168,6 +172,7 @@ IMPORTANCE = (
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
     *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force"),
     *LORAS,
+    *PLAN,
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
     Field(
         "scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME", path=True

@@ -145,6 +145,7 @@ class Study:
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         shared = ("name", "width", "height", "num_steps", "guidance", "dtype", "t5_dtype")
         values = {key: getattr(request, key) for key in shared}
+        values["plan"] = [entry.model_dump(mode="json", exclude_none=True) for entry in request.recorded().plan]
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:

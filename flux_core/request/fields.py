@@ -251,6 +251,27 @@ LORAS = (
     Field("lora_merge", bool, "write LoRAs into the weights (bf16 or fp32 only): no cost a step", default=False),
 )
 """become entries of the plan (`hooks/lora.py`)"""
+_OFTEN: dict[str, Any] = {"multiple": True, "repeated": True}
+PLAN = (
+    Field(
+        "plan",
+        str,
+        "interventions to draw with: a JSON file, or those that a function of your own returns, as in my.py or "
+        "my.py:name (docs/hooks.md)",
+        metavar="FILE",
+        path=True,
+    ),
+    Field("skip", str, "leave blocks out, as in layer.9 or layer.3-5@0-14 (steps)", multiple=True, metavar="BLOCKS"),
+    Field(
+        "hook", str, "a function of your own at --at, as in my.py:brighter", metavar="FILE.py:NAME", path=True, **_OFTEN
+    ),
+    Field("at", str, "where, as in layer.*.img.q, or vec@0-9 (steps)", metavar="SITES", **_OFTEN),
+    Field("hook_steps", str, "the steps of --hook, as in 0-9; beside --hook, --steps says the same", metavar="STEPS"),
+    Field("wrap", str, "a function of your own around the velocity", metavar="FILE.py:NAME", path=True, **_OFTEN),
+    Field("sampler", str, "a sampler of your own in place of Euler's method", metavar="FILE.py:NAME", path=True),
+)
+CODE = ("hook", "wrap", "sampler")
+"""those that always run Python"""
 MEMORY = (
     Field("offload", bool, "parts take turns on the device: less memory, slower", default=False),
     Field("vae_tiling", bool, "autoencoder strip by strip: large pictures in less memory, no seams", default=False),

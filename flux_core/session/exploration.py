@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UsageError
+from ..hooks import Intervention
 from ..jsonfile import first_finding
 from ..request.fields import FIELDS, MAX_SEED, Field
 from ..request.generation import DRAWN_BY, GenerationRequest
@@ -91,6 +92,8 @@ class Exploration(BaseModel):
     """(None,): every LoRA has its own"""
     varied: tuple[int, ...] = ()
     """entries of the request's plan that these scales are for"""
+    beside: tuple[str, ...] = ()
+    """what else the pictures are drawn with, that reads or writes files, or is code: the user gives it again"""
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -161,6 +164,11 @@ class Exploration(BaseModel):
             plan = enumerate(self.request.get("plan", ()))
             fields["plan"] = [entry | ({"scale": point.lora} if i in self.varied else {}) for i, entry in plan]
         return GenerationRequest(**fields, force=True, allow_empty_prompt=True)
+
+    @property
+    def hooks(self) -> tuple[Intervention, ...]:
+        """The plan of every picture, without LoRAs."""
+        return self.request_of(next(iter(self.places))).hooks
 
     def settings(self) -> str:
         """The lists as text, for people."""

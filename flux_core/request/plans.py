@@ -1,0 +1,87 @@
+"""The flags of plans: from what the user typed to interventions, with the functions of his own files loaded."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..hooks import Custom, Intervention
+from ..hooks.plan import Plan, parse_plan, pin, read_plan, short_form
+from ..hooks.python import OfPython, file_and_name, load, reads_only
+from ..terminal import one_line
+from .fields import PLAN
+
+
+def given_plan(flags: dict[str, Any]) -> Plan:
+    """The interventions of --plan, --skip, --hook, --wrap and --sampler, in this order; removes these flags.
+
+    FileError, UsageError.
+    """
+    found = {field.name: flags.pop(field.name) for field in PLAN if field.name in flags}
+    entries = read_plan(found["plan"]) if "plan" in found else ()
+    skips = parse_plan([short_form("skip", text) for text in found.get("skip", ())])
+    hooks = _hooks(_flat(found.get("hook")), _flat(found.get("at")), found.get("hook_steps"))
+    others = [{"kind": kind, "fn": text} for kind in ("wrap", "sampler") for text in _flat(found.get(kind))]
+    return (*entries, *skips, *hooks, *pin(parse_plan(others)))
+
+
+def _hooks(functions: list[str], places: list[str], steps: str | None) -> Plan:
+    """An entry for each --hook, at the --at of the same number, or all at the only one."""
+    if not functions and (places or steps):
+        raise UsageError(
+            f"{'--at' if places else '--hook-steps'} does nothing without --hook. Next: add --hook FILE.py:NAME"
+        )
+    if functions and len(places) not in (1, len(functions)):
+        raise UsageError(
+            f"--hook needs a place: {len(functions)} function(s), {len(places)} --at. "
+            'Next: add --at SITE, as in --at "single_blocks.*.img.q" (python cli.py sites lists them)'
+        )
+    places = places * len(functions) if len(places) == 1 else places
+    return tuple(_hook(text, place, steps) for text, place in zip(functions, places, strict=True))
+
+
+def _hook(text: str, place: str, steps: str | None) -> Custom:
+    sites, at, own = place.partition("@")
+    if at and not own.strip():
+        raise UsageError(f"--at {place}: no steps behind the @. Next: {sites}@0-14, or leave the @ out for all steps")
+    entry = {"kind": "custom", "fn": text, "sites": sites, "steps": own or steps}
+    (hook,) = pin(parse_plan([entry]))
+    assert isinstance(hook, Custom)
+    return hook.model_copy(update={"reads": reads_only(hook.function)})
+
+
+def _flat(value: Any) -> list[str]:
+    """The values of a flag that may be repeated."""
+    values = [value] if isinstance(value, str) else value or []
+    return [text for group in values for text in ([group] if isinstance(group, str) else group)]
+
+
+def load_again(flags: dict[str, Any], plan: Iterable[Intervention], what: str) -> Plan:
+    """Load the Python files that a recorded plan needs, from --plan and --hook; removes these flags.
+
+    Returns what a JSON file of --plan says. FileError, UsageError, which asks for a file that is missing.
+    """
+    found = flags.pop("plan", None)
+    is_python = found is not None and re.fullmatch(r".+\.py(:\w+)?", found)
+    given = [
+        file_and_name(text, "plan")[0] for text in [*([found] if is_python else []), *_flat(flags.pop("hook", None))]
+    ]
+    entries = read_plan(found) if found is not None and not is_python else ()
+    hashes = {path: load(path) for path in given}
+    check_given(plan, what, hashes)
+    return entries
+
+
+def check_given(plan: Iterable[Intervention], what: str, hashes: dict[Path, str] | None = None) -> None:
+    """UsageError for the first function whose file was not given. hashes: of the files that were."""
+    for entry in plan:
+        if isinstance(entry, OfPython) and entry.is_missing:
+            fn, sha256 = one_line(str(entry.fn)), str(entry.sha256)
+            file = fn.rpartition(":")[0]
+            other = next((found for path, found in (hashes or {}).items() if path.name == file), None)
+            changed = f", and the {file} given has {other[:12]}…" if other else ""
+            raise UsageError(
+                f"{what} was made with {fn}, code that a file cannot bring along (SHA-256 {sha256[:12]}…){changed}. "
+                f"Next: --hook {file}, with that file"
+            )
