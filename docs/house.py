@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "flux_core"
-GROUND = ("errors", "files", "jsonfile", "params", "strength", "terminal", "variants", "version")
+GROUND = ("errors", "files", "jsonfile", "params", "script", "strength", "terminal", "variants", "version")
 """modules in flux_core itself that everything may import; `main` is at the top"""
 
 

@@ -10,16 +10,15 @@ is averaged over the later double blocks (15-18 of FLUX.1-dev) and the steps.
     python examples/concept_attention.py --prompt "a red apple left of a dog face" --concepts apple dog background
 """
 
-import argparse
-
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_core import GenerationRequest, load_pipeline
-from flux_core.hooks import At, Capture, Custom, HookRun
+from flux_core import load_pipeline
+from flux_core.hooks import At, Capture, Custom
 from flux_core.images.pictures import grid
-from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, prepare
+from flux_core.sampling import euler
+from flux_core.script import command
 
 
 def beside(count: int):
@@ -46,33 +45,19 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     return Image.blend(picture, hot, 0.7)
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a red apple left of a dog face")
-    parser.add_argument("--concepts", nargs="+", default=["apple", "dog", "background"])
-    parser.add_argument("--blocks", default="double_blocks.2-3", help="double blocks whose outputs are compared")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=28)
-    parser.add_argument("--output", default="concept_attention.png")
-    args = parser.parse_args(argv)
-
-    pipeline = load_pipeline("flux-mini")
-    request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
-    noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, request.seed)
-    inputs = prepare(pipeline.t5, pipeline.clip, noise, request.prompt)
-    x, count = inputs.pop("img"), len(args.concepts)
-    concepts = pipeline.t5(args.concepts)[None, :, 0]
-    inputs["txt"] = torch.cat((concepts.to(x.device), inputs["txt"]), dim=1)
-    inputs["txt_ids"] = x.new_zeros(1, inputs["txt"].shape[1], 3)
-    sigmas, outputs = get_schedule(request.num_steps, x.shape[1]), {}
-    watch = Capture(sites=[f"{args.blocks}.{stream}.attn" for stream in ("img", "txt")], into=outputs)
-    run = HookRun([Custom(sites="layer.*.attend", fn=beside(count)), watch], pipeline.variant.params, sigmas)
-    drawn = euler(flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=run), x, sigmas)
-    picture = pipeline.picture(drawn, request)
-    maps = concept_maps(outputs, count)[0].float().unflatten(0, (request.height // 16, -1))
-    grid([picture, *(overlay(picture, maps[..., i]) for i in range(count))], columns=count + 1).save(args.output)
-
-
-if __name__ == "__main__":
-    main()
+@command
+def main(
+    prompt="a red apple left of a dog face", concepts=("apple", "dog", "background"), blocks="double_blocks.2-3",
+    seed=0, num_steps=28, output="concept_attention.png",
+):  # fmt: skip
+    """blocks: double blocks whose outputs are compared."""
+    pipeline, outputs, count = load_pipeline("flux-mini"), {}, len(concepts)
+    (txt, vec), *words = (pipeline.prompts(text) for text in (prompt, *concepts))
+    both = torch.cat([*(word[:, :1] for word, _ in words), txt], dim=1), vec
+    watch = Capture(sites=[f"{blocks}.{stream}.attn" for stream in ("img", "txt")], into=outputs)
+    sigmas = pipeline.schedule(num_steps)
+    with pipeline.run([Custom(sites="layer.*.attend", fn=beside(count)), watch], sigmas) as run:
+        drawn = euler(pipeline.velocity(both, run=run), pipeline.noise(seed), sigmas)
+    picture = pipeline.decode(drawn)[0]
+    maps = concept_maps(outputs, count)[0].float().unflatten(0, (pipeline.variant.height // 16, -1))
+    grid([picture, *(overlay(picture, heat) for heat in maps.unbind(-1))], columns=count + 1).save(output)

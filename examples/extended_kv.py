@@ -9,16 +9,15 @@ are drawn together; the reference's forward comes first at every step, and never
     python examples/extended_kv.py --reference "a blue heart" --prompt "a star" --layers all --steps 0-11
 """
 
-import argparse
-
 import torch
 from torch import Tensor
 
-from flux_core import GenerationRequest, load_pipeline
-from flux_core.hooks import At, Custom, HookRun
+from flux_core import load_pipeline
+from flux_core.hooks import At, Custom
 from flux_core.hooks.layers import layers_of
 from flux_core.images.pictures import grid
-from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, prepare
+from flux_core.sampling import Velocity, euler
+from flux_core.script import command
 
 
 def storing(kept: dict[str, tuple[Tensor, Tensor]]):
@@ -46,34 +45,18 @@ def side_by_side(*velocities: Velocity) -> Velocity:
     return lambda x, sigma: torch.cat([v(row, sigma) for v, row in zip(velocities, x.split(1), strict=True)])
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", default="a blue heart")
-    parser.add_argument("--prompt", default="a star")
-    parser.add_argument("--layers", default="all", help="all, none, or blocks as in single_blocks.0-3")
-    parser.add_argument("--steps", default="0-11", help="steps at which the reference is used")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=28)
-    parser.add_argument("--output", default="extended_kv.png")
-    args = parser.parse_args(argv)
-
+@command
+def main(
+    reference="a blue heart", prompt="a star", layers="all", steps=None,
+    seed=0, num_steps=28, output="extended_kv.png",
+):  # fmt: skip
+    """layers: all, none, or blocks as in single_blocks.0-3; steps: that use the reference, by default 0-11 of 28."""
     pipeline, kept = load_pipeline("flux-mini"), {}
-    request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
-    sites = [f"{block}.attend" for block in layers_of(args.layers, request.name, pipeline.variant.params)]
-    sigmas = get_schedule(request.num_steps, request.height * request.width // 256)
-    starts, velocities = [], []
-    rows = [(1, args.reference, storing(kept)), (0, args.prompt, None), (0, args.prompt, extended(kept))]
-    for seed, prompt, fn in rows:
-        noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, args.seed + seed)
-        inputs = prepare(pipeline.t5, pipeline.clip, noise, prompt)
-        starts.append(inputs.pop("img"))
-        plan = [Custom(sites=sites, fn=fn, steps=args.steps)] if sites and fn else []
-        run = HookRun(plan, pipeline.variant.params, sigmas)
-        velocities.append(flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=run))
-    drawn = euler(side_by_side(*velocities), torch.cat(starts), sigmas)
-    grid([pipeline.picture(x, request) for x in drawn.split(1)], columns=len(drawn)).save(args.output)
-
-
-if __name__ == "__main__":
-    main()
+    sigmas, steps = pipeline.schedule(num_steps), steps or f"0-{num_steps * 2 // 5}"
+    sites = [f"{block}.attend" for block in layers_of(layers, pipeline.variant.name, pipeline.variant.params)]
+    velocities = []
+    for text, fn in ((reference, storing(kept)), (prompt, None), (prompt, extended(kept))):
+        run = pipeline.run([Custom(sites=sites, fn=fn, steps=steps)] if sites and fn else [], sigmas)
+        velocities.append(pipeline.velocity(text, run=run))
+    drawn = euler(side_by_side(*velocities), pipeline.noise([seed + 1, seed, seed]), sigmas)
+    grid(pipeline.decode(drawn), columns=3).save(output)

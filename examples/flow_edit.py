@@ -8,15 +8,15 @@ The edit starts at the source and integrates the difference of two velocities, a
     python examples/flow_edit.py --source "a pig face" --target "a green pig face"
 """
 
-import argparse
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from flux_core import GenerationRequest, load_pipeline
-from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, prepare
+from flux_core import load_pipeline
+from flux_core.sampling import Velocity, euler
+from flux_core.script import command
 
 
 def flow_edit(
@@ -31,37 +31,17 @@ def flow_edit(
     return edit
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="a pig face")
-    parser.add_argument("--target", default="a green pig face")
-    parser.add_argument("--guidance", type=float, nargs=2, default=(1.5, 5.5), help="of the source and of the target")
-    parser.add_argument("--start", type=float, default=0.85, help="part of the schedule that is used")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=28)
-    parser.add_argument("--output", default="flow_edit.png")
-    args = parser.parse_args(argv)
-
+@command
+def main(
+    source="a pig face", target="a green pig face", guidance=(1.5, 5.5), start=0.85,
+    seed=0, num_steps=28, output="flow_edit.png",
+):  # fmt: skip
+    """guidance: of the source and of the target; start: part of the schedule that is used."""
     pipeline = load_pipeline("flux-mini")
-    request = GenerationRequest(prompt=args.source, seed=args.seed, num_steps=args.num_steps)
-    latent = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, request.seed)
-    source, target = (prepare(pipeline.t5, pipeline.clip, latent, prompt) for prompt in (args.source, args.target))
-    x = source.pop("img")
-    start = target.pop("img")
-    sigmas = get_schedule(request.num_steps, x.shape[1])
-    drawn = euler(flow_velocity(pipeline.model, **source, guidance=request.guidance), start, sigmas)
-    pipeline.picture(drawn, request).save(args.output.replace(".png", "_source.png"))
-
-    draw = torch.Generator().manual_seed(request.seed + 1)
-    v_source, v_target = (
-        flow_velocity(pipeline.model, **inputs, guidance=strength)
-        for inputs, strength in zip((source, target), args.guidance, strict=True)
-    )
-    used = sigmas[int((1 - args.start) * request.num_steps) :]
-    edited = flow_edit(drawn, v_source, v_target, used, lambda: torch.randn(x.shape, generator=draw).to(x))
-    pipeline.picture(edited, request.model_copy(update={"prompt": args.target})).save(args.output)
-
-
-if __name__ == "__main__":
-    main()
+    sigmas, draw = pipeline.schedule(num_steps), torch.Generator().manual_seed(seed + 1)
+    x = euler(pipeline.velocity(source), pipeline.noise(seed), sigmas)
+    v_source, v_target = map(pipeline.velocity, (source, target), guidance)
+    used = sigmas[int((1 - start) * num_steps) :]
+    edited = flow_edit(x, v_source, v_target, used, lambda: torch.randn(x.shape, generator=draw).to(x))
+    for tokens, path in ((x, output.replace(".png", "_source.png")), (edited, output)):
+        pipeline.decode(tokens)[0].save(path)

@@ -5,22 +5,22 @@
 In chosen blocks of the second forward every image token attends only to itself, so its output is its own value.
 
     python examples/perturbed_attention.py --prompt "a castle" --scale 2
+    python cli.py --prompt "a castle" --plan examples/perturbed_attention.py
 """
 
-import argparse
-
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from flux_core import GenerationRequest, load_pipeline
-from flux_core.hooks import At, Custom, HookRun
-from flux_core.sampling import Velocity, euler, flow_velocity, get_noise, get_schedule, prepare
+from flux_core import load_pipeline
+from flux_core.hooks import At, Custom, Wrap
+from flux_core.params import FluxParams
+from flux_core.sampling import Velocity
+from flux_core.script import command
 
 
 def blind(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
     """Attention in which an image token attends only to itself, and a text token to all."""
-    out, own = attend(q, k, v), rearrange(v, "B H L D -> B L (H D)")
+    out, own = attend(q, k, v), v.transpose(1, 2).flatten(2)
     return torch.cat((out[:, : at.txt_len], own[:, at.txt_len :]), dim=1)
 
 
@@ -34,28 +34,14 @@ def away_from(velocity: Velocity, worse: Velocity, scale: float) -> Velocity:
     return guided
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a castle")
-    parser.add_argument("--block", default="single_blocks.0")
-    parser.add_argument("--scale", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=28)
-    parser.add_argument("--output", default="perturbed_attention.png")
-    args = parser.parse_args(argv)
+def plan(params: FluxParams, block: str = "single_blocks.0", scale: float = 2.0) -> list[Wrap]:
+    """A picture's velocity, guided away from what it is with blind attention in a block."""
+    perturbed = Custom(sites=f"{block}.attend", fn=blind)
+    return [Wrap(fn=lambda velocity, sampling: away_from(velocity, sampling.of(perturbed), scale))]
 
+
+@command
+def main(prompt="a castle", block="single_blocks.0", scale=2.0, seed=0, num_steps=28, output="perturbed_attention.png"):
     pipeline = load_pipeline("flux-mini")
-    request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
-    noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, request.seed)
-    inputs = prepare(pipeline.t5, pipeline.clip, noise, request.prompt)
-    x = inputs.pop("img")
-    sigmas = get_schedule(request.num_steps, x.shape[1])
-    run = HookRun([Custom(sites=f"{args.block}.attend", fn=blind)], pipeline.variant.params, sigmas)
-    velocity = flow_velocity(pipeline.model, **inputs, guidance=request.guidance)
-    worse = flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=run)
-    pipeline.picture(euler(away_from(velocity, worse, args.scale), x, sigmas), request).save(args.output)
-
-
-if __name__ == "__main__":
-    main()
+    guided = plan(pipeline.variant.params, block, scale)
+    pipeline.generate(prompt, seed, num_steps=num_steps, plan=guided)[0].save(output)

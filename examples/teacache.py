@@ -6,28 +6,28 @@ the sum is below the threshold, no block runs; then it is reset. The first and t
     distance += polynomial(mean |m - m_before| / mean |m_before|)
 
     python examples/teacache.py --prompt "a castle" --threshold 0.4
+    python cli.py --prompt "a castle" --plan examples/teacache.py
 """
-
-import argparse
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flux_core import GenerationRequest, load_pipeline
-from flux_core.hooks import At, Custom, HookRun
+from flux_core import load_pipeline
+from flux_core.hooks import At, Custom
 from flux_core.hooks.sites import block_names
 from flux_core.images.pictures import grid
 from flux_core.model.ops import modulate
-from flux_core.sampling import euler, flow_velocity, get_noise, get_schedule, prepare
+from flux_core.params import FluxParams
+from flux_core.script import command
 
 COEFFICIENTS = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  # the authors', highest power first
 
 
 class TeaCache:
-    """State and plan of one sampling. blocks: the model's, in order."""
+    """State and plan of one picture. blocks: the model's, in order; num_steps: known from the first forward on."""
 
-    def __init__(self, threshold: float, blocks: list[str], num_steps: int) -> None:
+    def __init__(self, threshold: float, blocks: list[str], num_steps: int = 0) -> None:
         self.threshold, self.first, self.last, self.num_steps = threshold, blocks[0], blocks[-1], num_steps
         self.modulation, self.before, self.distance, self.skipped = {}, torch.ones(()), 0.0, 0
         sites = [f"{self.first}.img_mod1.{name}" for name in ("shift", "scale")]
@@ -42,7 +42,7 @@ class TeaCache:
 
     def around(self, call, x, at: At):
         if at.name == self.first:  # here x is (img, txt); in the last block, the joined sequence
-            self.entered = torch.cat(x[::-1], dim=1)
+            self.entered, self.num_steps = torch.cat(x[::-1], dim=1), at.num_steps
             self.decide(modulate(x[0], **self.modulation), at.step)
         if self.skipping:
             return x + self.residual if at.name == self.last else x
@@ -52,28 +52,15 @@ class TeaCache:
         return out
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a castle")
-    parser.add_argument("--threshold", type=float, default=0.4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=28)
-    parser.add_argument("--output", default="teacache.png")
-    args = parser.parse_args(argv)
+def plan(params: FluxParams, threshold: float = 0.4) -> list[Custom]:
+    """A picture's own TeaCache: called for each, so that none sees another's residuals."""
+    return TeaCache(threshold, block_names(params)).plan
 
+
+@command
+def main(prompt="a castle", threshold=0.4, seed=0, num_steps=28, output="teacache.png"):
     pipeline = load_pipeline("flux-mini")
-    request = GenerationRequest(prompt=args.prompt, seed=args.seed, num_steps=args.num_steps)
-    noise = get_noise(1, request.height, request.width, pipeline.device, pipeline.dtype, request.seed)
-    inputs = prepare(pipeline.t5, pipeline.clip, noise, request.prompt)
-    x = inputs.pop("img")
-    sigmas = get_schedule(request.num_steps, x.shape[1])
-    cache = TeaCache(args.threshold, block_names(pipeline.variant.params), request.num_steps)
-    run = HookRun(cache.plan, pipeline.variant.params, sigmas)
-    plain, cached = (flow_velocity(pipeline.model, **inputs, guidance=request.guidance, run=r) for r in (None, run))
-    grid([pipeline.picture(euler(velocity, x, sigmas), request) for velocity in (plain, cached)]).save(args.output)
-    print(f"{cache.skipped} of {request.num_steps} steps skipped")
-
-
-if __name__ == "__main__":
-    main()
+    cache = TeaCache(threshold, block_names(pipeline.variant.params))
+    pictures = [pipeline.generate(prompt, seed, num_steps=num_steps, plan=used)[0] for used in ([], cache.plan)]
+    grid(pictures).save(output)
+    print(f"{cache.skipped} of {num_steps} steps skipped")

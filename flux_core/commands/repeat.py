@@ -66,8 +66,7 @@ def repeat(
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
     loading = pop_fields(files, LOADING)
-    if not from_latents:
-        load_again(files, request.hooks, "the picture")
+    load_again(files, () if from_latents else request.hooks, "the picture")
     variant, given = with_files(request.name, **pop_fields(files, FILES)), files.pop("lora", None)
     fields = request.model_dump(exclude=set(DRAWN_BY))
     if given or (request.loras and not from_latents):

@@ -5,6 +5,7 @@ never computes them. So they are computed separately, after the block, over all 
 to the chosen keys.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from ..params import FluxParams
@@ -38,10 +39,10 @@ class AttentionMaps(Collector):
         of_heads = tuple(pattern for pattern in self.blocks if HEAD in pattern)
         blocks = tuple(pattern for pattern in self.blocks if HEAD not in pattern)
         names = [*match_blocks(blocks, params), *match_sites(of_heads, params)]
-        return [placed for name in names for placed in self._of(name)]
+        return self.collect([self._of(name) for name in names])
 
-    def _of(self, name: str) -> list[Placed]:
-        """The functions for a block, or for one of its heads."""
+    def _of(self, name: str) -> "tuple[tuple[str, ...], Callable[..., tuple[str, Tensor]]]":
+        """Sites and function for a block, or for one of its heads."""
         block, head = split(name)[0], head_of(name)
 
         def compute(at: At, q: "Tensor", k: "Tensor") -> "tuple[str, Tensor]":
@@ -50,7 +51,7 @@ class AttentionMaps(Collector):
                 q, k = q[:, head : head + 1], k[:, head : head + 1]
             return f"{name}.attention_map", attention_map(q, k, queries, keys, head is not None or self.heads == "mean")
 
-        return self.collect([(f"{block}.q", f"{block}.k")], compute)
+        return (f"{block}.q", f"{block}.k"), compute
 
 
 def token_indices(tokens: str | tuple[int, ...], txt_len: int, length: int) -> list[int]:

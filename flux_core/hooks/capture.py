@@ -56,14 +56,14 @@ class Collector(Intervention):
     def changes_pixels(self) -> bool:
         return False
 
-    def collect(self, sites: list[tuple[str, ...]], fn: "Callable[..., tuple[str, Tensor]]") -> list[Placed]:
-        """Reads that store `fn(at, *values)`, (name, tensor), for each group of sites; an End that writes the file."""
+    def collect(self, groups: "list[tuple[tuple[str, ...], Callable[..., tuple[str, Tensor]]]]") -> list[Placed]:
+        """For each group of sites a Read that stores `fn(at, *values)`, (name, tensor); an End that writes the file."""
         store: Store = InFile(self.to, self.stream) if self.to is not None else InDict(self.into)
 
-        def save(at: At, *values: "Tensor") -> None:
-            store.put(at, *fn(at, *values))
+        def saving(fn: "Callable[..., tuple[str, Tensor]]") -> "Callable[..., None]":
+            return lambda at, *values: store.put(at, *fn(at, *values))
 
-        return [*(Read(group, save) for group in sites), End(store.finish, store.discard)]
+        return [*(Read(sites, saving(fn)) for sites, fn in groups), End(store.finish, store.discard)]
 
 
 class Capture(Collector):
@@ -93,7 +93,7 @@ class Capture(Collector):
         if self.tokens is not None or self.reduce is not None:
             for site in sites:
                 self._check_tokens(site)
-        return self.collect([(name,) for name in sites], lambda at, x: (at.name, self._kept(at, x)))
+        return self.collect([((name,), lambda at, x: (at.name, self._kept(at, x))) for name in sites])
 
     def _check_tokens(self, site: str) -> None:
         """UsageError for a site without such tokens."""

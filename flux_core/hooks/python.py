@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..errors import FileError, UsageError, nearest
 from ..files import user_path
@@ -92,6 +92,12 @@ class Python(OfPython):
     """
 
     kind: Literal["python"] = "python"
+
+    @model_validator(mode="after")
+    def _of_its_own(self) -> Self:
+        if self.steps is not None or self.follow:
+            raise ValueError("what the function returns has steps and follow of its own")
+        return self
 
     def interventions(self, params: FluxParams) -> tuple[Intervention, ...]:
         """HookError for what is no plan."""

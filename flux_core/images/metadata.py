@@ -46,6 +46,12 @@ def describe(image: Image.Image, request: GenerationRequest) -> Image.Image:
     return image
 
 
+def marked(image: Image.Image) -> Image.Image:
+    """The image with IPTC's mark for media made by a model, where no request describes it. The same image."""
+    image.info["xmp"] = _XMP.format("trainedAlgorithmicMedia").encode()
+    return image
+
+
 def source_type(request: GenerationRequest) -> str:
     """IPTC's digital source type: made by a model, or by a model from another picture."""
     return "trainedAlgorithmicMedia" if request.init_image is None else "compositeWithTrainedAlgorithmicMedia"

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..hooks import Custom, HookRun, Intervention
+from ..images.metadata import marked
 from ..images.pictures import crop_centre, open_source
 from ..request.fields import FIT
 from ..request.generation import PATCH
 from ..sampling import SampledRun, Velocity, get_noise, get_schedule, invert, pack
 from ..variants import Variant
 from .codec import Codec
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Prompt
 from .loras import Loras
 
 
@@ -41,11 +42,11 @@ class ByHand:
     device: Any
     t5: Any
 
-    def noise(self, seed: int = 0, *, width: int | None = None, height: int | None = None, count: int = 1) -> Tensor:
-        """Tokens of noise [count, L, 64]: those that pictures of the seeds `seed`, `seed` + 1, … start from."""
-        padded_width, padded_height = self._padded(width, height)
-        size = padded_height, padded_width, self.device, self.dtype
-        return torch.cat([pack(get_noise(1, *size, seed + i)) for i in range(count)])
+    def noise(self, seed: int | Iterable[int] = 0, *, width: int | None = None, height: int | None = None) -> Tensor:
+        """Tokens of noise [B, L, 64], a row for each seed: those that pictures of these seeds start from."""
+        wide, high = self._padded(width, height)
+        seeds = [seed] if isinstance(seed, int) else seed
+        return torch.cat([pack(get_noise(1, high, wide, self.device, self.dtype, one)) for one in seeds])
 
     def schedule(
         self, num_steps: int | None = None, *, width: int | None = None, height: int | None = None
@@ -72,19 +73,20 @@ class ByHand:
 
     def velocity(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         guidance: float | Sequence[float] | None = None,
         *,
         width: int | None = None,
         height: int | None = None,
         run: SampledRun | None = None,
     ) -> Velocity:
-        """The model as `velocity(x, sigma)`, with a prompt and a guidance for each row of x, or one for all.
+        """The model as `velocity(x, sigma)`, with a prompt for each row of x, and a guidance for each row or for all.
 
-        guidance: by default the model's. LoRAs of `load_lora` are applied. UsageError for rows or tokens that do not
-        fit.
+        A prompt is a text, or the tensors that `pipeline.prompts(text)` gives, (txt [1, T, D], vec [1, V]), as you
+        changed them. guidance: by default the model's. LoRAs of `load_lora` are applied. UsageError for rows or tokens
+        that do not fit.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts: list[Prompt] = [prompts] if _is_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
         strengths = self._strengths(guidance, len(texts))
         size = self._padded(width, height)
         adapt = self.loras.prepare((), (1.0, 0.0))
@@ -104,7 +106,7 @@ class ByHand:
 
     def forward(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         x: Tensor,
         sigma: float,
         sites: str | Sequence[str] = (),
@@ -165,10 +167,11 @@ class ByHand:
             return invert(velocity, x, self.schedule(num_steps, width=width, height=height))
 
     def decode(self, x: Tensor, *, width: int | None = None, height: int | None = None) -> list[Image.Image]:
-        """The picture of each row of tokens [B, L, 64]."""
+        """The picture of each row of tokens [B, L, 64], with the mark of media made by a model."""
         wide, high = width or self.variant.width, height or self.variant.height
+        padded = self._padded(wide, high)
         with torch.no_grad():
-            return [crop_centre(self.codec.decode(row, *self._padded(wide, high)), wide, high) for row in x.split(1)]
+            return [marked(crop_centre(self.codec.decode(row, *padded), wide, high)) for row in x.split(1)]
 
     def words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a prompt, each with the numbers of its text tokens, for maps, steering and attribution.
@@ -201,3 +204,8 @@ class ByHand:
                 f"these are {rows} prompt(s), but {len(guidance)} guidances. Next: one number, or one for each"
             )
         return list(guidance)
+
+
+def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt: a text, or a pair of tensors."""
+    return isinstance(value, str) or (len(value) == 2 and all(isinstance(x, Tensor) for x in value))

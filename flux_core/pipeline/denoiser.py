@@ -40,6 +40,9 @@ from .loras import Loras
 from .nonfinite import is_finite, step_error
 from .prompt_cache import PromptCache
 
+Prompt = str | tuple[Tensor, Tensor]
+"""a text, or what `PromptCache` gives for one: T5's tokens [1, T, D] and CLIP's vector [1, V]"""
+
 
 class Denoiser:
     """Samples with a placement's transformer."""
@@ -50,10 +53,11 @@ class Denoiser:
         self.one_batch = True
         """whether positive and negative prompt are rows of one batch where that fits, which is faster"""
 
-    def inputs(self, prompts: Sequence[str], guidance: Sequence[float], size: tuple[int, int]) -> FlowInputs:
+    def inputs(self, prompts: Sequence[Prompt], guidance: Sequence[float], size: tuple[int, int]) -> FlowInputs:
         """The fixed inputs of `velocity`: a prompt and a guidance for each row. size: width and height, padded."""
         device, rows = self.placement.device, len(prompts)
-        txt, vec = (torch.cat(parts) for parts in zip(*map(self.prompts, prompts), strict=True))
+        encoded = (self.prompts(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+        txt, vec = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         return FlowInputs(
             img_ids=image_ids(rows, size[1] // PATCH, size[0] // PATCH, device),
             txt=txt,
@@ -64,7 +68,7 @@ class Denoiser:
 
     def velocity(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         guidance: Sequence[float],
         size: tuple[int, int],
         run: SampledRun | None = None,

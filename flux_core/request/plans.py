@@ -45,7 +45,7 @@ def _hook(text: str, place: str, steps: str | None) -> Custom:
     sites, at, own = place.partition("@")
     if at and not own.strip():
         raise UsageError(f"--at {place}: no steps behind the @. Next: {sites}@0-14, or leave the @ out for all steps")
-    entry = {"kind": "custom", "fn": text, "sites": sites, "steps": own or steps}
+    entry = {"kind": "custom", "fn": text, "sites": sites, "steps": own or steps, "follow": True}
     (hook,) = pin(parse_plan([entry]))
     assert isinstance(hook, Custom)
     return hook.model_copy(update={"reads": reads_only(hook.function)})

@@ -247,6 +247,16 @@ def test_numbers_of_several_widths_are_read_back(tmp_path):
     assert stored.dtype == torch.bfloat16 and stored.shape == (1, INPUTS["img"].shape[0], 2, PARAMS.hidden_size)
 
 
+def test_maps_of_several_blocks_lie_in_one_file(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    forward(AttentionMaps(blocks="double_blocks.*,single_blocks.0.head.1", to=path))
+    gc.collect()
+    assert [x.name for x in tmp_path.iterdir()] == ["maps.safetensors"]
+    assert {name.rpartition(".")[0] for name in load_capture(path).sites} == {
+        "double_blocks.0", "double_blocks.1", "single_blocks.0.head.1",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("data, said", [(b"x", "could not be read"), (None, "could not be read")])
 def test_no_capture(tmp_path, data, said):
     path = tmp_path / "seen.safetensors"
@@ -309,6 +319,10 @@ def test_what_a_capture_cannot_do_is_told(options, said):
 def test_a_text_is_one_prompt(pipeline):
     x = pipeline.noise(3)
     assert torch.equal(pipeline.velocity("ab")(x, 0.7), pipeline.velocity(["ab"])(x, 0.7))
+    encoded = pipeline.prompts("ab")
+    assert torch.equal(pipeline.velocity("ab")(x, 0.7), pipeline.velocity(encoded)(x, 0.7))
+    two = pipeline.noise([3, 4])
+    assert torch.equal(pipeline.velocity(["ab", "c"])(two, 0.7), pipeline.velocity([encoded, "c"])(two, 0.7))
     with pytest.raises(UsageError, match=r"x is \[1, 256, 64\], but 2 prompt"):
         pipeline.velocity(["a", "b"])(x, 0.7)
     with pytest.raises(UsageError, match=r"x is \[1, 256, 64\], but 1 prompt\(s\) at 64x32 pixels take \[1, 8, 64\]"):
@@ -318,7 +332,7 @@ def test_a_text_is_one_prompt(pipeline):
 
 
 def test_rows_are_pictures(pipeline):
-    x = pipeline.noise(3, count=3)
+    x = pipeline.noise(range(3, 6))
     with pytest.raises(UsageError, match=r"3 rows\. Next: pipeline.decode"):
         pipeline.picture(x, GenerationRequest(prompt="a", seed=1))
     images = pipeline.decode(x)
@@ -590,3 +604,59 @@ def test_what_these_return_is_looked_at(pipeline, entry, said):
 def test_what_is_no_part_of_a_forward_is_refused_there(entry, pipeline):
     with pytest.raises(UsageError, match="no part of a forward"):
         pipeline.run(entry)
+
+
+# Gradients -----------------------------------------------------------------------------------------------
+
+
+def test_gradients_through_a_forward_are_those_of_differences(pipeline):
+    x = pipeline.noise(0).requires_grad_()
+    velocity, values = pipeline.forward("a red apple", x, 0.6, ["txt_in", "layer.1.img.q"], grad=True)
+    wanted = [x, values["txt_in"], values["double_blocks.1.img.q"]]
+    slopes = torch.autograd.grad(velocity.square().mean(), wanted)
+    assert all(slope.abs().max() > 0 for slope in slopes)
+    for site, slope in zip(("txt_in", "double_blocks.1.img.q"), slopes[1:], strict=True):
+        direction, (plus, minus) = slope / slope.norm(), (1e-2, -1e-2)
+        found = [
+            pipeline.forward("a red apple", x, 0.6, plan=Add(sites=site, value=step * direction))[0].square().mean()
+            for step in (plus, minus)
+        ]
+        assert ((found[0] - found[1]) / 2e-2).item() == pytest.approx(slope.norm().item(), rel=0.02)
+
+
+def test_without_grad_nothing_keeps_a_graph(pipeline):
+    velocity, values = pipeline.forward("a red apple", pipeline.noise(0).requires_grad_(), 0.6, "txt_in")
+    assert not velocity.requires_grad and not values["txt_in"].requires_grad
+    assert not pipeline.velocity("a red apple")(pipeline.noise(0), 0.6).requires_grad
+
+
+def test_gradients_reach_through_a_whole_picture(pipeline):
+    sigmas, direction = pipeline.schedule(3), torch.zeros(pipeline.variant.params.hidden_size, requires_grad=True)
+    x = pipeline.noise(0).requires_grad_()
+    with pipeline.run(Add(sites="vec", value=direction), sigmas) as run:
+        drawn = euler(pipeline.velocity("a red apple", run=run), x, sigmas)
+    drawn.mean().backward()
+    assert direction.grad.abs().max() > 0 and x.grad.abs().max() > 0
+
+
+# Words ----------------------------------------------------------------------------------------------------
+
+
+def test_words_are_those_tokens_of_the_text():
+    pipeline = load_pipeline("flux-mini", "cpu")
+    prompt = "a red apple, don't left-of\tthe  dog (face)"
+    words = pipeline.words(prompt)
+    assert [word for word, _ in words] == ["a", "red", "apple", ",", "don't", "left-of", "the", "dog", "(", "face", ")"]
+    numbers = sorted(number for _, tokens in words for number in tokens)
+    assert set(numbers) <= set(range(len(pipeline.t5.pieces(prompt)) - 1)) and len(numbers) >= len(words)
+    alone = pipeline.t5.tokens([prompt])[0]
+    for word, tokens in words:
+        if word in ("red", "apple", "dog"):
+            assert pipeline.t5.tokenizer.decode(alone[list(tokens)]).strip() == word
+    assert pipeline.words("") == []
+
+
+def test_a_long_prompt_has_the_words_that_are_read():
+    pipeline = load_pipeline("flux-mini", "cpu")
+    words = pipeline.words("apple " * 500)
+    assert words[-1][1][-1] == pipeline.t5.max_length - 2
