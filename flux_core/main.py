@@ -16,7 +16,7 @@ from .commands.table import COMMANDS, GROUPS, Command
 from .errors import FluxError, UsageError, nearest
 from .hub.client import read_env
 from .request.fields import Field
-from .terminal import abandon_stdout, note, one_line, tolerate_any_encoding
+from .terminal import abandon_stdout, note, one_line, tolerate_any_encoding, warnings_as_notes
 from .version import __version__
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
@@ -159,7 +159,8 @@ def _run(argv: Sequence[str]) -> int:
     try:
         command, flags = parse(argv)
         read_env()
-        command.run(**flags)
+        with warnings_as_notes():
+            command.run(**flags)
         return 0
     except SystemExit as end:  # argparse exits after --help and --version
         return int(end.code or 0)

@@ -3,6 +3,10 @@
 import os
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def tolerate_any_encoding() -> None:
@@ -31,6 +35,24 @@ def note(text: str) -> None:
     """Print what the user should know to stderr; nothing where there is no stderr."""
     if sys.stderr is not None:
         print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """A context in which our own warnings are notes, without the line of code that others' have."""
+    show, ours = warnings.showwarning, os.path.dirname(__file__)
+
+    def shown(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+        if filename.startswith(ours):
+            note(str(message))
+        else:
+            show(message, category, filename, *rest, **named)
+
+    warnings.showwarning = shown
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def no_bars() -> bool | None:

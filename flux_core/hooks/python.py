@@ -10,7 +10,7 @@ import hashlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -116,7 +116,9 @@ def pinned(entry: Entry) -> Entry:
     if entry.is_record and entry.sha256 in _LOADED:
         return entry
     path, name = file_and_name(entry.fn, "plan" if isinstance(entry, Python) else None)
-    sha256 = load(path, entry.sha256)
+    sha256 = load(path, entry.sha256 and [entry.sha256])
+    if entry.sha256 not in (None, sha256):
+        raise UsageError(f"{path} is not the file of that SHA-256: it has {sha256[:12]}…, not {entry.sha256[:12]}…")
     record = entry.model_copy(update={"fn": f"{path.name}:{name}", "sha256": sha256})
     function_of(str(record.fn), sha256)
     return record
@@ -132,10 +134,10 @@ def file_and_name(text: str, default: str | None = None) -> tuple[Path, str]:
     return user_path(found[1]), found[2] or str(default)
 
 
-def load(path: Path, expected: str | None = None) -> str:
+def load(path: Path, among: Collection[str] | None = None) -> str:
     """Run a Python file, unless it was, and return its SHA-256. FileError, UsageError.
 
-    expected: the only SHA-256 that is run. Its folder is where it finds other modules, which the hash does not cover.
+    among: the only ones that are run. Its folder is where it finds other modules, which the hash does not cover.
     """
     if what := _REFUSED.get():
         raise UsageError(f"{what} cannot make us run {path}. Next: name it on the command line")
@@ -145,9 +147,7 @@ def load(path: Path, expected: str | None = None) -> str:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"{path}: the Python file could not be read: {reason}") from None
     sha256 = hashlib.sha256(data).hexdigest()
-    if expected not in (None, sha256):
-        raise UsageError(f"{path} has changed: its SHA-256 is {sha256[:12]}…, and {str(expected)[:12]}… is wanted")
-    if sha256 not in _LOADED:
+    if sha256 not in _LOADED and (among is None or sha256 in among):
         _LOADED[sha256] = _run(data, path, f"{path.stem}_{sha256[:8]}")
     return sha256
 

@@ -22,7 +22,7 @@ from ..hooks import HookRun, Intervention, ShareKV
 from ..pipeline import Pipeline
 from ..request.fields import FIT, NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
-from ..sampling import OnStep, Step, Velocity, get_noise, get_schedule, invert, pack
+from ..sampling import OnStep, Step, Velocity, euler, get_noise, get_schedule, invert, pack
 
 SOURCE = "source"
 Replay = Literal["exact", "released"]
@@ -107,7 +107,7 @@ class Editing:
 
         def work() -> Tensor:
             integrate = self.pipeline.denoiser.integrate
-            return integrate(velocity, x, self.sigmas, self.plan, on_step, branches=self.branches)
+            return integrate(velocity, x, self.sigmas, self.plan, on_step, euler, branches=self.branches)
 
         what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"
         return self.pipeline.fallback.run(what, work, "offload")

@@ -142,7 +142,7 @@ class Denoiser:
         adapt = self.loras.prepare(first.loras, sigmas)
         velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
         request = first.recorded(functions).model_dump_json()
-        about = {"branches": first.branches, "passes": not together, "image": image, "request": request}
+        about: dict[str, Any] = {"branches": first.branches, "passes": not together, "image": image, "request": request}
         return self.integrate(velocity, x, sigmas, (*first.hooks, *functions), on_step, **about)
 
     def integrate(
@@ -152,12 +152,13 @@ class Denoiser:
         sigmas: Sequence[float],
         plan: Sequence[Intervention] = (),
         on_step: OnStep | None = None,
+        sample: Callable[..., Tensor] = euler,
         **about: Any,
     ) -> Tensor:
-        """The tokens at the end of the schedule, under a plan: by Euler, if it has no sampler of its own.
+        """The tokens at the end of the schedule, under a plan.
 
-        velocity: as a function of the hooks in a forward. about: the other arguments of `HookRun`. HookError,
-        NonFiniteError.
+        velocity: as a function of the hooks in a forward. sample: the sampler, if the plan has none. about: the other
+        arguments of `HookRun`. HookError, NonFiniteError.
         """
         params = self.variant.params
         plan = expanded(plan, params)
@@ -174,7 +175,7 @@ class Denoiser:
             v, sampling = velocity(run if run.plan else None), Sampling(tuple(sigmas), params, of)
             for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
                 v = wrap.around(v, sampling)
-            sample = samplers[0].sample if samplers else euler
+            sample = samplers[0].sample if samplers else sample
             return sample(v, x, sigmas, self.checked(on_step, velocity, run))
 
     def _guided(

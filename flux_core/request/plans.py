@@ -62,13 +62,12 @@ def load_again(flags: dict[str, Any], plan: Iterable[Intervention], what: str) -
 
     Returns what a JSON file of --plan says. FileError, UsageError, which asks for a file that is missing.
     """
-    found = flags.pop("plan", None)
+    plan, found = list(plan), flags.pop("plan", None)
     is_python = found is not None and re.fullmatch(r".+\.py(:\w+)?", found)
-    given = [
-        file_and_name(text, "plan")[0] for text in [*([found] if is_python else []), *_flat(flags.pop("hook", None))]
-    ]
+    given = [*([found] if is_python else []), *_flat(flags.pop("hook", None))]
+    wanted = [str(entry.sha256) for entry in plan if isinstance(entry, OfPython)]
+    hashes = {path: load(path, wanted) for path, _ in (file_and_name(text, "plan") for text in given)}
     entries = read_plan(found) if found is not None and not is_python else ()
-    hashes = {path: load(path) for path in given}
     check_given(plan, what, hashes)
     return entries
 

@@ -731,8 +731,10 @@ def test_processes_that_have_no_place_to_meet_are_told(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_torchrun_spreads_a_session(tmp_path):
-    """The real thing: flux-mini, two processes, each with its own model."""
+    """The real thing: flux-mini, two processes, each with its own model and its own copy of a function."""
+    (tmp_path / "my.py").write_text("def brighter(x, at):\n    return x * 1.1\n")
     flags = ["--prompt", "a red apple", "--width=64", "--height=64", "--force", "--steps", "1,2", "--seeds", "1,2,3,4"]
+    flags += ["--hook", str(tmp_path / "my.py:brighter"), "--at", "vec@0", "--skip", "layer.6"]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, command in (("alone", [sys.executable]), ("shared", run)):
         words = [*command, str(ROOT / "cli.py"), "explore", *flags, "--output-dir", str(tmp_path / name)]

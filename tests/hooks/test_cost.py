@@ -9,7 +9,18 @@ from golden_files import flux_of, read
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_core.hooks import AttentionMaps, Capture, Custom, FirstBlockCache, HookRun, Scale, ShareKV, Skip, traceable
+from flux_core.hooks import (
+    AttentionMaps,
+    AttentionMask,
+    Capture,
+    Custom,
+    FirstBlockCache,
+    HookRun,
+    Scale,
+    ShareKV,
+    Skip,
+    traceable,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from hook_cost import without_taps
@@ -111,11 +122,13 @@ def test_sharing_keys_and_values_compiles_one_graph_for_each_kind_of_block(compi
         lambda blocks: Capture(sites=[f"{blocks}.img.q"], into={}),
         lambda blocks: Capture(sites=[f"{blocks}.*"], into={}),
         lambda blocks: AttentionMaps(blocks=[blocks], into={}),
+        lambda blocks: AttentionMask(blocks=[blocks], value=torch.rand(1, 1, 1, 1) > 2),
+        lambda blocks: Scale(sites=[f"{blocks}.head.1"], value=len(blocks)),
         lambda blocks: Scale(sites=[f"{blocks}.img.attn"], value=len(blocks)),
         lambda blocks: Custom(sites=[f"{blocks}.img.v"], fn=half),
         lambda blocks: Custom(sites=[f"{blocks}.attend"], fn=half_attention),
     ],
-    ids=["capture one", "capture all", "maps", "scale", "function", "attention"],
+    ids=["capture one", "capture all", "maps", "mask", "head", "scale", "function", "attention"],
 )
 def test_one_block_or_all_is_the_same_graph(compiled, make):
     assert compiled(make("double_blocks.1")) == 1

@@ -395,7 +395,7 @@ def test_an_exception_carries_its_place_and_the_pipeline_is_clean(pipeline):
     for site in ("vec", "single_blocks.1.img.k", "double_blocks.1.attend"):
         fn = (lambda attend, q, k, v, at: boom(q, at)) if site.endswith("attend") else boom
         with pytest.raises(
-            HookError, match=rf"at {site}, step 1, raised KeyError: 'nothing' \(test_faults.py, line"
+            HookError, match=rf"at {site}, step 1, raised KeyError: 'nothing' \(test_hook_faults.py, line"
         ) as e:
             pipeline.generate("a red apple", 1, num_steps=2, plan=Custom(sites=site, fn=fn, steps=[1]))
         assert isinstance(e.value.__cause__, KeyError)
