@@ -616,12 +616,12 @@ def test_gradients_through_a_forward_are_those_of_differences(pipeline):
     slopes = torch.autograd.grad(velocity.square().mean(), wanted)
     assert all(slope.abs().max() > 0 for slope in slopes)
     for site, slope in zip(("txt_in", "double_blocks.1.img.q"), slopes[1:], strict=True):
-        direction, (plus, minus) = slope / slope.norm(), (1e-2, -1e-2)
+        direction, (plus, minus) = slope / slope.norm(), (0.1, -0.1)
         found = [
             pipeline.forward("a red apple", x, 0.6, plan=Add(sites=site, value=step * direction))[0].square().mean()
             for step in (plus, minus)
         ]
-        assert ((found[0] - found[1]) / 2e-2).item() == pytest.approx(slope.norm().item(), rel=0.02)
+        assert ((found[0] - found[1]) / 0.2).item() == pytest.approx(slope.norm().item(), rel=0.03)
 
 
 def test_without_grad_nothing_keeps_a_graph(pipeline):
