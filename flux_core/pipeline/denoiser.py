@@ -152,13 +152,13 @@ class Denoiser:
         sigmas: Sequence[float],
         plan: Sequence[Intervention] = (),
         on_step: OnStep | None = None,
-        sample: Callable[..., Tensor] = euler,
+        sample: Callable[..., Tensor] | None = None,
         **about: Any,
     ) -> Tensor:
         """The tokens at the end of the schedule, under a plan.
 
-        velocity: as a function of the hooks in a forward. sample: the sampler, if the plan has none. about: the other
-        arguments of `HookRun`. HookError, NonFiniteError.
+        velocity: as a function of the hooks in a forward. sample: the sampler, if the plan has none; None: Euler's.
+        about: the other arguments of `HookRun`. HookError, NonFiniteError.
         """
         params = self.variant.params
         plan = expanded(plan, params)
@@ -175,8 +175,8 @@ class Denoiser:
             v, sampling = velocity(run if run.plan else None), Sampling(tuple(sigmas), params, of)
             for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
                 v = wrap.around(v, sampling)
-            sample = samplers[0].sample if samplers else sample
-            return sample(v, x, sigmas, self.checked(on_step, velocity, run))
+            chosen = samplers[0].sample if samplers else sample or euler
+            return chosen(v, x, sigmas, self.checked(on_step, velocity, run))
 
     def _guided(
         self,
