@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -175,16 +175,18 @@ def function_of(fn: str, sha256: str | None) -> Callable[..., Any]:
     """The function of a record. UsageError where its file was not loaded, or has no such function."""
     file, _, name = fn.rpartition(":")
     if sha256 not in _LOADED:
-        hash_text = f" (SHA-256 {sha256[:12]}…)" if sha256 else ""
-        raise UsageError(
-            f"{one_line(fn)}{hash_text} is code of your own, and was not given. Next: --hook {one_line(file)}"
-        )
-    module = _LOADED[sha256]
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise UsageError(f"{one_line(file)} has no function {name[:60]!r}.{nearest(name, known)}")
-    return found
+        which = f" (SHA-256 {sha256[:12]}…)" if sha256 else ""
+        raise UsageError(f"{one_line(fn)}{which} is code of your own, and was not given. Next: --hook {one_line(file)}")
+    own = {key: value for key, value in vars(_LOADED[sha256]).items() if _is_own(value, _LOADED[sha256])}
+    if name not in own:
+        raise UsageError(f"{one_line(file)} has no function {name[:60]!r}.{nearest(name, own)}")
+    return own[name]
+
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    """Whether a value can be called, and is no function or class that the file imports: a record may name any."""
+    imported = isinstance(value, FunctionType | BuiltinFunctionType | type) and value.__module__ != module.__name__
+    return callable(value) and not imported
 
 
 def reads_only(fn: Callable[..., Any]) -> bool:

@@ -242,6 +242,7 @@ def test_no_code():
     (["--plan", "raises.py"], 2, "raises.py, line 3: ZeroDivisionError: division by zero"),
     (["--plan", "my.py:nothing"], 2, "my.py:nothing: a plan is a list of interventions, not int"),
     (["--plan", "my.py:number"], 2, "has no function 'number'"),
+    (["--plan", "my.py:Skip"], 2, "has no function 'Skip'"),
     (["--wrap", "my.py:brighter"], 2, "my.py:brighter"),
     (["--sampler", "my.py:ahead", "--plan", "samples.json"], 2, "are two samplers"),
 ])  # fmt: skip
