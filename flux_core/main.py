@@ -120,7 +120,8 @@ def _dashes(word: str) -> str:
 def _steps_of_hook(words: list[str], command: Command) -> list[str]:
     """The words with --hook-steps for --steps, where there is a --hook and the command has both meanings of it."""
     names = {field.name for field in command.fields}
-    if not names >= {"num_steps", "hook_steps"} or not any(word.partition("=")[0] == "--hook" for word in words):
+    given = {word.partition("=")[0] for word in words}
+    if not names >= {"num_steps", "hook_steps"} or "--hook" not in given or "--hook-steps" in given:
         return words
     return [re.sub(r"^--steps(?=$|=)", "--hook-steps", word) for word in words]
 

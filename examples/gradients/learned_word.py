@@ -21,7 +21,7 @@ def in_place_of(tokens: tuple[int, ...], vector: Tensor) -> Custom:
 
     def replaced(txt: Tensor, at) -> Tensor:
         index = torch.tensor(tokens, device=txt.device)
-        return txt.index_copy(1, index, vector.to(txt.dtype).expand(len(txt), len(tokens), -1))
+        return txt.index_copy(1, index, vector.to(txt).expand(len(txt), len(tokens), -1))
 
     return Custom(sites="txt_in", fn=replaced)
 
@@ -39,7 +39,7 @@ def main(
     plan, adam = in_place_of(pipeline.words(prompt)[0][1], word), torch.optim.Adam([word], lr)
     velocity = pipeline.velocity(prompt, run=pipeline.run(plan))
     for _ in range(iterations):
-        noise, sigma = torch.randn(x.shape, generator=draw), torch.rand((), generator=draw).item()
+        noise, sigma = torch.randn(x.shape, generator=draw).to(x), torch.rand((), generator=draw).item()
         adam.zero_grad()
         (velocity(sigma * noise + (1 - sigma) * target, sigma) - (noise - target)).square().mean().backward()
         adam.step()

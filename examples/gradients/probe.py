@@ -19,7 +19,7 @@ def labelled(pipeline, prompt: str, block: str, x: Tensor, sigmas: list[float]) 
     picture = euler(pipeline.velocity(prompt), x, sigmas)
     _, values = pipeline.forward(prompt, (x + picture) / 2, 0.5, f"{block}.img.out")
     distance = (picture[0] - picture[0, :1]).norm(dim=-1)
-    return values[f"{block}.img.out"][0], (distance > distance.mean()).float()
+    return values[f"{block}.img.out"][0].float().cpu(), (distance > distance.mean()).float().cpu()
 
 
 def fitted(tokens: Tensor, labels: Tensor) -> Tensor:

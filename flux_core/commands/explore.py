@@ -4,6 +4,7 @@ However a session ends (a signal, a full disk, a power cut), `--resume` draws wh
 torchrun, every process draws the next picture that no other process is drawing.
 """
 
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
 from ..files import prepare_folder, write_whole
-from ..hooks import Intervention, Lora
+from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import Plan
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
@@ -104,8 +105,9 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
 
 
 def _labels(plan: Sequence[Intervention]) -> tuple[str, ...]:
-    """What a manifest says of entries that it cannot hold."""
-    return tuple(entry.label for entry in plan)
+    """What a manifest says of entries that it cannot hold: in words, and by a hash of all that they say."""
+    digests = [hashlib.sha256(entry.model_dump_json().encode()).hexdigest()[:8] for entry in plan]
+    return tuple(f"{entry.label} ({digest})" for entry, digest in zip(plan, digests, strict=True))
 
 
 def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan) -> Exploration:
@@ -126,9 +128,14 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan
     loras = typed_entries(flags, variant)
     varied = [i for i, (_, typed) in enumerate(loras, len(kept)) if typed.scale is None]
     fields = {**flags, "name": variant.name, "plan": [*kept, *(entry for entry, _ in loras)]}
-    options["beside"] = _labels([entry for entry in given if not (entry.portable or isinstance(entry, Lora))])
+    beside = [entry for entry in given if not (entry.portable or isinstance(entry, Lora))]
+    options["beside"] = _labels(beside)
     texts = _prompts(file) if file else [str(prompt)]
-    return plan_exploration(texts, fields, **lists, varied=varied, **options)
+    found = plan_exploration(texts, fields, **lists, varied=varied, **options)
+    for point in found.places:  # also with what no manifest holds
+        request = found.request_of(point)
+        check_plan([*request.hooks, *beside], variant.params, request.num_forward_steps, request.branches)
+    return found
 
 
 def _lora(given: Any) -> dict[str, Any]:
@@ -270,7 +277,8 @@ class Work:
             if stepwise is not None:
                 stepwise(step)
 
-        image = pipeline.draw(request, None, on_step, self.beside)
+        number = self.session.numbers[point]
+        image = pipeline.draw(request, None, on_step, self.beside, image=number)
         if stepwise is not None:
             stepwise.save_sheet()
         recorded = image.info[KEY] if exploration.metadata else None

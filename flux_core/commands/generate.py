@@ -107,7 +107,10 @@ def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], va
     given = checked_plan(given, variant)
     if old is None:
         return (*given, *entries_of(fields, variant))
-    hooks = [entry for entry in given if not isinstance(entry, Lora)] or old.hooks
+    own = [entry for entry in given if not isinstance(entry, Lora)]
+    hooks = (
+        own if any(entry.changes_pixels for entry in own) else [*old.hooks, *own]
+    )  # one that only looks changes none
     check_given(hooks, "the picture")
     return (*hooks, *(x for x in given if isinstance(x, Lora)), *changed_plan(old.loras, fields, variant))
 
@@ -203,7 +206,7 @@ def _draw_all(
     for number, request in enumerate(requests):
         if number % ahead == 0:
             pipeline.encode_ahead(requests[number : number + ahead], last and number + ahead >= len(requests))
-        images.append(_draw(pipeline, request, source, steps_folder))
+        images.append(_draw(pipeline, request, source, steps_folder, number))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
     if len(images) > 1:
@@ -233,9 +236,13 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
 
 
 def _draw(
-    pipeline: "Pipeline", request: GenerationRequest, source: Image.Image | None, steps_folder: Path | None
+    pipeline: "Pipeline",
+    request: GenerationRequest,
+    source: Image.Image | None,
+    steps_folder: Path | None,
+    number: int,
 ) -> Image.Image:
-    """Draw a picture, with a progress bar on a terminal."""
+    """Draw a picture, with a progress bar on a terminal. number: among those of the command."""
     stepwise = Stepwise(pipeline, request, steps_folder) if steps_folder else None
     with tqdm(total=request.num_forward_steps, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
 
@@ -245,7 +252,7 @@ def _draw(
                 stepwise(step)
 
         try:
-            return pipeline.draw(request, source, on_step)
+            return pipeline.draw(request, source, on_step, image=number)
         finally:
             if stepwise is not None:
                 stepwise.save_sheet()

@@ -5,6 +5,7 @@ decoded, and only the autoencoder is loaded.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import FileError, UsageError
 from ..files import prepare_folder
+from ..hooks import Intervention
 from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
@@ -66,7 +68,9 @@ def repeat(
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
     loading = pop_fields(files, LOADING)
-    load_again(files, () if from_latents else request.hooks, "the picture")
+    looks = load_again(files, () if from_latents else request.hooks, "the picture")
+    if others := [entry.kind for entry in looks if entry.changes_pixels]:
+        raise UsageError(f"the picture has a plan of its own, and --plan adds {others[0]}. Next: --from-image {file}")
     variant, given = with_files(request.name, **pop_fields(files, FILES)), files.pop("lora", None)
     fields = request.model_dump(exclude=set(DRAWN_BY))
     if given or (request.loras and not from_latents):
@@ -78,7 +82,7 @@ def repeat(
         image = _decode(latents, variant, device, vae_tiling)
     else:
         check_files(variant)
-        image = _draw(new, request, variant, device, offload, vae_tiling, loading)
+        image = _draw(new, request, variant, device, offload, vae_tiling, loading, looks)
     path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
     tell(str(path))
     _compare(path, recorded)
@@ -115,10 +119,11 @@ def _draw(
     offload: bool,
     vae_tiling: bool,
     loading: dict[str, Any],
+    looks: Sequence[Intervention] = (),
 ) -> Image.Image:
     """The picture of a request. Notes say why its pixels may differ from those of the `old` request.
 
-    loading: the flags of `fields.LOADING`.
+    loading: the flags of `fields.LOADING`. looks: interventions that only read.
     """
     from ..pipeline import load_pipeline  # and with it torch
 
@@ -130,7 +135,7 @@ def _draw(
         note(f"pixels may differ: {reason}")
     tell(f"{request.settings()}, seed {request.seed}, {request.dtype} on {pipeline.device}")
     pipeline.encode_ahead([request], last=True)
-    return pipeline.draw(request)
+    return pipeline.draw(request, functions=looks)
 
 
 def _decode(file: Path, variant: Variant, device: str, vae_tiling: bool) -> Image.Image:

@@ -49,7 +49,8 @@ class AttentionMaps(Collector):
             queries, keys = (token_indices(tokens, at.txt_len, q.shape[2]) for tokens in (self.queries, self.keys))
             if head is not None:
                 q, k = q[:, head : head + 1], k[:, head : head + 1]
-            return f"{name}.attention_map", attention_map(q, k, queries, keys, head is not None or self.heads == "mean")
+            found = attention_map(q, k, queries, keys, head is not None or self.heads == "mean")
+            return f"{name}.attention_map", found.detach().to("cpu")
 
         return (f"{block}.q", f"{block}.k"), compute
 

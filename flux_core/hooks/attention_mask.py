@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
+from ..errors import UsageError
 from ..params import FluxParams
 from .change import Stored
 from .intervention import Intervention, Patterns
@@ -46,7 +47,11 @@ class AttentionMask(Intervention):
         return f"a mask of attention in {', '.join(self.blocks)}"
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
+        import torch
+
         value = self.value.read() if isinstance(self.value, Stored) else self.value
+        if not (value.is_floating_point() or value.dtype == torch.bool):
+            raise UsageError(f"attention_mask: {value.dtype} is neither bool nor a bias. Next: mask.bool()")
         blocks = match_blocks(self.blocks, params)
         return [Write(f"{block}.{ATTEND}", masked, (value,), traceable=True) for block in blocks]
 

@@ -116,6 +116,7 @@ class Capture(Collector):
                 if self.tokens[-1] >= x.shape[axis]:
                     raise UsageError(f"capture: {at.name} has {x.shape[axis]} tokens, so none is {self.tokens[-1]}")
                 x = x.index_select(axis, torch.tensor(self.tokens, dtype=torch.int64, device=x.device))
-            x = x.float().mean(axis).to(x.dtype) if self.reduce else x
         dtype = x.dtype if self.dtype is None else getattr(torch, self.dtype)
+        if self.reduce:
+            x = x.float().mean((token_axis(at.name) or (1, ""))[0])
         return x.to("cpu" if self.to is not None else self.device or x.device, dtype, copy=self.to is None)

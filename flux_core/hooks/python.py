@@ -160,7 +160,7 @@ def _run(data: bytes, path: Path, name: str) -> ModuleType:
         sys.path.append(folder)
     try:
         exec(compile(data, str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         if isinstance(error, SyntaxError):
             where, text = error.lineno, error.msg

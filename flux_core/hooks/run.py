@@ -11,8 +11,10 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial, wraps
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -30,6 +32,10 @@ from .plan import expanded, hidden, listed, place_all
 from .seam import About, Around, At, End, Read, Write
 from .sites import is_inside, split
 from .taps import BoundFunction, Misfit, Taps, described, fitting
+
+
+class Token:
+    """Stands for a run, without keeping it."""
 
 
 class HookRun:
@@ -76,7 +82,7 @@ class HookRun:
             warnings.warn(line, stacklevel=2)
         # a run that is dropped without its end writes its files all the same
         self._end = weakref.finalize(self, _end_all, ends, About(self.sigmas, branches, self.passes, request))
-        self._ends = ends
+        self._ends, self._token = ends, Token()
 
     @property
     def num_steps(self) -> int:
@@ -110,17 +116,18 @@ class HookRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and is_out_of_memory(error):
-            self.discard()
-        else:
-            self.finish()
+    def __exit__(self, *error: object) -> None:
+        self.finish()
 
     # What the model's loop calls -------------------------------------------------------------------
 
     def value(self, name: str, x: Any) -> Any:
         block, site = split(name)
         if site == "txt_in":  # the first of a forward
+            if self._ends and not self._end.alive:
+                raise UsageError(
+                    "this run has ended, and its captures are written. Next: another run for other forwards"
+                )
             self._txt_len = x.shape[1]
             self.call = self._calls[self.step]
             self._calls[self.step] += 1
@@ -193,6 +200,7 @@ class HookRun:
                 raise
             if run is block and getattr(block, "_compiled_call_impl", None) is not None:
                 self._run_block(name, block, active, call, block.forward)  # whose error says more
+                raise  # it is compiling that fails
             raise self._failure(inside[0].fn, inside[0].site, error) from error
 
     def _prepare(self, name: str, block: Any, active: list[Any]) -> tuple[Callable[..., Any], Tap]:
@@ -218,8 +226,8 @@ class HookRun:
 
     def _args(self, write: Write) -> tuple[Tensor, ...]:
         """The tensors of a Write on the device of this forward; moved once."""
-        if not write.args:
-            return ()
+        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in write.args):
+            return tuple(map(self._tensor, write.args))  # which an optimizer may change from step to step
         key = (id(write), self._device)
         if key not in self._moved:
             self._moved[key] = tuple(map(self._tensor, write.args))
@@ -319,7 +327,7 @@ class HookRun:
 
     def _failure(self, fn: Callable[..., Any], name: str, error: Exception) -> HookError:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename.rpartition('/')[2]}, line {last.lineno}"
+        where = f"{Path(last.filename).name}, line {last.lineno}"
         return self._hook_error(fn, name, f"raised {type(error).__name__}: {error} ({where})")
 
     def _hook_error(self, fn: Callable[..., Any], name: str, text: str) -> HookError:
@@ -333,7 +341,7 @@ class HookRun:
     def _at(self, name: str) -> At:
         call = max(self.call, 0)
         branches = (self.branches[call % len(self.branches)],) if self.passes else self.branches
-        return At(name, self.step, self.sigma, call, self._txt_len, branches, self.num_steps, self.image)
+        return At(name, self.step, self.sigma, call, self._txt_len, branches, self.num_steps, self.image, self._token)
 
 
 def _check_schedule(sigmas: Sequence[float]) -> None:
@@ -345,8 +353,9 @@ def _check_schedule(sigmas: Sequence[float]) -> None:
 
 
 def _end_all(ends: list[End], about: About) -> None:
-    for end in ends:
-        end.finish(about)
+    with ExitStack() as stack:  # where one fails, the others end all the same
+        for end in reversed(ends):
+            stack.callback(end.finish, about)
 
 
 def _with_strides_of(old: Tensor, new: Tensor) -> Tensor:

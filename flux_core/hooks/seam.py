@@ -16,7 +16,7 @@ What a function returns has the shape, dtype and device of what it replaces, els
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class At:
     """of the schedule; `step` counts from 0 to the last of them"""
     image: int = 0
     """pictures of the request before the current"""
+    run: object = field(default=None, repr=False, compare=False)
+    """the same in all calls of one run"""
 
 
 @dataclass(frozen=True)

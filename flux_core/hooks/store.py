@@ -7,14 +7,14 @@ A key says when and where: `step.site`, or `step.forward.site` for a second forw
 import json
 import os
 import re
-import tempfile
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from ..errors import FileError, nearest
-from ..files import disk_errors
+from ..files import disk_errors, temporary_beside
 from ..terminal import tell
 from .seam import About, At
 
@@ -70,38 +70,71 @@ class Store(Protocol):
         """Forget what was put, since the picture is drawn again."""
 
 
-class InDict:
-    """A picture's part of a dict. A dict in which it would overwrite something gets it as a further picture."""
+class Part:
+    """A run's part of a dict: one picture. Where it would overwrite something, it becomes a further picture."""
 
     def __init__(self, into: dict[str, "Tensor"]) -> None:
-        self.into, self.image, self.full = into, -1, False
-        self.mine: list[str] = []
+        self.into, self.image = into, 0
+        self.mine: list[Key] = []
+        self.places: set[tuple[Any, ...]] = set()
+        """step, forward and site of each"""
+        self.full = any(key is not None and text == key.full for text, key in ((text, Key.of(text)) for text in into))
 
     def put(self, at: At, site: str, x: "Tensor") -> None:
-        if self.image < 0:
-            self._begin(Key(0, at.step, at.call, site))
+        if self.mine and self.mine[-1].short not in self.into:
+            self.full = True  # another run has made the keys long
         key = Key(self.image, at.step, at.call, site)
-        self.mine.append(key.full if self.full else key.short)
-        self.into[self.mine[-1]] = x
+        if key[1:] not in self.places:
+            if key.full in self.into or (self.image == 0 and key.short in self.into):
+                self._renumber(key)
+            key = key._replace(image=self.image)
+            self.mine.append(key)
+            self.places.add(key[1:])
+        self.into[key.full if self.full else key.short] = x
 
-    def _begin(self, first: Key) -> None:
-        """Find this picture's number. With a second picture, the keys of the first become long ones, too."""
-        known = {text: key for text in self.into if (key := Key.of(text))}
-        taken = {key.image for key in known.values() if key[1:] == first[1:]}
-        self.image = next(number for number in count() if number not in taken)
-        self.full = self.image > 0 or any(text == key.full for text, key in known.items())
-        if self.full:
-            values = {known[text].full if text in known else text: x for text, x in self.into.items()}
-            self.into.clear()
-            self.into.update(values)
+    def _renumber(self, key: Key) -> None:
+        """Become the first picture in which nothing stands at these places. All keys become long ones."""
+        for text in list(self.into):
+            if (known := Key.of(text)) and text != known.full:
+                self.into[known.full] = self.into.pop(text)
+        wanted = [*self.mine, key]
+        numbers = (n for n in count() if not any(k._replace(image=n).full in self.into for k in wanted))
+        self.full, self.image, moved = True, next(numbers), []
+        for old in self.mine:
+            moved.append(old._replace(image=self.image))
+            self.into[moved[-1].full] = self.into.pop(old.full)
+        self.mine = moved
+
+    def discard(self) -> None:
+        for key in self.mine:
+            self.into.pop(key.full, None)
+            if key.image == 0:
+                self.into.pop(key.short, None)
+        self.mine, self.places = [], set()
+
+
+_PARTS: "WeakKeyDictionary[object, dict[int, Part]]" = WeakKeyDictionary()
+"""by run, and the dict's identity: what stores in one dict in one run is of one picture"""
+
+
+class InDict:
+    """A store that puts tensors in a dict of the user's."""
+
+    def __init__(self, into: dict[str, "Tensor"]) -> None:
+        self.into = into
+        self.part: Part | None = None
+
+    def put(self, at: At, site: str, x: "Tensor") -> None:
+        parts = _PARTS.setdefault(at.run, {})
+        self.part = parts.get(id(self.into)) or parts.setdefault(id(self.into), Part(self.into))
+        self.part.put(at, site, x)
 
     def finish(self, about: About) -> None:
         pass
 
     def discard(self) -> None:
-        for key in self.mine:
-            self.into.pop(key, None)
-        self.image, self.mine = -1, []
+        if self.part is not None:
+            self.part.discard()
 
 
 class InFile:
@@ -126,7 +159,7 @@ class InFile:
         import torch
 
         data = x.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
-        with disk_errors(self.path):
+        with disk_errors(self.path, 'the plan\'s "to"'):
             if self.spool is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.spool = _beside(self.path)
@@ -140,8 +173,9 @@ class InFile:
             for key, x in self.held.items():
                 self._write(key, x)
             if self.spool is not None:
-                with disk_errors(self.path):
-                    tell(str(self._assembled(about, self.spool)))
+                with disk_errors(self.path, 'the plan\'s "to"'):
+                    path = self._assembled(about, self.spool)
+                tell(str(path))
         finally:
             self.discard()
 
@@ -178,7 +212,7 @@ class InFile:
 
 def _beside(path: Path) -> IO[bytes]:
     """A new file in the folder of another."""
-    return tempfile.NamedTemporaryFile("w+b", dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False)
+    return temporary_beside(path.parent).open("x+b")
 
 
 def _width(dtype: str) -> int:
@@ -241,8 +275,14 @@ class Captured:
         return tuple(dict.fromkeys(key.site for key in self.keys))
 
     def steps(self, site: str) -> list[tuple[int, int]]:
-        """Step and forward of each of the values that `captured[site]` stacks."""
-        return [(key.step, key.forward) for key in self.keys if key.site == site]
+        """Step and forward of each of the values that `captured[site]` stacks; of branches with passes, the first."""
+        found = [(key.step, key.forward) for key in self.keys if key.site == site]
+        return found[:: self._passes(len(found))]
+
+    def _passes(self, forwards: int) -> int:
+        """Forwards that one value is made of."""
+        passes = len(self.branches) if self.about.get("passes") else 1
+        return passes if passes and forwards % passes == 0 else 1
 
     def __getitem__(self, site: str) -> "Tensor":
         """The values at a site, in their order: [forwards, B, …], so [steps, B, …] where a step takes one forward.
@@ -255,9 +295,8 @@ class Captured:
         if not keys:
             raise FileError(f"{self.path} holds no site {site!r}.{nearest(site, self.sites)}")
         values = [read_tensor(self.path, key.short) for key in keys]
-        if self.about.get("passes") and (passes := len(self.branches)) and len(values) % passes == 0:
-            values = [torch.cat(values[i : i + passes]) for i in range(0, len(values), passes)]
-        return torch.stack(values)
+        passes = self._passes(len(values))
+        return torch.stack([torch.cat(values[i : i + passes]) for i in range(0, len(values), passes)])
 
 
 def load_capture(path: str | Path) -> Captured:

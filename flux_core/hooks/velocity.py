@@ -82,7 +82,7 @@ class Sampler(OfPython):
 
 def like(new: Any, old: "Tensor", called: str) -> "Tensor":
     """`new`, if it is a tensor of the shape and dtype of `old`. HookError."""
-    if getattr(new, "shape", None) == old.shape and new.dtype == old.dtype:
+    if getattr(new, "shape", None) == old.shape and (new.dtype, new.device) == (old.dtype, old.device):
         return new
     found = f"{list(new.shape)} {new.dtype}" if hasattr(new, "dtype") else type(new).__name__
     raise HookError(f"{called} returned {found}; expected {list(old.shape)} {old.dtype}".replace("torch.", ""))

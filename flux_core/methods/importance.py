@@ -118,7 +118,7 @@ class Study:
         end_claims(self.folder)
 
     def request_of(self, task: Task) -> GenerationRequest:
-        skips = () if task.block == REFERENCE else (Skip(blocks=(task.block,)),)
+        skips = () if task.block == REFERENCE else (Skip(blocks=(task.block,), follow=bool(self.request.hooks)),)
         plan = (*self.request.plan, *skips)
         changes = {"prompt": self.prompts[task.number].prompt, "seed": task.seed, "plan": plan}
         return self.request.model_copy(update=changes)
@@ -145,7 +145,9 @@ class Study:
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         shared = ("name", "width", "height", "num_steps", "guidance", "dtype", "t5_dtype")
         values = {key: getattr(request, key) for key in shared}
-        values["plan"] = [entry.model_dump(mode="json", exclude_none=True) for entry in request.recorded().plan]
+        recorded = request.recorded()
+        entries = [entry.model_dump(mode="json", exclude_none=True) for entry in recorded.plan]
+        values["plan"] = [*entries, *recorded.functions]
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:

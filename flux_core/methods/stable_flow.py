@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from ..hooks import HookRun, Intervention, ShareKV
+from ..hooks import HookRun, Intervention, Sampler, ShareKV
 from ..pipeline import Pipeline
 from ..request.fields import FIT, NUDGE
 from ..request.generation import PATCH, GenerationRequest, InitImage
@@ -74,6 +74,8 @@ class Editing:
         self, photo: Image.Image, nudge: float = NUDGE, replay: Replay = "exact", on_step: OnStep | None = None
     ) -> Tensor:
         """Final tokens of a photograph and its edits [1 + E, L, 64]; the request's prompt describes the photograph."""
+        if others := [entry.kind for entry in self.plan if isinstance(entry, Sampler)]:
+            raise UsageError(f"a photograph is held at Euler's steps, so an edit of one takes no {others[0]}")
         path = self.inverted(photo, nudge)
         steps = len(path) - 1
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..hooks import Custom, HookRun, Intervention
+from ..hooks.sites import match_sites
 from ..images.metadata import marked
 from ..images.pictures import crop_centre, open_source
 from ..request.fields import FIT
@@ -87,6 +88,8 @@ class ByHand:
         that do not fit.
         """
         texts: list[Prompt] = [prompts] if _is_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        if not texts:
+            raise UsageError('a velocity needs a prompt, which may be empty. Next: velocity("")')
         strengths = self._strengths(guidance, len(texts))
         size = self._padded(width, height)
         adapt = self.loras.prepare((), (1.0, 0.0))
@@ -100,7 +103,11 @@ class ByHand:
                     f"x is {list(x.shape)}, but {len(texts)} prompt(s) at {pixels} take {list(shape)}. "
                     "Next: a prompt for each row, and the width and height of the noise"
                 )
-            return of(x, sigma)
+            v = of(x, sigma)
+            if v.requires_grad and getattr(self.denoiser.placement, "_streams", None):
+                raise UsageError("a gradient needs all blocks where they compute, and in this budget they come and go. "
+                                 "Next: a larger --memory, or x.detach()")  # fmt: skip
+            return v
 
         return velocity
 
@@ -131,9 +138,9 @@ class ByHand:
             return value
 
         entries = [plan] if isinstance(plan, Intervention) else list(plan)
-        looks = (
-            [Custom(sites=(sites,) if isinstance(sites, str) else tuple(sites), fn=keep, follow=True)] if sites else []
-        )
+        names = tuple(part.strip() for part in sites.split(",")) if isinstance(sites, str) else tuple(sites)
+        matched = match_sites(names, self.variant.params) if sites else []
+        looks = [Custom(sites=tuple(matched), fn=keep, follow=True)] if matched else []
         with torch.set_grad_enabled(grad), self.run([*entries, *looks], (sigma + 1.0, sigma)) as run:
             return self.velocity(prompt, guidance, width=width, height=height, run=run)(x, sigma), values
 
@@ -170,6 +177,8 @@ class ByHand:
         """The picture of each row of tokens [B, L, 64], with the mark of media made by a model."""
         wide, high = width or self.variant.width, height or self.variant.height
         padded = self._padded(wide, high)
+        if x.shape[1] != (tokens := padded[0] * padded[1] // PATCH**2):
+            raise UsageError(f"{wide}x{high} pixels are {tokens} tokens, not {x.shape[1]}. Next: width= and height=")
         with torch.no_grad():
             return [marked(crop_centre(self.codec.decode(row, *padded), wide, high)) for row in x.split(1)]
 

@@ -167,16 +167,23 @@ class Denoiser:
             raise UsageError(f"{samplers[0].called} and {samplers[1].called} are two samplers. Next: leave one out")
         with ExitStack() as runs:
 
+            def begun(plan: Any) -> HookRun:
+                run = HookRun(plan, params, sigmas, **about)
+                runs.push(lambda kind, error, trace: _end(run, error))
+                return run
+
             def of(plan: Any) -> Velocity:
-                run = runs.enter_context(HookRun(plan, params, sigmas, **about))
+                run = begun(plan)
                 return velocity(run if run.plan else None)
 
-            run = runs.enter_context(HookRun([x for x in plan if x.in_forward], params, sigmas, **about))
+            run = begun([x for x in plan if x.in_forward])
             v, sampling = velocity(run if run.plan else None), Sampling(tuple(sigmas), params, of)
             for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
                 v = wrap.around(v, sampling)
-            chosen = samplers[0].sample if samplers else sample or euler
-            return chosen(v, x, sigmas, self.checked(on_step, velocity, run))
+            checked = self.checked(on_step, velocity, run)
+            if not samplers:
+                return (sample or euler)(v, x, sigmas, checked)
+            return _sampled(samplers[0], v, x, sigmas, checked)
 
     def _guided(
         self,
@@ -218,3 +225,26 @@ class Denoiser:
             return None if on_step is None else on_step(step)
 
         return check
+
+
+def _sampled(sampler: Sampler, velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep) -> Tensor:
+    """The tokens of a user's sampler. If it tells of no step, it is told for it that the last was done."""
+    told: list[int] = []
+
+    def counted(step: Step) -> Tensor | None:
+        told.append(step.index)
+        return on_step(step)
+
+    drawn = sampler.sample(velocity, x, sigmas, counted)
+    if told or len(sigmas) < 2:
+        return drawn
+    changed = on_step(Step(len(sigmas) - 2, sigmas[-2], sigmas[-1], drawn, drawn - x, x))
+    return drawn if changed is None else changed
+
+
+def _end(run: HookRun, error: BaseException | None) -> None:
+    """End a run: where memory ran out, the picture is drawn again, and nothing of it is kept."""
+    if error is not None and is_out_of_memory(error):
+        run.discard()
+    else:
+        run.finish()

@@ -120,7 +120,7 @@ class Pipeline(ByHand):
         functions = [entry for entry in plan if entry.is_code]
         source, origin = open_source(init_image)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
-        fields |= {"seed": seed, "init_image": origin}
+        fields |= {"seed": seed, "init_image": origin, "functions": ()}
         fields["plan"] = [*given.get("plan", ()), *(entry for entry in plan if not entry.is_code)]
         changes = {key: value for key, value in fields.items() if value is not None}
         request = GenerationRequest(**{"name": self.variant.name, **given, **changes})

@@ -239,6 +239,7 @@ def test_no_code():
     (["--at", "vec"], 2, "--at does nothing without --hook"),
     (["--hook-steps", "0-1"], 2, "--hook-steps does nothing without --hook"),
     (["--plan", "wrong.py"], 2, "wrong.py, line 2: SyntaxError"),
+    (["--plan", "leaves.py"], 2, "leaves.py, line 1: SystemExit"),
     (["--plan", "raises.py"], 2, "raises.py, line 3: ZeroDivisionError: division by zero"),
     (["--plan", "my.py:nothing"], 2, "my.py:nothing: a plan is a list of interventions, not int"),
     (["--plan", "my.py:number"], 2, "has no function 'number'"),
@@ -248,6 +249,7 @@ def test_no_code():
 ])  # fmt: skip
 def test_what_is_wrong_is_told(words, code, said, capsys):
     Path("wrong.py").write_text("x = 1\ndef plan(:\n")
+    Path("leaves.py").write_text("raise SystemExit\n")
     Path("raises.py").write_text("x = 1\ndef f():\n    return 1 / 0\ny = f()\n")
     Path("samples.json").write_text(json.dumps([{"kind": "sampler", "fn": "my.py:ahead"}]))
     assert main([*DRAW, *words]) == code
@@ -294,6 +296,33 @@ def test_edit_draws_with_functions():
     hooked = {path.name: pixels(path) for path in Path("output").glob("*.png")}
     assert plain.keys() == hooked.keys() and all(plain[name] != hooked[name] for name in plain)
     assert "my.py:brighter" in Image.open(next(Path("output").glob("*edit1.png"))).info["flux_core"]
+
+
+def test_a_study_of_a_plan_that_skips(tmp_path_factory):
+    from random_model import write_scorer
+
+    Path("prompts.json").write_text(json.dumps([{"prompt": "a pig", "seed": 1}]))
+    flags = ["importance", "--prompts=prompts.json", "--width=32", "--height=32", "--force", "--batch=1"]
+    flags += ["--scorer", str(write_scorer(tmp_path_factory.mktemp("scorer"))), "--output-dir=study", "--num-steps=1"]
+    assert main([*flags, "--skip", "layer.1"]) == 0
+
+
+def test_numbers_of_pictures_reach_functions():
+    own = module()
+    own["calls"].clear()
+    Path("my.py").write_text(CODE.replace("(at.name, at.step)", "(at.name, at.image)"))
+    assert main([*DRAW, "--num-images", "3", "--hook", "my.py:look", "--at", "vec@0"]) == 0
+    assert module()["calls"] == [("vec", 0), ("vec", 1), ("vec", 2)]
+
+
+def test_a_look_at_a_repeated_picture_keeps_its_plan(capsys):
+    path = drawn("--skip", "layer.0")
+    Path("plan.json").write_text(json.dumps([{"kind": "capture", "sites": ["vec"], "to": "seen.safetensors"}]))
+    assert pixels(path) == pixels(drawn("--from-image", str(path), "--plan", "plan.json"))
+    assert main(["repeat", str(path), "--force", "--plan", "plan.json"]) == 0
+    assert "byte for byte" in capsys.readouterr().out and Path("seen_1.safetensors").exists()
+    Path("plan.json").write_text(json.dumps([{"kind": "skip", "blocks": "layer.1"}]))
+    assert main(["repeat", str(path), "--force", "--plan", "plan.json"]) == 2
 
 
 def test_a_study_is_drawn_with_a_plan_and_remembers_it(tmp_path_factory, capsys):

@@ -106,6 +106,44 @@ def test_pictures_in_one_dict_have_keys_of_their_own(pipeline):
     assert torch.equal(seen["0.1.0.img_in"], first["1.img_in"]) and images == [0, 0, 0, 0, 1, 1]
 
 
+def test_other_sites_and_steps_of_another_picture_overwrite_nothing():
+    """Whichever key comes first, and whether captures share a dict or not: a run is one picture."""
+
+    def drawn(into, *options):
+        plan = [Capture(**{"sites": "vec", "into": into} | option) for option in options]
+        with HookRun(plan, PARAMS, SIGMAS) as run:
+            euler(velocity(run), INPUTS["img"], SIGMAS)
+
+    seen = {}
+    drawn(seen, {})
+    drawn(seen, {"sites": ["img_in", "vec"]})
+    assert {key for key in seen if key.endswith("vec")} == {
+        f"{image}.{step}.0.vec" for image in (0, 1) for step in range(3)
+    }
+    assert {key for key in seen if "img_in" in key} == {f"1.{step}.0.img_in" for step in range(3)}
+    seen = {}
+    drawn(seen, {"steps": [1]})
+    drawn(seen, {"sites": "img_in"}, {})
+    assert len(seen) == 7 and "0.1.0.vec" in seen and {key for key in seen if key[0] == "1"} == {
+        f"1.{step}.0.{site}" for step in range(3) for site in ("vec", "img_in")
+    }  # fmt: skip
+    seen = {}
+    drawn(seen, {}, {})
+    assert set(seen) == {"0.vec", "1.vec", "2.vec"}
+
+
+def test_where_one_file_cannot_be_written_the_others_are(tmp_path):
+    (tmp_path / "file").write_text("")
+    bad, good = (Capture(sites="vec", to=tmp_path / name, stream=False) for name in ("file/a", "b"))
+    run = HookRun([bad, good], PARAMS, SIGMAS)
+    velocity(run)(INPUTS["img"], 1.0)
+    with pytest.raises(DiskError, match="file"):
+        run.finish()
+    assert set(load_file(tmp_path / "b")) == {"0.vec"} and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UsageError, match="this run has ended"):
+        velocity(run)(INPUTS["img"], 1.0)
+
+
 @pytest.mark.parametrize("text", ["3.vec", "3.1.vec", "2.3.0.single_blocks.4.img.out", "0.double_blocks.0.head.2"])
 def test_a_key_says_picture_step_forward_and_site(text):
     key = Key.of(text)
@@ -202,7 +240,7 @@ def test_readers_of_blocks_and_of_attention_get_what_these_return():
 # 4: files ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_dropped_writes_its_files_and_one_out_of_memory_none(tmp_path):
+def test_a_run_that_is_dropped_writes_its_files_and_one_that_is_discarded_none(tmp_path):
     path = tmp_path / "seen.safetensors"
     run = HookRun([Capture(sites="vec", to=path)], PARAMS, SIGMAS)
     euler(velocity(run), INPUTS["img"], SIGMAS)
@@ -211,10 +249,9 @@ def test_a_run_that_is_dropped_writes_its_files_and_one_out_of_memory_none(tmp_p
     gc.collect()
     assert set(load_file(path)) == {"0.vec", "1.vec", "2.vec"}
     seen = {}
-    plan = [Capture(sites="vec", to=tmp_path / "b"), Capture(sites="vec", into=seen)]
-    with pytest.raises(MemoryError), HookRun(plan, PARAMS, SIGMAS) as run:
-        velocity(run)(INPUTS["img"], 1.0)
-        raise MemoryError
+    run = HookRun([Capture(sites="vec", to=tmp_path / "b"), Capture(sites="vec", into=seen)], PARAMS, SIGMAS)
+    velocity(run)(INPUTS["img"], 1.0)
+    run.discard()
     assert not seen and [x.name for x in tmp_path.iterdir()] == ["seen.safetensors"]
 
 
@@ -327,6 +364,10 @@ def test_a_text_is_one_prompt(pipeline):
         pipeline.velocity(["a", "b"])(x, 0.7)
     with pytest.raises(UsageError, match=r"x is \[1, 256, 64\], but 1 prompt\(s\) at 64x32 pixels take \[1, 8, 64\]"):
         pipeline.velocity("a", width=64, height=32)(x, 0.7)
+    for wrong in (lambda: pipeline.velocity([]), lambda: pipeline.decode(x, width=64, height=32),
+                  lambda: pipeline.forward("ab", x, 0.5, "layer.0")):  # fmt: skip
+        with pytest.raises(UsageError):
+            wrong()
     with pytest.raises(UsageError, match="3 guidances"):
         pipeline.velocity(["a", "b"], [1, 2, 3])
 
@@ -589,6 +630,14 @@ def test_a_wrapper_and_a_sampler_are_in_the_place_of_their_own(pipeline):
     assert once.tobytes() not in (plain.tobytes(), image.tobytes())
 
 
+def test_a_sampler_that_tells_of_no_step_tells_of_the_last(pipeline):
+    steps = []
+    pipeline.generate("a red apple", 1, num_steps=3, plan=Sampler(fn=midpoint), on_step=lambda s: steps.append(s.index))
+    assert steps == [2]
+    pipeline.generate("a red apple", 1, num_steps=3, plan=Sampler(fn=euler), on_step=lambda s: steps.append(s.index))
+    assert steps == [2, 0, 1, 2]
+
+
 @pytest.mark.parametrize("entry, said", [
     (Wrap(fn=lambda velocity, sampling: None), "expected a function velocity"),
     (Wrap(fn=lambda velocity, sampling: lambda x, sigma: x[:, :1]), r"returned \[1, 1, 64\] float32; expected"),
@@ -628,6 +677,13 @@ def test_without_grad_nothing_keeps_a_graph(pipeline):
     velocity, values = pipeline.forward("a red apple", pipeline.noise(0).requires_grad_(), 0.6, "txt_in")
     assert not velocity.requires_grad and not values["txt_in"].requires_grad
     assert not pipeline.velocity("a red apple")(pipeline.noise(0), 0.6).requires_grad
+
+
+def test_a_gradient_where_blocks_come_and_go_is_refused(pipeline):
+    pipeline.placement._streams = {1: "a ring"}
+    with pytest.raises(UsageError, match="a gradient needs all blocks where they compute"):
+        pipeline.forward("a red apple", pipeline.noise(0), 0.6, "txt_in", grad=True)
+    pipeline.forward("a red apple", pipeline.noise(0), 0.6, "txt_in")
 
 
 def test_gradients_reach_through_a_whole_picture(pipeline):
