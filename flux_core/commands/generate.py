@@ -55,7 +55,7 @@ def generate(
 ) -> list[Path]:
     """Draw pictures. Returns their files, in order.
 
-    fields: the request's other fields, the plan's flags (`table.PLAN`), the user's own files (`fields.FILES`), and how
+    fields: the request's other fields, the plan's flags (`fields.PLAN`), the user's own files (`fields.FILES`), and how
     a model is loaded (`LOADING`).
 
     UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for an init image or a file of

@@ -39,7 +39,7 @@ class Stored(BaseModel):
             raise ValueError(in_words(first, "the value", str(first["loc"][0]), cls.model_fields)) from None
 
     def read(self) -> "Tensor":
-        """FileError."""
+        """The tensor, times the number. FileError."""
         x = read_tensor(self.file, self.tensor)
         return x if self.times == 1 else x * self.times
 
@@ -66,7 +66,8 @@ class _Change(Intervention):
 
     @property
     def label(self) -> str:
-        return f"{self.kind} a tensor at {', '.join(self.sites)}"
+        what = "a number" if isinstance(self.value, float) else "a tensor"
+        return f"{self.kind} {what} at {', '.join(self.sites)}"
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         import torch

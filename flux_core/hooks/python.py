@@ -70,7 +70,7 @@ class OfPython(Intervention):
 
     @property
     def function(self) -> Callable[..., Any]:
-        """UsageError where the file was not given to this process."""
+        """The function itself. UsageError where its file was not given to this process."""
         return function_of(self.fn, self.sha256) if isinstance(self.fn, str) else self.fn
 
     @property
@@ -100,7 +100,7 @@ class Python(OfPython):
         return self
 
     def interventions(self, params: FluxParams) -> tuple[Intervention, ...]:
-        """HookError for what is no plan."""
+        """What the function returns, as a plan. HookError for what is none."""
         from .plan import from_python
 
         return from_python(self.function, self.called, params)

@@ -24,8 +24,13 @@ def environment(
         "device": device_name(placement.device),
         **({"t5_device": device_name(home)} if (home := t5_home(placement)) else {}),
         **describe(placement.components.flux),
-        "replay": "graph" if not functions and is_replayed(placement, request, branched) else "none",
+        "replay": "graph" if not _hooked(functions) and is_replayed(placement, request, branched) else "none",
     }
+
+
+def _hooked(plan: Sequence[Intervention]) -> bool:
+    """Whether a plan hooks into the forward."""
+    return any(entry.in_forward for entry in plan)
 
 
 def t5_home(placement: Placement) -> torch.device | None:
@@ -47,6 +52,6 @@ def is_replayed(placement: Placement, request: GenerationRequest, branched: bool
     tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
     return (
         placement.is_fixed
-        and not request.hooks
+        and not _hooked(request.hooks)
         and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps, branched)
     )

@@ -93,7 +93,7 @@ class Exploration(BaseModel):
     varied: tuple[int, ...] = ()
     """entries of the request's plan that these scales are for"""
     beside: tuple[str, ...] = ()
-    """what else the pictures are drawn with, that reads or writes files, or is code: the user gives it again"""
+    """what else the pictures are drawn with, that reads or writes files: the user gives it again"""
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:
