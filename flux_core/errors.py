@@ -4,7 +4,8 @@ An error's text names the file or value, what was found, and the next step. The 
 is shown only with `--debug`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FluxError(Exception):
@@ -59,6 +60,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     near = get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+@contextmanager
+def foreign() -> Iterator[None]:
+    """A context whose errors are not of the user's function that called into it: they pass it as they are."""
+    try:
+        yield
+    except Exception as error:
+        error._foreign = True  # type: ignore[attr-defined]
+        raise
+
+
+def is_foreign(error: Exception) -> bool:
+    """Whether an error is none of the function that it passes: our own, a shortage, or raised in `foreign`."""
+    return isinstance(error, FluxError) or is_out_of_memory(error) or getattr(error, "_foreign", False)
 
 
 SHORTAGES = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")

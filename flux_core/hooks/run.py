@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..errors import FluxError, HookError, UsageError, is_out_of_memory
+from ..errors import HookError, UsageError, foreign, is_foreign
 from ..model import Flux
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
 from ..model.tap import UNTOUCHED, Tap
@@ -196,11 +196,12 @@ class HookRun:
             raise self._hook_error(misfit.fn, f"{name}.{misfit.site}", misfit.text) from None
         except Exception as error:
             inside = [x for x in active if isinstance(x, Write) and x.traceable and is_inside(split(x.site)[1])]
-            if not inside or isinstance(error, FluxError) or is_out_of_memory(error):
-                raise
-            if run is block and getattr(block, "_compiled_call_impl", None) is not None:
+            compiled = run is block and getattr(block, "_compiled_call_impl", None) is not None
+            if inside and compiled and not is_foreign(error):
                 self._run_block(name, block, active, call, block.forward)  # whose error says more
-                raise  # it is compiling that fails
+            if not inside or compiled or is_foreign(error):  # it is the block's own, or compiling that fails
+                with foreign():
+                    raise
             raise self._failure(inside[0].fn, inside[0].site, error) from error
 
     def _prepare(self, name: str, block: Any, active: list[Any]) -> tuple[Callable[..., Any], Tap]:
@@ -321,7 +322,7 @@ class HookRun:
         try:
             return fn(*values)
         except Exception as error:
-            if isinstance(error, FluxError | Misfit) or is_out_of_memory(error):
+            if isinstance(error, Misfit) or is_foreign(error):
                 raise
             raise self._failure(fn, name, error) from error
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..errors import FluxError, HookError, UsageError, is_out_of_memory
+from ..errors import HookError, UsageError, is_foreign
 from ..params import FluxParams
 from ..strength import step_of
 from .python import OfPython
@@ -94,6 +94,6 @@ def told(called: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, FluxError) or is_out_of_memory(error):
+        if is_foreign(error):
             raise
         raise HookError(f"{called} raised {type(error).__name__}: {error}") from error

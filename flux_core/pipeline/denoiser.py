@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..device.choice import compile_errors, empty_device_cache
 from ..device.oom import retried
-from ..errors import UsageError, is_out_of_memory
+from ..errors import UsageError, foreign, is_out_of_memory
 from ..hooks import HookRun, Intervention, Sampler, Sampling, Wrap
 from ..hooks.plan import expanded
 from ..model import Adapt
@@ -174,10 +174,10 @@ class Denoiser:
 
             def of(plan: Any) -> Velocity:
                 run = begun(plan)
-                return velocity(run if run.plan else None)
+                return _ours(velocity(run if run.plan else None))
 
             run = begun([x for x in plan if x.in_forward])
-            v, sampling = velocity(run if run.plan else None), Sampling(tuple(sigmas), params, of)
+            v, sampling = _ours(velocity(run if run.plan else None)), Sampling(tuple(sigmas), params, of)
             for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
                 v = wrap.around(v, sampling)
             checked = self.checked(on_step, velocity, run)
@@ -227,13 +227,24 @@ class Denoiser:
         return check
 
 
+def _ours(velocity: Velocity) -> Velocity:
+    """The velocity, whose errors are none of the functions around it."""
+
+    def called(x: Tensor, sigma: float) -> Tensor:
+        with foreign():
+            return velocity(x, sigma)
+
+    return called
+
+
 def _sampled(sampler: Sampler, velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep) -> Tensor:
     """The tokens of a user's sampler. If it tells of no step, it is told for it that the last was done."""
     told: list[int] = []
 
     def counted(step: Step) -> Tensor | None:
         told.append(step.index)
-        return on_step(step)
+        with foreign():
+            return on_step(step)
 
     drawn = sampler.sample(velocity, x, sigmas, counted)
     if told or len(sigmas) < 2:

@@ -443,6 +443,21 @@ def test_an_exception_carries_its_place_and_the_pipeline_is_clean(pipeline):
         assert pipeline.generate("a red apple", 1, num_steps=2)[0].tobytes() == before
 
 
+def test_what_is_not_the_functions_fault_passes_it_as_it_is(pipeline, monkeypatch):
+    def tell(step):
+        raise KeyError("a callback")
+
+    for plan in (Sampler(fn=euler), Wrap(fn=lambda velocity, sampling: velocity)):
+        with pytest.raises(KeyError, match="a callback"):
+            pipeline.generate("a red apple", 1, num_steps=2, plan=plan, on_step=tell)
+    block = pipeline.model.single_blocks[1]
+    monkeypatch.setattr(block, "forward", lambda *args: 1 / 0)
+    plans = [Custom(sites="layer.3", fn=lambda call, x, at: call(x)), Wrap(fn=lambda velocity, sampling: velocity)]
+    for plan in plans:
+        with pytest.raises(ZeroDivisionError):
+            pipeline.generate("a red apple", 1, num_steps=2, plan=plan)
+
+
 def test_the_inner_of_two_functions_is_named():
     def outer(call, x, at):
         return call(x)
