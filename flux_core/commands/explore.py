@@ -278,7 +278,7 @@ class Work:
                 stepwise(step)
 
         number = self.session.numbers[point]
-        image = pipeline.draw(request, None, on_step, self.beside, image=number)
+        image = pipeline.draw(request, None, on_step, self.beside, (), number)
         if stepwise is not None:
             stepwise.save_sheet()
         recorded = image.info[KEY] if exploration.metadata else None

@@ -252,7 +252,7 @@ def _draw(
                 stepwise(step)
 
         try:
-            return pipeline.draw(request, source, on_step, image=number)
+            return pipeline.draw(request, source, on_step, (), (), number)
         finally:
             if stepwise is not None:
                 stepwise.save_sheet()

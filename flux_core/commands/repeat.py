@@ -135,7 +135,7 @@ def _draw(
         note(f"pixels may differ: {reason}")
     tell(f"{request.settings()}, seed {request.seed}, {request.dtype} on {pipeline.device}")
     pipeline.encode_ahead([request], last=True)
-    return pipeline.draw(request, functions=looks)
+    return pipeline.draw(request, None, None, looks)
 
 
 def _decode(file: Path, variant: Variant, device: str, vae_tiling: bool) -> Image.Image:

@@ -130,7 +130,7 @@ class Pipeline(ByHand):
         for line in filter(None, [*request.notes(), fit, *texts]):
             warnings.warn(line, stacklevel=2)
         images = enumerate(request.images())
-        return [self.draw(one, source, on_step, functions, image=number) for number, one in images]
+        return [self.draw(one, source, on_step, functions, (), number) for number, one in images]
 
     def load_lora(
         self, file: str | Path, scale: float = 1.0, allow_partial: bool = False, merge: bool = False
