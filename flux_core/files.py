@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from .errors import DiskError, UsageError
@@ -93,3 +94,31 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def publish(temporary: Path, wanted: Path) -> Path:
+    """Give a file the wanted name, or `stem_1`, `stem_2`, … if that is taken. Returns its path."""
+    for number in count():
+        path = wanted.with_name(f"{wanted.stem}_{number}{wanted.suffix}") if number else wanted
+        try:
+            _move(temporary, path)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("count() does not end")
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Rename a file. FileExistsError when the new name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here (FAT, some network mounts): reserve the name with an empty file, then replace it.
+        path.touch(exist_ok=False)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise

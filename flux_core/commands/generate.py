@@ -108,9 +108,8 @@ def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], va
     if old is None:
         return (*given, *entries_of(fields, variant))
     own = [entry for entry in given if not isinstance(entry, Lora)]
-    hooks = (
-        own if any(entry.changes_pixels for entry in own) else [*old.hooks, *own]
-    )  # one that only looks changes none
+    changes = any(entry.changes_pixels for entry in own)
+    hooks = own if changes else [*old.hooks, *own]  # to look at a picture changes no plan
     check_given(hooks, "the picture")
     return (*hooks, *(x for x in given if isinstance(x, Lora)), *changed_plan(old.loras, fields, variant))
 

@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from ..errors import UsageError
 from ..params import FluxParams
-from .change import Stored
+from .change import read, tensor_or_stored
 from .intervention import Intervention, Patterns
 from .seam import Placed, Write, traceable
 from .sites import ATTEND, match_blocks
@@ -32,11 +32,7 @@ class AttentionMask(Intervention):
     @field_validator("value", mode="before")
     @classmethod
     def _tensor(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return Stored.of(value)
-        if isinstance(value, Stored) or hasattr(value, "broadcast_to"):
-            return value
-        raise ValueError(f'{value!r:.60} is neither a tensor nor {{"file": …, "tensor": …}}')
+        return tensor_or_stored(value, "tensor")
 
     @property
     def portable(self) -> bool:
@@ -49,7 +45,7 @@ class AttentionMask(Intervention):
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         import torch
 
-        value = self.value.read() if isinstance(self.value, Stored) else self.value
+        value = read(self.value)
         if not (value.is_floating_point() or value.dtype == torch.bool):
             raise UsageError(f"attention_mask: {value.dtype} is neither bool nor a bias. Next: mask.bool()")
         blocks = match_blocks(self.blocks, params)

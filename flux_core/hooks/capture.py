@@ -107,6 +107,7 @@ class Capture(Collector):
         import torch
 
         x = x.detach() if self.detach else x
+        dtype = x.dtype if self.dtype is None else getattr(torch, self.dtype)
         if self.tokens is not None or self.reduce is not None:
             axis, which = token_axis(at.name) or (1, "all")
             if which == "all" and self.tokens in ("txt", "img"):
@@ -116,7 +117,5 @@ class Capture(Collector):
                 if self.tokens[-1] >= x.shape[axis]:
                     raise UsageError(f"capture: {at.name} has {x.shape[axis]} tokens, so none is {self.tokens[-1]}")
                 x = x.index_select(axis, torch.tensor(self.tokens, dtype=torch.int64, device=x.device))
-        dtype = x.dtype if self.dtype is None else getattr(torch, self.dtype)
-        if self.reduce:
-            x = x.float().mean((token_axis(at.name) or (1, ""))[0])
+            x = x.float().mean(axis) if self.reduce else x
         return x.to("cpu" if self.to is not None else self.device or x.device, dtype, copy=self.to is None)

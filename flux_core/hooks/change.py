@@ -44,6 +44,20 @@ class Stored(BaseModel):
         return x if self.times == 1 else x * self.times
 
 
+def tensor_or_stored(value: Any, other: str) -> Any:
+    """A tensor as it is, or a Stored one, from JSON, too. ValueError, which says what else it might have been."""
+    if isinstance(value, dict):
+        return Stored.of(value)
+    if isinstance(value, Stored) or hasattr(value, "broadcast_to"):
+        return value
+    raise ValueError(f'{value!r:.60} is neither a {other} nor {{"file": …, "tensor": …}}')
+
+
+def read(value: Any) -> Any:
+    """The tensor of a Stored one; anything else as it is. FileError."""
+    return value.read() if isinstance(value, Stored) else value
+
+
 class _Change(Intervention):
     sites: Patterns
     value: Any
@@ -52,13 +66,9 @@ class _Change(Intervention):
     @field_validator("value", mode="before")
     @classmethod
     def _number_or_tensor(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return Stored.of(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
             return float(value)
-        if isinstance(value, Stored) or hasattr(value, "broadcast_to"):
-            return value
-        raise ValueError(f'{value!r} is neither a number nor {{"file": …, "tensor": …}}')
+        return tensor_or_stored(value, "number")
 
     @property
     def portable(self) -> bool:
@@ -72,7 +82,7 @@ class _Change(Intervention):
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         import torch
 
-        value = self.value.read() if isinstance(self.value, Stored) else self.value
+        value = read(self.value)
         x = torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, float) else value
         return [Write(site, _FUNCTIONS[self.kind], (x,), traceable=True) for site in match_sites(self.sites, params)]
 

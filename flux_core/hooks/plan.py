@@ -25,7 +25,7 @@ from .custom import Custom
 from .first_block_cache import FirstBlockCache
 from .intervention import Intervention
 from .lora import Lora
-from .python import OfPython, Python, pinned
+from .python import OfPython, Python, is_python, pinned
 from .seam import Around, Placed, Read, Write
 from .share_kv import ShareKV
 from .sites import is_inside, split
@@ -66,7 +66,7 @@ def read_plan(path: str | Path) -> Plan:
     Only for a file that the user himself named: the Python that it names is run. FileError if a file can't be read,
     UsageError if it is no plan.
     """
-    if re.fullmatch(r".+\.py(:\w+)?", str(path)):
+    if is_python(str(path)):
         return (pinned(Python(fn=str(path))),)
     entries = read_json(path, "the plan")
     if not isinstance(entries, list | dict):
@@ -133,13 +133,19 @@ def _finding(error: ValidationError | TypeError, entries: Any) -> str:
 
 def short_form(kind: str, text: str) -> dict[str, Any]:
     """`single_blocks.9,layer.3@0-14` as a plan's entry: the blocks, and behind @ the steps, which must not be empty."""
-    meant, at, steps = text.partition("@")
+    names, steps = names_and_steps(f"--{kind}", text)
+    entry: dict[str, Any] = {"kind": kind, "blocks": names}
+    return entry if steps is None else {**entry, "steps": steps}
+
+
+def names_and_steps(flag: str, text: str) -> tuple[str, str | None]:
+    """What a flag's text names, and the steps behind an @, None without one. UsageError for an @ without steps."""
+    names, at, steps = text.partition("@")
     if at and not steps.strip():
         raise UsageError(
-            f"--{kind} {text}: no steps behind the @. Next: {meant.strip()}@0-14, or leave the @ out for all steps"
+            f"{flag} {text}: no steps behind the @. Next: {names.strip()}@0-14, or leave the @ out for all steps"
         )
-    entry: dict[str, Any] = {"kind": kind, "blocks": meant}
-    return {**entry, "steps": steps} if at else entry
+    return names, steps if at else None
 
 
 def listed(plan: Any) -> tuple[Intervention, ...]:

@@ -124,9 +124,17 @@ def pinned(entry: Entry) -> Entry:
     return record
 
 
+_NAMED = re.compile(r"(.+\.py)(?::(\w+))?")
+
+
+def is_python(text: str) -> bool:
+    """Whether a text names a Python file, or a function of one: `my.py`, `my.py:brighter`."""
+    return _NAMED.fullmatch(text) is not None
+
+
 def file_and_name(text: str, default: str | None = None) -> tuple[Path, str]:
     """`my.py:brighter` -> its path and name. default: the name where there is none. UsageError."""
-    found = re.fullmatch(r"(.+\.py)(?::(\w+))?", text)
+    found = _NAMED.fullmatch(text)
     if found is None or not (found[2] or default):
         raise UsageError(
             f"{text[:80]!r} names no function of a Python file. Next: write FILE.py:NAME, as in my.py:brighter"

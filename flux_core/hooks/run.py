@@ -167,7 +167,7 @@ class HookRun:
             if isinstance(placed, Around):
                 inner = self._wrap(placed, inner)
         x = inner(x)
-        self._read_whole(name, x, active)
+        self._read_at(name, x, active)
         x = self._streams(name, "out", x, active)
         self._call_readers(getattr(tap, "values", {}), active)
         return x
@@ -278,9 +278,7 @@ class HookRun:
         for placed in active:
             if isinstance(placed, Write) and placed.site == name:
                 x = _with_strides_of(x, self._written(placed, x))
-        for placed in active:
-            if isinstance(placed, Read) and placed.sites == (name,):
-                self._read(placed, x)
+        self._read_at(name, x, active)
         return x
 
     def _written(self, write: Write, x: Tensor) -> Tensor:
@@ -292,8 +290,8 @@ class HookRun:
 
     # Readers ----------------------------------------------------------------------------------------
 
-    def _read_whole(self, name: str, x: Any, active: list[Any]) -> None:
-        """Call the Reads of the block itself."""
+    def _read_at(self, name: str, x: Any, active: list[Any]) -> None:
+        """Call the Reads of a site outside the blocks' graphs, or of a block itself."""
         for placed in active:
             if isinstance(placed, Read) and placed.sites == (name,):
                 self._read(placed, x)
@@ -333,7 +331,7 @@ class HookRun:
 
     def _hook_error(self, fn: Callable[..., Any], name: str, text: str) -> HookError:
         called = getattr(fn, "__name__", None) or type(fn).__name__
-        return HookError(f"{called} at {name.rstrip('.')}, step {self.step}, {text}")
+        return HookError(f"{called} at {name}, step {self.step}, {text}")
 
     def _active_at(self, block: str) -> list[Any]:
         """The functions placed at a block (or, by "", at the whole forward) that are active at this step."""

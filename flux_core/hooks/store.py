@@ -5,7 +5,6 @@ A key says when and where: `step.site`, or `step.forward.site` for a second forw
 """
 
 import json
-import os
 import re
 from contextlib import suppress
 from itertools import count
@@ -14,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from ..errors import FileError, nearest
-from ..files import disk_errors, temporary_beside
+from ..files import disk_errors, publish, temporary_beside
 from ..terminal import tell
 from .seam import About, At
 
@@ -197,10 +196,9 @@ class InFile:
                 for key in order:
                     spool.seek(self.spans[key][2])
                     _copy(spool, whole, self.spans[key][3])
-            return _named(Path(whole.name), self.path)
-        except BaseException:
+            return publish(Path(whole.name), self.path)
+        finally:
             Path(whole.name).unlink(missing_ok=True)
-            raise
 
     def discard(self) -> None:
         if self.spool is not None:
@@ -225,24 +223,6 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         part = source.read(min(size, 1 << 24))
         target.write(part)
         size -= len(part)
-
-
-def _named(file: Path, wanted: Path) -> Path:
-    """Give the file the wanted name, or that with the first number that is free, and return it."""
-    for number in count():
-        path = wanted.with_stem(f"{wanted.stem}_{number}") if number else wanted
-        try:
-            os.link(file, path)  # never replaces another
-        except FileExistsError:
-            continue
-        except OSError:  # no hard links there
-            if path.exists():
-                continue
-            os.replace(file, path)
-            return path
-        file.unlink()
-        return path
-    raise AssertionError("count() does not end")
 
 
 # Reading ----------------------------------------------------------------------------------------------

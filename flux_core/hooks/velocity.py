@@ -81,11 +81,13 @@ class Sampler(OfPython):
 
 
 def like(new: Any, old: "Tensor", called: str) -> "Tensor":
-    """`new`, if it is a tensor of the shape and dtype of `old`. HookError."""
-    if getattr(new, "shape", None) == old.shape and (new.dtype, new.device) == (old.dtype, old.device):
-        return new
-    found = f"{list(new.shape)} {new.dtype}" if hasattr(new, "dtype") else type(new).__name__
-    raise HookError(f"{called} returned {found}; expected {list(old.shape)} {old.dtype}".replace("torch.", ""))
+    """`new`, if it is a tensor of the shape, dtype and device of `old`. HookError."""
+    from .taps import Misfit, fitting
+
+    try:
+        return fitting(new, old.shape, old, like, called)
+    except Misfit as misfit:
+        raise HookError(f"{called} {misfit.text}") from None
 
 
 @contextmanager

@@ -53,8 +53,7 @@ class ByHand:
         self, num_steps: int | None = None, *, width: int | None = None, height: int | None = None
     ) -> list[float]:
         """num_steps + 1 sigmas from 1 to 0, as a picture of that size has them. num_steps: by default the model's."""
-        padded = self._padded(width, height)
-        tokens = padded[0] * padded[1] // PATCH**2
+        tokens = _tokens(self._padded(width, height))
         return get_schedule(num_steps or self.variant.num_steps, tokens, shift=self.variant.shift)
 
     def run(
@@ -94,7 +93,7 @@ class ByHand:
         size = self._padded(width, height)
         adapt = self.loras.prepare((), (1.0, 0.0))
         of = self.denoiser.velocity(texts, strengths, size, run, adapt=adapt)
-        shape = len(texts), size[0] * size[1] // PATCH**2, self.variant.params.out_channels
+        shape = len(texts), _tokens(size), self.variant.params.out_channels
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             if tuple(x.shape) != shape:
@@ -177,7 +176,7 @@ class ByHand:
         """The picture of each row of tokens [B, L, 64], with the mark of media made by a model."""
         wide, high = width or self.variant.width, height or self.variant.height
         padded = self._padded(wide, high)
-        if x.shape[1] != (tokens := padded[0] * padded[1] // PATCH**2):
+        if x.shape[1] != (tokens := _tokens(padded)):
             raise UsageError(f"{wide}x{high} pixels are {tokens} tokens, not {x.shape[1]}. Next: width= and height=")
         with torch.no_grad():
             return [marked(crop_centre(self.codec.decode(row, *padded), wide, high)) for row in x.split(1)]
@@ -213,6 +212,11 @@ class ByHand:
                 f"these are {rows} prompt(s), but {len(guidance)} guidances. Next: one number, or one for each"
             )
         return list(guidance)
+
+
+def _tokens(size: tuple[int, int]) -> int:
+    """Image tokens of a padded size."""
+    return size[0] * size[1] // PATCH**2
 
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:

@@ -1,14 +1,13 @@
 """The flags of plans: from what the user typed to interventions, with the functions of his own files loaded."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..hooks import Custom, Intervention
-from ..hooks.plan import Plan, parse_plan, pin, read_plan, short_form
-from ..hooks.python import OfPython, file_and_name, load, reads_only
+from ..hooks.plan import Plan, names_and_steps, parse_plan, pin, read_plan, short_form
+from ..hooks.python import OfPython, file_and_name, is_python, load, reads_only
 from ..terminal import one_line
 from .fields import PLAN
 
@@ -42,9 +41,7 @@ def _hooks(functions: list[str], places: list[str], steps: str | None) -> Plan:
 
 
 def _hook(text: str, place: str, steps: str | None) -> Custom:
-    sites, at, own = place.partition("@")
-    if at and not own.strip():
-        raise UsageError(f"--at {place}: no steps behind the @. Next: {sites}@0-14, or leave the @ out for all steps")
+    sites, own = names_and_steps("--at", place)
     entry = {"kind": "custom", "fn": text, "sites": sites, "steps": own or steps, "follow": True}
     (hook,) = pin(parse_plan([entry]))
     assert isinstance(hook, Custom)
@@ -63,11 +60,11 @@ def load_again(flags: dict[str, Any], plan: Iterable[Intervention], what: str) -
     Returns what a JSON file of --plan says. FileError, UsageError, which asks for a file that is missing.
     """
     plan, found = list(plan), flags.pop("plan", None)
-    is_python = found is not None and re.fullmatch(r".+\.py(:\w+)?", found)
-    given = [*([found] if is_python else []), *_flat(flags.pop("hook", None))]
+    code = found is not None and is_python(found)
+    given = [*([found] if code else []), *_flat(flags.pop("hook", None))]
     wanted = [str(entry.sha256) for entry in plan if isinstance(entry, OfPython)]
     hashes = {path: load(path, wanted) for path, _ in (file_and_name(text, "plan") for text in given)}
-    entries = read_plan(found) if found is not None and not is_python else ()
+    entries = read_plan(found) if found is not None and not code else ()
     check_given(plan, what, hashes)
     return entries
 

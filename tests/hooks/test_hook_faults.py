@@ -657,7 +657,7 @@ def test_a_sampler_that_tells_of_no_step_tells_of_the_last(pipeline):
     (Wrap(fn=lambda velocity, sampling: None), "expected a function velocity"),
     (Wrap(fn=lambda velocity, sampling: lambda x, sigma: x[:, :1]), r"returned \[1, 1, 64\] float32; expected"),
     (Wrap(fn=lambda velocity, sampling: 1 / 0), "raised ZeroDivisionError"),
-    (Sampler(fn=lambda velocity, x, sigmas, on_step: None), "returned NoneType; expected"),
+    (Sampler(fn=lambda velocity, x, sigmas, on_step: None), "returned None; expected"),
 ])  # fmt: skip
 def test_what_these_return_is_looked_at(pipeline, entry, said):
     with pytest.raises(HookError, match=said):
