@@ -1,13 +1,14 @@
 """Seconds from starting a process to a picture's file, T5-XXL included, in budgets of a card's memory.
 
     python benchmarks/cold_picture.py FOLDER [--runs "--memory 12GiB" "--memory 8GiB --t5-dtype int8"] [--steps 28]
+        [--dtype bf16]
 
 Writes random weights of full size to FOLDER, unless they are there: flux-dev's transformer in int8 (15.2 GB) and in
-Q4_K (6.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it runs the command line
-in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is that file. Prints a line
-of JSON for each: a hash of pixels, seconds, GiB that the process took of the card at most (`nvidia-smi`, every tenth
-of a second, less what was taken before), GiB of the CPU's memory at most, and the last lines that it said. `--tiny`
-runs small on any machine.
+Q4_K (6.8 GB), or in bf16 (23.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it
+runs the command line in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is
+that file. Prints a line of JSON for each: a hash of pixels, seconds, GiB that the process took of the card at most
+(`nvidia-smi`, every tenth of a second, less what was taken before), GiB of the CPU's memory at most, and the last
+lines that it said. `--tiny` runs small on any machine.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def variant(tiny: bool) -> Variant:
     return replace(VARIANTS[NAME], params=full.params, ae_params=full.ae_params, max_text=full.max_text, **sizes)
 
 
-def write(folder: Path, row: Variant, device: str, tiny: bool) -> None:
+def write(folder: Path, row: Variant, device: str, dtype: str, tiny: bool) -> None:
     import torch
     from in_format import quantize
     from parity_diffusers import random_flux
@@ -80,8 +81,11 @@ def write(folder: Path, row: Variant, device: str, tiny: bool) -> None:
         del model
     write_safetensors(folder / row.ae_file, random_autoencoder(row, device).to("cpu").state_dict())
     flux = random_flux(row.params, device)
-    quantize(flux, "int8")
+    if dtype == "int8":
+        quantize(flux, "int8")
     write_safetensors(folder / row.flow_file, {name: x.cpu() for name, x in file_state(flux).items()})
+    if dtype == "bf16":
+        return
     kind = "Q8_0" if tiny else "Q4_K"
     flux = random_flux(row.params, device)
     quantize(flux, kind.lower())
@@ -154,6 +158,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", nargs="*", default=RUNS, metavar="FLAGS")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--dtype", choices=["int8", "bf16"], default="int8", help="of the transformer that is written")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--draw", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -164,7 +169,7 @@ def main() -> int:
         import torch
 
         with torch.no_grad():
-            write(folder, row, "cuda" if torch.cuda.is_available() else "cpu", args.tiny)
+            write(folder, row, "cuda" if torch.cuda.is_available() else "cpu", args.dtype, args.tiny)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     for flags in args.runs:

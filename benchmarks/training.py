@@ -11,20 +11,21 @@ it_s       steps a second, by the median of those behind the first three, loss a
 peak_gib   the most that tensors held, and that torch reserved, in those steps
 first_s    of the first step, in which blocks are compiled
 
-`--elsewhere`: diffusers' transformer with PEFT's adapters of the same Linears
-on the same weights, by its script's loop, eager as the script, for rows in bf16. `--tiny` runs small on any machine.
+`--elsewhere`: before each row in bf16 diffusers' transformer with PEFT's adapters of the same Linears, on the same
+weights and by its script's loop, eager as the script, in a process of its own. `--tiny` runs small on any machine.
 """
 
 import argparse
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ class Bench:
         row = Row.of(text)
         if row.dtype != "bf16" or row.checkpointing not in ("none", "blocks"):
             return
-        other, one = build_theirs(self.model("bf16")).train(), self.example(row)
+        other, one = build_theirs(MODELS["bf16"](self.params, self.args.device)).train(), self.example(row)
         for x in other.parameters():  # views of ours, some of which cuBLAS does not take
             x.data = x.data.clone()
         other.add_adapter(LoraConfig(r=row.rank, lora_alpha=row.rank, target_modules=list(PRESETS[row.targets])))
@@ -192,7 +193,6 @@ class Bench:
             self.wait()
             marks.append(time.perf_counter())
         self.say(text, "diffusers and PEFT", marks)
-        other.delete_adapters("default")
 
     def say(self, text: str, what: str, marks: list[float]) -> None:
         seconds = [after - before for before, after in pairwise(marks)]
@@ -221,18 +221,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--compile", choices=["blocks", "none"], default="blocks")
     parser.add_argument("--elsewhere", action="store_true")
+    parser.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     bench = Bench(args)
     for text in args.rows:
-        ways = [partial(bench.ours, text, args.compile == "blocks")]
-        for way in [partial(bench.theirs, text), *ways] if args.elsewhere else ways:
-            try:
-                way()
-            except Exception as error:
-                print(json.dumps({"benchmark": "training", "row": text, "error": str(error)[:400]}), flush=True)
-                bench.models.clear()
+        if args.elsewhere:
+            given = ["--theirs", "--rows", text, "--steps", str(args.steps), "--device", args.device]
+            bench.models.clear()
+            bench.release()
+            subprocess.run([sys.executable, __file__, *given, *(["--tiny"] if args.tiny else [])])
+        try:
+            bench.theirs(text) if args.theirs else bench.ours(text, args.compile == "blocks")
+        except Exception as error:
+            print(json.dumps({"benchmark": "training", "row": text, "error": str(error)[:400]}), flush=True)
+            traceback.print_exc()
+            bench.models.clear()
     return 0
 
 

@@ -4,15 +4,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..errors import MemoryShortage, UsageError
 from .memory import Picture, at_least, ram
+from .threads import ROOT, groups
 
-CGROUP = Path("/sys/fs/cgroup")
-"""where a container's limits are"""
+CGROUP = ROOT
+"""where the limits of containers and of services are"""
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "g": 10**9, "m": 10**6}
 RESERVE = "0.5GB"
 """what `--memory auto` leaves for others"""
@@ -102,8 +102,9 @@ def available(device: torch.device) -> int:
     free = [ram()]
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
         free.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
-    with suppress(OSError, StopIteration, ValueError):  # a container's limit; what files take of it may be dropped
-        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
-        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        free.append(limit - int(next(line for line in lines if line.startswith("anon ")).split()[1]))
+    for group in groups("memory", CGROUP):
+        with suppress(OSError, StopIteration, ValueError):  # no limit; what files take of one may be dropped
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            free.append(limit - int(next(line for line in lines if line.startswith("anon ")).split()[1]))
     return max(0, min(free))

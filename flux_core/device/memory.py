@@ -1,6 +1,7 @@
 """How much memory a model takes: from its sizes, without loading it."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from math import ceil
 from typing import NamedTuple
@@ -8,17 +9,22 @@ from typing import NamedTuple
 from ..params import AutoEncoderParams, FluxParams
 from ..request.generation import PATCH
 from ..variants import Variant
+from .threads import groups
 
 BF16, FP32 = 2, 4
 """bytes of a number"""
 
 
 def ram() -> int:
-    """Bytes of this machine's memory; 0 if unknown."""
+    """Bytes of this machine's memory, or of what its control groups (version 2) allow this process; 0 if unknown."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):  # Windows
         return 0
+    for group in groups("memory"):
+        with suppress(OSError, ValueError):  # another version, or no limit
+            sizes.append(int((group / "memory.max").read_text(encoding="ascii")))
+    return min(sizes)
 
 
 class Picture(NamedTuple):

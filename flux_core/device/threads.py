@@ -7,10 +7,13 @@ for those that the quota has stopped. Twice the threads of the cores take twice 
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """environment variables that torch itself reads"""
+ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""where control groups are, and which are those of this process"""
 
 
 def set_threads(number: int | None) -> None:
@@ -22,21 +25,24 @@ def set_threads(number: int | None) -> None:
     torch.set_num_threads(number or math.ceil(min(torch.get_num_threads(), quota())))
 
 
-def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores that the control groups (Linux, version 1 or 2) allow this process, as CPU time; infinity: no limit."""
+def groups(controller: str, root: Path = ROOT, own: Path = OWN) -> Iterator[Path]:
+    """Folders of the control groups (Linux, version 1 or 2) around this process that have a controller, from the inmost
+    on; some may not be there."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
-        return math.inf
-    least = math.inf
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = groups / "cpu" if controllers else groups
         inner = Path(path.lstrip("/"))  # as the machine calls it; a container may see its own group as the root
-        least = min(least, *(_limit(root / folder) for folder in (inner, *inner.parents)))
-    return least
+        yield from ((root / controller if controllers else root) / folder for folder in (inner, *inner.parents))
+
+
+def quota(root: Path = ROOT, own: Path = OWN) -> float:
+    """Cores that the control groups allow this process, as CPU time; infinity: no limit."""
+    return min(map(_limit, groups("cpu", root, own)), default=math.inf)
 
 
 def _limit(folder: Path) -> float:
