@@ -151,13 +151,17 @@ class Bench:
             yield trip.fetch
 
     def theirs(self, text: str) -> None:
-        """diffusers and PEFT, by the steps of `train_dreambooth_lora_flux.py`."""
+        """diffusers and PEFT, by the steps of `train_dreambooth_lora_flux.py`.
+
+        Without cuDNN's attention, whose backward fails on diffusers' heads (torch 2.11, H200).
+        """
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
         row = Row.of(text)
         if row.dtype != "bf16" or row.checkpointing not in ("none", "blocks"):
             return
+        torch.backends.cuda.enable_cudnn_sdp(False)
         other, one = build_theirs(MODELS["bf16"](self.params, self.args.device)).train(), self.example(row)
         for x in other.parameters():  # views of ours, some of which cuBLAS does not take
             x.data = x.data.clone()

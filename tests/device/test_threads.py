@@ -8,7 +8,8 @@ from tiny import tiny_pipeline
 
 import flux_core.pipeline
 from flux_core.device import threads
-from flux_core.device.threads import quota, set_threads
+from flux_core.device.memory import ram
+from flux_core.device.threads import groups, quota, set_threads
 from flux_core.main import main
 
 
@@ -74,3 +75,15 @@ def test_the_flag_is_obeyed_before_anything_computes(monkeypatch, tmp_path, caps
     assert main([*draw, "--threads", "3"]) == 0 and seen == [3]
     assert main([*draw, "--threads", "0"]) == 2 and len(seen) == 1
     assert "--threads must be a whole number from 1 to 1024, not '0'" in capsys.readouterr().err
+
+
+def test_memory_is_the_least_of_the_machine_and_the_groups_around_this_process(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/user/job\n")
+    for folder, size in (("user", "3000000"), ("user/job", "max")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(size + "\n")
+    whole = ram()
+    around = list(groups("memory", tmp_path, tmp_path / "own"))
+    assert around == [tmp_path / "user/job", tmp_path / "user", tmp_path]
+    monkeypatch.setattr("flux_core.device.memory.groups", lambda controller: around)
+    assert ram() == 3000000 < whole
