@@ -1,6 +1,6 @@
 """Quality of flux-mini: fixed prompts and seeds, drawn by the shipped weights and scored against the sprites.
 
-    python benchmarks/quality.py ROOT [--each 100] [--sheet FOLDER]
+    python benchmarks/quality.py ROOT [--name flux-mini-fast] [--num-steps 4] [--each 100] [--sheet FOLDER]
 
 ROOT is the folder of the recipe's raw data (see `weights/README.md`). Prints a line of JSON; --sheet writes the
 pictures. The figures:
@@ -137,15 +137,14 @@ class Study:
 
     sprites: Sprites
     atlas: Atlas
-    guidance: float | None
+    given: dict[str, float]
+    """what is asked for otherwise than by default"""
     pipeline: object
     base: list[int]
     drawn: dict[str, list[tuple[str, Image.Image, bool]]]
 
     def draw(self, prompt: str, seed: int) -> tuple[Image.Image, Tensor]:
-        image = self.pipeline.generate(
-            prompt, seed=seed, **({} if self.guidance is None else {"guidance": self.guidance})
-        )[0]
+        image = self.pipeline.generate(prompt, seed=seed, **self.given)[0]
         return image, torch.from_numpy(np.asarray(image)).permute(2, 0, 1) / 255
 
     def keep(self, kind: str, prompt: str, image: Image.Image, right: bool) -> bool:
@@ -257,6 +256,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind")
+    parser.add_argument("--name", default="flux-mini", help="the model")
+    parser.add_argument("--num-steps", type=int, help="default: the model's")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--kinds", default="autoencoder,names,colours,pairs,counts")
     parser.add_argument("--sheet", type=Path, help="folder for a sheet of each kind")
@@ -265,7 +266,8 @@ def main() -> None:
     rng = random.Random(0)
     sprites = load_sprites(args.root)
     base = [i for i, tone in enumerate(sprites.tone) if not tone]
-    study = Study(sprites, make_atlas(all_rgba(sprites)), args.guidance, load_pipeline("flux-mini"), base, {})
+    given = {name: getattr(args, name) for name in ("num_steps", "guidance") if getattr(args, name) is not None}
+    study = Study(sprites, make_atlas(all_rgba(sprites)), given, load_pipeline(args.name), base, {})
     held = load_heldout(sprites)
     todo = {
         "autoencoder": lambda: autoencoder(study, args.each),
@@ -285,7 +287,7 @@ def main() -> None:
         for kind, rows in study.drawn.items():
             captions = [("" if right else "wrong: ") + prompt for prompt, _, right in rows]
             sheet([image for _, image, _ in rows], captions, 10).save(args.sheet / f"{kind}.png")
-    print(json.dumps({"benchmark": "quality", "each": args.each, "guidance": args.guidance, **figures}))
+    print(json.dumps({"benchmark": "quality", "model": args.name, "each": args.each, **given, **figures}))
 
 
 if __name__ == "__main__":

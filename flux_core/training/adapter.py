@@ -215,7 +215,7 @@ class Adapter:
             for role, x in one.named_parameters()
         }
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write `pytorch_lora_weights.safetensors` as diffusers does, with PEFT's header. Returns its path. DiskError.
 
         The same numbers are the same bytes: there is no date, host or path in it.
@@ -224,7 +224,8 @@ class Adapter:
         path = folder / f"{FILE_NAMES[0]}.safetensors"
         with disk_errors(folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, {name: x.cpu() for name, x in self.state().items()}, {ADAPTER_METADATA: header})
+        tensors = {name: x.to("cpu", dtype) for name, x in self.state().items()}
+        write_safetensors(path, tensors, {ADAPTER_METADATA: header})
         return path
 
     @torch.no_grad()

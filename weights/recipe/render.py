@@ -62,16 +62,28 @@ def make_atlas(rgba: Tensor, device: str | torch.device = "cpu", chunk: int = 25
 
 
 @torch.no_grad()
-def render(batch: SceneBatch, atlas: Atlas, size: int, chunk: int = 256, shadow: bool = True) -> Tensor:
-    """Pictures [B, 3, size, size] in [-1, 1], on the atlas's device."""
-    parts = [_render(batch[i : i + chunk], atlas, size, shadow) for i in range(0, len(batch), chunk)]
+def render(
+    batch: SceneBatch,
+    atlas: Atlas,
+    size: int,
+    chunk: int = 256,
+    shadow: bool = True,
+    ground: Tensor | None = None,
+) -> Tensor:
+    """Pictures [B, 3, size, size] in [-1, 1], on the atlas's device.
+
+    ground: [B, 3, size, size] in [0, 1], behind the things; by default the scenes' own colours.
+    """
+    if ground is None:
+        ground = torch.from_numpy(batch.background).to(atlas.mean_luma.device)[:, :, None, None]
+        ground = ground.expand(-1, -1, size, size)
+    rows = [slice(i, i + chunk) for i in range(0, len(batch), chunk)]
+    parts = [_render(batch[some], ground[some].clone(), atlas, size, shadow) for some in rows]
     return torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=atlas.mean_luma.device)
 
 
-def _render(batch: SceneBatch, atlas: Atlas, size: int, shadow: bool) -> Tensor:
-    device = atlas.mean_luma.device
-    background = torch.from_numpy(batch.background).to(device)
-    canvas = background[:, :, None, None].expand(-1, -1, size, size).clone()
+def _render(batch: SceneBatch, canvas: Tensor, atlas: Atlas, size: int, shadow: bool) -> Tensor:
+    device = canvas.device
     for layer in range(batch.sprite.shape[1]):
         level = np.select([batch.size[:, layer] * size <= s for s in LEVELS[::-1]], LEVELS[::-1], LEVELS[0])
         for s in LEVELS:
