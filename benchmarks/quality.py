@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder with fluent/package and emoji/package")
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind")
     parser.add_argument("--name", default="flux-mini", help="the model")
+    parser.add_argument("--lora", type=Path, metavar="FILE")
     parser.add_argument("--num-steps", type=int, help="default: the model's")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--kinds", default="autoencoder,names,colours,pairs,counts")
@@ -267,7 +268,10 @@ def main() -> None:
     sprites = load_sprites(args.root)
     base = [i for i, tone in enumerate(sprites.tone) if not tone]
     given = {name: getattr(args, name) for name in ("num_steps", "guidance") if getattr(args, name) is not None}
-    study = Study(sprites, make_atlas(all_rgba(sprites)), given, load_pipeline(args.name), base, {})
+    pipeline = load_pipeline(args.name)
+    if args.lora:
+        pipeline.load_lora(args.lora)
+    study = Study(sprites, make_atlas(all_rgba(sprites)), given, pipeline, base, {})
     held = load_heldout(sprites)
     todo = {
         "autoencoder": lambda: autoencoder(study, args.each),

@@ -58,6 +58,8 @@ class Variant:
     licence: str
     repo: str | None = None
     """hub repository of the official files; None: the weights ship with the package"""
+    base: str = ""
+    """a variant that ships, whose parts these are; the transformer has a LoRA in it, from the folder of this name"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
     """environment variables for the transformer's file; the first that is set is used"""
     t5_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -149,53 +151,56 @@ _DEV = Variant(
     variables=("FLUX_MODEL", "FLUX_DEV"),
 )
 
+_MINI = Variant(
+    name="flux-mini",
+    params=FluxParams(
+        in_channels=64,
+        out_channels=64,
+        vec_in_dim=128,
+        context_in_dim=256,
+        hidden_size=256,
+        mlp_ratio=3.0,
+        num_heads=4,
+        depth=4,
+        depth_single_blocks=8,
+        axes_dim=(8, 28, 28),
+        theta=10_000,
+        qkv_bias=True,
+        guidance_embed=True,
+    ),
+    ae_params=AutoEncoderParams(
+        resolution=256,
+        in_channels=3,
+        ch=32,
+        out_ch=3,
+        ch_mult=(1, 2, 4, 4),
+        num_res_blocks=1,
+        z_channels=16,
+        scale_factor=0.6467,
+        shift_factor=0.1282,
+    ),
+    flow_file="flux-mini.safetensors",
+    ae_file="ae.safetensors",
+    t5="t5",
+    clip="clip",
+    t5_size=EncoderSize(2_197_376, 1_671_168, 98_304, 3, 1_376_256),
+    clip_size=EncoderSize(537_216, 262_144, 32_768, 2),
+    max_text=32,
+    shift=True,
+    num_steps=28,
+    guidance=3.5,
+    width=256,
+    height=256,
+    min_side=128,
+    max_side=512,
+    licence="Apache-2.0 (trained on Microsoft Fluent Emoji, MIT)",
+)
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant(
-            name="flux-mini",
-            params=FluxParams(
-                in_channels=64,
-                out_channels=64,
-                vec_in_dim=128,
-                context_in_dim=256,
-                hidden_size=256,
-                mlp_ratio=3.0,
-                num_heads=4,
-                depth=4,
-                depth_single_blocks=8,
-                axes_dim=(8, 28, 28),
-                theta=10_000,
-                qkv_bias=True,
-                guidance_embed=True,
-            ),
-            ae_params=AutoEncoderParams(
-                resolution=256,
-                in_channels=3,
-                ch=32,
-                out_ch=3,
-                ch_mult=(1, 2, 4, 4),
-                num_res_blocks=1,
-                z_channels=16,
-                scale_factor=0.6467,
-                shift_factor=0.1282,
-            ),
-            flow_file="flux-mini.safetensors",
-            ae_file="ae.safetensors",
-            t5="t5",
-            clip="clip",
-            t5_size=EncoderSize(2_197_376, 1_671_168, 98_304, 3, 1_376_256),
-            clip_size=EncoderSize(537_216, 262_144, 32_768, 2),
-            max_text=32,
-            shift=True,
-            num_steps=28,
-            guidance=3.5,
-            width=256,
-            height=256,
-            min_side=128,
-            max_side=512,
-            licence="Apache-2.0 (trained on Microsoft Fluent Emoji, MIT)",
-        ),
+        _MINI,
+        replace(_MINI, name="flux-mini-fast", base="flux-mini", flow_file="flux-mini-fast.safetensors", num_steps=4),
         _DEV,
         replace(
             _DEV,

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from ..errors import FileError, UsageError, nearest
 from ..files import user_path
-from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, hub_folder
+from ..hub.places import (
+    TEXT_FILES,
+    TEXT_OF_FLUX,
+    TOKENIZER_FILES,
+    embedded_folder,
+    hub_file,
+    hub_folder,
+    shipped_folder,
+)
 from ..jsonfile import read_json
 from ..variants import AE_VARIABLES, DEFAULT, VARIANTS, Variant, get_variant
 from .header import read_header
@@ -116,7 +124,14 @@ def resolve(variant: Variant) -> tuple[Path, Path]:
 
 def flow_path(variant: Variant) -> Path:
     """The transformer's file or folder of shards."""
-    return own_path(variant, "transformer") or _shipped(variant, variant.flow_file)
+    if (own := own_path(variant, "transformer")) is not None:
+        return own
+    if not variant.base:
+        return _shipped(variant, variant.flow_file)
+    from .adapted import ADAPTER, adapted_file  # torch
+
+    adapter = shipped_folder(variant.name) / ADAPTER
+    return adapted_file(variant.name, _shipped(variant, get_variant(variant.base).flow_file), adapter, variant.params)
 
 
 def ae_path(variant: Variant) -> Path:

@@ -25,13 +25,18 @@ TEXT_OF_FLUX = ["text_encoder_2/*", "tokenizer_2/*"]
 
 
 def embedded_folder(variant: Variant) -> Path:
-    """The folder of a model that ships with the package. FileError if it is not there."""
+    """The folder of a model that ships with the package, or of the one that it stands on. FileError."""
+    return shipped_folder(variant.base or variant.name)
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder of weights that ships with the package. FileError if it is not there."""
     for root in ROOTS:
-        if (folder := root / variant.name).is_dir():
+        if (folder := root / name).is_dir():
             return folder
-    looked = " or ".join(str(root / variant.name) for root in ROOTS)
+    looked = " or ".join(str(root / name) for root in ROOTS)
     raise FileError(
-        f"the weights of {variant.name} ship with this package, but there is no folder {looked}. "
+        f"the weights of {name} ship with this package, but there is no folder {looked}. "
         "Next: clone the repository again, whole, or reinstall the package from it."
     )
 

@@ -2,20 +2,17 @@
 
     python weights/recipe/distill_steps.py WORK weights/flux-mini
 
-Writes `WORK/fast/pytorch_lora_weights.safetensors`. Two ways after each other, neither of which sees a picture:
+Writes `WORK/fast/pytorch_lora_weights.safetensors`. No picture is needed: the teacher integrates its flow from noise to
+a picture, and the student learns to go from any point of a way to its end in one straight step. That is a consistency
+model (arXiv 2303.01469, "consistency distillation"), but with ends that are integrated beforehand instead of guessed by
+the student's own average, which a small model and a few minutes allow.
 
-*Trajectories.* The teacher integrates its flow from noise to a picture, and the student learns to go from any point of
-the way to its end in one straight step (direct consistency, as in arXiv 2303.01469, of a precomputed flow). It answers
-with a mean where the end is not decided yet, so few steps are blurred.
-
-*Distribution matching* (DMD2, arXiv 2405.14867, without its discriminator). The student draws as it will be used: Euler
-on the schedule of 1, 2, 4 or 8 steps; from a random one of them it answers with a whole picture. That gets noise again,
-and two models say where they would go from there: the teacher under guidance, and a *critic*, a copy of the teacher
-that follows the student's own pictures by flow matching all the time. Their difference is the direction in which
-pictures become more like the teacher's.
+Half of the points are the teacher's. The others are where the student itself gets to from the same noise, by Euler in
+2, 4 or 8 steps, and the end stays that of the noise: so it learns to mend what its first steps did.
 """
 
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +21,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_transformer import random_times
 from trainer import Trainer, say, stage_arguments
 from transformers import CLIPTextModel, T5EncoderModel
 
@@ -36,8 +32,8 @@ from flux_core.variants import VARIANTS
 VARIANT = VARIANTS["flux-mini"]
 TARGETS = (*PRESETS["blocks"], "norm_out.linear", "proj_out")
 RANK = 16
-STEPS = {1: 0.15, 2: 0.15, 4: 0.5, 8: 0.2}
-"""numbers of steps that the student is used with, and how often it is trained for each"""
+STEPS = (1, 2, 4, 8)
+"""numbers of steps that the student is for"""
 FINE = 32
 """steps of a trajectory; its points at the schedule of 8 are kept"""
 
@@ -61,19 +57,18 @@ class Texts:
 
 
 class Student:
-    """The teacher with factors that learn, and what is asked of both and of the critic."""
+    """The teacher with factors that learn, and the teacher."""
 
     def __init__(self, flow: Path, size: int, batch: int, device: str) -> None:
         weights = load_file(flow, device=device)
-        self.teacher, self.model, self.critic = (Flux(VARIANT.params).to(device, torch.bfloat16) for _ in range(3))
-        for model in (self.teacher, self.model, self.critic):
+        self.teacher, self.model = (Flux(VARIANT.params).to(device, torch.bfloat16) for _ in range(2))
+        for model in (self.teacher, self.model):
             model.load_state_dict(weights)
             if device == "cuda":
                 torch._dynamo.config.recompile_limit = 64  # the same code with and without factors and gradients
                 for block in (*model.double_blocks, *model.single_blocks):
                     block.compile(dynamic=False)
         self.teacher.requires_grad_(False)
-        self.critic.float()
         self.adapter: Adapter = adapt(self.model, TARGETS, RANK, RANK, torch.Generator().manual_seed(1))
         self.batch, self.tokens, self.device = batch, (size // 16) ** 2, device
         self.ids = image_ids(batch, size // 16, size // 16, device)
@@ -83,92 +78,35 @@ class Student:
     def noise(self) -> Tensor:
         return torch.randn(self.batch, self.tokens, VARIANT.params.in_channels, device=self.device)
 
-    def velocity(self, model: Flux, x: Tensor, t: Tensor | float, text: tuple[Tensor, Tensor], g: float) -> Tensor:
-        """fp32, of latents in fp32 [B, L, C] at the times t [B], or at one time."""
-        t = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+    def velocity(self, model: Flux, x: Tensor, sigma: float, text: tuple[Tensor, Tensor]) -> Tensor:
+        """fp32, of latents in fp32 [B, L, C]."""
+        t = torch.full((len(x),), sigma, device=x.device)
         txt, vec = text
         with torch.autocast(self.device, torch.bfloat16):
-            given = x.bfloat16(), self.ids, txt, self.txt_ids, t, vec, torch.full_like(t, g)
-            return model(*given).float()
+            guidance = torch.full_like(t, VARIANT.guidance)
+            return model(x.bfloat16(), self.ids, txt, self.txt_ids, t, vec, guidance).float()
 
     @torch.no_grad()
-    def trajectory(self, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The teacher's way from noise: its points at the schedule of 8 steps [8, B, L, C], and its end [B, L, C]."""
-        x, points, sigmas = self.noise(), [], self.schedules[FINE]
-        for i, (sigma, after) in enumerate(pairwise(sigmas)):
-            if i % (FINE // 8) == 0:
-                points.append(x.bfloat16())
-            x = x + (after - sigma) * self.velocity(self.teacher, x, sigma, text, VARIANT.guidance)
-        return torch.stack(points), x
+    def way(self, model: Flux, x: Tensor, sigmas: list[float], text: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        """Where Euler gets to with each step, at sigmas[1:]."""
+        for sigma, after in pairwise(sigmas):
+            x = x + (after - sigma) * self.velocity(model, x, sigma, text)
+            yield x
 
-    def picture(self, text: tuple[Tensor, Tensor]) -> Tensor:
-        """What the student takes for the picture at a random step of its own way, with a gradient. [B, L, C]"""
-        steps = random.choices(list(STEPS), list(STEPS.values()))[0]
-        sigmas, x = self.schedules[steps], self.noise()
-        last = random.randrange(steps)
-        with torch.no_grad():
-            for sigma, after in pairwise(sigmas[: last + 1]):
-                x = x + (after - sigma) * self.velocity(self.model, x, sigma, text, VARIANT.guidance)
-        return x - sigmas[last] * self.velocity(self.model, x, sigmas[last], text, VARIANT.guidance)
+    def teach(self, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The teacher's way from noise: its points at the schedule of 8 steps [8, B, L, C] in bf16, and its end."""
+        points = [noise := self.noise(), *self.way(self.teacher, noise, self.schedules[FINE], text)]
+        return torch.stack([x.bfloat16() for x in points[: -1 : FINE // 8]]), points[-1]
 
-    def matching_loss(self, picture: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """A loss whose gradient is where the critic and the teacher disagree (DMD, equations 7 and 8)."""
-        with torch.no_grad():
-            t = random_times(len(picture), picture.device).clamp(0.02, 0.98)
-            x = torch.lerp(picture, torch.randn_like(picture), t[:, None, None])
-            teacher, critic = (
-                x - t[:, None, None] * self.velocity(model, x, t, text, g)
-                for model, g in ((self.teacher, VARIANT.guidance), (self.critic, 1.0))
-            )
-            pull = (critic - teacher) / (picture - teacher).abs().mean((1, 2), keepdim=True)
-        return 0.5 * F.mse_loss(picture, (picture - pull).detach())
-
-    def critic_loss(self, picture: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """Flow matching on the student's pictures."""
-        t, noise = random_times(len(picture), picture.device), torch.randn_like(picture)
-        x = torch.lerp(picture, noise, t[:, None, None])
-        return F.mse_loss(self.velocity(self.critic, x, t, text, 1.0), noise - picture)
-
-
-def stage_of(student: Student, lr: float, minutes: float, steps: int) -> Trainer:
-    """Training of the factors. Modules are numbered, since their names have dots."""
-    factors = student.adapter.factors
-    module = nn.ModuleList(factors[name] for name in sorted(factors))
-    return Trainer(module, lr, steps, minutes, warmup=100, decay_from=0.3)
-
-
-def follow_trajectories(student: Student, texts: Texts, count: int, stage: Trainer, pause: float) -> None:
-    ways = []
-    while len(ways) * student.batch < count:
-        text = texts.batch(student.batch)
-        ways.append((text, *student.trajectory(text)))
-    say(f"{len(ways) * student.batch} trajectories")
-    for step in stage.loop(pause):
-        text, points, end = random.choice(ways)
-        i = random.randrange(len(points))
-        x, sigma = points[i].float(), student.schedules[8][i]
-        answer = student.velocity(student.model, x, sigma, text, VARIANT.guidance)
-        loss = F.mse_loss(answer, (x - end) / sigma)
-        stage.update(loss)
-        if step % 200 == 0:
-            say(f"trajectories: step {step} loss {loss.item():.4f}")
-
-
-def match_distribution(
-    student: Student, texts: Texts, stage: Trainer, critic: Trainer, ratio: int, pause: float, folder: Path
-) -> None:
-    for step in stage.loop(pause):
-        text = texts.batch(student.batch)
-        picture = student.picture(text)
-        loss = student.matching_loss(picture, text)
-        stage.update(loss)
-        for _ in range(ratio):
-            error = student.critic_loss(picture.detach(), text)
-            critic.update(error)
-        if step % 100 == 0:
-            say(f"matching: step {step} loss {loss.item():.4f} critic {error.item():.4f}")
-        if step % 500 == 499:
-            save(student, stage, folder)
+    def point(self, text: tuple[Tensor, Tensor], points: Tensor) -> tuple[Tensor, float]:
+        """One of the teacher's points, or of the student's from the same noise, and its sigma."""
+        if random.random() < 0.5:
+            i = random.randrange(len(points))
+            return points[i].float(), self.schedules[8][i]
+        steps = random.choice(STEPS[1:])
+        sigmas = self.schedules[steps][: random.randrange(1, steps) + 1]
+        *_, x = self.way(self.model, points[0].float(), sigmas, text)
+        return x, sigmas[-1]
 
 
 def save(student: Student, stage: Trainer, folder: Path) -> None:
@@ -187,9 +125,7 @@ def compare(student: Student, texts: Texts) -> None:
     text, noise = texts.batch(student.batch), student.noise()
 
     def draw(model: Flux, steps: int) -> Tensor:
-        x, sigmas = noise, student.schedules[steps]
-        for sigma, after in pairwise(sigmas):
-            x = x + (after - sigma) * student.velocity(model, x, sigma, text, VARIANT.guidance)
+        *_, x = student.way(model, noise, student.schedules[steps], text)
         return x
 
     end = draw(student.teacher, FINE)
@@ -199,14 +135,10 @@ def compare(student: Student, texts: Texts) -> None:
 
 
 def main() -> None:
-    parser = stage_arguments(__doc__, steps=1_000_000, minutes=8, batch=256, lr=3e-4)
+    parser = stage_arguments(__doc__, steps=1_000_000, minutes=6, batch=512, lr=1e-3)
     parser.add_argument("folder", type=Path, help="the model that ships")
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--trajectories", type=int, default=20_000)
-    parser.add_argument("--first", type=float, default=2, help="minutes of following trajectories, before the others")
-    parser.add_argument("--first-lr", type=float, default=1e-3)
-    parser.add_argument("--ratio", type=int, default=3, help="steps of the critic for one of the student")
-    parser.add_argument("--critic-lr", type=float, default=1e-4)
+    parser.add_argument("--ways", type=int, default=40_000, help="of the teacher, from noise to pictures")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -214,27 +146,27 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     texts = Texts(args.folder, args.work / "scenes_256.safetensors", args.device)
     student = Student(args.folder / VARIANT.flow_file, args.size, args.batch, args.device)
-    say(f"{len(texts.vec)} captions")
-    first = stage_of(student, args.first_lr, args.first, args.steps)
-    first.resume(args.work / "fast_first.state.safetensors")
-    if first.progress < 1:
-        follow_trajectories(student, texts, args.trajectories, first, args.pause)
-        first.save(args.work / "fast_first.state.safetensors")
-    first.load_average()
-    compare(student, texts)
-    student.adapter.save(args.work / "fast_first", torch.bfloat16)
+    ways = [(text := texts.batch(args.batch), *student.teach(text)) for _ in range(0, args.ways, args.batch)]
+    say(f"{len(texts.vec)} captions, {len(ways) * args.batch} ways")
 
-    stage = stage_of(student, args.lr, args.minutes, args.steps)
-    critic = Trainer(student.critic, args.critic_lr, args.steps, args.minutes, warmup=100)
-    for trainer, name in ((stage, "fast"), (critic, "fast_critic")):
-        trainer.resume(args.work / f"{name}.state.safetensors")
-    match_distribution(student, texts, stage, critic, args.ratio, args.pause, args.work / "fast")
-    for trainer, name in ((stage, "fast"), (critic, "fast_critic")):
-        trainer.save(args.work / f"{name}.state.safetensors")
+    factors = student.adapter.factors  # numbered, since their names have dots
+    module = nn.ModuleList(factors[name] for name in sorted(factors))
+    stage = Trainer(module, args.lr, args.steps, args.minutes, warmup=100, decay_from=0.3)
+    stage.resume(args.work / "fast.state.safetensors")
+    for step in stage.loop(args.pause):
+        text, points, end = random.choice(ways)
+        x, sigma = student.point(text, points)
+        loss = F.mse_loss(student.velocity(student.model, x, sigma, text), (x - end) / sigma)
+        stage.update(loss)
+        if step % 200 == 0:
+            say(f"step {step} sigma {sigma:.2f} loss {loss.item():.4f}")
+        if step % 1000 == 999:
+            save(student, stage, args.work / "fast")
+    stage.save(args.work / "fast.state.safetensors")
+    save(student, stage, args.work / "fast")
     stage.load_average()
     compare(student, texts)
-    path = student.adapter.save(args.work / "fast", torch.bfloat16)
-    say(f"{path}: step {stage.step}, {stage.progress:.0%} of the stage")
+    say(f"stopped at step {stage.step}, {stage.progress:.0%} of the stage")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ EMPTY = 0.2
 """share of pictures with nothing on them"""
 SMOOTH = 1.5 / 255
 """largest difference of neighbours in a smooth place, of 1"""
-WORST = 256
+WORST = 128
 """values of a picture that have a loss of their own"""
 
 
@@ -91,7 +91,7 @@ def loss_of(ae: AutoEncoder, mean: Tensor, image: Tensor) -> tuple[Tensor, ...]:
     edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(out), gradients(image), strict=True))
     mse = F.mse_loss(out, image)
     worst = ((out - image).abs() * smooth(image)).flatten(1).topk(WORST).values.mean()
-    return F.l1_loss(out, image) + edges + mse + 0.2 * worst, mse.detach(), worst.detach()
+    return F.l1_loss(out, image) + edges + mse + 0.3 * worst, mse.detach(), worst.detach()
 
 
 @torch.no_grad()
