@@ -18,7 +18,7 @@ from ..device.threads import set_threads
 from ..errors import FluxError, UsageError
 from ..files import user_path
 from ..hub import client as hub
-from ..hub.places import embedded_folder
+from ..hub.places import embedded_folder, shipped_folder
 from ..request.generation import GenerationRequest
 from ..terminal import tell
 from ..variants import AE_VARIABLES, VARIANTS, Variant
@@ -53,7 +53,7 @@ def _guarded(title: str, section: Callable[[], list[str]]) -> list[str]:
         lines = section()
     except Exception as error:  # the other sections may still help
         lines = [f"unknown: {type(error).__name__}: {error}"]
-    return [f"{title if i == 0 else '':<14}{line}" for i, line in enumerate(lines)]
+    return [f"{title if i == 0 else '':<13} {line}" for i, line in enumerate(lines)]
 
 
 def _versions() -> list[str]:
@@ -111,7 +111,7 @@ def _fits() -> list[str]:
         ]
         sizes = " + ".join(f"{part.weights / 1e9:.1f}" for part in parts)
         total = sum(part.weights for part in parts)
-        lines.append(f"{variant.name:<14}{sizes} = {_gb(total)}: {', '.join(verdicts)}")
+        lines.append(f"{variant.name:<13} {sizes} = {_gb(total)}: {', '.join(verdicts)}")
     return lines
 
 
@@ -158,7 +158,8 @@ def _cache() -> list[str]:
 def _files(variant: Variant) -> list[str]:
     """Where each part of the model would come from."""
     if variant.repo is None:
-        return [f"ships with the package: {embedded_folder(variant)}"]
+        adapter = [f"with the LoRA in {shipped_folder(variant.name)}"] if variant.base else []
+        return [f"ships with the package: {embedded_folder(variant)}", *adapter]
     t5 = hub.cached(variant.repo, "text_encoder_2/*.safetensors") or hub.cached(variant.t5, "*.safetensors")
     clip = hub.cached(variant.clip, "*.safetensors")
     flow, ae = (hub.cached(variant.repo, file) for file in (variant.flow_file, variant.ae_file))

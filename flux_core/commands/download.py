@@ -13,7 +13,7 @@ from ..files import user_path
 from ..hub import client as hub
 from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
 from ..hub.parts import HubFile, fetch, listing
-from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file
+from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, shipped_folder
 from ..terminal import note, tell
 from ..variants import DEFAULT, Variant, get_variant
 from .table import DOWNLOAD
@@ -42,9 +42,9 @@ def download(
         )
     note(variant.licence_line)
     if variant.repo is None:
-        folder = embedded_folder(variant)
-        tell(f"{name} ships with the package, nothing is to be downloaded: {folder}")
-        return [folder]
+        folders = [embedded_folder(variant), *([shipped_folder(variant.name)] if variant.base else [])]
+        tell(f"{name} ships with the package, nothing is to be downloaded: {' and '.join(map(str, folders))}")
+        return folders
     if origin == "modelscope":
         return [_from_modelscope(variant, variant.repo, endpoint, output_dir)]
     with hub.settings(HF_ENDPOINT=endpoint):

@@ -32,6 +32,7 @@ from ..jsonfile import first_finding, in_words, quoted, read_json
 from ..request.fields import MAX_SEED, MAX_SEEDS
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
+from ..variants import VARIANTS
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -52,8 +53,9 @@ class Prompt(BaseModel):
 
 
 def default_prompts(name: str) -> Path:
-    """The included file of 64 prompts for a model: its own, or that for all models."""
-    own = PROMPTS / f"{name}.json"
+    """The included file of 64 prompts for a model: its own, that of the one it stands on, or that for all models."""
+    variant = VARIANTS.get(name)
+    own = PROMPTS / f"{variant.base if variant and variant.base else name}.json"
     return own if own.is_file() else PROMPTS / "prompts.json"
 
 

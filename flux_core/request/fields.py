@@ -107,16 +107,17 @@ class Field:
 
     @property
     def default_text(self) -> str:
-        """The default as help shows it, with those of the variants that differ."""
+        """The default as help shows it, with those of the variants that differ. `NAME` says what a twin changes."""
         if not self.from_variant:
             return "" if self.default in (None, False) else f" (default: {self.default})"
-        values = {name: getattr(variant, self.name) for name, variant in VARIANTS.items()}
+        values = {name: getattr(variant, self.name) for name, variant in VARIANTS.items() if not variant.base}
         first = next(iter(values.values()))
         others = [f"{name} {value}" for name, value in values.items() if value != first]
         return f" (default: {', '.join([str(first), *others])})"
 
 
-NAME = Field("name", str, f"model: {', '.join(VARIANTS)}", default=DEFAULT, metavar="NAME")
+_NAMES = (f"{name} ({row.num_steps} steps)" if row.base else name for name, row in VARIANTS.items())
+NAME = Field("name", str, f"model: {', '.join(_NAMES)}", default=DEFAULT, metavar="NAME")
 THREADS = Field(
     "threads",
     int,

@@ -2,7 +2,8 @@
 
     python weights/recipe/assemble.py WORK weights/flux-mini
 
-Prints `scale_factor` and `shift_factor`, which belong into flux-mini's row in `flux_core/variants.py`.
+The autoencoder is the one with the tuned decoder, if there is one. Prints `scale_factor` and `shift_factor`, which
+belong into flux-mini's row in `flux_core/variants.py`.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main() -> None:
     networks = read_shards(args.work, "networks")
     parts = {k: {n[len(k) + 1 :]: v for n, v in networks.items() if n.startswith(f"{k}.")} for k in ("t5", "clip")}
     ship(Flux(VARIANT.params), args.folder / VARIANT.flow_file, read_shards(args.work, "distilled"))
-    ship(AutoEncoder(VARIANT.ae_params), args.folder / VARIANT.ae_file, read_shards(args.work, "ae"))
+    ae = "ae_tuned" if (args.work / "ae_tuned-0.safetensors").exists() else "ae"
+    ship(AutoEncoder(VARIANT.ae_params), args.folder / VARIANT.ae_file, read_shards(args.work, ae))
     ship_text(T5EncoderModel(T5_CONFIG), args.folder / VARIANT.t5, args.work / "t5_tokenizer", parts["t5"])
     ship_text(CLIPTextModel(CLIP_CONFIG), args.folder / VARIANT.clip, args.work / "clip_tokenizer", parts["clip"])
     for name, value in load_file(args.work / "ae_statistics.safetensors").items():

@@ -171,9 +171,6 @@ class Trainer:
             for name, p, ema in zip(self.names, self.params, self.ema, strict=True):
                 p.copy_(state[f"param.{name}"])
                 ema.copy_(state[f"ema.{name}"])
-                self.optimizer.state[p] = {
-                    "step": torch.tensor(float(self.step), device=p.device),
-                    "exp_avg": state[f"exp_avg.{name}"],
-                    "exp_avg_sq": state[f"exp_avg_sq.{name}"],
-                }
+                moments = {key: torch.empty_like(p).copy_(state[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device), **moments}
         say(f"resumed {path.name} at step {self.step}")
