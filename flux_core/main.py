@@ -7,6 +7,7 @@ a command's module is imported when it runs. `-` and `_` are the same in every f
 import argparse
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,13 @@ from .terminal import abandon_stdout, note, one_line, tolerate_any_encoding, war
 from .version import __version__
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED = 130, 141, 1
+
+
+class Help(argparse.HelpFormatter):
+    """Lines that break at spaces only: names of models and flags have hyphens, and are copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +44,7 @@ def build_parser(name: str) -> Parser:
     program = _program(sys.argv[0])
     prog = program if name == "generate" else f"{program} {name}"
     parser = Parser(prog=prog, description=command.help, allow_abbrev=False, argument_default=None)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110)
+    parser.formatter_class = lambda prog: Help(prog, max_help_position=32, width=110)
     if name == "generate":
         parser.description = f'Draw pictures from words: {program} --prompt "a red apple"'
         others = ", ".join(f"{other} ({entry.help})" for other, entry in COMMANDS.items() if other != name)

@@ -234,6 +234,8 @@ VARIANTS: dict[str, Variant] = {
         ),
     )
 }
+FAMILY = tuple(variant for variant in VARIANTS.values() if not variant.base)
+"""those that stand on no other: what fits one of them fits its twins"""
 DEFAULT = "flux-mini"
 AE_VARIABLES = ("FLUX_AE", "AE")
 """environment variables for the autoencoder's file; `AE`, like `FLUX_DEV`, is an older official name"""

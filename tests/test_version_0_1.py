@@ -1,6 +1,7 @@
 """What version 0.1 wrote before its modules moved is still read: pictures, a session, latents, a plan, a job file.
 
-All of it was drawn by flux-mini at 128x128 in 2 steps, on a CPU with one thread (tests/golden/version_0_1).
+All of it was drawn by flux-mini at 128x128 in 2 steps, on a CPU with one thread (tests/golden/version_0_1). Since then
+flux-mini has another decoder: pixels, and the hashes that stand for them and for it, are new, all else is as it was.
 """
 
 import json

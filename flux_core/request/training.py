@@ -11,7 +11,7 @@ OFTEN = 10_000_000
 """the most steps"""
 TIMESTEPS = ("logit_normal", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-CHECKPOINTING = ("none", "mlp", "second", "blocks")
+CHECKPOINTING = ("none", "mlp", "second", "linears", "blocks")
 OPTIMIZERS = ("adamw", "adamw8bit")
 RULES = ("buckets", "kohya", "kohya_no_upscale", "diffusers", "fixed")
 
@@ -78,7 +78,8 @@ TRAINING = (
           default=0.0),
     Field("precision", str, "auto: as the model computes; fp16: half precision with a scale of the loss",
           choices=("auto", "fp16"), default="auto", metavar="NAME"),
-    Field("checkpointing", str, "what is computed again to save memory: none, mlp, second (every second block), blocks",
+    Field("checkpointing", str, "what is computed again to save memory: none, mlp, second (every second block), "
+          "linears (all but attention), blocks",
           choices=CHECKPOINTING, default="none", metavar="NAME"),
     Field("timesteps", str, f"how noise levels are drawn: {', '.join(TIMESTEPS)}", choices=TIMESTEPS,
           default="logit_normal", metavar="NAME"),

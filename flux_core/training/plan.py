@@ -97,8 +97,8 @@ def plan_of(
     forward = make_plan(variant, 0, dtype, t5_dtype, picture)
     numbers = count(variant.params, patterns, rank)
     kept = kept_of(variant.params, picture.tokens, variant.max_text, batch, kind, checkpointing, patterns, rank)
-    way = WAYS[checkpointing].block
-    again = sum(way(i) for i in range(10)) / 10 + (0.4 if WAYS[checkpointing].mlp else 0.0)
+    way = WAYS[checkpointing]
+    again = sum(way.block(i) for i in range(10)) / 10 - (0.2 if way.attention else 0.0) - (0.3 if way.heads else 0.0)
     return Plan(
         text=forward.text_least,
         weights=transformer.weights,
@@ -142,7 +142,7 @@ def kept_of(
     def inputs(*lengths: int) -> list[Tensor]:
         return [torch.empty(batch, n, dim, dtype=kind, device="meta", requires_grad=True) for n in lengths]
 
-    with torch.device("meta"), differentiable(small, checkpointing), _Attention():
+    with torch.device("meta"), differentiable(small, "none"), _Attention():
         vec = torch.empty(batch, dim, dtype=kind, device="meta")
         for blocks, depth, given in (
             (small.double_blocks, params.depth, inputs(image, text)),
@@ -151,7 +151,7 @@ def kept_of(
             block: Any = blocks[0]
             sets = block.modulation(vec)
             whole = saved_by(partial(block, *given, *sets, pe), small)
-            least = sum(x.nbytes for x in given)
+            least = way.sizes * sum(x.nbytes for x in given)
             again = sum(way.block(i) for i in range(depth))
             total += again * least + (depth - again) * max(whole, least)
             largest = max(largest, whole if again else 0)

@@ -1,54 +1,93 @@
 """What a forward keeps for its backward, and what is computed again instead (gradient checkpointing, Chen et al. 2016).
 
-The less is kept, the less memory a step takes, and the more time: whole blocks cost a forward more, MLPs a third of
-one. Frozen weights need no gradient, so a Linear without factors keeps nothing of its own.
+The less is kept, the less memory a step takes, and the more time. Frozen weights need no gradient, so a Linear without
+factors keeps nothing of its own. Beside a block's inputs two things are worth keeping (selective checkpointing, arXiv
+2205.05198): what attention returns, which is small and dear, and q, k and v as the Linears gave them, three times as
+much. Without the latter all Linears are computed again, with them those of the MLPs.
 
-Of an MLP neither its hidden features nor their activation are kept. In a single block they come out of `linear1`
-together with q, k and v: those rows are computed alone, and `linear2` computes the others where it reads them.
+In a single block an MLP's hidden features come out of `linear1` together with q, k and v. Those rows are computed
+alone, so that only the others are computed again, where `linear2` reads them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels import put
 from ..kernels.attention import attention_for
 from ..linears.contract import is_untouched
 from ..linears.frozen import Frozen
 from ..model import Flux, ops
+from ..model.ops import Heads
 from ..model.transformer import Fetch
 from .adapter import AdaptedLinear, Factors
 
 
 class Way(NamedTuple):
-    """Which parts keep only their inputs."""
+    """What blocks keep whose insides are computed again."""
 
     block: Callable[[int], bool]
-    """by a block's number among those of its kind"""
-    mlp: bool = False
+    """which do so, by a block's number among those of its kind; the others keep all"""
+    attention: bool = False
+    """what attention returns, besides the inputs"""
+    heads: bool = False
+    """and q, k and v before their norms"""
+
+    @property
+    def sizes(self) -> int:
+        """Of all that is kept, in those of the inputs."""
+        return 1 + self.attention + 3 * self.heads
 
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "none": Way(lambda i: False),
-        "mlp": Way(lambda i: False, mlp=True),
+        "mlp": Way(lambda i: True, attention=True, heads=True),
         "second": Way(lambda i: i % 2 == 1),
+        "linears": Way(lambda i: True, attention=True),
         "blocks": Way(lambda i: True),
     }
 )
-"""by name: nothing is computed again, the insides of MLPs, every second block, or all blocks"""
+"""by name: nothing is computed again, MLPs, every second block, all but attention, or all blocks"""
 _again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is drawn
 
 
-def _mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
-    return _again(ops.mlp, layers, x)
+@torch.library.custom_op("flux_core::kept", mutates_args=())
+def _kept(x: Tensor) -> Tensor:
+    """x, marked as what is kept. A copy, since an alias is gone once a compiler has seen it."""
+    return x.clone()
+
+
+_kept.register_fake(torch.empty_like)
+_kept.register_autograd(lambda ctx, grad: grad)
+_KEPT = [
+    torch.ops.flux_core.kept.default,
+    *(
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+        for name in ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+    ),
+]
+
+
+def _keeping() -> Any:
+    return create_selective_checkpoint_contexts(_KEPT)
+
+
+def _forward(block: nn.Module, *args: Any) -> Any:
+    """A block's forward, of which inputs and `_KEPT` are kept. Inside of what is compiled, where a compiler sees it."""
+    return _again(partial(type(block).forward, block), *args, context_fn=_keeping)
+
+
+def _norm_rope_join(txt: Heads, img: Heads, *others: Any) -> Heads:
+    txt, img = (tuple(map(_kept, heads)) for heads in (txt, img))  # type: ignore[assignment]
+    return ops.norm_rope_join(txt, img, *others)
 
 
 class Later(NamedTuple):
@@ -60,14 +99,11 @@ class Later(NamedTuple):
 
 
 def _linear1(linear: nn.Linear, x: Tensor, split: list[int]) -> tuple[Tensor, Later]:
-    return multiply_rows(linear, x, 0, split[0]), Later(linear, x, split[0])
+    return _kept(multiply_rows(linear, x, 0, split[0])), Later(linear, x, split[0])
 
 
 def _linear2(linear: nn.Linear, attn: Tensor, hidden: Later) -> Tensor:
-    return _again(_linear2_of, linear, attn, *hidden)
-
-
-def _linear2_of(linear: nn.Linear, attn: Tensor, first: nn.Linear, x: Tensor, start: int) -> Tensor:
+    first, x, start = hidden
     return ops.linear2(linear, attn, multiply_rows(first, x, start, first.out_features))
 
 
@@ -103,10 +139,17 @@ def differentiable(model: Flux, way: str) -> Iterator[None]:
     before = [(part, part.ops) for part in model.modules() if isinstance(getattr(part, "ops", None), ops.Ops)]
     device = next(model.parameters()).device
     found = ops.PLAIN._replace(attend=attention_for(model, device))
-    put(model, found._replace(mlp=_mlp, linear1=_linear1, linear2=_linear2) if WAYS[way].mlp else found)
+    if WAYS[way].heads:
+        found = found._replace(norm_rope_join=_norm_rope_join, linear1=_linear1, linear2=_linear2)
+    put(model, found)
+    inside = (*model.double_blocks, *model.single_blocks) if WAYS[way].attention else ()
+    for block in inside:
+        block.forward = MethodType(_forward, block)
     try:
         yield
     finally:
+        for block in inside:
+            del block.forward
         for part, own in before:
             part.ops = own  # type: ignore[assignment]
 
@@ -116,6 +159,6 @@ def fetch_for(way: str) -> Fetch:
 
     def fetch(blocks: Iterable[Any]) -> Iterator[Any]:
         for i, block in enumerate(blocks):
-            yield partial(_again, block) if WAYS[way].block(i) else block
+            yield partial(_again, block) if WAYS[way].block(i) and not WAYS[way].attention else block
 
     return fetch

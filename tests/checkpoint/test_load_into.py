@@ -201,7 +201,10 @@ def test_int8_files_have_the_codes_of_the_formula(wide, tmp_path):
     for name in (name for name, x in state.items() if x.dtype == torch.int8):
         rows = (base[name].unflatten(1, (-1, 256)) @ rotation).flatten(1)
         scale = rows.abs().amax(1, keepdim=True) / 127
-        assert torch.equal(state[name].float(), (rows / scale).round())
+        exact = rows / scale
+        tied = ((exact - exact.floor()) - 0.5).abs() < 1e-4  # which of two a sum's last bit decides
+        assert torch.equal(state[name].float()[~tied], exact.round()[~tied]) and tied.float().mean() < 0.001
+        assert (state[name].float() - exact).abs().max() < 0.501
         torch.testing.assert_close(state[f"{name}_scale"], scale, rtol=1e-6, atol=0)
         says = json.loads(bytes(state[name.removesuffix("weight") + "comfy_quant"].tolist()))
         assert says == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}

@@ -86,7 +86,7 @@ def test_it_learns():
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("kind", ["mlp", "blocks", "second"])
+@pytest.mark.parametrize("kind", ["mlp", "blocks", "second", "linears"])
 def test_blocks_that_are_computed_again_give_the_same_numbers(kind):
     """Of MLPs but for the order of sums: their rows are multiplied apart."""
     found, expected = run(None, replace(RECIPE, checkpointing=kind))[0], run()[0]
