@@ -4,10 +4,10 @@
 
 Prints a line of JSON, all in levels of 255:
 
-flat       the largest error of `decode(encode(x))`, before clipping, in pictures of one colour at 256x256: 18 greys from
-           black to white, and 64 colours; median and largest over the pictures, and the colour of the largest
-corners    of drawn pictures (the flat ones among `PROMPTS`, seeds 0, 1, …): the largest difference of the 8x8 pixels in
-           a corner from the ground, which is the median of the picture's border
+flat       the largest error of `decode(encode(x))`, before clipping, in pictures of one colour at 256x256: 18 greys
+           from black to white, and 64 colours; median and largest over the pictures, and the colour of the largest
+corners    of drawn pictures (THINGS, each on all GROUNDS, seeds 0, 1, …): the largest difference of the 8x8 pixels in a
+           corner from the ground, which is the median of the picture's border; median, share within 4, largest
 ground     likewise of a frame of 8 pixels around the picture, without what is within 24 pixels of a thing
 """
 
@@ -28,8 +28,8 @@ from flux_core import load_pipeline
 from flux_core.pipeline import Pipeline
 
 THINGS = ("fox", "red apple", "guitar", "cactus", "green pig face", "rocket", "umbrella", "snail")
-GROUNDS = ("", " on a white background", " on a light blue background", " on a dark green background",
-           " on an orange background", " on a grey background", " on a pink background", " on a dark grey background")  # fmt: skip
+COLOURS = "white", "light blue", "dark green", "orange", "grey", "pink", "dark grey"
+GROUNDS = ("", *(f" on a {colour} background".replace("a orange", "an orange") for colour in COLOURS))
 FRAME, AROUND, EDGE = 8, 24, 24
 """pixels of the frame, pixels around a thing that are not looked at, and levels in which it differs from its ground"""
 

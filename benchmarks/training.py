@@ -159,8 +159,6 @@ class Bench:
         from peft.tuners.lora import LoraLayer
 
         row = Row.of(text)
-        if row.dtype != "bf16" or row.checkpointing not in ("none", "blocks"):
-            return
         torch.backends.cuda.enable_cudnn_sdp(False)
         other, one = build_theirs(MODELS["bf16"](self.params, self.args.device)).train(), self.example(row)
         for x in other.parameters():  # views of ours, some of which cuBLAS does not take
@@ -231,7 +229,8 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args)
     for text in args.rows:
-        if args.elsewhere:
+        row = Row.of(text)
+        if args.elsewhere and row.dtype == "bf16" and row.checkpointing in ("none", "blocks"):
             given = ["--theirs", "--rows", text, "--steps", str(args.steps), "--device", args.device]
             bench.models.clear()
             bench.release()

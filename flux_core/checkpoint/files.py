@@ -27,6 +27,8 @@ from .header import read_header
 from .identify import WHOLE, Identity, Part
 from .source import WEIGHTS, find_source
 
+AGAIN = "clone the repository again, whole, or install it again"
+"""where a file that ships is missing"""
 LARGE = 2**28
 """bytes above which a file's hash is of its header and size instead of every byte"""
 
@@ -130,8 +132,8 @@ def flow_path(variant: Variant) -> Path:
         return _shipped(variant, variant.flow_file)
     from .adapted import ADAPTER, adapted_file  # torch
 
-    adapter = shipped_folder(variant.name) / ADAPTER
-    return adapted_file(variant.name, _shipped(variant, get_variant(variant.base).flow_file), adapter, variant.params)
+    base, adapter = _shipped(variant, get_variant(variant.base).flow_file), shipped_folder(variant.name) / ADAPTER
+    return adapted_file(variant.name, base, _existing(adapter, str(adapter), AGAIN), variant.params)
 
 
 def ae_path(variant: Variant) -> Path:
@@ -143,7 +145,7 @@ def _shipped(variant: Variant, file: str) -> Path:
     if variant.repo is not None:
         return hub_file(variant.repo, file)
     path = embedded_folder(variant) / file
-    return _existing(path, str(path), "clone the repository again, whole, or install it again")
+    return _existing(path, str(path), AGAIN)
 
 
 def text_files(variant: Variant) -> TextFiles:

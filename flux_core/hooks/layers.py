@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import FileError, UsageError
 from ..params import FluxParams
+from ..variants import VARIANTS
 from .sites import block_names, match_blocks
 
 VITAL = {
@@ -12,7 +13,7 @@ VITAL = {
     "flux-mini": ("layer.0", "layer.3"),
 }
 """flux-dev: the blocks in which Stable Flow's released code injects (arXiv 2411.14430); flux-mini: the result of our
-own study (`python cli.py importance --limit 24 --seeds 2`, README)"""
+own study (`python cli.py importance --limit 24 --seeds 2`, README). A variant that stands on another has that one's"""
 
 
 def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
@@ -24,9 +25,10 @@ def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
     if choice in ("all", "none"):
         return names if choice == "all" else []
     if choice in ("vital", "non-vital"):
-        if name not in VITAL:
+        known = VITAL.get(name) or VITAL.get(VARIANTS[name].base if name in VARIANTS else "")
+        if known is None:
             raise UsageError(f"no vital layers are known for {name}: give a file or blocks with --layers, or all")
-        vital = match_blocks(VITAL[name], params)
+        vital = match_blocks(known, params)
         return vital if choice == "vital" else [block for block in names if block not in vital]
     if choice.endswith(".json"):
         return _from_file(Path(choice), name, params)

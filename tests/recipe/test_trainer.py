@@ -74,3 +74,18 @@ def test_a_parameter_may_learn_at_a_part_of_the_rate():
     train(stage, 1)
     moved = [(p - b).abs().max().item() for p, b in zip(module.parameters(), before, strict=True)]
     assert moved == pytest.approx([0.125e-2, 1e-2, 1e-2, 1e-2], rel=1e-3)  # AdamW's first step is the rate itself
+
+
+def test_what_is_resumed_lies_in_memory_as_it_did(tmp_path):
+    """A fused AdamW takes only moments that lie as their parameters do."""
+    first, second = (
+        Trainer(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), lr=1e-2, steps=9, minutes=60)
+        for _ in range(2)
+    )
+    first.update(first.module(torch.ones(1, 3, 8, 8)).square().mean())
+    first.save(tmp_path / "state.safetensors")
+    second.resume(tmp_path / "state.safetensors")
+    for p, before in zip(second.params, first.params, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            found = second.optimizer.state[p][key]
+            assert found.stride() == p.stride() and torch.equal(found, first.optimizer.state[before][key])

@@ -5,7 +5,7 @@
 
 Stages that are done are in `work/minutes.json` and are not run again; what a stage was in the middle of is lost, unless
 `--pause` stopped it. `--part`: every stage for that part of its minutes, scenes and steps, to see that all fits
-together.
+together; with `--batch 4 --device cpu` on a CPU.
 """
 
 import argparse
@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -28,56 +30,50 @@ class Stage(NamedTuple):
     name: str
     command: str
     minutes: float = 0
-    scenes: int = 0
-    steps: int = 0
+    scaled: Mapping[str, int] = MappingProxyType({})
+    """numbers of which `--part` takes a part, by their flags"""
 
 
 STAGES = (
     Stage("vocabulary", "vocab.py ROOT WORK"),
-    Stage("autoencoder", "train_autoencoder.py ROOT WORK --steps 100000", minutes=5),
-    Stage("scenes of 128x128", "encode.py ROOT WORK --size 128 --pairs 0.5", scenes=400_000),
-    Stage("networks at 128x128", "train_transformer.py WORK --size 128 --steps 1000000 --decay-from 0.8", minutes=18),
-    Stage("scenes of 256x256", "encode.py ROOT WORK --size 256 --pairs 0.42 --seed 2", scenes=300_000),
+    Stage("autoencoder", "train_autoencoder.py ROOT WORK --steps 100000", 5),
+    Stage("scenes of 128x128", "encode.py ROOT WORK --size 128 --pairs 0.5", scaled={"scenes": 400_000}),
+    Stage("networks at 128x128", "train_transformer.py WORK --size 128 --steps 1000000 --decay-from 0.8", 18),
+    Stage("scenes of 256x256", "encode.py ROOT WORK --size 256 --pairs 0.42 --seed 2", scaled={"scenes": 300_000}),
     Stage(
         "networks at 256x256",
         "train_transformer.py WORK --size 256 128 --start --steps 1000000 --drop-clip 0.5 --lr 8e-4 --decay-from 0.5",
-        minutes=8,
+        8,
     ),
-    Stage("guidance", "distill.py WORK --steps 1000000", minutes=8),
+    Stage("guidance", "distill.py WORK --steps 1000000", 8),
     Stage("files", "assemble.py WORK MINI"),
-    Stage("decoder", "tune_decoder.py ROOT WORK MINI", minutes=6),
+    Stage("decoder", "tune_decoder.py ROOT WORK MINI", 6, {"pool": 30_000}),
     Stage("files with that decoder", "assemble.py WORK MINI"),
-    Stage("four steps", "distill_steps.py WORK MINI", minutes=6),
-    Stage("scorer", "train_scorer.py ROOT WORK", minutes=12),
+    Stage("four steps", "distill_steps.py WORK MINI", 6, {"ways": 40_000}),
+    Stage("scorer", "train_scorer.py ROOT WORK", 12, {"scenes": 200_000}),
     Stage(
         "the Noto example",
         "../../cli.py train --example noto --model MINI/flux-mini.safetensors --ae MINI/ae.safetensors "
         "--t5xxl MINI/t5 --clip_l MINI/clip --output_dir WORK/noto",
-        steps=1200,
+        scaled={"steps": 1200},
     ),
 )
 
 
 def command_of(stage: Stage, args: argparse.Namespace, left: float) -> list[str]:
+    """The stage's command line. left: minutes until it is to pause."""
     folders = {"ROOT": args.root, "WORK": args.work, "MINI": args.weights / "flux-mini"}
     script, *words = stage.command.split()
     for name, folder in folders.items():
         words = [word.replace(name, str(folder)) if word.split("/")[0] == name else word for word in words]
-    given: dict[str, object] = {}
+    given: dict[str, object] = {flag: max(1, int(number * args.part)) for flag, number in stage.scaled.items()}
     if stage.minutes:
         given |= {"minutes": stage.minutes * args.part, "pause": left}
-    if stage.scenes:
-        given["scenes"] = int(stage.scenes * args.part)
-    if stage.steps:
-        given["steps"] = max(1, int(stage.steps * args.part))
-    if stage.minutes or stage.scenes or stage.steps:
+        given |= {"batch": args.batch} if args.batch else {}
+    if given:
         given["device"] = args.device
-    return [
-        sys.executable,
-        str(HERE / script),
-        *words,
-        *(x for key, value in given.items() for x in (f"--{key}", str(value))),
-    ]
+    flags = (word for flag, value in given.items() for word in (f"--{flag}", str(value)))
+    return [sys.executable, str(HERE / script), *words, *flags]
 
 
 def ship(work: Path, weights: Path) -> None:
@@ -94,6 +90,7 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="folder of states and results")
     parser.add_argument("weights", type=Path, help="folder of what ships")
     parser.add_argument("--part", type=float, default=1)
+    parser.add_argument("--batch", type=int, help="of every stage that trains; by default its own")
     parser.add_argument(
         "--pause", type=float, default=1e9, help="save and stop after so many minutes; run again to go on"
     )
