@@ -232,6 +232,18 @@ TRAIN = (
           choices=EXAMPLES, metavar="NAME"),
     Field("dry_run", bool, "print the plan, and do nothing", default=False),
 )  # fmt: skip
+SERVE = (
+    NAME,
+    *FILES,
+    Field("host", str, "address to listen on; others than this machine need the key in FLUX_CORE_KEY "
+          "(default: 127.0.0.1)", metavar="ADDRESS"),
+    Field("port", int, "port to listen on", minimum=1, maximum=65_535, default=7801),
+    Field("queue", int, "requests that may wait", minimum=1, maximum=100_000, default=1000),
+    *of_request("dtype", "t5_dtype"),
+    OUTPUT_DIR,
+    *MACHINE,
+    next(field for field in RUN if field.name == "compile"),
+)  # fmt: skip
 DOWNLOAD = (
     Field(
         "source",
@@ -346,6 +358,7 @@ COMMANDS = {
         TRAIN,
         (Field("config", str, "settings as a TOML file; flags win", metavar="CONFIG.toml", path=True, default=""),),
     ),
+    "serve": Command("answer other programs on an address of this machine (OpenAI's endpoints)", "serve:serve", SERVE),
     "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
     "download": Command(
         "fetch an official model's files from the hub or ModelScope",

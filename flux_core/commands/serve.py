@@ -1,0 +1,79 @@
+"""`serve`: a model on an address of this machine, for other programs."""
+
+import os
+import socket
+from typing import Any
+
+from ..checkpoint import check_files, with_files
+from ..device.threads import set_threads
+from ..errors import UsageError
+from ..files import prepare_folder
+from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
+from ..terminal import note, tell
+from .table import SERVE
+
+_FIELDS = {field.name: field for field in SERVE}
+KEY = "FLUX_CORE_KEY"
+"""environment variable with the key that clients must send"""
+
+
+def serve(
+    host: str | None = None,
+    port: str | None = None,
+    queue: str | None = None,
+    output_dir: str = OUTPUT_DIR.default,
+    name: str | None = None,
+    device: str = DEVICE.default,
+    dtype: str | None = None,
+    t5_dtype: str | None = None,
+    offload: bool = False,
+    vae_tiling: bool = False,
+    compile: bool = False,
+    threads: str | None = None,
+    **fields: Any,
+) -> None:
+    """Answer until Ctrl-C. On 127.0.0.1 without a key; elsewhere a key is needed.
+
+    fields: the user's own files (`fields.FILES`), and how a model is loaded (`LOADING`). UsageError.
+    """
+    key = os.environ.get(KEY)
+    at, most = (_FIELDS[name].parse(text, _FIELDS[name].default) for name, text in (("port", port), ("queue", queue)))
+    if host is not None and not key:
+        raise UsageError(f"--host {host} lets others in. Next: set {KEY} to a key that clients must send")
+    try:
+        import uvicorn
+    except ImportError:
+        raise UsageError('the server needs FastAPI and uvicorn. Next: pip install "flux1-core[server]"') from None
+    loading = pop_fields(fields, LOADING)
+    variant, number = with_files(name, **pop_fields(fields, FILES)), THREADS.parse(threads)
+    folder = prepare_folder(output_dir)
+    check_files(variant)
+
+    from ..pipeline import load_pipeline
+    from ..server.app import make_app
+    from ..server.guard import LOOPBACK
+    from ..server.jobs import Worker
+
+    listening = _listen(host or "127.0.0.1", at)
+    set_threads(number)
+    if not variant.embedded:
+        note(variant.licence_line)
+    pipeline = load_pipeline(variant, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
+    worker = Worker(pipeline, folder, most)
+    hosts = LOOPBACK if host is None else ()
+    tell(f"{variant.name} on http://{host or '127.0.0.1'}:{at}/v1, pictures in {folder}; Ctrl-C ends it")
+    config = uvicorn.Config(make_app(worker, hosts, key), log_level="warning", server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before a model is loaded. UsageError."""
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(kind, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        found.close()
+        raise UsageError(f"nothing can listen on {host} port {port}: {error}. Next: another --port") from None
+    return found

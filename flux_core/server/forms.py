@@ -1,0 +1,110 @@
+"""What clients send, as requests. A client may say what to draw, and nothing that names a file or a function here."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import UsageError, nearest
+from ..request.fields import FIELDS, REQUEST
+from ..request.generation import GenerationRequest
+from ..variants import get_variant
+
+MOST = 10
+"""pictures of one request, as OpenAI has it"""
+OWN = "flux_core"
+"""the key under which a whole request may come: `extra_body` of OpenAI's client"""
+NAMES = {"n": "num_images", "num_inference_steps": "num_steps", "guidance_scale": "guidance", "model": "name"}
+"""other servers' names of fields"""
+IDLE = {"user", "response_format", "output_format", "size", "stream", OWN}
+"""keys that are read here, or mean nothing to a picture"""
+MINE = {"force", "allow_empty_prompt"}
+"""permissions of whoever runs the server"""
+REACHING = {"file", "fn", "to", "path", "init_image"}
+"""keys of a request that name something on this machine"""
+FORMATS = ("png", "jpeg", "webp")
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+
+
+def request_of(body: Mapping[str, Any], model: str) -> GenerationRequest:
+    """The request of an OpenAI client's JSON, for the model that is loaded. UsageError."""
+    own = body.get(OWN, {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{OWN} must be an object with a request's fields")
+    fields = {**own, **dict(_renamed(body))}
+    if found := sorted(MINE & fields.keys()):
+        raise UsageError(f"{found[0]} cannot be set from outside")
+    if found := sorted(set(_keys(fields)) & REACHING):
+        raise UsageError(f"{found[0]} names something on this machine, which a client cannot")
+    if any(isinstance(entry, dict) and entry.get("kind") == "lora" for entry in _entries(fields.get("plan"))):
+        raise UsageError("a plan cannot name a LoRA here")
+    wanted = fields.setdefault("name", model)
+    if get_variant(str(wanted)).name != model:
+        raise UsageError(f"{model} is loaded here, not {wanted}. Next: ask /v1/models")
+    request = GenerationRequest(**fields)
+    if unsafe := [entry.kind for entry in request.plan if not entry.portable]:
+        raise UsageError(f"a client cannot make us read or write files ({', '.join(unsafe)})")
+    if request.num_images > MOST:
+        raise UsageError(f"n must be 1 to {MOST}, not {request.num_images}")
+    return request
+
+
+def _renamed(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A body's fields by our names. UsageError for a key that would be ignored."""
+    if body.get("response_format") not in (None, "b64_json"):
+        raise UsageError("response_format must be b64_json: pictures are in the answer")
+    if body.get("stream"):
+        raise UsageError("stream is not there yet. Next: leave it out, or use /v1/jobs")
+    format_of(body)
+    size = body.get("size")
+    if size not in (None, "auto"):
+        found = _SIZE.fullmatch(str(size))
+        if found is None:
+            raise UsageError(f"size must be WIDTHxHEIGHT, as in 1024x1024, not {str(size)[:40]!a}")
+        yield "width", int(found[1])
+        yield "height", int(found[2])
+    for key, value in body.items():
+        name = NAMES.get(key, key)
+        if key in IDLE or value is None:
+            continue
+        if name not in FIELDS and name != "plan":
+            raise UsageError(f"there is no field {key[:60]!r} here.{nearest(key, [*FIELDS, *NAMES, *IDLE])}")
+        yield name, value
+
+
+def format_of(body: Mapping[str, Any]) -> str:
+    """The format in which pictures go back. UsageError."""
+    found = body.get("output_format") or "png"
+    if found not in FORMATS:
+        raise UsageError(f"output_format must be {', '.join(FORMATS)}, not {str(found)[:40]!a}")
+    return str(found)
+
+
+def _entries(plan: object) -> list[object]:
+    return plan if isinstance(plan, list) else [plan]
+
+
+def _keys(value: object) -> Iterator[str]:
+    """All keys in a value, however deep."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield from map(str, one)
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+
+
+def capabilities(model: str) -> dict[str, Any]:
+    """The fields of a request with their bounds, from the table that the command line's help is from."""
+    variant = get_variant(model)
+
+    def told(field: Any) -> dict[str, Any]:
+        default = getattr(variant, field.name) if field.from_variant else field.default
+        bounds = {"minimum": field.minimum, "maximum": field.maximum, "choices": list(field.choices) or None}
+        found = {"type": field.kind.__name__, "help": field.help, "default": default, **bounds}
+        return {key: value for key, value in found.items() if value is not None}
+
+    shown = [field for field in REQUEST if field.name not in REACHING | MINE]
+    sizes = {"min_side": variant.min_side, "max_side": variant.max_side}
+    return {"model": model, "n": MOST, "formats": list(FORMATS), **sizes, "fields": {x.name: told(x) for x in shown}}

@@ -1,0 +1,279 @@
+"""The server, by real HTTP and by OpenAI's own client: what it draws, refuses, forgets and survives."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from openai import BadRequestError, OpenAI
+from PIL import Image
+
+from flux_core import load_pipeline
+from flux_core.images.metadata import read_request
+from flux_core.main import main
+from flux_core.server.app import make_app
+from flux_core.server.forms import capabilities
+from flux_core.server.guard import LARGEST
+from flux_core.server.jobs import Worker
+from flux_core.variants import VARIANTS
+
+SMALL = {"size": "128x128", "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("flux-mini", "cpu")
+
+
+class Running:
+    """A server on a free port."""
+
+    def __init__(self, pipeline, folder, most=100, **settings):
+        self.worker = Worker(pipeline, folder, most)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(make_app(self.worker, **settings), log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
+        self.thread.start()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def job(self, **body):
+        return self.client.post("/v1/jobs", json={"prompt": "a fox", **SMALL, **body})
+
+    def wait(self, name, *states):
+        for _ in range(1200):
+            job = self.client.get(f"/v1/jobs/{name}").json()
+            if job["state"] in states:
+                return job
+            time.sleep(0.02)
+        raise AssertionError(job)
+
+    def close(self):
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture
+def start(pipeline, tmp_path):
+    running = []
+
+    def begin(**settings):
+        running.append(Running(pipeline, tmp_path, **settings))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.close()
+
+
+def test_the_client_of_openai_gets_the_pictures_of_the_command(start, pipeline, tmp_path):
+    server = start()
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="any")
+    assert [model.id for model in client.models.list()] == ["flux-mini"]
+    given = {"num_inference_steps": 2, "seed": 5, "guidance_scale": 3}
+    answer = client.images.generate(prompt="a fox", model="flux-mini", n=2, size="128x128", extra_body=given)
+    found = [Image.open(io.BytesIO(base64.b64decode(one.b64_json))) for one in answer.data]
+    expected = pipeline.generate("a fox", 5, width=128, height=128, num_steps=2, guidance=3.0, num_images=2)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux-mini_seed5.png", "flux-mini_seed6.png"]
+    assert read_request(tmp_path / "flux-mini_seed6.png").guidance == 3
+    with pytest.raises(BadRequestError, match="--width 4096 is not among"):
+        client.images.generate(prompt="a fox", size="4096x4096")
+
+
+def test_a_whole_request_comes_with_its_plan(start, pipeline):
+    server = start()
+    plan = [{"kind": "skip", "blocks": ["layer.6"]}]
+    own = {"prompt": "a fox", "width": 128, "height": 128, "num_steps": 2, "seed": 5, "plan": plan}
+    answer = server.client.post("/v1/images/generations", json={"flux_core": own, "output_format": "webp"}).json()
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert image.format == "WEBP" and image.size == (128, 128)
+    (path,) = server.worker.folder.iterdir()
+    assert [entry.kind for entry in read_request(path).plan] == ["skip"]
+
+
+def test_a_job_has_a_place_is_cancelled_within_a_step_and_the_next_is_drawn(start):
+    server = start()
+    first, second, third = (server.job(num_steps=steps).json() for steps in (2000, 3, 1))
+    assert server.wait(first["id"], "drawing")["steps"] == 2000
+    assert server.client.get(f"/v1/jobs/{third['id']}").json()["position"] == 2
+    assert server.client.post(f"/v1/jobs/{second['id']}/cancel", json={}).json()["state"] == "cancelled"
+    server.client.post(f"/v1/jobs/{first['id']}/cancel", json={})
+    assert server.wait(first["id"], "cancelled")["step"] < 2000
+    done = server.wait(third["id"], "done")
+    picture = server.client.get(done["pictures"][0])
+    assert picture.headers["content-type"] == "image/png" and Image.open(io.BytesIO(picture.content)).size == (128, 128)
+    assert server.client.post(f"/v1/jobs/{third['id']}/cancel", json={}).json()["state"] == "done"
+    assert server.client.get(f"/v1/jobs/{third['id']}/pictures/1").status_code == 404
+    assert server.client.get("/v1/jobs/nonsense").status_code == 404
+
+
+def test_a_request_is_dropped_when_its_client_goes(start):
+    server = start()
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/images/generations", json={"prompt": "a fox", "num_steps": 2000, **SMALL}, timeout=0.5)
+    (job,) = server.worker.jobs.values()
+    assert job.over.wait(20) and job.state == "cancelled"
+    assert server.wait(server.job(num_steps=1).json()["id"], "done")
+
+
+@pytest.mark.parametrize(
+    ("body", "finding"),
+    [
+        ({}, "prompt"),
+        ({"prompt": " "}, "has no words"),
+        ({"prompt": "x", "n": 1000}, "n must be 1 to 10"),
+        ({"prompt": "x", "n": 0}, "num-images"),
+        ({"prompt": "x", "size": "1x1x1"}, "size must be WIDTHxHEIGHT"),
+        ({"prompt": "x", "size": "99999x99999"}, "--width must be"),
+        ({"prompt": "x", "size": "٣x٣"}, "size must be"),
+        ({"prompt": "x", "sede": 1}, "Did you mean seed?"),
+        ({"prompt": "x", "model": "flux-dev"}, "flux-mini is loaded here"),
+        ({"prompt": "x", "model": "nonsense"}, "unknown model name"),
+        ({"prompt": "x", "response_format": "url"}, "b64_json"),
+        ({"prompt": "x", "output_format": "gif"}, "png, jpeg, webp"),
+        ({"prompt": "x", "stream": True}, "stream is not there yet"),
+        ({"prompt": "x", "force": True}, "force cannot be set from outside"),
+        ({"prompt": "x", "init_image": {"file": "/etc/passwd"}}, "names something on this machine"),
+        ({"prompt": "x", "flux_core": []}, "must be an object"),
+        ({"prompt": "x", "plan": [{"kind": "custom", "fn": "a.py:b"}]}, "names something on this machine"),
+        ({"prompt": "x", "plan": [{"kind": "capture", "sites": ["vec"], "to": "/tmp/x"}]}, "names something"),
+        ({"flux_core": {"prompt": "x", "plan": [{"kind": "lora", "name": "x"}]}}, "LoRA"),
+        ({"flux_core": {"prompt": "x", "plan": [{"kind": "nonsense"}]}}, "nonsense"),
+        ({"prompt": "x", "seed": 2**70}, "seed"),
+        ({"prompt": "x", "num_inference_steps": 10**9}, "num-steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_sentence_of_the_command(start, body, finding):
+    server = start()
+    answer = server.client.post("/v1/images/generations", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error") and finding in error["message"]
+    assert not server.worker.jobs
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")])
+def test_a_body_that_is_no_object_is_refused(start, data):
+    answer = start().client.post("/v1/jobs", content=data, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "error" in answer.json()
+
+
+def test_other_sites_and_hosts_are_refused_on_every_route(start):
+    server = start()
+    given = {"content-type": "application/json"}
+    for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", "/v1/jobs"), ("GET", "/nonsense")):
+        for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "null"}, {"host": ""}):
+            answer = server.client.request(method, path, headers=given | headers)
+            assert answer.status_code == 403, (path, headers)
+    body = json.dumps({"prompt": "x"})
+    assert server.client.post("/v1/jobs", content=body, headers={"content-type": "text/plain"}).status_code == 415
+    same = server.client.get("/health", headers={"origin": server.url})
+    assert same.json() == {"status": "ok", "waiting": 0} and "access-control-allow-origin" not in same.headers
+    assert server.client.get("/docs").status_code == 404 and not server.worker.jobs
+
+
+def test_a_body_that_is_too_large_is_refused_whatever_it_says_of_itself(start):
+    server = start()
+    given = {"content-type": "application/json"}
+    assert server.client.post("/v1/jobs", content=b" " * (LARGEST + 1), headers=given).status_code == 413
+    parts = (b" " * 2**20 for _ in range(LARGEST // 2**20 + 2))  # chunked: no length
+    assert server.client.post("/v1/jobs", content=parts, headers=given).status_code == 413
+    assert server.client.get("/health").status_code == 200
+
+
+def test_with_a_key_nobody_comes_in_without_it(start):
+    server = start(hosts=(), key="hush")
+    for headers in ({}, {"authorization": "Bearer hus"}, {"authorization": "Basic hush"}):
+        answer = server.client.get("/v1/models", headers=headers)
+        assert answer.status_code == 401 and "hush" not in answer.text
+    assert server.client.get("/v1/models", headers={"authorization": "Bearer hush", "host": "any"}).status_code == 200
+
+
+def test_a_full_queue_says_so_and_goes_on(start):
+    server = start(most=1)
+    first = server.job(num_steps=2000).json()
+    server.wait(first["id"], "drawing")
+    second = server.job(num_steps=1).json()
+    full = server.job(num_steps=1)
+    assert full.status_code == 429 and full.json()["error"]["type"] == "rate_limit_error"
+    server.client.post(f"/v1/jobs/{first['id']}/cancel", json={})
+    assert server.wait(second["id"], "done")
+
+
+def test_a_folder_that_is_gone_fails_its_job_alone(start, tmp_path):
+    server = start()
+    kept, server.worker.folder = server.worker.folder, tmp_path / "gone"
+    failed = server.wait(server.job(num_steps=1).json()["id"], "failed")
+    assert "gone" in failed["error"] and "Traceback" not in failed["error"]
+    server.worker.folder = kept
+    assert server.wait(server.job(num_steps=1).json()["id"], "done")
+
+
+def test_two_clients_at_once_get_their_own_pictures(start):
+    server, found = start(), {}
+
+    def ask(seed):
+        body = {"prompt": f"a fox {seed}", "num_steps": 1, **SMALL, "seed": seed}
+        answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60).json()
+        found[seed] = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert {seed: json.loads(image.info["flux_core"])["seed"] for seed, image in found.items()} == {
+        n: n for n in range(6)
+    }
+
+
+def test_capabilities_are_those_of_the_table():
+    found = capabilities("flux-mini")
+    assert found["fields"]["width"] == {"type": "int", "help": "pixels", "default": 256, "minimum": 1, "maximum": 65536}
+    assert found["max_side"] == VARIANTS["flux-mini"].max_side and not {"init_image", "force"} & found["fields"].keys()
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2 and 'pip install "flux1-core[server]"' in capsys.readouterr().err
+
+
+def test_another_address_needs_a_key(monkeypatch, capsys):
+    monkeypatch.delenv("FLUX_CORE_KEY", raising=False)
+    assert main(["serve", "--host", "0.0.0.0"]) == 2 and "FLUX_CORE_KEY" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+    assert "another --port" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
+def test_the_command_answers_until_ctrl_c(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "flux_core", "serve", "--port", str(port), "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert re.search(rf"flux-mini on http://127\.0\.0\.1:{port}/v1", process.stdout.readline())
+        for _ in range(200):
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
+                break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
