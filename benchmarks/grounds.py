@@ -1,6 +1,6 @@
 """Grounds of flux-mini: flat pictures through its autoencoder, and corners and grounds of what it draws.
 
-    python benchmarks/grounds.py [--name flux-mini] [--each 32] [--ae FILE] [--lora FILE]
+    python benchmarks/grounds.py [--name flux-mini] [--each 64] [--ae FILE] [--lora FILE]
 
 Prints a line of JSON, all in levels of 255:
 

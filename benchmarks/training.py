@@ -234,7 +234,11 @@ def main() -> int:
             given = ["--theirs", "--rows", text, "--steps", str(args.steps), "--device", args.device]
             bench.models.clear()
             bench.release()
-            subprocess.run([sys.executable, __file__, *given, *(["--tiny"] if args.tiny else [])])
+            done = subprocess.run([sys.executable, __file__, *given, *(["--tiny"] if args.tiny else [])])
+            if done.returncode:
+                print(
+                    json.dumps({"benchmark": "training", "row": text, "error": f"theirs ended with {done.returncode}"})
+                )
         try:
             bench.theirs(text) if args.theirs else bench.ours(text, args.compile == "blocks")
         except Exception as error:

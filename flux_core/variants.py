@@ -234,11 +234,14 @@ VARIANTS: dict[str, Variant] = {
         ),
     )
 }
-FAMILY = tuple(variant for variant in VARIANTS.values() if not variant.base)
-"""those that stand on no other: what fits one of them fits its twins"""
 DEFAULT = "flux-mini"
 AE_VARIABLES = ("FLUX_AE", "AE")
 """environment variables for the autoencoder's file; `AE`, like `FLUX_DEV`, is an older official name"""
+
+
+def originals() -> list[Variant]:
+    """The variants that stand on no other: what fits one of them fits its twins."""
+    return [variant for variant in VARIANTS.values() if not variant.base]
 
 
 def get_variant(name: str) -> Variant:

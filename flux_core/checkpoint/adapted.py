@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import FileError
 from ..files import prepare_folder
-from ..hub.client import cache_folder
+from ..hub.client import cache_folder, cache_variable
 from ..params import FluxParams
 from .keymaps import streamed_from_diffusers
 from .names import pairs_of
@@ -21,6 +22,8 @@ from .write import write_safetensors
 ADAPTER = "pytorch_lora_weights.safetensors"
 """as trainers name it; in PEFT's keys, and alpha is the rank"""
 DOWN, UP = "lora_A.weight", "lora_B.weight"
+FORMAT = b"1"
+"""of what is written; another one where the sum changes"""
 
 
 def adapted_file(name: str, base: Path, adapter: Path, params: FluxParams) -> Path:
@@ -28,7 +31,7 @@ def adapted_file(name: str, base: Path, adapter: Path, params: FluxParams) -> Pa
 
     Summed in fp64 and rounded once, so the bytes are the same on every machine.
     """
-    key = _key(*((path, path.stat().st_mtime_ns) for path in (base, adapter)))
+    key = _key(FORMAT, *((path, path.stat().st_mtime_ns) for path in (base, adapter)))
     path = cache_folder().parent / "flux_core" / "adapted" / key / f"{name}.safetensors"
     if not path.is_file():
         source, differences = find_source(base), _differences(adapter, params)
@@ -36,18 +39,18 @@ def adapted_file(name: str, base: Path, adapter: Path, params: FluxParams) -> Pa
             state = {tensor: get(tensor) for tensor in source.shapes}
             for tensor, x in differences.items():
                 state[tensor] = (state[tensor].double() + x).to(state[tensor].dtype)
-            write_safetensors(prepare_folder(path.parent, "HF_HOME") / path.name, state)
+            write_safetensors(prepare_folder(path.parent, cache_variable()) / path.name, state)
     return path
 
 
 @cache
-def _key(*files: tuple[Path, int]) -> str:
+def _key(format: bytes, *files: tuple[Path, int]) -> str:
     """16 hex digits of all their bytes; files that are written anew are read again."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path, _ in files)).hexdigest()[:16]
+    return hashlib.sha256(format + b"".join(path.read_bytes() for path, _ in files)).hexdigest()[:16]
 
 
 def _differences(adapter: Path, params: FluxParams) -> dict[str, Tensor]:
-    """Official names of weights, and up @ down of each, fp64."""
+    """Official names of weights, and up @ down of each, fp64. FileError where a tensor belongs to none."""
     source = find_source(adapter)
     with opened(source, "cpu", source.shapes) as get:
 
@@ -59,4 +62,13 @@ def _differences(adapter: Path, params: FluxParams) -> dict[str, Tensor]:
             for pair in pairs_of(params)
             if all(f"transformer.{name.removesuffix('weight')}{DOWN}" in source.shapes for name in pair.diffusers)
         ]
+        read = {
+            f"transformer.{name.removesuffix('weight')}{x}"
+            for pair in pairs
+            for name in pair.diffusers
+            for x in (DOWN, UP)
+        }
+        if read != source.shapes.keys():
+            other = sorted(read ^ source.shapes.keys())[0]
+            raise FileError(f"{adapter}: {other} is no factor of a weight, or has no partner. Next: install it again.")
         return dict(streamed_from_diffusers(lambda name: factor(name, UP) @ factor(name, DOWN), pairs, params))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FileError
-from ..variants import FAMILY, VARIANTS, Variant
+from ..variants import VARIANTS, Variant, originals
 from .contents import Contents, check_fit, find_contents
 from .files import PARTS, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
 from .identify import Identity, Part
@@ -46,7 +46,7 @@ def fits(path: Path) -> str:
     if part not in PARTS:
         return "fits: no model, as it is no part of one"
     contents, findings = find_contents(path, part), {}
-    variants = [replace(variant, files={PARTS[part].flag: str(path)}) for variant in FAMILY]
+    variants = [replace(variant, files={PARTS[part].flag: str(path)}) for variant in originals()]
     for variant in variants:
         try:
             _check(path, part, variant)

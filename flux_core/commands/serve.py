@@ -9,6 +9,7 @@ from ..device.threads import set_threads
 from ..errors import UsageError
 from ..files import prepare_folder
 from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
+from ..server.guard import LOOPBACK
 from ..terminal import note, tell
 from .table import SERVE
 
@@ -38,9 +39,12 @@ def serve(
     """
     key = os.environ.get(KEY)
     at, most = (_FIELDS[name].parse(text, _FIELDS[name].default) for name, text in (("port", port), ("queue", queue)))
-    if host is not None and not key:
+    outside = host not in (None, *LOOPBACK)
+    if outside and not key:
         raise UsageError(f"--host {host} lets others in. Next: set {KEY} to a key that clients must send")
     try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn
     except ImportError:
         raise UsageError('the server needs FastAPI and uvicorn. Next: pip install "flux1-core[server]"') from None
@@ -51,29 +55,34 @@ def serve(
 
     from ..pipeline import load_pipeline
     from ..server.app import make_app
-    from ..server.guard import LOOPBACK
     from ..server.jobs import Worker
 
-    listening = _listen(host or "127.0.0.1", at)
+    listening = _listen(host or LOOPBACK[0], at)
     set_threads(number)
     if not variant.embedded:
         note(variant.licence_line)
     pipeline = load_pipeline(variant, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
     worker = Worker(pipeline, folder, most)
-    hosts = LOOPBACK if host is None else ()
-    tell(f"{variant.name} on http://{host or '127.0.0.1'}:{at}/v1, pictures in {folder}; Ctrl-C ends it")
-    config = uvicorn.Config(make_app(worker, hosts, key), log_level="warning", server_header=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    app = make_app(worker, () if outside else LOOPBACK, key)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+    handle_exit = server.handle_exit
+
+    def end(signal: int, frame: Any) -> None:
+        worker.stop()  # else uvicorn waits until all that wait have their pictures
+        handle_exit(signal, frame)
+
+    server.handle_exit = end  # type: ignore[assignment,method-assign]
+    address = f"[{host}]" if ":" in (host or "") else host or LOOPBACK[0]
+    tell(f"{variant.name} on http://{address}:{at}/v1, pictures in {folder}; Ctrl-C ends it")
+    try:
+        server.run(sockets=[listening])
+    finally:
+        worker.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, before a model is loaded. UsageError."""
-    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(kind, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
-        found.close()
         raise UsageError(f"nothing can listen on {host} port {port}: {error}. Next: another --port") from None
-    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.contents import listing
 from ..checkpoint.source import Source, find_source
 from ..errors import FileError
-from ..variants import DEFAULT, FAMILY, VARIANTS, Variant
+from ..variants import DEFAULT, VARIANTS, Variant, originals
 from .dialects import TEXT, other_algebra, other_model
 from .file import LoraFile, Misfit, check_shapes, find_lora, read_names, widened_input
 
@@ -23,7 +23,7 @@ def best_fit(path: str | Path) -> tuple[LoraFile, list[Variant], str]:
     """
     fits: list[tuple[int, LoraFile, Variant]] = []
     others: list[tuple[int, LoraFile, str]] = []
-    for variant in FAMILY:
+    for variant in originals():
         lora = read_names(path, variant.params)
         count = len(lora.of("transformer")) + len(lora.norms)
         try:

@@ -9,7 +9,7 @@ from dataclasses import field as dataclass_field
 from typing import Any, Literal, get_args
 
 from ..errors import UsageError
-from ..variants import DEFAULT, FAMILY, VARIANTS
+from ..variants import DEFAULT, VARIANTS, originals
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads the low 32 bits of a seed; larger seeds would silently repeat smaller seeds"""
@@ -110,7 +110,7 @@ class Field:
         """The default as help shows it, with those of the variants that differ. `NAME` says what a twin changes."""
         if not self.from_variant:
             return "" if self.default in (None, False) else f" (default: {self.default})"
-        values = {variant.name: getattr(variant, self.name) for variant in FAMILY}
+        values = {variant.name: getattr(variant, self.name) for variant in originals()}
         first = next(iter(values.values()))
         others = [f"{name} {value}" for name, value in values.items() if value != first]
         return f" (default: {', '.join([str(first), *others])})"

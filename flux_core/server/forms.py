@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UsageError, nearest
 from ..request.fields import FIELDS, REQUEST
-from ..request.generation import GenerationRequest
+from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..variants import get_variant
 
 MOST = 10
@@ -17,30 +17,48 @@ NAMES = {"n": "num_images", "num_inference_steps": "num_steps", "guidance_scale"
 """other servers' names of fields"""
 IDLE = {"user", "response_format", "output_format", "size", "stream", OWN}
 """keys that are read here, or mean nothing to a picture"""
-MINE = {"force", "allow_empty_prompt"}
-"""permissions of whoever runs the server"""
+MINE = {"force", "allow_empty_prompt", "dtype", "t5_dtype"}
+"""permissions of whoever runs the server, and how he loaded the model"""
+LONGEST = 20_000
+"""characters of a prompt"""
 REACHING = {"file", "fn", "to", "path", "init_image"}
 """keys of a request that name something on this machine"""
 FORMATS = ("png", "jpeg", "webp")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 
-def request_of(body: Mapping[str, Any], model: str) -> GenerationRequest:
-    """The request of an OpenAI client's JSON, for the model that is loaded. UsageError."""
+def request_of(body: Mapping[str, Any], model: str, origin: InitImage | None = None) -> GenerationRequest:
+    """The request of a client's fields, for the model that is loaded. origin: of the picture that came with them.
+    UsageError."""
     own = body.get(OWN, {})
     if not isinstance(own, dict):
         raise UsageError(f"{OWN} must be an object with a request's fields")
-    fields = {**own, **dict(_renamed(body))}
+    if own.get("functions"):
+        raise UsageError("that picture was drawn with functions, which cannot be sent")
+    fields = {key: value for key, value in own.items() if key not in DRAWN_BY}
+    for name, value in _renamed(body):
+        if name in fields:
+            raise UsageError(f"{name} is said twice")
+        fields[name] = value
     if found := sorted(MINE & fields.keys()):
         raise UsageError(f"{found[0]} cannot be set from outside")
     if found := sorted(set(_keys(fields)) & REACHING):
         raise UsageError(f"{found[0]} names something on this machine, which a client cannot")
     if any(isinstance(entry, dict) and entry.get("kind") == "lora" for entry in _entries(fields.get("plan"))):
         raise UsageError("a plan cannot name a LoRA here")
-    wanted = fields.setdefault("name", model)
-    if get_variant(str(wanted)).name != model:
+    if any(len(str(fields.get(name) or "")) > LONGEST for name in ("prompt", "negative_prompt")):
+        raise UsageError(f"a prompt has at most {LONGEST:,} characters here")
+    if origin is None and (idle := [name for name in ("strength", "fit") if fields.get(name) is not None]):
+        raise UsageError(
+            f"{idle[0]} does nothing without a picture. Next: leave it out, or send one to /v1/images/edits"
+        )
+    wanted = str(fields.setdefault("name", model))[:80]
+    if get_variant(wanted).name != model:
         raise UsageError(f"{model} is loaded here, not {wanted}. Next: ask /v1/models")
-    request = GenerationRequest(**fields)
+    try:
+        request = GenerationRequest(**fields, init_image=origin)
+    except RecursionError:
+        raise UsageError("the plan is nested too deep") from None
     if unsafe := [entry.kind for entry in request.plan if not entry.portable]:
         raise UsageError(f"a client cannot make us read or write files ({', '.join(unsafe)})")
     if request.num_images > MOST:
@@ -105,6 +123,11 @@ def capabilities(model: str) -> dict[str, Any]:
         found = {"type": field.kind.__name__, "help": field.help, "default": default, **bounds}
         return {key: value for key, value in found.items() if value is not None}
 
-    shown = [field for field in REQUEST if field.name not in REACHING | MINE]
-    sizes = {"min_side": variant.min_side, "max_side": variant.max_side}
-    return {"model": model, "n": MOST, "formats": list(FORMATS), **sizes, "fields": {x.name: told(x) for x in shown}}
+    shown = [field for field in REQUEST if field.name not in REACHING | MINE | {"name"}]
+    if not variant.params.guidance_embed:
+        shown = [field for field in shown if field.name != "guidance"]
+    fields = {field.name: told(field) for field in shown}
+    for name in ("width", "height"):
+        fields[name] |= {"minimum": variant.min_side, "maximum": variant.max_side}
+    fields["num_images"] |= {"maximum": MOST}
+    return {"model": model, "formats": list(FORMATS), "fields": fields}

@@ -5,9 +5,10 @@ cancelled within a step. Whatever fails is an error of its job alone: the worker
 """
 
 import threading
+import traceback
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,7 @@ from PIL import Image
 from ..errors import FluxError
 from ..images.output import save_picture
 from ..request.generation import GenerationRequest
-from ..terminal import one_line
+from ..terminal import note
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -29,7 +30,11 @@ REMEMBERED = 1000
 
 
 class QueueFull(FluxError):
-    """As many jobs wait as may."""
+    """As many jobs wait as may, or the server ends."""
+
+
+class Broken(FluxError):
+    """A fault of ours."""
 
 
 class Cancelled(Exception):
@@ -48,8 +53,11 @@ class Job:
     step: int = 0
     """of `steps`, over all pictures"""
     paths: list[Path] = field(default_factory=list)
-    error: str = ""
-    """a sentence for people"""
+    notes: list[str] = field(default_factory=list)
+    """what the command would say: a size that is cropped, words that T5 drops"""
+    error: FluxError | None = None
+    when_over: Callable[[], object] = lambda: None
+    """called in the worker's thread"""
     unwanted: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -65,6 +73,8 @@ class Worker:
         """folder: for pictures. most: jobs that may wait."""
         self.pipeline, self.folder, self.most = pipeline, folder, most
         self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.current: Job | None = None
+        """the job that is being drawn"""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._ends = False
@@ -78,6 +88,8 @@ class Worker:
     def submit(self, job: Job) -> Job:
         """Put a job at the end of the queue. QueueFull."""
         with self._changed:
+            if self._ends:
+                raise QueueFull("the server is ending")
             if len(self._waiting) >= self.most:
                 raise QueueFull(f"{self.most} jobs are waiting. Next: try again later")
             self.jobs[job.id] = job
@@ -101,39 +113,48 @@ class Worker:
                 self._waiting.remove(job)
                 self._end(job, "cancelled")
 
+    def stop(self) -> None:
+        """End all jobs, the one that is drawn at its next step. May be called in a signal's handler: takes no lock."""
+        self._ends = True
+        for job in list(self.jobs.values()):
+            job.unwanted.set()
+
     def close(self) -> None:
-        """End the thread, and all jobs."""
+        """End all jobs, and the thread."""
+        self.stop()
         with self._changed:
-            self._ends = True
-            for job in self.jobs.values():
-                job.unwanted.set()
             self._changed.notify()
         self._thread.join()
-        for job in self._waiting:
-            self._end(job, "cancelled")
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ends)
                 if self._ends:
+                    for job in self._waiting:
+                        self._end(job, "cancelled")
+                    self._waiting.clear()
                     return
                 job = self._waiting.popleft()
-                job.state = "drawing"
+                self.current, job.state = job, "drawing"
             self._draw(job)
+            self.current = None
 
     def _draw(self, job: Job) -> None:
+        first = job.requests[0]
         try:
+            job.notes += [*first.notes(), *(line for text in first.texts for line in self.pipeline.text_notes(text))]
             for number, request in enumerate(job.requests):
                 self._draw_one(job, number, request)
             self._end(job, "done")
         except Cancelled:
             self._end(job, "cancelled")
         except FluxError as error:
-            job.error = one_line(str(error))
+            job.error = error
             self._end(job, "failed")
-        except Exception as error:  # a fault of ours must not stop the others
-            job.error = f"unexpected error: {type(error).__name__}"
+        except Exception as error:  # must not stop the others
+            note(traceback.format_exc())
+            job.error = Broken(f"unexpected error: {type(error).__name__}")
             self._end(job, "failed")
 
     def _draw_one(self, job: Job, number: int, request: GenerationRequest) -> None:
@@ -152,3 +173,4 @@ class Worker:
     def _end(self, job: Job, state: State) -> None:
         job.state = state
         job.over.set()
+        job.when_over()

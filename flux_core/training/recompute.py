@@ -81,7 +81,10 @@ def _keeping() -> Any:
 
 
 def _forward(block: nn.Module, *args: Any) -> Any:
-    """A block's forward, of which inputs and `_KEPT` are kept. Inside of what is compiled, where a compiler sees it."""
+    """A block's forward, of which inputs and `_KEPT` are kept. Inside of what is compiled, where a compiler sees it.
+
+    Where attention runs by another kernel (on MPS), it is computed again, too.
+    """
     return _again(partial(type(block).forward, block), *args, context_fn=_keeping)
 
 

@@ -22,10 +22,11 @@ from PIL import Image
 from flux_core import load_pipeline
 from flux_core.images.metadata import read_request
 from flux_core.main import main
+from flux_core.request.generation import GenerationRequest
 from flux_core.server.app import make_app
 from flux_core.server.forms import capabilities
 from flux_core.server.guard import LARGEST
-from flux_core.server.jobs import Worker
+from flux_core.server.jobs import Job, QueueFull, Worker
 from flux_core.variants import VARIANTS
 
 SMALL = {"size": "128x128", "seed": 5}
@@ -104,6 +105,52 @@ def test_a_whole_request_comes_with_its_plan(start, pipeline):
     assert [entry.kind for entry in read_request(path).plan] == ["skip"]
 
 
+def test_a_picture_is_edited_as_an_init_image(start, pipeline):
+    server = start()
+    given = io.BytesIO()
+    Image.new("RGB", (64, 64), "navy").save(given, "png")
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="any")
+    own = {"num_inference_steps": 4, "seed": 5, "strength": 0.5}
+    answer = client.images.edit(image=given.getvalue(), prompt="a fox", size="128x128", extra_body=own)
+    found = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+    fields = {"width": 128, "height": 128, "num_steps": 4, "strength": 0.5}
+    (expected,) = pipeline.generate("a fox", 5, init_image=Image.open(given), **fields)
+    assert np.array_equal(found, expected)
+    for files in ({}, {"image": b"GIF89a"}, {"image": given.getvalue(), "mask": given.getvalue()}):
+        files = {name: (name, data) for name, data in files.items()} or {"other": ("x", b"")}
+        assert server.client.post("/v1/images/edits", data={"prompt": "x"}, files=files).status_code == 400
+
+
+def test_a1111s_endpoints_draw_and_say_what_they_cannot(start, pipeline):
+    server = start()
+    body = {
+        "prompt": "a fox", "negative_prompt": "", "steps": 2, "cfg_scale": 1, "distilled_cfg_scale": 3, "seed": 5,
+        "width": 128, "height": 128, "sampler_name": "Euler", "batch_size": 2, "restore_faces": False, "styles": [],
+        "denoising_strength": 0.7, "override_settings": {"sd_model_checkpoint": "flux-mini"}, "send_images": True,
+    }  # fmt: skip
+    answer = server.client.post("/sdapi/v1/txt2img", json=body).json()
+    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in answer["images"]]
+    expected = pipeline.generate("a fox", 5, width=128, height=128, num_steps=2, guidance=3.0, num_images=2)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert json.loads(answer["info"])["all_seeds"] == [5, 6]
+    source = {"init_images": ["data:image/png;base64," + answer["images"][0]], "denoising_strength": 0.5}
+    again = server.client.post("/sdapi/v1/img2img", json=body | source | {"batch_size": 1, "steps": 4}).json()
+    assert len(again["images"]) == 1 and "init_images" not in again["parameters"]
+    for wrong in (
+        {"sampler_name": "DPM++ 2M"}, {"enable_hr": True}, {"init_images": ["?"]}, {"n_iter": 0}, {"n_iter": 9},
+        {"override_settings": {"sd_model_checkpoint": "x"}}, {"alwayson_scripts": {"x": 1}},
+    ):  # fmt: skip
+        assert server.client.post("/sdapi/v1/txt2img", json=body | wrong).status_code == 400, wrong
+    assert server.client.get("/sdapi/v1/options").json() == {"sd_model_checkpoint": "flux-mini"}
+    assert server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "x"}).status_code == 400
+    assert server.client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "flux-mini"
+    job = server.job(num_steps=2000).json()
+    server.wait(job["id"], "drawing")
+    assert server.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"] == 2000
+    server.client.post("/sdapi/v1/interrupt")
+    assert server.wait(job["id"], "cancelled")
+
+
 def test_a_job_has_a_place_is_cancelled_within_a_step_and_the_next_is_drawn(start):
     server = start()
     first, second, third = (server.job(num_steps=steps).json() for steps in (2000, 3, 1))
@@ -116,7 +163,11 @@ def test_a_job_has_a_place_is_cancelled_within_a_step_and_the_next_is_drawn(star
     picture = server.client.get(done["pictures"][0])
     assert picture.headers["content-type"] == "image/png" and Image.open(io.BytesIO(picture.content)).size == (128, 128)
     assert server.client.post(f"/v1/jobs/{third['id']}/cancel", json={}).json()["state"] == "done"
-    assert server.client.get(f"/v1/jobs/{third['id']}/pictures/1").status_code == 404
+    for path in ("1", "x"):
+        assert server.client.get(f"/v1/jobs/{third['id']}/pictures/{path}").json()["error"]["type"] == "not_found_error"
+    server.worker.jobs[third["id"]].paths[0].unlink()
+    gone = server.client.get(done["pictures"][0])
+    assert gone.status_code == 404 and "is no longer there" in gone.text
     assert server.client.get("/v1/jobs/nonsense").status_code == 404
 
 
@@ -146,6 +197,12 @@ def test_a_request_is_dropped_when_its_client_goes(start):
         ({"prompt": "x", "output_format": "gif"}, "png, jpeg, webp"),
         ({"prompt": "x", "stream": True}, "stream is not there yet"),
         ({"prompt": "x", "force": True}, "force cannot be set from outside"),
+        ({"prompt": "x", "dtype": "float32"}, "dtype cannot be set from outside"),
+        ({"prompt": "x", "n": 2, "num_images": 3}, "num_images is said twice"),
+        ({"prompt": "x", "size": "128x128", "width": 256}, "width is said twice"),
+        ({"prompt": "x", "strength": 0.5}, "does nothing without a picture"),
+        ({"prompt": "x" * 20_001}, "at most 20,000 characters"),
+        ({"flux_core": {"prompt": "x", "functions": ["f"]}}, "drawn with functions"),
         ({"prompt": "x", "init_image": {"file": "/etc/passwd"}}, "names something on this machine"),
         ({"prompt": "x", "flux_core": []}, "must be an object"),
         ({"prompt": "x", "plan": [{"kind": "custom", "fn": "a.py:b"}]}, "names something on this machine"),
@@ -174,7 +231,8 @@ def test_other_sites_and_hosts_are_refused_on_every_route(start):
     server = start()
     given = {"content-type": "application/json"}
     for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", "/v1/jobs"), ("GET", "/nonsense")):
-        for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "null"}, {"host": ""}):
+        for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "null"}, {"host": ""},
+                        {"origin": "http://["}, {"host": "["}):  # fmt: skip
             answer = server.client.request(method, path, headers=given | headers)
             assert answer.status_code == 403, (path, headers)
     body = json.dumps({"prompt": "x"})
@@ -182,6 +240,10 @@ def test_other_sites_and_hosts_are_refused_on_every_route(start):
     same = server.client.get("/health", headers={"origin": server.url})
     assert same.json() == {"status": "ok", "waiting": 0} and "access-control-allow-origin" not in same.headers
     assert server.client.get("/docs").status_code == 404 and not server.worker.jobs
+    form = server.client.post("/v1/jobs", data={"prompt": "x"}, files={"image": b"x"})
+    assert form.status_code == 415
+    wrong = server.client.get("/v1/jobs")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
 
 
 def test_a_body_that_is_too_large_is_refused_whatever_it_says_of_itself(start):
@@ -195,7 +257,7 @@ def test_a_body_that_is_too_large_is_refused_whatever_it_says_of_itself(start):
 
 def test_with_a_key_nobody_comes_in_without_it(start):
     server = start(hosts=(), key="hush")
-    for headers in ({}, {"authorization": "Bearer hus"}, {"authorization": "Basic hush"}):
+    for headers in ({}, {"authorization": "Bearer hus"}, {"authorization": "Basic hush"}, {"authorization": b"\xe9"}):
         answer = server.client.get("/v1/models", headers=headers)
         assert answer.status_code == 401 and "hush" not in answer.text
     assert server.client.get("/v1/models", headers={"authorization": "Bearer hush", "host": "any"}).status_code == 200
@@ -239,10 +301,30 @@ def test_two_clients_at_once_get_their_own_pictures(start):
     }
 
 
+def test_notes_are_told_and_what_recorded_another_drawing_is_not_taken(start):
+    server = start()
+    own = {"prompt": "x", "seed": 5, "num_steps": 1, "width": 130, "height": 128, "version": "9", "weights": {"a": "b"}}
+    answer = server.client.post("/v1/images/generations", json={"flux_core": own}).json()
+    assert any("multiples of 16" in line for line in answer["notes"])
+    (path,) = server.worker.folder.iterdir()
+    found = read_request(path)
+    assert found.version != "9" and "a" not in found.weights
+
+
+def test_a_worker_that_ends_takes_nothing_and_tells_all_that_wait(pipeline, tmp_path):
+    worker, request = Worker(pipeline, tmp_path, 9), GenerationRequest(name="flux-mini", prompt="x", num_steps=2000)
+    jobs = [worker.submit(Job([request])) for _ in range(3)]
+    worker.close()
+    assert [job.state for job in jobs] == ["cancelled"] * 3 and all(job.over.is_set() for job in jobs)
+    with pytest.raises(QueueFull, match="is ending"):
+        worker.submit(Job([request]))
+
+
 def test_capabilities_are_those_of_the_table():
     found = capabilities("flux-mini")
-    assert found["fields"]["width"] == {"type": "int", "help": "pixels", "default": 256, "minimum": 1, "maximum": 65536}
-    assert found["max_side"] == VARIANTS["flux-mini"].max_side and not {"init_image", "force"} & found["fields"].keys()
+    assert found["fields"]["width"] == {"type": "int", "help": "pixels", "default": 256, "minimum": 128, "maximum": 512}
+    assert found["fields"]["num_images"]["maximum"] == 10 and found["model"] in VARIANTS
+    assert not {"init_image", "force", "dtype", "name"} & found["fields"].keys()
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
@@ -272,8 +354,16 @@ def test_the_command_answers_until_ctrl_c(tmp_path):
                 break
             except httpx.ConnectError:
                 time.sleep(0.05)
+        body = {"prompt": "a fox", "num_steps": 3000, "seed": 1}
+        jobs = [httpx.post(f"http://127.0.0.1:{port}/v1/jobs", json=body).json() for _ in range(3)]
+        url = f"http://127.0.0.1:{port}/v1/images/generations"
+        waiting = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": body, "timeout": 90})
+        waiting.start()
+        time.sleep(0.3)
+        assert jobs[2]["position"] >= 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130)
+        assert process.wait(30) in (0, 130)
+        waiting.join()
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()

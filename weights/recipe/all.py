@@ -3,6 +3,9 @@
     python weights/recipe/all.py data work weights           # data: see weights/README.md; an hour of one H200
     python weights/recipe/all.py data work /tmp/weights --part 0.1
 
+A new autoencoder has a normalization of its own, which `assemble.py` prints: it belongs into flux-mini's row in
+`flux_core/variants.py`, before what comes is loaded by anything else, the last stage included.
+
 Stages that are done are in `work/minutes.json` and are not run again; what a stage was in the middle of is lost, unless
 `--pause` stopped it. `--part`: every stage for that part of its minutes, scenes and steps, to see that all fits
 together; with `--batch 4 --device cpu` on a CPU.
@@ -98,7 +101,10 @@ def main() -> int:
     args = parser.parse_args()
 
     began, record = time.monotonic(), args.work / "minutes.json"
-    done: dict[str, float] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"part": args.part, "minutes": {}}
+    done: dict[str, float] = found["minutes"]
+    if found["part"] != args.part:
+        parser.error(f"{args.work} holds a run with --part {found['part']}. Next: another folder for this one")
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         if stage.name in done:
@@ -113,7 +119,7 @@ def main() -> int:
             print(f"paused in {stage.name}. Next: the same command again.")
             return 0
         done[stage.name] = round((time.monotonic() - started) / 60, 2)
-        record.write_text(json.dumps(done, indent=1), encoding="utf-8")
+        record.write_text(json.dumps({"part": args.part, "minutes": done}, indent=1), encoding="utf-8")
     ship(args.work, args.weights)
     print(f"{sum(done.values()):.1f} minutes in all, by stages in {record}")
     return 0

@@ -150,6 +150,9 @@ class Trainer:
             torch._foreach_copy_(self.params, self.ema)
 
     def save(self, path: Path) -> None:
+        """Write what `resume` needs; nothing before the first step."""
+        if not self.step:
+            return
         state = {}
         for name, p, ema in zip(self.names, self.params, self.ema, strict=True):
             moments = self.optimizer.state[p]
