@@ -53,7 +53,7 @@ def test_four_steps_are_nearer_to_28_than_those_of_the_other(own_cache):
     pipelines = {name: load_pipeline(name, "cpu") for name in far}
     for seed, prompt in enumerate(("a fox", "a red apple", "a cat to the left of a dog")):
         wanted, *found = (
-            np.asarray(pipeline.generate(prompt, seed, num_steps=steps)[0], np.float32)
+            np.asarray(pipeline.generate(prompt, seed, num_steps=steps, width=128, height=128)[0], np.float32)
             for pipeline, steps in ((pipelines["flux-mini"], 28), *((one, 4) for one in pipelines.values()))
         )
         for name, x in zip(far, found, strict=True):

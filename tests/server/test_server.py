@@ -144,21 +144,21 @@ def test_a1111s_endpoints_draw_and_say_what_they_cannot(start, pipeline):
     assert server.client.get("/sdapi/v1/options").json() == {"sd_model_checkpoint": "flux-mini"}
     assert server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "x"}).status_code == 400
     assert server.client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "flux-mini"
-    job = server.job(num_steps=2000).json()
+    job = server.job(num_steps=400).json()
     server.wait(job["id"], "drawing")
-    assert server.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"] == 2000
+    assert server.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"] == 400
     server.client.post("/sdapi/v1/interrupt")
     assert server.wait(job["id"], "cancelled")
 
 
 def test_a_job_has_a_place_is_cancelled_within_a_step_and_the_next_is_drawn(start):
     server = start()
-    first, second, third = (server.job(num_steps=steps).json() for steps in (2000, 3, 1))
-    assert server.wait(first["id"], "drawing")["steps"] == 2000
+    first, second, third = (server.job(num_steps=steps).json() for steps in (400, 3, 1))
+    assert server.wait(first["id"], "drawing")["steps"] == 400
     assert server.client.get(f"/v1/jobs/{third['id']}").json()["position"] == 2
     assert server.client.post(f"/v1/jobs/{second['id']}/cancel", json={}).json()["state"] == "cancelled"
     server.client.post(f"/v1/jobs/{first['id']}/cancel", json={})
-    assert server.wait(first["id"], "cancelled")["step"] < 2000
+    assert server.wait(first["id"], "cancelled")["step"] < 400
     done = server.wait(third["id"], "done")
     picture = server.client.get(done["pictures"][0])
     assert picture.headers["content-type"] == "image/png" and Image.open(io.BytesIO(picture.content)).size == (128, 128)
@@ -174,7 +174,7 @@ def test_a_job_has_a_place_is_cancelled_within_a_step_and_the_next_is_drawn(star
 def test_a_request_is_dropped_when_its_client_goes(start):
     server = start()
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post("/v1/images/generations", json={"prompt": "a fox", "num_steps": 2000, **SMALL}, timeout=0.5)
+        server.client.post("/v1/images/generations", json={"prompt": "a fox", "num_steps": 400, **SMALL}, timeout=0.5)
     (job,) = server.worker.jobs.values()
     assert job.over.wait(20) and job.state == "cancelled"
     assert server.wait(server.job(num_steps=1).json()["id"], "done")
@@ -265,7 +265,7 @@ def test_with_a_key_nobody_comes_in_without_it(start):
 
 def test_a_full_queue_says_so_and_goes_on(start):
     server = start(most=1)
-    first = server.job(num_steps=2000).json()
+    first = server.job(num_steps=400).json()
     server.wait(first["id"], "drawing")
     second = server.job(num_steps=1).json()
     full = server.job(num_steps=1)
@@ -312,7 +312,7 @@ def test_notes_are_told_and_what_recorded_another_drawing_is_not_taken(start):
 
 
 def test_a_worker_that_ends_takes_nothing_and_tells_all_that_wait(pipeline, tmp_path):
-    worker, request = Worker(pipeline, tmp_path, 9), GenerationRequest(name="flux-mini", prompt="x", num_steps=2000)
+    worker, request = Worker(pipeline, tmp_path, 9), GenerationRequest(name="flux-mini", prompt="x", num_steps=400)
     jobs = [worker.submit(Job([request])) for _ in range(3)]
     worker.close()
     assert [job.state for job in jobs] == ["cancelled"] * 3 and all(job.over.is_set() for job in jobs)
@@ -354,7 +354,7 @@ def test_the_command_answers_until_ctrl_c(tmp_path):
                 break
             except httpx.ConnectError:
                 time.sleep(0.05)
-        body = {"prompt": "a fox", "num_steps": 3000, "seed": 1}
+        body = {"prompt": "a fox", "num_steps": 600, "seed": 1}
         jobs = [httpx.post(f"http://127.0.0.1:{port}/v1/jobs", json=body).json() for _ in range(3)]
         url = f"http://127.0.0.1:{port}/v1/images/generations"
         waiting = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": body, "timeout": 90})

@@ -150,7 +150,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["double_blocks", "single_blocks"])
+@pytest.mark.parametrize("kind", [pytest.param("double_blocks", marks=pytest.mark.slow), "single_blocks"])
 @pytest.mark.parametrize("way", [name for name, one in WAYS.items() if one.attention])
 def test_what_a_compiled_block_keeps_is_what_its_way_says(way, kind):
     """By the graphs that the compiler makes: of whole streams nothing but inputs, heads and attention's output."""
