@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ..errors import FileError, UsageError
 from ..params import FluxParams
-from ..variants import VARIANTS
 from .sites import block_names, match_blocks
 
 VITAL = {
@@ -13,7 +12,8 @@ VITAL = {
     "flux-mini": ("layer.0", "layer.3"),
 }
 """flux-dev: the blocks in which Stable Flow's released code injects (arXiv 2411.14430); flux-mini: the result of our
-own study (`python cli.py importance --limit 24 --seeds 2`, README). A variant that stands on another has that one's"""
+own study (`python cli.py importance --limit 24 --seeds 2`, README). flux-mini-fast has none: with those of flux-mini an
+edit of four steps changes nothing"""
 
 
 def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
@@ -25,10 +25,9 @@ def layers_of(choice: str, name: str, params: FluxParams) -> list[str]:
     if choice in ("all", "none"):
         return names if choice == "all" else []
     if choice in ("vital", "non-vital"):
-        known = VITAL.get(name) or VITAL.get(VARIANTS[name].base if name in VARIANTS else "")
-        if known is None:
+        if name not in VITAL:
             raise UsageError(f"no vital layers are known for {name}: give a file or blocks with --layers, or all")
-        vital = match_blocks(known, params)
+        vital = match_blocks(VITAL[name], params)
         return vital if choice == "vital" else [block for block in names if block not in vital]
     if choice.endswith(".json"):
         return _from_file(Path(choice), name, params)
