@@ -1,7 +1,5 @@
 """A variant that ships as another one and a LoRA: one file, the same as the LoRA beside the other."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -62,8 +60,6 @@ def test_four_steps_are_nearer_to_28_than_those_of_the_other(own_cache):
 
 
 def test_where_nothing_can_be_written_it_says_which_folder(own_cache, monkeypatch, capsys, tmp_path):
-    if os.name == "nt":
-        pytest.skip("a file in the place of a folder is another error on Windows")
     (tmp_path / "flux_core").write_text("in the way")
     assert main(["--name", "flux-mini-fast", "--prompt", "x", "--output-dir", str(tmp_path / "o")]) == 6
     assert str(tmp_path / "flux_core") in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import json
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from capped import Capped
@@ -79,14 +78,16 @@ def test_what_a_layer_reads_is_what_would_have_been_loaded(tmp_path):
     assert torch.equal(ours.img_in.bias, loaded.img_in.bias)
 
 
-def test_plans_loras_and_guidance_are_drawn_the_same(tmp_path):
+def test_plans_loras_and_guidance_are_drawn_the_same(tmp_path, one_thread):
+    """To the bit, in one thread: with two a LoRA's product was once rounded otherwise (docs/memory.md)."""
     file = str(write(tmp_path / "some.safetensors", factors(MINI.params)))
     whole, ours = load(), load(SMALL)
-    for fields in ({"plan": [Skip(blocks="layer.1")]}, {"negative_prompt": "a pig", "true_cfg_scale": 2.0}):
+    for fields in (
+        {"plan": [Skip(blocks="layer.1")]},
+        {"plan": [Lora(file=file, scale=0.5, steps=["1"])]},
+        {"negative_prompt": "a pig", "true_cfg_scale": 2.0},
+    ):
         assert draw(ours, **fields) == draw(whole, **fields)
-    plan = [Lora(file=file, scale=0.5, steps=["1"])]
-    found, expected = (np.frombuffer(draw(one, plan=plan), np.uint8).astype(int) for one in (ours, whole))
-    assert abs(found - expected).max() <= 1  # one run in a dozen rounds a last bit otherwise (docs/memory.md)
 
 
 def test_below_the_smallest_budget_it_is_said_before_anything_is_loaded(capsys, monkeypatch):
