@@ -52,23 +52,18 @@ def _key(format: bytes, *files: tuple[Path, int]) -> str:
 def _differences(adapter: Path, params: FluxParams) -> dict[str, Tensor]:
     """Official names of weights, and up @ down of each, fp64. FileError where a tensor belongs to none."""
     source = find_source(adapter)
+    pairs = [pair for pair in pairs_of(params) if all(_of(name, DOWN) in source.shapes for name in pair.diffusers)]
+    read = {_of(name, which) for pair in pairs for name in pair.diffusers for which in (DOWN, UP)}
+    if other := sorted(read ^ source.shapes.keys()):
+        raise FileError(f"{adapter}: {other[0]} is no factor of a weight, or has no partner. Next: install it again.")
     with opened(source, "cpu", source.shapes) as get:
 
-        def factor(weight: str, which: str) -> Tensor:
-            return get(f"transformer.{weight.removesuffix('weight')}{which}").double()
+        def product(name: str) -> Tensor:
+            return get(_of(name, UP)).double() @ get(_of(name, DOWN)).double()
 
-        pairs = [
-            pair
-            for pair in pairs_of(params)
-            if all(f"transformer.{name.removesuffix('weight')}{DOWN}" in source.shapes for name in pair.diffusers)
-        ]
-        read = {
-            f"transformer.{name.removesuffix('weight')}{x}"
-            for pair in pairs
-            for name in pair.diffusers
-            for x in (DOWN, UP)
-        }
-        if read != source.shapes.keys():
-            other = sorted(read ^ source.shapes.keys())[0]
-            raise FileError(f"{adapter}: {other} is no factor of a weight, or has no partner. Next: install it again.")
-        return dict(streamed_from_diffusers(lambda name: factor(name, UP) @ factor(name, DOWN), pairs, params))
+        return dict(streamed_from_diffusers(product, pairs, params))
+
+
+def _of(weight: str, which: str) -> str:
+    """The key of a factor of a weight, by diffusers' name of the weight."""
+    return f"transformer.{weight.removesuffix('weight')}{which}"
