@@ -35,6 +35,17 @@ def cards_left_as_they_were(request):
     assert failed or left < MOST, f"{left / 2**20:.0f} MiB of tensors are left on the card"
 
 
+@pytest.fixture(autouse=True)
+def kernels_left_as_they_were():
+    """Functions that a test installs for the CPU are gone after it: branches of LoRAs would sum in another order."""
+    from flux_core.linears.branch import THIN
+
+    before = dict(THIN)
+    yield
+    THIN.clear()
+    THIN.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def loras_remembered_elsewhere(tmp_path_factory):
     """The user's own list of LoRA files is left alone."""

@@ -78,8 +78,7 @@ def test_what_a_layer_reads_is_what_would_have_been_loaded(tmp_path):
     assert torch.equal(ours.img_in.bias, loaded.img_in.bias)
 
 
-def test_plans_loras_and_guidance_are_drawn_the_same(tmp_path, one_thread):
-    """To the bit, in one thread: with two a LoRA's product was once rounded otherwise (docs/memory.md)."""
+def test_plans_loras_and_guidance_are_drawn_the_same(tmp_path):
     file = str(write(tmp_path / "some.safetensors", factors(MINI.params)))
     whole, ours = load(), load(SMALL)
     for fields in (
