@@ -11,38 +11,20 @@ is averaged over the later double blocks (15-18 of FLUX.1-dev) and the steps.
 """
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flux_core import load_pipeline
-from flux_core.hooks import At, Capture, Custom
+from flux_core.hooks import Capture, Custom
 from flux_core.images.pictures import grid
+from flux_core.methods.concept_maps import beside, concept_map, overlay
 from flux_core.sampling import euler
 from flux_core.script import command
-
-
-def beside(count: int):
-    """Attention in which the first `count` tokens attend to themselves and the image, and no other token to them."""
-
-    def attend_beside(attend, q: Tensor, k: Tensor, v: Tensor, at: At) -> Tensor:
-        others = attend(q[:, :, count:], k[:, :, count:], v[:, :, count:])
-        k, v = (torch.cat((x[:, :, :count], x[:, :, at.txt_len :]), dim=2) for x in (k, v))
-        return torch.cat((attend(q[:, :, :count], k, v), others), dim=1)
-
-    return attend_beside
 
 
 def concept_maps(outputs: dict[str, Tensor], count: int) -> Tensor:
     """Maps [B, L, count] from the values at `img.attn` and `txt.attn` of the same blocks and steps."""
     pairs = [(x, outputs[name.replace(".img.", ".txt.")]) for name, x in outputs.items() if ".img." in name]
-    return torch.stack([(img @ txt[:, :count].mT).softmax(dim=-1) for img, txt in pairs]).mean(0)
-
-
-def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """The picture blended with a heat map [h, w] of values from 0 (black) over red and yellow to 1 (white)."""
-    colours = (3 * heat[..., None] - torch.arange(3)).clamp(0, 1) * 255
-    hot = Image.fromarray(colours.byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.blend(picture, hot, 0.7)
+    return torch.stack([concept_map(img, txt[:, :count]) for img, txt in pairs]).mean(0)
 
 
 @command

@@ -31,6 +31,10 @@ CLIP_L = EncoderSize(123_060_480, 84_934_656, 2_359_296, 12)
 """of the text half of ViT-L"""
 
 
+Rgb = tuple[tuple[float, float, float], ...]
+"""colours of a latent's pixels, for previews: a row for each channel, and a constant, to RGB from -1 to 1"""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A FLUX.1 model by name."""
@@ -56,6 +60,7 @@ class Variant:
     max_side: int
     """longest such side; --force lifts both limits"""
     licence: str
+    rgb: Rgb = field(hash=False, repr=False)
     repo: str | None = None
     """hub repository of the official files; None: the weights ship with the package"""
     base: str = ""
@@ -109,6 +114,16 @@ _FLUX1_AE = AutoEncoderParams(
     scale_factor=0.3611,
     shift_factor=0.1159,
 )
+_FLUX1_RGB: Rgb = (
+    (-0.0346, 0.0244, 0.0681), (0.0034, 0.0210, 0.0687), (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617), (0.0859, 0.0721, 0.0329), (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915), (-0.0236, -0.0185, -0.0259), (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421), (-0.0515, 0.0201, 0.0011), (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749), (-0.1264, -0.0522, -0.1103), (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+    (-0.0329, -0.0718, -0.0851),
+)  # fmt: skip
+"""ComfyUI `latent_formats.py`"""
 _T5, _CLIP = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14"
 _T5_XXL = {
     "d_model": 4096,
@@ -148,9 +163,20 @@ _DEV = Variant(
     min_side=256,
     max_side=4096,
     licence="FLUX.1 [dev] Non-Commercial License",
+    rgb=_FLUX1_RGB,
     variables=("FLUX_MODEL", "FLUX_DEV"),
 )
 
+_MINI_RGB: Rgb = (
+    (0.0469, 0.0028, 0.0171), (-0.0340, -0.1684, -0.1153), (-0.0029, -0.0132, 0.0069),
+    (0.0179, 0.0446, 0.0314), (0.0288, -0.0073, 0.0898), (0.1052, 0.0625, 0.0663),
+    (0.0229, 0.0710, 0.0188), (0.1826, 0.0286, 0.1201), (0.0028, 0.0627, 0.2007),
+    (0.0107, 0.0006, 0.0200), (-0.0580, 0.0047, -0.0029), (0.0828, 0.0984, 0.0180),
+    (-0.0115, 0.0555, 0.0108), (0.1766, 0.2859, 0.2394), (0.1416, 0.1816, -0.0218),
+    (0.1973, 0.0328, 0.0299),
+    (0.4117, 0.3548, 0.3134),
+)  # fmt: skip
+"""by `weights/recipe/fit_rgb.py`: 17.7 of 255 levels from the mean colour of 8x8 pixels"""
 _MINI = Variant(
     name="flux-mini",
     params=FluxParams(
@@ -194,6 +220,7 @@ _MINI = Variant(
     min_side=128,
     max_side=512,
     licence="Apache-2.0 (trained on Microsoft Fluent Emoji, MIT)",
+    rgb=_MINI_RGB,
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -230,6 +257,7 @@ VARIANTS: dict[str, Variant] = {
             min_side=256,
             max_side=4096,
             licence="Apache-2.0",
+            rgb=_FLUX1_RGB,
             variables=("FLUX_MODEL", "FLUX_SCHNELL"),
         ),
     )

@@ -1,7 +1,8 @@
-"""Requests in a queue, and the one worker that draws them in the order in which they came.
+"""Jobs in a queue, and the one worker that does them in the order in which they came.
 
-Pictures are drawn as the command line draws them, one after the other, and saved before anybody is told. A job is
-cancelled within a step. Whatever fails is an error of its job alone: the worker goes on.
+A `Job` draws requests as the command line draws them, one after the other, and saves each picture before anybody is
+told; another kind of work is a subclass with a `run` of its own. A job is cancelled within a step. Whatever fails is an
+error of its job alone: the worker goes on.
 """
 
 import threading
@@ -10,6 +11,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +24,7 @@ from ..terminal import note
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
-    from ..sampling import Step
+    from ..sampling import OnStep, Step
 
 State = Literal["queued", "drawing", "done", "failed", "cancelled"]
 REMEMBERED = 1000
@@ -43,15 +45,19 @@ class Cancelled(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request, and what became of it."""
+    """Requests that are drawn with a pipeline, and what became of them."""
 
     requests: Sequence[GenerationRequest]
     """one for each picture"""
     source: Image.Image | None = None
+    watched: bool = False
+    """whether somebody looks at a preview after each step"""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     state: State = "queued"
     step: int = 0
     """of `steps`, over all pictures"""
+    preview: Image.Image | None = None
+    """of the last step, small; None before the first, and once a picture is done"""
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """what the command would say: a size that is cropped, words that T5 drops"""
@@ -65,16 +71,49 @@ class Job:
     def steps(self) -> int:
         return sum(request.num_forward_steps for request in self.requests)
 
+    def run(self, pipeline: "Pipeline", folder: Path) -> None:
+        """Draw and save all pictures, in the worker's thread. Cancelled, and a picture's errors."""
+        first, before = self.requests[0], 0
+        self.notes += [*first.notes(), *(line for text in first.texts for line in pipeline.text_notes(text))]
+        for number, request in enumerate(self.requests):
+            image = self.draw(pipeline, request, partial(self.after, pipeline, before=before), number)
+            self.save(image, folder, f"{request.name}_seed{request.seed}")
+            before += request.num_forward_steps
+
+    def draw(self, pipeline: "Pipeline", request: GenerationRequest, on_step: "OnStep", number: int) -> Image.Image:
+        """The picture of one of the requests."""
+        self.check()
+        return pipeline.draw(request, self.source, on_step, (), (), number)
+
+    def check(self) -> None:
+        """Cancelled, if nobody wants the job any more."""
+        if self.unwanted.is_set():
+            raise Cancelled
+
+    def after(self, pipeline: "Pipeline", step: "Step", before: int = 0) -> None:
+        """A step callback. before: steps of earlier pictures. Cancelled."""
+        self.check()
+        if self.watched:
+            from ..pipeline.preview import preview  # and with it torch
+
+            self.preview = preview(step, self.requests[0].padded_size, pipeline.variant.rgb)
+        self.step = before + step.index + 1
+
+    def save(self, image: Image.Image, folder: Path, stem: str) -> None:
+        """Write a picture into the folder. DiskError."""
+        self.paths.append(save_picture(image, folder, stem))
+        self.preview = None
+
 
 class Worker:
-    """A thread that draws jobs with a pipeline, and the jobs by their ids."""
+    """A thread that runs jobs with a pipeline, and the jobs by their ids."""
 
     def __init__(self, pipeline: "Pipeline", folder: Path, most: int) -> None:
         """folder: for pictures. most: jobs that may wait."""
         self.pipeline, self.folder, self.most = pipeline, folder, most
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.current: Job | None = None
-        """the job that is being drawn"""
+        """the job that runs"""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._ends = False
@@ -141,11 +180,8 @@ class Worker:
             self.current = None
 
     def _draw(self, job: Job) -> None:
-        first = job.requests[0]
         try:
-            job.notes += [*first.notes(), *(line for text in first.texts for line in self.pipeline.text_notes(text))]
-            for number, request in enumerate(job.requests):
-                self._draw_one(job, number, request)
+            job.run(self.pipeline, self.folder)
             self._end(job, "done")
         except Cancelled:
             self._end(job, "cancelled")
@@ -156,19 +192,6 @@ class Worker:
             note(traceback.format_exc())
             job.error = Broken(f"unexpected error: {type(error).__name__}")
             self._end(job, "failed")
-
-    def _draw_one(self, job: Job, number: int, request: GenerationRequest) -> None:
-        before = sum(one.num_forward_steps for one in job.requests[:number])
-
-        def on_step(step: "Step") -> None:
-            if job.unwanted.is_set():
-                raise Cancelled
-            job.step = before + step.index + 1
-
-        if job.unwanted.is_set():
-            raise Cancelled
-        image = self.pipeline.draw(request, job.source, on_step, (), (), number)
-        job.paths.append(save_picture(image, self.folder, f"{request.name}_seed{request.seed}"))
 
     def _end(self, job: Job, state: State) -> None:
         job.state = state
