@@ -64,9 +64,15 @@ class Words:
         return None
 
     def maps(self, steps: Sequence[int] | None = None, blocks: Sequence[str] | None = None) -> Tensor:
-        """The mean over those steps (by default all) and double blocks (the later ones), [L, words], rows sum to 1."""
-        keys = product(steps or sorted({step for step, _ in self.found}), blocks or later_blocks(self.params))
-        return torch.stack([self.found[key] for key in keys]).mean(0)
+        """The mean over those steps (by default all) and double blocks (the later ones), [L, words], rows sum to 1.
+
+        Blocks that were left out have none. UsageError if that is all.
+        """
+        blocks = blocks or later_blocks(self.params)
+        keys = product(steps or sorted({step for step, _ in self.found}), blocks)
+        if not (there := [self.found[key] for key in keys if key in self.found]):
+            raise UsageError(f"there is no map of {', '.join(blocks)} at these steps. Next: a block that is computed")
+        return torch.stack(there).mean(0)
 
 
 def later_blocks(params: FluxParams) -> list[str]:

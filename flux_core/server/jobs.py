@@ -108,9 +108,12 @@ class Job:
 class Worker:
     """A thread that runs jobs with a pipeline, and the jobs by their ids."""
 
-    def __init__(self, pipeline: "Pipeline", folder: Path, most: int) -> None:
-        """folder: for pictures. most: jobs that may wait."""
-        self.pipeline, self.folder, self.most = pipeline, folder, most
+    def __init__(
+        self, pipeline: "Pipeline", folder: Path, most: int, load: "Callable[[str], Pipeline] | None" = None
+    ) -> None:
+        """folder: for pictures. most: jobs that may wait. load: returns another model's pipeline, which is kept."""
+        self.pipeline, self.folder, self.most, self._load = pipeline, folder, most, load
+        self._pipelines = {pipeline.variant.name: pipeline}
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.current: Job | None = None
         """the job that runs"""
@@ -181,7 +184,7 @@ class Worker:
 
     def _draw(self, job: Job) -> None:
         try:
-            job.run(self.pipeline, self.folder)
+            job.run(self._pipeline_of(job.requests[0].name), self.folder)
             self._end(job, "done")
         except Cancelled:
             self._end(job, "cancelled")
@@ -193,7 +196,12 @@ class Worker:
             job.error = Broken(f"unexpected error: {type(error).__name__}")
             self._end(job, "failed")
 
+    def _pipeline_of(self, name: str) -> "Pipeline":
+        if name not in self._pipelines and self._load is not None:
+            self._pipelines[name] = self._load(name)
+        return self._pipelines.get(name, self.pipeline)  # which refuses another model's request
+
     def _end(self, job: Job, state: State) -> None:
-        job.state = state
+        job.state, job.source = state, None  # which is large, and jobs are remembered
         job.over.set()
         job.when_over()

@@ -1,0 +1,5 @@
+"""A page in the browser: draw, see inside, edit and explore, through the server's worker."""
+
+from .app import PATHS, mount
+
+__all__ = ["PATHS", "mount"]
