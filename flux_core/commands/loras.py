@@ -8,8 +8,7 @@ from ..errors import FileError, UsageError
 from ..hooks import Lora
 from ..hooks.lora import Typed
 from ..hooks.plan import parse_plan
-from ..lora.file import check_drawable, check_matched, read_lora
-from ..lora.known import find_recorded, locate, record_of
+from ..lora.known import checked, find_recorded, locate
 from ..request.fields import FIELDS, LORAS, pop_fields
 from ..terminal import one_line
 from ..variants import Variant
@@ -31,7 +30,7 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
     scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     entries = parse_plan([one.entry(scale, *options) for one in typed])
-    return [(checked(entry, variant), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
+    return [(checked(entry, variant.params), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
 
 
 def _idle_scale(reason: str) -> str:
@@ -51,18 +50,9 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def checked(entry: Lora, variant: Variant) -> Lora:
-    """The entry by its hash, once the file's header has been compared with the model. FileError, UsageError."""
-    path = find_recorded(entry.file, entry.sha256) if entry.sha256 is not None else locate(entry.file)
-    file = read_lora(path, variant.params)
-    check_drawable(file, variant.params)
-    check_matched(file, entry.partial)
-    return record_of(entry)
-
-
 def checked_plan(plan: Sequence[Any], variant: Variant) -> tuple[Any, ...]:
     """A plan with its LoRAs `checked`."""
-    return tuple(checked(entry, variant) if isinstance(entry, Lora) else entry for entry in plan)
+    return tuple(checked(entry, variant.params) if isinstance(entry, Lora) else entry for entry in plan)
 
 
 def located(recorded: Sequence[Lora], given: Sequence[Any]) -> list[tuple[Lora, Typed | None]]:
@@ -98,7 +88,7 @@ def found_again(recorded: Sequence[Lora], given: Sequence[Any], variant: Variant
                 f"none of {what}'s LoRAs, by its SHA-256 ({names})" if recorded else f"no LoRA of {what}: it has none"
             )
             raise FileError(f"{typed.file} is {those}. Next: leave it out, or draw anew")
-    return [checked(entry, variant) for entry, _ in found]
+    return [checked(entry, variant.params) for entry, _ in found]
 
 
 def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) -> tuple[Any, ...]:
@@ -120,9 +110,9 @@ def changed_plan(plan: Sequence[Any], fields: dict[str, Any], variant: Variant) 
         if one is not None and (is_new or one.scale is not None):
             changed: Mapping[str, Any] = one.entry(1.0 if default is None else default, *options)
             (new,) = parse_plan([{**changed, "blocks": entry.blocks} if entry.blocks else changed])
-            entries.append(checked(new, variant))  # type: ignore[arg-type]
+            entries.append(checked(new, variant.params))  # type: ignore[arg-type]
         else:
             partial, merge = options if one is not None else (False, False)
             update = {"scale": scale, "partial": entry.partial or partial, "merge": entry.merge or merge}
-            entries.append(checked(entry.model_copy(update=update), variant))
+            entries.append(checked(entry.model_copy(update=update), variant.params))
     return (*(x for x in plan if not isinstance(x, Lora)), *entries)

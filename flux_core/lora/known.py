@@ -20,8 +20,9 @@ from ..files import user_path, write_whole
 from ..hooks import Lora
 from ..hub.client import cache_folder, cached, offline
 from ..hub.places import hub_file, hub_listing
+from ..params import FluxParams
 from ..terminal import one_line
-from .file import FILE_NAMES, find_lora
+from .file import FILE_NAMES, check_drawable, check_matched, find_lora, read_lora
 
 CHUNK = 1 << 22
 """bytes hashed at a time"""
@@ -148,6 +149,15 @@ def record_of(entry: Lora) -> Lora:
     if entry.sha256 is not None:
         raise UsageError(f"{entry.file[:60]!a} names a folder; a record of a LoRA has only the file's own name")
     return record(remember(locate(entry.file)), entry)
+
+
+def checked(entry: Lora, params: FluxParams) -> Lora:
+    """`record_of` an entry, once its file's header has been compared with the model. FileError, UsageError."""
+    path = find_recorded(entry.file, entry.sha256) if entry.sha256 is not None else locate(entry.file)
+    file = read_lora(path, params)
+    check_drawable(file, params)
+    check_matched(file, entry.partial)
+    return record_of(entry)
 
 
 def record(known: Known, entry: Lora) -> Lora:
