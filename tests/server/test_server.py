@@ -4,10 +4,8 @@ import base64
 import io
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -15,68 +13,25 @@ import time
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from running import SMALL, Running, command
 
-from flux_core import load_pipeline
 from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.request.generation import GenerationRequest
-from flux_core.server.app import make_app
 from flux_core.server.forms import capabilities
 from flux_core.server.guard import LARGEST
 from flux_core.server.jobs import Job, QueueFull, Worker
 from flux_core.variants import VARIANTS
 
-SMALL = {"size": "128x128", "seed": 5}
-
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_pipeline("flux-mini", "cpu")
-
-
-class Running:
-    """A server on a free port."""
-
-    def __init__(self, pipeline, folder, most=100, **settings):
-        self.worker = Worker(pipeline, folder, most)
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(make_app(self.worker, **settings), log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
-        self.thread.start()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def job(self, **body):
-        return self.client.post("/v1/jobs", json={"prompt": "a fox", **SMALL, **body})
-
-    def wait(self, name, *states):
-        for _ in range(1200):
-            job = self.client.get(f"/v1/jobs/{name}").json()
-            if job["state"] in states:
-                return job
-            time.sleep(0.02)
-        raise AssertionError(job)
-
-    def close(self):
-        self.client.close()
-        self.server.should_exit = True
-        self.thread.join()
-
-
-@pytest.fixture
-def start(pipeline, tmp_path):
-    running = []
-
-    def begin(**settings):
-        running.append(Running(pipeline, tmp_path, **settings))
-        return running[-1]
-
-    yield begin
-    for one in running:
-        one.close()
+def idle(pipeline, tmp_path_factory):
+    """A server that refuses."""
+    server = Running(pipeline, tmp_path_factory.mktemp("idle"))
+    yield server
+    server.close()
 
 
 def test_the_client_of_openai_gets_the_pictures_of_the_command(start, pipeline, tmp_path):
@@ -213,17 +168,16 @@ def test_a_request_is_dropped_when_its_client_goes(start):
         ({"prompt": "x", "num_inference_steps": 10**9}, "num-steps"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_the_sentence_of_the_command(start, body, finding):
-    server = start()
-    answer = server.client.post("/v1/images/generations", json=body)
+def test_what_cannot_be_is_refused_with_the_sentence_of_the_command(idle, body, finding):
+    answer = idle.client.post("/v1/images/generations", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error") and finding in error["message"]
-    assert not server.worker.jobs
+    assert not idle.worker.jobs
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")])
-def test_a_body_that_is_no_object_is_refused(start, data):
-    answer = start().client.post("/v1/jobs", content=data, headers={"content-type": "application/json"})
+def test_a_body_that_is_no_object_is_refused(idle, data):
+    answer = idle.client.post("/v1/jobs", content=data, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "error" in answer.json()
 
 
@@ -342,21 +296,10 @@ def test_another_address_needs_a_key(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
 def test_the_command_answers_until_ctrl_c(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "flux_core", "serve", "--port", str(port), "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert re.search(rf"flux-mini on http://127\.0\.0\.1:{port}/v1", process.stdout.readline())
-        for _ in range(200):
-            try:
-                assert httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
+    with command(tmp_path) as (process, address):
         body = {"prompt": "a fox", "num_steps": 600, "seed": 1}
-        jobs = [httpx.post(f"http://127.0.0.1:{port}/v1/jobs", json=body).json() for _ in range(3)]
-        url = f"http://127.0.0.1:{port}/v1/images/generations"
+        jobs = [httpx.post(f"{address}/v1/jobs", json=body).json() for _ in range(3)]
+        url = f"{address}/v1/images/generations"
         waiting = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": body, "timeout": 90})
         waiting.start()
         time.sleep(0.3)
@@ -365,5 +308,3 @@ def test_the_command_answers_until_ctrl_c(tmp_path):
         assert process.wait(30) in (0, 130)
         waiting.join()
         assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
