@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..images.pictures import open_source, parse_picture
 from ..request.generation import GenerationRequest, InitImage
 from .forms import request_of
+from .pictures import base64_of, encoded
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -109,9 +110,8 @@ def answer_of(job: "Job", body: Mapping[str, Any], pictures: list[bytes]) -> dic
         "steps": first.num_steps, "cfg_scale": first.true_cfg_scale or 1, "sampler_name": SAMPLER,
         "sd_model_name": first.name, "infotexts": list(_texts(job)),
     }  # fmt: skip
-    images = [base64.b64encode(data).decode() for data in pictures]
     return {
-        "images": images,
+        "images": [base64_of(data) for data in pictures],
         "parameters": {key: x for key, x in body.items() if key != "init_images"},
         "info": json.dumps(info),
     }
@@ -124,8 +124,12 @@ def _texts(job: "Job") -> Iterator[str]:
             yield str(image.info.get("parameters", ""))
 
 
-def progress_of(job: "Job | None", waiting: int) -> dict[str, Any]:
-    """What `progress` answers: of the job that is being drawn."""
-    step, steps = (job.step, job.steps) if job is not None else (0, 0)
+def progress_of(job: "Job | None", waiting: int, is_shown: bool) -> dict[str, Any]:
+    """What `progress` answers: of the job that is being drawn. is_shown: with its preview, from the next step on."""
+    step, steps, image = 0, 0, None
+    if job is not None:
+        step, steps, image = job.step, job.steps, job.preview if is_shown else None
+        job.watched |= is_shown
     state = {"sampling_step": step, "sampling_steps": steps, "job_count": waiting, "interrupted": False}
-    return {"progress": step / steps if steps else 0.0, "eta_relative": 0.0, "state": state, "current_image": None}
+    shown = None if image is None else base64_of(encoded(image, "png"))
+    return {"progress": step / steps if steps else 0.0, "eta_relative": 0.0, "state": state, "current_image": shown}

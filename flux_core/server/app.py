@@ -1,13 +1,10 @@
 """The endpoints: OpenAI's for pictures, A1111's, jobs with state, position and cancel, and what the server can do."""
 
 import asyncio
-import base64
-import io
 import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,24 +13,18 @@ from ..errors import DiskError, FluxError, MemoryShortage, NonFiniteError, Usage
 from ..request.generation import GenerationRequest
 from . import a1111
 from .a1111 import uploaded
-from .forms import capabilities, format_of, request_of
+from .events import NEVER_STORED, Streamed, event, events
+from .forms import capabilities, format_of, previews_of, request_of
 from .guard import DRAINED, LARGEST, LOOPBACK, Guard, error_body
 from .jobs import Broken, Job, QueueFull, Worker
+from .pictures import Ended, Missing, base64_of, pictures_of, read
 
 LOOKED = 0.5
 """seconds between two looks at whether a client is still there"""
 
 
-class Missing(UsageError):
-    """What a request names is not there."""
-
-
 class TooLarge(UsageError):
     """A body has more bytes than it may."""
-
-
-class Ended(FluxError):
-    """A job was cancelled."""
 
 
 STATUS: dict[type[FluxError], int] = {
@@ -48,7 +39,8 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
     try:
         from fastapi import FastAPI, HTTPException, Request
         from fastapi.exceptions import RequestValidationError
-        from fastapi.responses import JSONResponse, Response
+        from fastapi.responses import JSONResponse, Response, StreamingResponse
+        from starlette.background import BackgroundTask
         from starlette.requests import ClientDisconnect
     except ImportError:
         raise UsageError('the server needs FastAPI and uvicorn. Next: pip install "flux1-core[server]"') from None
@@ -66,6 +58,9 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
 
     def refused(status: int, message: str) -> JSONResponse:
         return JSONResponse(error_body(status, message), status)
+
+    def said(error: FluxError) -> tuple[int, str]:
+        return STATUS.get(type(error), 400), str(error)
 
     @app.exception_handler(404)
     async def not_found(request: Request, error: Exception) -> JSONResponse:
@@ -87,7 +82,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
 
     @app.exception_handler(FluxError)
     async def ours(request: Request, error: FluxError) -> JSONResponse:
-        return refused(STATUS.get(type(error), 400), str(error))
+        return refused(*said(error))
 
     async def body_of(request: Request) -> dict[str, Any]:
         data, taken = bytearray(), 0
@@ -148,7 +143,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
         return capabilities(model)
 
     async def drawn(request: Request, wanted: GenerationRequest, source: Image.Image | None = None) -> Job:
-        """The job of a request, done; it is given up when its client goes. QueueFull, Ended, and a picture's errors."""
+        """The job of a request, over; it is given up when its client goes. QueueFull."""
         over, loop = asyncio.Event(), asyncio.get_running_loop()
         job = Job(wanted.images(), source, when_over=lambda: loop.call_soon_threadsafe(over.set))
         worker.submit(job)
@@ -157,34 +152,51 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
                 await asyncio.wait_for(over.wait(), LOOKED)
             if not over.is_set() and await request.is_disconnected():
                 worker.cancel(job)
-        if job.error is not None:
-            raise job.error
-        if job.state != "done":
-            raise Ended("the job was cancelled")
         return job
 
-    async def pictures_of(job: Job, kind: str) -> dict[str, Any]:
-        files = await asyncio.to_thread(bytes_of, job, kind)
-        data = [{"b64_json": base64.b64encode(data).decode(), "revised_prompt": None} for data in files]
-        return {"created": int(time.time()), "output_format": kind, "data": data, "notes": job.notes}
+    async def streamed(job: Streamed, kind: str, what: str) -> AsyncIterator[bytes]:
+        """`events`, the last of which may be an error."""
+        try:
+            async for one in events(job, kind, what):
+                yield one
+        except FluxError as error:
+            yield event("error", {"type": "error", **error_body(*said(error))})
 
-    @app.post("/v1/images/generations")
-    async def generations(request: Request) -> dict[str, Any]:
-        body = await body_of(request)
-        kind, wanted = format_of(body), await asyncio.to_thread(request_of, body, model)
-        return await pictures_of(await drawn(request, wanted), kind)
+    async def answer(
+        request: Request, body: dict[str, Any], what: str, source: Image.Image | None = None, origin: Any = None
+    ) -> Any:
+        """What OpenAI's endpoints answer: the pictures, or a stream of events. It is given up when its client goes."""
+        kind, previews = format_of(body), previews_of(body)
+        wanted = await asyncio.to_thread(request_of, body, model, origin)
+        if previews is None:
+            job = await drawn(request, wanted, source)
+            files = await asyncio.to_thread(pictures_of, job, kind)
+            data = [{"b64_json": base64_of(data), "revised_prompt": None} for data in files]
+            return {"created": int(time.time()), "output_format": kind, "data": data, "notes": job.notes}
+        if wanted.num_images > 1:
+            raise UsageError(f"a stream has one picture, not {wanted.num_images}. Next: n 1, or leave stream out")
+        one = Streamed(wanted.images(), source, previews=previews)
+        worker.submit(one)
+        return StreamingResponse(
+            streamed(one, kind, what),
+            headers=NEVER_STORED,
+            media_type="text/event-stream",
+            background=BackgroundTask(worker.cancel, one),
+        )
 
-    @app.post("/v1/images/edits")
-    async def edits(request: Request) -> dict[str, Any]:
+    @app.post("/v1/images/generations", response_model=None)
+    async def generations(request: Request) -> Any:
+        return await answer(request, await body_of(request), "image_generation")
+
+    @app.post("/v1/images/edits", response_model=None)
+    async def edits(request: Request) -> Any:
         body, data = await form_of(request)
-        source, origin = await asyncio.to_thread(uploaded, data)
-        kind, wanted = format_of(body), await asyncio.to_thread(request_of, body, model, origin)
-        return await pictures_of(await drawn(request, wanted, source), kind)
+        return await answer(request, body, "image_edit", *await asyncio.to_thread(uploaded, data))
 
     async def of_a1111(request: Request) -> dict[str, Any]:
         body = await body_of(request)
         job = await drawn(request, *await asyncio.to_thread(a1111.request_and_source, body, model))
-        return a1111.answer_of(job, body, await asyncio.to_thread(bytes_of, job, "png"))
+        return a1111.answer_of(job, body, await asyncio.to_thread(pictures_of, job, "png"))
 
     @app.post("/sdapi/v1/txt2img")
     async def txt2img(request: Request) -> dict[str, Any]:
@@ -195,8 +207,8 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
         return await of_a1111(request)
 
     @app.get("/sdapi/v1/progress")
-    async def progress() -> dict[str, Any]:
-        return a1111.progress_of(worker.current, worker.waiting)
+    async def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        return a1111.progress_of(worker.current, worker.waiting, not skip_current_image)
 
     @app.post("/sdapi/v1/interrupt")
     async def interrupt() -> dict[str, Any]:
@@ -227,7 +239,10 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
 
     @app.post("/v1/jobs")
     async def new_job(request: Request) -> JSONResponse:
-        wanted = await asyncio.to_thread(request_of, await body_of(request), model)
+        body = await body_of(request)
+        if previews_of(body) is not None:
+            raise UsageError("a job is no stream: its state is asked for. Next: leave stream out")
+        wanted = await asyncio.to_thread(request_of, body, model)
         job = worker.submit(Job(wanted.images()))
         return JSONResponse(told(job), 202)
 
@@ -248,24 +263,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
             raise Missing(f"job {job.id} has {len(job.paths)} pictures")
         return Response(read(job.paths[number]), media_type="image/png")
 
+    for route in app.routes:
+        if "GET" in (methods := getattr(route, "methods", None) or set()):
+            methods.add("HEAD")
     return Guard(app, hosts, key)
-
-
-def read(path: Path) -> bytes:
-    """A picture's file. Missing."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        raise Missing(f"{path.name} is no longer there") from None
-
-
-def bytes_of(job: Job, kind: str) -> list[bytes]:
-    """The files of a job's pictures, as they are or in another format. Missing."""
-    files = [read(path) for path in job.paths]
-    return files if kind == "png" else [_converted(data, kind) for data in files]
-
-
-def _converted(data: bytes, kind: str) -> bytes:
-    out = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(out, kind, quality=95)
-    return out.getvalue()

@@ -15,7 +15,7 @@ OWN = "flux_core"
 """the key under which a whole request may come: `extra_body` of OpenAI's client"""
 NAMES = {"n": "num_images", "num_inference_steps": "num_steps", "guidance_scale": "guidance", "model": "name"}
 """other servers' names of fields"""
-IDLE = {"user", "response_format", "output_format", "size", "stream", OWN}
+IDLE = {"user", "response_format", "output_format", "size", "stream", "partial_images", OWN}
 """keys that are read here, or mean nothing to a picture"""
 MINE = {"force", "allow_empty_prompt", "dtype", "t5_dtype"}
 """permissions of whoever runs the server, and how he loaded the model"""
@@ -24,6 +24,8 @@ LONGEST = 20_000
 REACHING = {"file", "fn", "to", "path", "init_image"}
 """keys of a request that name something on this machine"""
 FORMATS = ("png", "jpeg", "webp")
+MOST_PREVIEWS = 3
+"""of one picture, as OpenAI has it"""
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 
@@ -70,8 +72,6 @@ def _renamed(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """A body's fields by our names. UsageError for a key that would be ignored."""
     if body.get("response_format") not in (None, "b64_json"):
         raise UsageError("response_format must be b64_json: pictures are in the answer")
-    if body.get("stream"):
-        raise UsageError("stream is not there yet. Next: leave it out, or use /v1/jobs")
     format_of(body)
     size = body.get("size")
     if size not in (None, "auto"):
@@ -95,6 +95,23 @@ def format_of(body: Mapping[str, Any]) -> str:
     if found not in FORMATS:
         raise UsageError(f"output_format must be {', '.join(FORMATS)}, not {str(found)[:40]!a}")
     return str(found)
+
+
+def previews_of(body: Mapping[str, Any]) -> int | None:
+    """How many previews a client wants to see in a stream; None: no stream, but one answer at the end. UsageError.
+
+    A form says true and 2 in words.
+    """
+    streams, number = body.get("stream"), body.get("partial_images")
+    if str(streams).lower() not in ("none", "false", "true"):
+        raise UsageError(f"stream must be true or false, not {str(streams)[:40]!a}")
+    if number is not None and (isinstance(number, bool) or str(number) not in map(str, range(MOST_PREVIEWS + 1))):
+        raise UsageError(f"partial_images must be 0 to {MOST_PREVIEWS}, not {str(number)[:40]!a}")
+    if str(streams).lower() == "true":
+        return int(number or 0)
+    if int(number or 0):
+        raise UsageError("partial_images does nothing without stream. Next: add stream, or leave it out")
+    return None
 
 
 def _entries(plan: object) -> list[object]:

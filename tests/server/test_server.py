@@ -101,7 +101,12 @@ def test_a1111s_endpoints_draw_and_say_what_they_cannot(start, pipeline):
     assert server.client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "flux-mini"
     job = server.job(num_steps=400).json()
     server.wait(job["id"], "drawing")
-    assert server.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"] == 400
+    hidden = server.client.get("/sdapi/v1/progress?skip_current_image=true").json()
+    assert hidden["state"]["sampling_steps"] == 400 and not server.worker.jobs[job["id"]].watched
+    while (shown := server.client.get("/sdapi/v1/progress").json()["current_image"]) is None:
+        assert server.worker.current is not None
+    preview = Image.open(io.BytesIO(base64.b64decode(shown)))
+    assert (preview.format, preview.size) == ("PNG", (16, 16)) and hidden["current_image"] is None
     server.client.post("/sdapi/v1/interrupt")
     assert server.wait(job["id"], "cancelled")
 
@@ -150,7 +155,11 @@ def test_a_request_is_dropped_when_its_client_goes(start):
         ({"prompt": "x", "model": "nonsense"}, "unknown model name"),
         ({"prompt": "x", "response_format": "url"}, "b64_json"),
         ({"prompt": "x", "output_format": "gif"}, "png, jpeg, webp"),
-        ({"prompt": "x", "stream": True}, "stream is not there yet"),
+        ({"prompt": "x", "stream": "perhaps"}, "stream must be true or false"),
+        ({"prompt": "x", "stream": True, "n": 2}, "a stream has one picture, not 2"),
+        ({"prompt": "x", "stream": True, "partial_images": 4}, "partial_images must be 0 to 3"),
+        ({"prompt": "x", "stream": True, "partial_images": True}, "partial_images must be 0 to 3"),
+        ({"prompt": "x", "partial_images": 1}, "does nothing without stream"),
         ({"prompt": "x", "force": True}, "force cannot be set from outside"),
         ({"prompt": "x", "dtype": "float32"}, "dtype cannot be set from outside"),
         ({"prompt": "x", "n": 2, "num_images": 3}, "num_images is said twice"),
@@ -198,6 +207,16 @@ def test_other_sites_and_hosts_are_refused_on_every_route(start):
     assert form.status_code == 415
     wrong = server.client.get("/v1/jobs")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+
+
+def test_a_head_is_answered_as_a_get_without_a_body(start):
+    server = start()
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/sdapi/v1/loras", 200), ("/v1/jobs/x", 404)):
+        whole, head = server.client.get(path), server.client.head(path)
+        assert head.status_code == whole.status_code == status and head.content == b""
+        assert [head.headers[x] == whole.headers[x] for x in ("content-type", "content-length")] == [True] * 2
+    assert server.client.head("/v1/jobs").status_code == 405
+    assert server.client.head("/health", headers={"host": "evil.example"}).status_code == 403
 
 
 def test_a_body_that_is_too_large_is_refused_whatever_it_says_of_itself(start):
