@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_files, with_files
@@ -22,6 +23,7 @@ def serve(
     host: str | None = None,
     port: str | None = None,
     queue: str | None = None,
+    loras: str | None = None,
     output_dir: str = OUTPUT_DIR.default,
     name: str | None = None,
     device: str = DEVICE.default,
@@ -48,6 +50,9 @@ def serve(
         import uvicorn
     except ImportError:
         raise UsageError('the server needs FastAPI and uvicorn. Next: pip install "flux1-core[server]"') from None
+    shelf = None if loras is None else Path(loras)
+    if shelf is not None and not shelf.is_dir():
+        raise UsageError(f"--loras {loras} is no folder. Next: name one with safetensors files in it")
     loading = pop_fields(fields, LOADING)
     variant, number = with_files(name, **pop_fields(fields, FILES)), THREADS.parse(threads)
     folder = prepare_folder(output_dir)
@@ -63,7 +68,7 @@ def serve(
         note(variant.licence_line)
     pipeline = load_pipeline(variant, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
     worker = Worker(pipeline, folder, most)
-    app = make_app(worker, () if outside else LOOPBACK, key)
+    app = make_app(worker, () if outside else LOOPBACK, key, shelf)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
     handle_exit = server.handle_exit
 

@@ -239,6 +239,7 @@ SERVE = (
           "(default: 127.0.0.1)", metavar="ADDRESS"),
     Field("port", int, "port to listen on", minimum=1, maximum=65_535, default=7801),
     Field("queue", int, "requests that may wait", minimum=1, maximum=100_000, default=1000),
+    Field("loras", str, "folder of LoRAs that requests may name", metavar="FOLDER", path=True),
     *of_request("dtype", "t5_dtype"),
     OUTPUT_DIR,
     *MACHINE,

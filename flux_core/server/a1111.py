@@ -7,6 +7,7 @@ field here is refused by name.
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from PIL import Image
 from ..errors import UsageError
 from ..images.pictures import open_source, parse_picture
 from ..request.generation import GenerationRequest, InitImage
-from .forms import request_of
+from .forms import LORAS, request_of
 from .pictures import base64_of, encoded
+from .shelf import Shelf
 
 if TYPE_CHECKING:
     from .jobs import Job
 
+_LORA = re.compile(r"<lora:([^<>:]*)(?::([^<>:]*))?([^<>]*)>")
+"""in a prompt: name, scale, and what else A1111 takes there"""
 UPLOADED = ("png", "jpeg", "webp")
 FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "steps": "num_steps", "width": "width",
@@ -42,7 +46,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """other keys, and the values at which they change nothing here; so do false, 0, an empty text and an empty list"""
 
 
-def request_and_source(body: Mapping[str, Any], model: str) -> tuple[GenerationRequest, Image.Image | None]:
+def request_and_source(
+    body: Mapping[str, Any], model: str, shelf: Shelf
+) -> tuple[GenerationRequest, Image.Image | None]:
     """The request of a body of txt2img or img2img, and its init image. UsageError, FileError."""
     given = dict(body)
     fields: dict[str, Any] = {
@@ -60,7 +66,21 @@ def request_and_source(body: Mapping[str, Any], model: str) -> tuple[GenerationR
     for key, value in given.items():
         if value not in (None, False, 0, "", [], {}) and value not in NEUTRAL.get(key, ()):
             raise UsageError(f"{key[:60]} {str(value)[:60]!a} does nothing here. Next: leave it out")
-    return request_of(fields, model, origin), source
+    if isinstance(prompt := fields.get("prompt"), str):
+        fields["prompt"], scales = without_loras(prompt)
+        fields |= {LORAS: scales} if scales else {}
+    return request_of(fields, model, shelf, origin), source
+
+
+def without_loras(prompt: str) -> tuple[str, dict[str, str]]:
+    """A prompt without its `<lora:NAME:SCALE>`, and these. UsageError for one that is said twice, or says more."""
+    scales: dict[str, str] = {}
+    for name, scale, more in _LORA.findall(prompt):
+        if more or name in scales:
+            found = f"{more[:20]!a} after its scale" if more else "is there twice"
+            raise UsageError(f"the LoRA {name[:60]!a} of the prompt: {found}. Next: <lora:NAME:SCALE> once")
+        scales[name] = scale or "1"
+    return (_LORA.sub("", prompt).strip() if scales else prompt), scales
 
 
 def _count(given: dict[str, Any], key: str) -> int:

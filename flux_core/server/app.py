@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,13 +16,16 @@ from ..request.generation import GenerationRequest
 from . import a1111
 from .a1111 import uploaded
 from .events import NEVER_STORED, Streamed, event, events
-from .forms import capabilities, format_of, previews_of, request_of
+from .forms import LORAS, OWN, capabilities, format_of, previews_of, request_of
 from .guard import DRAINED, LARGEST, LOOPBACK, Guard, error_body
 from .jobs import Broken, Job, QueueFull, Worker
 from .pictures import Ended, Missing, base64_of, pictures_of, read
+from .shelf import Shelf
 
 LOOKED = 0.5
 """seconds between two looks at whether a client is still there"""
+_INSIDE = re.compile(rf"({OWN}|{LORAS})\[(.+)\]")
+"""how a form spells a key of an object"""
 
 
 class TooLarge(UsageError):
@@ -34,8 +39,13 @@ STATUS: dict[type[FluxError], int] = {
 """of errors; of all others 400"""
 
 
-def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None = None) -> Guard:
-    """The application for an ASGI server. UsageError with the pip line where FastAPI is missing."""
+def make_app(
+    worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None = None, loras: Path | None = None
+) -> Guard:
+    """The application for an ASGI server. UsageError with the pip line where FastAPI is missing.
+
+    loras: a folder of LoRAs that requests may name.
+    """
     try:
         from fastapi import FastAPI, HTTPException, Request
         from fastapi.exceptions import RequestValidationError
@@ -45,7 +55,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
     except ImportError:
         raise UsageError('the server needs FastAPI and uvicorn. Next: pip install "flux1-core[server]"') from None
 
-    model = worker.pipeline.variant.name
+    model, shelf = worker.pipeline.variant.name, Shelf(loras, worker.pipeline.variant.params)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -107,7 +117,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
         try:
             async with request.form(max_files=2, max_fields=100) as form:
                 files = {key: x for key, x in form.multi_items() if not isinstance(x, str)}
-                body: dict[str, Any] = {key: x for key, x in form.multi_items() if isinstance(x, str)}
+                body = nested({key: x for key, x in form.multi_items() if isinstance(x, str)})
                 picture = files.pop("image", None) or files.pop("image[]", None)
                 data = b"" if picture is None else await picture.read()
         except HTTPException as error:
@@ -140,7 +150,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
 
     @app.get("/v1/capabilities")
     async def can() -> dict[str, Any]:
-        return capabilities(model)
+        return {**capabilities(model), LORAS: list(shelf.files())}
 
     async def drawn(request: Request, wanted: GenerationRequest, source: Image.Image | None = None) -> Job:
         """The job of a request, over; it is given up when its client goes. QueueFull."""
@@ -167,7 +177,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
     ) -> Any:
         """What OpenAI's endpoints answer: the pictures, or a stream of events. It is given up when its client goes."""
         kind, previews = format_of(body), previews_of(body)
-        wanted = await asyncio.to_thread(request_of, body, model, origin)
+        wanted = await asyncio.to_thread(request_of, body, model, shelf, origin)
         if previews is None:
             job = await drawn(request, wanted, source)
             files = await asyncio.to_thread(pictures_of, job, kind)
@@ -195,7 +205,7 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
 
     async def of_a1111(request: Request) -> dict[str, Any]:
         body = await body_of(request)
-        job = await drawn(request, *await asyncio.to_thread(a1111.request_and_source, body, model))
+        job = await drawn(request, *await asyncio.to_thread(a1111.request_and_source, body, model, shelf))
         return a1111.answer_of(job, body, await asyncio.to_thread(pictures_of, job, "png"))
 
     @app.post("/sdapi/v1/txt2img")
@@ -234,15 +244,15 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
         return [{"name": a1111.SAMPLER, "aliases": ["euler"], "options": {}}]
 
     @app.get("/sdapi/v1/loras")
-    async def loras() -> list[Any]:
-        return []
+    async def sd_loras() -> list[dict[str, Any]]:
+        return [{"name": x, "alias": x, "path": path.name, "metadata": {}} for x, path in shelf.files().items()]
 
     @app.post("/v1/jobs")
     async def new_job(request: Request) -> JSONResponse:
         body = await body_of(request)
         if previews_of(body) is not None:
             raise UsageError("a job is no stream: its state is asked for. Next: leave stream out")
-        wanted = await asyncio.to_thread(request_of, body, model)
+        wanted = await asyncio.to_thread(request_of, body, model, shelf)
         job = worker.submit(Job(wanted.images()))
         return JSONResponse(told(job), 202)
 
@@ -267,3 +277,16 @@ def make_app(worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None 
         if "GET" in (methods := getattr(route, "methods", None) or set()):
             methods.add("HEAD")
     return Guard(app, hosts, key)
+
+
+def nested(form: dict[str, str]) -> dict[str, Any]:
+    """The fields of a form, whose `loras[style]` is a key of an object. UsageError for an object that is text, too."""
+    body: dict[str, Any] = {}
+    for key, value in form.items():
+        if (found := _INSIDE.fullmatch(key)) is None:
+            body[key] = value
+        elif isinstance(inside := body.setdefault(found[1], {}), dict):
+            inside[found[2]] = value
+        else:
+            raise UsageError(f"{found[1]} is said twice")
+    return body

@@ -8,6 +8,7 @@ from ..errors import UsageError, nearest
 from ..request.fields import FIELDS, REQUEST
 from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..variants import get_variant
+from .shelf import Shelf
 
 MOST = 10
 """pictures of one request, as OpenAI has it"""
@@ -15,6 +16,8 @@ OWN = "flux_core"
 """the key under which a whole request may come: `extra_body` of OpenAI's client"""
 NAMES = {"n": "num_images", "num_inference_steps": "num_steps", "guidance_scale": "guidance", "model": "name"}
 """other servers' names of fields"""
+LORAS = "loras"
+"""names of LoRAs with their scales (`shelf.py`)"""
 IDLE = {"user", "response_format", "output_format", "size", "stream", "partial_images", OWN}
 """keys that are read here, or mean nothing to a picture"""
 MINE = {"force", "allow_empty_prompt", "dtype", "t5_dtype"}
@@ -29,9 +32,9 @@ MOST_PREVIEWS = 3
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 
-def request_of(body: Mapping[str, Any], model: str, origin: InitImage | None = None) -> GenerationRequest:
+def request_of(body: Mapping[str, Any], model: str, shelf: Shelf, origin: InitImage | None = None) -> GenerationRequest:
     """The request of a client's fields, for the model that is loaded. origin: of the picture that came with them.
-    UsageError."""
+    UsageError; FileError for a LoRA."""
     own = body.get(OWN, {})
     if not isinstance(own, dict):
         raise UsageError(f"{OWN} must be an object with a request's fields")
@@ -47,7 +50,7 @@ def request_of(body: Mapping[str, Any], model: str, origin: InitImage | None = N
     if found := sorted(set(_keys(fields)) & REACHING):
         raise UsageError(f"{found[0]} names something on this machine, which a client cannot")
     if any(isinstance(entry, dict) and entry.get("kind") == "lora" for entry in _entries(fields.get("plan"))):
-        raise UsageError("a plan cannot name a LoRA here")
+        raise UsageError(f"a plan cannot name a LoRA here. Next: name it in {LORAS}")
     if any(len(str(fields.get(name) or "")) > LONGEST for name in ("prompt", "negative_prompt")):
         raise UsageError(f"a prompt has at most {LONGEST:,} characters here")
     if origin is None and (idle := [name for name in ("strength", "fit") if fields.get(name) is not None]):
@@ -57,6 +60,8 @@ def request_of(body: Mapping[str, Any], model: str, origin: InitImage | None = N
     wanted = str(fields.setdefault("name", model))[:80]
     if get_variant(wanted).name != model:
         raise UsageError(f"{model} is loaded here, not {wanted}. Next: ask /v1/models")
+    if (scales := fields.pop(LORAS, None)) is not None:
+        fields["plan"] = [*_entries(fields.get("plan") or []), *shelf.entries(scales)]
     try:
         request = GenerationRequest(**fields, init_image=origin)
     except RecursionError:
@@ -84,8 +89,8 @@ def _renamed(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         name = NAMES.get(key, key)
         if key in IDLE or value is None:
             continue
-        if name not in FIELDS and name != "plan":
-            raise UsageError(f"there is no field {key[:60]!r} here.{nearest(key, [*FIELDS, *NAMES, *IDLE])}")
+        if name not in FIELDS and name not in ("plan", LORAS):
+            raise UsageError(f"there is no field {key[:60]!r} here.{nearest(key, [*FIELDS, *NAMES, *IDLE, LORAS])}")
         yield name, value
 
 
