@@ -1,7 +1,11 @@
-"""`serve`: a model on an address of this machine, for other programs."""
+"""`serve`: a model on an address of this machine, for other programs. `page`: the same, with a page in the browser."""
 
 import os
 import socket
+import sys
+import tempfile
+import webbrowser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,24 @@ from ..files import prepare_folder
 from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
 from ..server.guard import LOOPBACK
 from ..terminal import note, tell
+from ..variants import VARIANTS, Variant
 from .table import SERVE
 
 _FIELDS = {field.name: field for field in SERVE}
 KEY = "FLUX_CORE_KEY"
 """environment variable with the key that clients must send"""
+
+
+def page(no_browser: bool = False, **flags: Any) -> None:
+    """`serve`, and open a page on it. UsageError."""
+    with tempfile.TemporaryDirectory() as shown:
+        # which gradio reads when it is imported: where it keeps what it shows, and to tell nobody
+        os.environ |= {"GRADIO_TEMP_DIR": shown, "GRADIO_ANALYTICS_ENABLED": "False"}
+        try:
+            import gradio  # noqa: F401
+        except ImportError:
+            raise UsageError('the page needs gradio. Next: pip install "flux1-core[page]"') from None
+        serve(page=True, opens=not no_browser, **flags)
 
 
 def serve(
@@ -33,11 +50,14 @@ def serve(
     vae_tiling: bool = False,
     compile: bool = False,
     threads: str | None = None,
+    page: bool = False,
+    opens: bool = False,
     **fields: Any,
 ) -> None:
     """Answer until Ctrl-C. On 127.0.0.1 without a key; elsewhere a key is needed.
 
-    fields: the user's own files (`fields.FILES`), and how a model is loaded (`LOADING`). UsageError.
+    page: with the page at the root; opens: in the browser. fields: the user's own files (`fields.FILES`), and how a
+    model is loaded (`LOADING`). UsageError.
     """
     key = os.environ.get(KEY)
     at, most = (_FIELDS[name].parse(text, _FIELDS[name].default) for name, text in (("port", port), ("queue", queue)))
@@ -58,17 +78,19 @@ def serve(
     folder = prepare_folder(output_dir)
     check_files(variant)
 
-    from ..pipeline import load_pipeline
+    from ..pipeline import Pipeline, load_pipeline
     from ..server.app import make_app
     from ..server.jobs import Worker
+
+    def load(which: str | Variant) -> Pipeline:
+        return load_pipeline(which, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
 
     listening = _listen(host or LOOPBACK[0], at)
     set_threads(number)
     if not variant.embedded:
         note(variant.licence_line)
-    pipeline = load_pipeline(variant, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
-    worker = Worker(pipeline, folder, most)
-    app = make_app(worker, () if outside else LOOPBACK, key, shelf)
+    worker = Worker(load(variant), folder, most, load)
+    app = make_app(worker, () if outside else LOOPBACK, key, shelf, _page_of(worker, variant) if page else None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
     handle_exit = server.handle_exit
 
@@ -77,12 +99,29 @@ def serve(
         handle_exit(signal, frame)
 
     server.handle_exit = end  # type: ignore[assignment,method-assign]
-    address = f"[{host}]" if ":" in (host or "") else host or LOOPBACK[0]
-    tell(f"{variant.name} on http://{address}:{at}/v1, pictures in {folder}; Ctrl-C ends it")
+    address = f"http://{f'[{host}]' if ':' in (host or '') else host or LOOPBACK[0]}:{at}"
+    way = f"{address}{'/?key=' + KEY if key else ''}" if page else f"{address}/v1"
+    tell(f"{variant.name} on {way}, pictures in {folder}; Ctrl-C ends it")
+    if opens and not key and _has_display():
+        webbrowser.open(address)  # which waits until it is answered
     try:
         server.run(sockets=[listening])
     finally:
         worker.close()
+
+
+def _has_display() -> bool:
+    """Whether a browser would open a window; without one it would take over the terminal."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _page_of(worker: Any, variant: Variant) -> Any:
+    """What adds the page, with the models that it may draw with: the loaded one, and where it ships, all that do."""
+    from ..page import mount
+
+    ships = variant.embedded and not variant.files
+    names = [row.name for row in VARIANTS.values() if row.embedded] if ships else [variant.name]
+    return partial(mount, worker=worker, names=names)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -245,6 +245,7 @@ SERVE = (
     *MACHINE,
     next(field for field in RUN if field.name == "compile"),
 )  # fmt: skip
+PAGE = (*SERVE, Field("no_browser", bool, "open no browser", default=False))
 DOWNLOAD = (
     Field(
         "source",
@@ -360,6 +361,7 @@ COMMANDS = {
         (Field("config", str, "settings as a TOML file; flags win", metavar="CONFIG.toml", path=True, default=""),),
     ),
     "serve": Command("answer other programs on an address of this machine (OpenAI's endpoints)", "serve:serve", SERVE),
+    "page": Command("draw and see inside in a page of the browser", "serve:page", PAGE),
     "save": Command("write a model's weights to a folder", "save:print_saved", SAVE),
     "download": Command(
         "fetch an official model's files from the hub or ModelScope",

@@ -116,6 +116,6 @@ def concept_map(img: Tensor, concepts: Tensor) -> Tensor:
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     """The picture blended with a heat map [h, w] of values from 0 (black) over red and yellow to 1 (white)."""
-    colours = (3 * heat[..., None] - torch.arange(3)).clamp(0, 1) * 255
+    colours = (3 * heat[..., None] - torch.arange(3, dtype=heat.dtype, device=heat.device)).clamp(0, 1) * 255
     hot = Image.fromarray(colours.byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.blend(picture, hot, 0.7)

@@ -1,5 +1,5 @@
 """A page in the browser: draw, see inside, edit and explore, through the server's worker."""
 
-from .app import PATHS, mount
+from .app import mount
 
-__all__ = ["PATHS", "mount"]
+__all__ = ["mount"]

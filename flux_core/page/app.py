@@ -2,13 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FluxError
 from ..images.pictures import parse_picture
 from ..server.jobs import Worker
+from ..server.shelf import Shelf
 from ..variants import get_variant
 from . import drawing, editing, exploring, layers
 from .desk import Desk
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 UPLOADED = ("png", "jpeg", "webp")
 PATHS = re.compile(
     r"/($|v1/|sdapi/|health$|config$|theme\.css$|favicon\.ico$|manifest\.json$|static/|assets/|svelte/"
-    r"|gradio_api/(queue/(join|data)$|run/|upload$|file=|cancel$|heartbeat/|startup-events$|reset$))"
+    r"|gradio_api/(queue/(join|data)$|run/|upload$|upload_progress$|file=|cancel$|heartbeat/|startup-events$|reset$))"
 )
 """the server's endpoints, and what of gradio's the page asks for: the others are not there"""
 COLOURS = {
@@ -63,18 +64,20 @@ def make_blocks(desk: Desk) -> "gr.Blocks":
     return blocks
 
 
-def mount(app: "FastAPI", worker: Worker, names: Sequence[str], loras: Mapping[str, Path]) -> None:
-    """Put the page at the root of the server's application.
+def mount(app: "FastAPI", shelf: Shelf, worker: Worker, names: Sequence[str]) -> re.Pattern[str]:
+    """Put the page at the root of the server's application. Returns the paths that are there then.
+
+    names: models that can be drawn with.
 
     Uploads are read before they are kept: a file that is no picture is refused. Nothing is served but what the page
     drew and the output folder.
     """
     import gradio as gr
     from fastapi import Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, Response
     from gradio.utils import get_upload_folder
 
-    blocks = make_blocks(Desk(worker, names, loras))
+    blocks = make_blocks(Desk(worker, names, shelf.files()))
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Any:
@@ -85,11 +88,16 @@ def mount(app: "FastAPI", worker: Worker, names: Sequence[str], loras: Mapping[s
         except FluxError as error:
             return JSONResponse({"detail": str(error)}, 400)
 
+    @app.get("/gradio_api/upload_progress")
+    async def progress() -> Response:
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**COLOURS)
     gr.mount_gradio_app(
         app, blocks, path="/", allowed_paths=[str(worker.folder.resolve())], show_error=False, theme=theme, css=STYLE,
         js=SCRIPT, footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
     )  # fmt: skip
+    return PATHS
 
 
 def _kept(data: bytes, folder: Path, blocks: "gr.Blocks") -> str:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
     from .panel import Panel
 
-IDLE = {"a", "an", "the", "of", "and", "with", "in", "on", "at", "to", "is", "are"}
+IDLE = {
+    "a", "an", "the", "of", "and", "with", "in", "on", "at", "to", "is", "are", "left", "right", "above", "below",
+    "beside", "behind", "under", "over",
+}  # fmt: skip
 """words that look nowhere"""
 MOST = 8
 """words that are compared"""

@@ -4,10 +4,10 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -21,6 +21,9 @@ from .guard import DRAINED, LARGEST, LOOPBACK, Guard, error_body
 from .jobs import Broken, Job, QueueFull, Worker
 from .pictures import Ended, Missing, base64_of, pictures_of, read
 from .shelf import Shelf
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 LOOKED = 0.5
 """seconds between two looks at whether a client is still there"""
@@ -40,11 +43,16 @@ STATUS: dict[type[FluxError], int] = {
 
 
 def make_app(
-    worker: Worker, hosts: tuple[str, ...] = LOOPBACK, key: str | None = None, loras: Path | None = None
+    worker: Worker,
+    hosts: tuple[str, ...] = LOOPBACK,
+    key: str | None = None,
+    loras: Path | None = None,
+    extend: "Callable[[FastAPI, Shelf], re.Pattern[str]] | None" = None,
 ) -> Guard:
     """The application for an ASGI server. UsageError with the pip line where FastAPI is missing.
 
-    loras: a folder of LoRAs that requests may name.
+    loras: a folder of LoRAs that requests may name. extend: adds to the application, and returns the paths that it has
+    then.
     """
     try:
         from fastapi import FastAPI, HTTPException, Request
@@ -276,7 +284,7 @@ def make_app(
     for route in app.routes:
         if "GET" in (methods := getattr(route, "methods", None) or set()):
             methods.add("HEAD")
-    return Guard(app, hosts, key)
+    return Guard(app, hosts, key, extend(app, shelf) if extend else None)
 
 
 def nested(form: dict[str, str]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class Visitor:
             "event_data": data, "trigger_id": self.ids[name],
         }  # fmt: skip
         if not event["queue"]:
-            found = self.client.post("/gradio_api/run/predict", json=body).json()
-            yield self._told(event, found["data"])
+            answer = self.client.post("/gradio_api/run/predict", json=body)
+            assert answer.status_code == 200, answer.text
+            yield self._told(event, answer.json()["data"])
             return
         self.client.post("/gradio_api/queue/join", json=body).raise_for_status()
         last = None
