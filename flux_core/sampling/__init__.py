@@ -1,5 +1,6 @@
 """Sampling of a rectified flow, with the official names."""
 
+from .family import prepare_control, prepare_fill, prepare_kontext, prepare_redux
 from .flow import (
     FlowInputs,
     OnStep,
@@ -36,6 +37,10 @@ __all__ = [
     "invert",
     "pack",
     "prepare",
+    "prepare_control",
+    "prepare_fill",
+    "prepare_kontext",
+    "prepare_redux",
     "resolution_mu",
     "start_from_image",
     "time_shift",
