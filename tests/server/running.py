@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 
+from flux_core.commands.serve import listen
 from flux_core.server.app import make_app
 from flux_core.server.jobs import Worker
 
@@ -22,7 +23,7 @@ class Running:
 
     def __init__(self, pipeline, folder, most=100, **settings):
         self.worker = Worker(pipeline, folder, most)
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(make_app(self.worker, **settings), log_level="error"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})

@@ -17,6 +17,7 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 from running import SMALL, Running, command
 
+from flux_core.commands.serve import listen
 from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.request.generation import GenerationRequest
@@ -311,6 +312,11 @@ def test_another_address_needs_a_key(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "another --port" in capsys.readouterr().err
+
+
+def test_no_part_of_an_answer_waits_for_the_last_to_be_acknowledged():
+    with listen("127.0.0.1", 0) as there, socket.create_connection(there.getsockname()), there.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
