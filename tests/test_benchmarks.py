@@ -157,6 +157,16 @@ def test_the_cost_of_a_second_prompt():
     assert figures["two passes"]["ratio"] == 1 and figures["one batch"]["ms"] > 0
 
 
+@pytest.mark.slow
+def test_pictures_of_the_server():
+    flags = ["--device", "cpu", "--pictures", "2", "--steps", "1", "--rounds", "1", "--cancels", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "server.py", *flags], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(done.stdout)
+    assert figures["ratio"].keys() == {"clients_1", "clients_4"} and figures["pictures_an_hour"]["bare"] > 0
+
+
 def test_steps_in_a_budget():
     rates, *lines = lines_of("memory.py", "--budgets", "2MB,700KB", "--steps", "4")
     assert rates["what"] == "rates" and [line["budget"] for line in lines] == ["2MB", "700KB"]
