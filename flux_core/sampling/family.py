@@ -1,9 +1,9 @@
 """The inputs of FLUX.1's other models, by the official names: what Fill, Canny, Depth, Redux and Kontext see.
 
 Each function returns the arguments of `denoise` without the schedule, as `prepare` does, and a condition beside them:
-`img_cond` [B, L, C], channels beside the image's tokens (Fill 320, Canny and Depth 64); `img_cond_seq` [B, K, 64], tokens
-behind them at `img_cond_seq_ids` (Kontext); or more text (Redux). A condition is rounded to bf16, as the official
-code rounds it. Source: black-forest-labs/flux `src/flux/sampling.py`.
+`img_cond` [B, L, C], channels beside the image's tokens (Fill 320, Canny and Depth 64); `img_cond_seq` [B, K, 64],
+tokens behind them at `img_cond_seq_ids` (Kontext); or more text (Redux). A condition is rounded to bf16, as the
+official code rounds it. Source: black-forest-labs/flux `src/flux/sampling.py`.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from .flow import get_noise, image_ids, pack, prepare
 Picture = str | Path | Image.Image
 """a file, or a picture"""
 PREFERED_KONTEXT_RESOLUTIONS = [
-    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104), (1024, 1024),
-    (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672),
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+    (1568, 672),
 ]  # fmt: skip
 """width and height of the pictures that Kontext was trained on (spelled as in the official code)"""
 KONTEXT = 1
