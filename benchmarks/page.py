@@ -51,7 +51,7 @@ def command(folder: str):
         yield f"http://127.0.0.1:{port}", begun
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        process.wait(20)
 
 
 def bare(folder: str, rounds: int, steps: int) -> float:

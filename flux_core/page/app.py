@@ -97,6 +97,8 @@ def mount(app: "FastAPI", shelf: Shelf, worker: Worker, names: Sequence[str]) ->
         app, blocks, path="/", allowed_paths=[str(worker.folder.resolve())], show_error=False, theme=theme, css=STYLE,
         js=SCRIPT, footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
     )  # fmt: skip
+    inner: Any = app.routes[-1]
+    worker.when_stopped.append(inner.app.stop_event.set)  # else each open page keeps the server from ending
     return PATHS
 
 

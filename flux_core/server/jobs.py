@@ -115,6 +115,8 @@ class Worker:
         self.pipeline, self.folder, self.most, self._load = pipeline, folder, most, load
         self._pipelines = {pipeline.variant.name: pipeline}
         self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.when_stopped: list[Callable[[], object]] = []
+        """called by `stop`"""
         self.current: Job | None = None
         """the job that runs"""
         self._waiting: deque[Job] = deque()
@@ -160,6 +162,8 @@ class Worker:
         self._ends = True
         for job in list(self.jobs.values()):
             job.unwanted.set()
+        for call in self.when_stopped:
+            call()
 
     def close(self) -> None:
         """End all jobs, and the thread."""

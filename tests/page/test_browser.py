@@ -219,6 +219,28 @@ def test_axe_finds_no_serious_fault_and_nothing_is_too_wide(open_page, width, sc
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_ctrl_c_ends_it_while_a_page_is_open_and_draws(chromium, tmp_path):
+    port = free_port()
+    command = [sys.executable, ROOT / "cli.py", "page", "--port", str(port), "--output-dir", tmp_path, "--no-browser"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline()
+        page = chromium.new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("#prompt textarea")
+        say(page, "a fox")
+        fill(page, num_steps=500)
+        page.click("#draw")
+        wait(page, "step [2-9] of 500")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == 130 and "Traceback" not in said
+        page.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_from_the_command_to_a_page_that_answers(chromium, tmp_path):
     port, begun = free_port(), time.monotonic()
     command = [sys.executable, ROOT / "cli.py", "page", "--port", str(port), "--output-dir", tmp_path, "--no-browser"]
