@@ -89,7 +89,7 @@ def serve(
     set_threads(number)
     if not variant.embedded:
         note(variant.licence_line)
-    worker = Worker(load(variant), folder, most, load)
+    worker = Worker(variant, folder, most, load)
     app = make_app(worker, () if outside else LOOPBACK, key, shelf, _page_of(worker, variant) if page else None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
     handle_exit = server.handle_exit

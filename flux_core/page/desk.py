@@ -1,6 +1,7 @@
 """What all tabs stand on: the worker, one job for each visitor, and what a visitor sees of it while it is drawn."""
 
 import asyncio
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from copy import copy, deepcopy
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 LOOKED = 0.03
 """seconds between two looks at a job"""
+SHOWN = 0.25
+"""seconds between two steps that are shown, at least: a browser paints on the cores that draw"""
 RECENT = 24
 """pictures in the history"""
 
@@ -75,11 +78,13 @@ class Desk:
             yield None, f"unexpected error: {type(error).__name__}", True
             return
         seen: object = None
+        step, shown = 0, 0.0
         while True:
-            over = job.over.is_set()
-            now = job.state, job.step, len(job.paths), self.worker.position(job), over
-            if now != seen:
-                seen = now
+            over, now = job.over.is_set(), time.monotonic()
+            state = job.state, len(job.paths), self.worker.position(job), over
+            if state != seen or (job.step != step and now - shown >= SHOWN):
+                shown = 0.0 if step == 0 else now  # the first step is shown at once
+                seen, step = state, job.step
                 yield job, self.line(job), job.error is not None
             if over:
                 return

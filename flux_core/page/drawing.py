@@ -21,7 +21,7 @@ def build(desk: Desk, panel: "Panel") -> None:
     with gr.Row():
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         typed = gr.Checkbox(label="Draw as I type", elem_id="typed", scale=0, min_width=160)
-    picture = gr.Image(label="Picture", interactive=False, type="pil", format="png", elem_id="picture",
+    picture = gr.Image(label="Picture", interactive=False, type="pil", format="jpeg", elem_id="picture",
                        buttons=["download", "fullscreen"])  # fmt: skip
     with gr.Accordion("Start from a picture", open=False):
         source = gr.Image(label="Init image", type="filepath", sources=["upload", "clipboard"], height=200,

@@ -60,7 +60,7 @@ def build(desk: Desk, panel: "Panel") -> None:
             return panel.request(shared, plan, again=desk.seed(visitor), num_steps=few, num_images=1)[0]
 
         with gr.Column(min_width=280):
-            picture = gr.Image(label="With these blocks", interactive=False, type="pil", format="png",
+            picture = gr.Image(label="With these blocks", interactive=False, type="pil", format="jpeg",
                                elem_id="layers-picture", buttons=["download", "fullscreen"])  # fmt: skip
             looking.build(desk, panel, picture, inputs, request_of)
 

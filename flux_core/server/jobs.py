@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,18 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from ..errors import FluxError
+from ..errors import FluxError, UsageError
 from ..images.output import save_picture
 from ..request.generation import GenerationRequest
 from ..terminal import note
+from ..variants import Variant
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
     from ..sampling import OnStep, Step
 
+Load = Callable[[str | Variant], "Pipeline"]
+"""a function from a model to its pipeline"""
 State = Literal["queued", "drawing", "done", "failed", "cancelled"]
 REMEMBERED = 1000
 """jobs that are over and may still be asked for"""
@@ -105,15 +109,24 @@ class Job:
         self.preview = None
 
 
+def _none(model: str | Variant) -> "Pipeline":
+    raise UsageError(f"{model if isinstance(model, str) else model.name} is not loaded here")
+
+
 class Worker:
     """A thread that runs jobs with a pipeline, and the jobs by their ids."""
 
-    def __init__(
-        self, pipeline: "Pipeline", folder: Path, most: int, load: "Callable[[str], Pipeline] | None" = None
-    ) -> None:
-        """folder: for pictures. most: jobs that may wait. load: returns another model's pipeline, which is kept."""
-        self.pipeline, self.folder, self.most, self._load = pipeline, folder, most, load
-        self._pipelines = {pipeline.variant.name: pipeline}
+    pipeline: "Pipeline"
+
+    def __init__(self, pipeline: "Pipeline | Variant", folder: Path, most: int, load: "Load" = _none) -> None:
+        """folder: for pictures. most: jobs that may wait. load: returns a model's pipeline; another model's is kept.
+
+        pipeline: or the model that is loaded first, in the thread that draws: OpenMP keeps threads for each thread that
+        ever used it, and where these are more than the cores, small operations take five times as long. What loading
+        raises is raised here.
+        """
+        self.folder, self.most, self._load = folder, most, load
+        self._pipelines: dict[str, Pipeline] = {}
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.when_stopped: list[Callable[[], object]] = []
         """called by `stop`"""
@@ -122,8 +135,11 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._ends = False
-        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        ready: Future[Pipeline] = Future()
+        self._thread = threading.Thread(target=self._run, name="worker", args=(ready, pipeline), daemon=True)
         self._thread.start()
+        self.pipeline = ready.result()
+        self._pipelines[self.pipeline.variant.name] = self.pipeline
 
     @property
     def waiting(self) -> int:
@@ -172,7 +188,12 @@ class Worker:
             self._changed.notify()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, ready: "Future[Pipeline]", first: "Pipeline | Variant") -> None:
+        try:
+            ready.set_result(self._load(first) if isinstance(first, Variant) else first)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ends)
@@ -201,9 +222,9 @@ class Worker:
             self._end(job, "failed")
 
     def _pipeline_of(self, name: str) -> "Pipeline":
-        if name not in self._pipelines and self._load is not None:
+        if name not in self._pipelines:
             self._pipelines[name] = self._load(name)
-        return self._pipelines.get(name, self.pipeline)  # which refuses another model's request
+        return self._pipelines[name]
 
     def _end(self, job: Job, state: State) -> None:
         job.state, job.source = state, None  # which is large, and jobs are remembered
