@@ -63,6 +63,7 @@ def test_the_time_that_caching_saves():
     assert image["computed"] == {"plain": 4, "scheduled": 2, "decided": 2, "two in three": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_the_cost_of_loras(dtype):
     (figures,) = lines_of("lora.py", "--dtype", dtype, "--compile", "none", "--rounds", "1")
@@ -79,6 +80,7 @@ def test_steps_of_training():
     assert all(one["it_s"] > 0 for one in found)
 
 
+@pytest.mark.slow
 def test_a_style(tmp_path):
     *things, figures = lines_of("style.py", "--sheet", str(tmp_path / "sheet.png"))
     assert len(things) == figures["things"] == 2 and figures["unharmed"] and (tmp_path / "sheet.png").is_file()

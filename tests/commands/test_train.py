@@ -108,6 +108,7 @@ def test_equal_runs_are_equal_bytes_and_a_finished_one_says_so(small, work, caps
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_bit(small, work, monkeypatch):
     """Ctrl-C finishes the step and saves; caches are not made again."""
     from flux_core.training import run as module

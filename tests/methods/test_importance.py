@@ -293,6 +293,7 @@ def command(tmp_path, scorer, *more):
     return [*words, "--scorer", str(scorer), "--output-dir", str(tmp_path / "study"), *more]
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_and_processes_share_the_rest(scorer, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(
