@@ -11,6 +11,7 @@ from flux_core.commands.save import save
 from flux_core.device.memory import shares
 from flux_core.variants import VARIANTS
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -63,7 +64,6 @@ def test_the_time_that_caching_saves():
     assert image["computed"] == {"plain": 4, "scheduled": 2, "decided": 2, "two in three": 2}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_the_cost_of_loras(dtype):
     (figures,) = lines_of("lora.py", "--dtype", dtype, "--compile", "none", "--rounds", "1")
@@ -80,14 +80,12 @@ def test_steps_of_training():
     assert all(one["it_s"] > 0 for one in found)
 
 
-@pytest.mark.slow
 def test_a_style(tmp_path):
     *things, figures = lines_of("style.py", "--sheet", str(tmp_path / "sheet.png"))
     assert len(things) == figures["things"] == 2 and figures["unharmed"] and (tmp_path / "sheet.png").is_file()
     assert figures["lora"].keys() == figures["base"].keys() == {"style", "kept", "whole"}
 
 
-@pytest.mark.slow
 def test_the_quality_that_caching_costs(tmp_path):
     flags = ["--prompts", "2", "--chart", str(tmp_path / "chart.png"), "--sheet", str(tmp_path / "sheet.jpg")]
     seed, threshold, *schedules = lines_of("caching.py", *flags)
@@ -96,7 +94,6 @@ def test_the_quality_that_caching_costs(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"chart.png", "sheet.jpg"}
 
 
-@pytest.mark.slow
 def test_the_quality_that_formats_cost(tmp_path):
     saved = save("flux-mini", dtype="fp8", output=tmp_path / "saved")
     flags = ["--formats", "fp8,int8,q4_k", "--model", str(saved), "--sheet", str(tmp_path / "sheet.jpg")]
@@ -112,7 +109,6 @@ def test_the_quality_that_formats_cost(tmp_path):
     assert (tmp_path / "sheet.jpg").exists()
 
 
-@pytest.mark.slow
 def test_the_time_of_formats():
     lines = lines_of("latency.py", "--compile", "none", "--rounds", "1", "--steps", "1", "--dtype", "int8,nf4,q8_0")
     steps = [(line["dtype"], line["what"]) for line in lines if line["part"] == "step"]
@@ -134,7 +130,6 @@ def test_the_sizes_of_formats(capsys, monkeypatch):
     sys.modules.pop("in_format")
 
 
-@pytest.mark.slow
 def test_the_error_of_a_type_for_each_block():
     lines = lines_of("mixed_quality.py")
     assert [line.get("type") for line in lines] == ["Q4_K", None, "Q5_K", None, "Q6_K", None, "Q8_0"]
@@ -142,7 +137,6 @@ def test_the_error_of_a_type_for_each_block():
     assert lines[0]["mixed"] == lines[0]["one"]  # where there is no other choice
 
 
-@pytest.mark.slow
 def test_the_error_of_formats():
     (figures,) = lines_of("velocity_error.py")
     of = figures["squared_to_fp8"]
@@ -150,7 +144,6 @@ def test_the_error_of_formats():
     assert of["int8 weights"] < of["int8"] and of["int8"] < of["int6 weights"] < 1.2
 
 
-@pytest.mark.slow
 def test_the_cost_of_a_second_prompt():
     command = [sys.executable, BENCHMARKS / "steering.py", "--gpu-timing", "--tiny", "--device", "cpu", "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -159,7 +152,6 @@ def test_the_cost_of_a_second_prompt():
     assert figures["two passes"]["ratio"] == 1 and figures["one batch"]["ms"] > 0
 
 
-@pytest.mark.slow
 def test_pictures_of_the_server():
     flags = ["--device", "cpu", "--pictures", "2", "--steps", "1", "--rounds", "1", "--cancels", "1"]
     done = subprocess.run(
@@ -175,13 +167,11 @@ def test_steps_in_a_budget():
     assert [line["copied_gb"] > 0 for line in lines] == [False, True] and all(line["equal"] for line in lines)
 
 
-@pytest.mark.slow
 def test_random_budgets():
     lines = lines_of("memory.py", "--dtype", "bf16,int8", "--random", "20")
     assert [(line["pictures"], line["failed"]) for line in lines] == [(20, 0), (20, 0)]
 
 
-@pytest.mark.slow
 def test_a_cold_picture(tmp_path):
     command = [sys.executable, BENCHMARKS / "cold_picture.py", tmp_path, "--tiny", "--steps", "1", "--runs"]
     done = subprocess.run([*command, "--dtype float32", "Q4_K"], capture_output=True, text=True, check=True)
@@ -196,7 +186,6 @@ def test_a_picture_in_a_budget_of_the_cpus_memory():
     assert 0 < line["held_gb"] < 0.2 and line["smallest_gb"] < 0.2
 
 
-@pytest.mark.slow
 def test_the_error_of_formats_at_full_size():
     first, *lines = lines_of("velocity_error.py", "--name", "flux-dev")
     assert first["error"] == {"kernels": 0, "plain": 0} and lines[0]["format"] == "fp8"

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import webbrowser
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,25 @@ from .table import SERVE
 _FIELDS = {field.name: field for field in SERVE}
 KEY = "FLUX_CORE_KEY"
 """environment variable with the key that clients must send"""
+SHOWN = "GRADIO_TEMP_DIR"
+"""and with the folder in which gradio keeps what it shows"""
 
 
 def page(no_browser: bool = False, **flags: Any) -> None:
     """`serve`, and open a page on it. UsageError."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import_module("gradio")
+    except ImportError:
+        raise UsageError('the page needs gradio. Next: pip install "flux1-core[page]"') from None
+    before = os.environ.get(SHOWN)
     with tempfile.TemporaryDirectory() as shown:
-        # which gradio reads when it is imported: where it keeps what it shows, and to tell nobody
-        os.environ |= {"GRADIO_TEMP_DIR": shown, "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ[SHOWN] = shown
         try:
-            import gradio  # noqa: F401
-        except ImportError:
-            raise UsageError('the page needs gradio. Next: pip install "flux1-core[page]"') from None
-        serve(page=True, opens=not no_browser, **flags)
+            serve(page=True, opens=not no_browser, **flags)
+        finally:
+            os.environ.pop(SHOWN)
+            os.environ |= {} if before is None else {SHOWN: before}
 
 
 def serve(
@@ -41,6 +49,7 @@ def serve(
     port: str | None = None,
     queue: str | None = None,
     loras: str | None = None,
+    taef1: str | None = None,
     output_dir: str = OUTPUT_DIR.default,
     name: str | None = None,
     device: str = DEVICE.default,
@@ -75,15 +84,20 @@ def serve(
         raise UsageError(f"--loras {loras} is no folder. Next: name one with safetensors files in it")
     loading = pop_fields(fields, LOADING)
     variant, number = with_files(name, **pop_fields(fields, FILES)), THREADS.parse(threads)
+    if taef1 is not None and variant.embedded:
+        raise UsageError(f"{variant.name} has latents of its own, which taef1 cannot decode. Next: leave --taef1 out")
     folder = prepare_folder(output_dir)
     check_files(variant)
 
+    from ..checkpoint.tiny import load_tiny_decoder
     from ..pipeline import Pipeline, load_pipeline
     from ..server.app import make_app
     from ..server.jobs import Worker
 
     def load(which: str | Variant) -> Pipeline:
-        return load_pipeline(which, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
+        found = load_pipeline(which, device, dtype, offload, vae_tiling, compile, t5_dtype, **loading)
+        found.tiny = None if taef1 is None else load_tiny_decoder(taef1, found.device)
+        return found
 
     listening = listen(host or LOOPBACK[0], at)
     set_threads(number)

@@ -240,6 +240,8 @@ SERVE = (
     Field("port", int, "port to listen on", minimum=1, maximum=65_535, default=7801),
     Field("queue", int, "requests that may wait", minimum=1, maximum=100_000, default=1000),
     Field("loras", str, "folder of LoRAs that requests may name", metavar="FOLDER", path=True),
+    Field("taef1", str, "a tiny decoder for previews, for models with FLUX.1's autoencoder: safetensors of taef1",
+          metavar="PATH", path=True),
     *of_request("dtype", "t5_dtype"),
     OUTPUT_DIR,
     *MACHINE,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..errors import FluxError
+from ..server import pictures
 from ..server.jobs import Job, Worker
 from ..terminal import note
 
@@ -130,5 +131,4 @@ def _reader(t5: Any) -> "TextEncoder | None":
 
 def enlarged(job: Job) -> Image.Image | None:
     """A job's preview in the size of its picture."""
-    small, request = job.preview, job.requests[0]
-    return None if small is None else small.resize((request.width, request.height), Image.Resampling.BICUBIC)
+    return None if job.preview is None else pictures.enlarged(job.preview, job.requests[0])

@@ -25,6 +25,7 @@ from ..images.pictures import crop_centre, fit_note, open_source
 from ..linears.formats import format_of
 from ..lora import Handle, attached
 from ..model import AutoEncoder, Flux
+from ..model.tiny import TinyDecoder
 from ..request.fields import FIT
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
@@ -70,6 +71,8 @@ class Pipeline(ByHand):
         """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
         self.t5_precision: str | None = getattr(components.t5, "precision", None)
         """T5's, likewise; None for a T5 that is not ours"""
+        self.tiny: TinyDecoder | None = None
+        """decodes previews, where somebody has one (`checkpoint/tiny.py`)"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
         streams = budget is not None and device != CPU
         self.placement = (Streamed if streams else Placement)(components, self.fallback, budget)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class Job:
     step: int = 0
     """of `steps`, over all pictures"""
     preview: Image.Image | None = None
-    """of the last step, small; None before the first, and once a picture is done"""
+    """of the last step, often small; None before the first, and once a picture is done"""
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """what the command would say: a size that is cropped, words that T5 drops"""
@@ -100,7 +100,7 @@ class Job:
         if self.watched:
             from ..pipeline.preview import preview  # and with it torch
 
-            self.preview = preview(step, self.requests[0].padded_size, pipeline.variant.rgb)
+            self.preview = preview(step, self.requests[0].padded_size, pipeline.variant.rgb, tiny=pipeline.tiny)
         self.step = before + step.index + 1
 
     def save(self, image: Image.Image, folder: Path, stem: str) -> None:

@@ -3,6 +3,7 @@
 Every test fails on a request that leaves 127.0.0.1, and on an error in the browser's console.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -36,15 +37,21 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The command, running: its address and its output folder."""
+    """The command, running: its address and its output folder. Whatever it would fetch goes to a proxy of ours."""
     port, folder = free_port(), tmp_path_factory.mktemp("drawn")
     command = [sys.executable, ROOT / "cli.py", "page", "--port", str(port), "--output-dir", folder, "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    assert f"http://127.0.0.1:{port}" in line, line
-    yield f"http://127.0.0.1:{port}", folder
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) in (0, 130)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        way = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        environment = os.environ | dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), way)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in line, line
+        yield f"http://127.0.0.1:{port}", folder
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nothing was asked for
+            proxy.accept()
 
 
 @pytest.fixture(scope="module")

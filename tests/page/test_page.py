@@ -17,6 +17,7 @@ from flux_core import load_pipeline
 from flux_core.errors import UsageError
 from flux_core.hooks import Scale, Skip
 from flux_core.images.metadata import read_request
+from flux_core.main import main
 from flux_core.page import mount
 from flux_core.page.controls import SHOWN, control
 from flux_core.page.desk import Desk
@@ -243,6 +244,11 @@ def test_a_job_ends_within_a_step_and_visitors_do_not_mix(visitor, place):
     assert any("step " in line and line != first for line in seen[seen.index(first) :])  # it went on
     data = other.file(other.last("draw")["picture"])
     assert "done" in other.last("draw")["said"] and len(data)
+
+
+def test_a_decoder_of_other_latents_is_refused(capsys, tmp_path):
+    assert main(["page", "--taef1", "taef1.safetensors", "--output-dir", str(tmp_path), "--no-browser"]) == 2
+    assert "flux-mini has latents of its own" in capsys.readouterr().err
 
 
 def test_controls_have_the_bounds_of_the_table():

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from flux_core import load_pipeline
+from flux_core.model.tiny import TinyDecoder
 from flux_core.pipeline.preview import preview
-from flux_core.sampling import Step
+from flux_core.sampling import Step, unpack
 from flux_core.variants import VARIANTS
 
 MINI, DEV = VARIANTS["flux-mini"].rgb, VARIANTS["flux-dev"].rgb
@@ -41,3 +42,13 @@ def test_a_latent_of_zeros_has_the_constant_colour_and_rows_are_chosen():
             colour = (np.clip(np.sum(weights, axis=0), -1, 1) + 1) * 127.5
             found = np.asarray(preview(step, (48, 32), rgb, row))
             assert found.shape == (4, 6, 3) and np.abs(found - colour).max() <= 1
+
+
+def test_a_tiny_decoder_makes_it_whole():
+    torch.manual_seed(0)
+    tiny, rows = TinyDecoder(), torch.randn(2, 6, 64)
+    step = Step(0, 0.5, 0.0, rows, torch.zeros(2, 6, 64), rows)
+    found = np.asarray(preview(step, (48, 32), DEV, 1, tiny))
+    with torch.no_grad():
+        expected = tiny(unpack(rows[1:], 32, 48))[0].movedim(0, -1).clamp(0, 1) * 255
+    assert found.shape == (32, 48, 3) and np.abs(found - expected.numpy()).max() <= 0.51
