@@ -74,7 +74,7 @@ def request_of(
 ) -> GenerationRequest:
     """The request of the controls' values. loras: scales of files; those of scale 0 are left out. UsageError."""
     given = {key: x for key, x in values.items() if x not in (None, "") and x != OFF.get(key)}
-    if len(prompt) > LONGEST:
+    if len(prompt := prompt or "") > LONGEST:
         raise UsageError(f"a prompt has at most {LONGEST:,} characters here")
     if not get_variant(name).params.guidance_embed:
         given.pop("guidance", None)

@@ -54,8 +54,12 @@ class Guard:
             await drain(receive)
             await answer(send, *refused)
             return
-        if self.key is not None and scope["path"] == "/" and (said := parse_qs(scope["query_string"]).get(b"key")):
-            await self._let_in(send, said[0])
+        if (
+            self.key is not None
+            and scope["path"] == "/"
+            and (said := parse_qs(scope["query_string"].decode("latin-1")).get("key"))
+        ):
+            await self._let_in(send, said[0].encode())
             return
 
         async def guarded(message: MutableMapping[str, Any]) -> None:

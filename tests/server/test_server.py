@@ -191,6 +191,22 @@ def test_a_body_that_is_no_object_is_refused(idle, data):
     assert answer.status_code == 400 and "error" in answer.json()
 
 
+def test_a_browser_gets_the_key_as_a_cookie(start):
+    server = start(key="hush é")
+    assert server.client.get("/?key=hus").status_code == 401
+    answer = server.client.get("/", params={"key": "hush é"})
+    cookie = answer.headers["set-cookie"]
+    assert answer.status_code == 303 and answer.headers["location"] == "/"
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    sent = {"cookie": f"other=1; {cookie.partition(';')[0]}"}
+    assert server.client.get("/v1/models", headers=sent).status_code == 200
+    for wrong in ("flux_core_key=hus", "flux_core_key", "other=hush"):
+        server.client.cookies.clear()
+        assert server.client.get("/v1/models", headers={"cookie": wrong}).status_code == 401
+    server.client.cookies.clear()
+    assert server.client.get("/v1/models", params={"key": "hush é"}).status_code == 401  # for the page alone
+
+
 def test_other_sites_and_hosts_are_refused_on_every_route(start):
     server = start()
     given = {"content-type": "application/json"}
