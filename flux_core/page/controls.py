@@ -1,6 +1,7 @@
 """The controls of a request, from the table of its fields, and requests of their values."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def default_of(field: Field, variant: Variant) -> Any:
 
 def label(name: str) -> str:
     """A field's name for people: `num_steps` -> `Steps`."""
-    return name.removeprefix("num_").replace("_", " ").capitalize().replace("cfg", "CFG")
+    return re.sub("cfg", "CFG", name.removeprefix("num_").replace("_", " ").capitalize(), flags=re.IGNORECASE)
 
 
 def request_of(

@@ -12,8 +12,11 @@ from ..images.metadata import read_request
 from ..images.pictures import open_source
 from ..request.fields import FIELDS
 from ..request.generation import GenerationRequest
-from .controls import QUIET, RANDOM, SCALES, SHOWN, control, default_of, request_of, said, values_of
+from .controls import QUIET, RANDOM, SCALES, SHOWN, control, default_of, label, request_of, said, values_of
 from .desk import Desk
+
+IDLE = ("cfg_zero", "mimic_scale", "threshold_percentile", "cfg_schedule")
+"""fields of a request that have no control"""
 
 
 class Panel:
@@ -87,7 +90,7 @@ class Panel:
 
         try:
             request = read_request(path)
-            return [said(_beside(request)), *self._values(request)]
+            return [said(self._beside(request)), *self._values(request)]
         except FluxError as error:
             text = str(error).replace(path, "the picture")
             return [said(text, "alert"), *[gr.skip()] * len(self.inputs)]
@@ -125,10 +128,13 @@ class Panel:
         image, origin = open_source(source)
         return request_of(name, fields.pop("prompt", prompt), fields, scales, plan, origin), image
 
-
-def _beside(request: GenerationRequest) -> str:
-    """A line on what of a recorded request the controls cannot show."""
-    left = [entry.kind for entry in request.hooks]
-    left += ["an init image"] if request.init_image is not None else []
-    left += list(request.functions)
-    return f"its request is here, but for: {', '.join(left)}" if left else "its request is here"
+    def _beside(self, request: GenerationRequest) -> str:
+        """A line on what of a recorded request the controls cannot show."""
+        left = [entry.kind for entry in request.hooks]
+        left += [
+            f"LoRA {x.name}" for x in request.loras if Path(x.file).stem not in self.desk.loras or x.steps or x.blocks
+        ]
+        left += [label(name) for name in IDLE if getattr(request, name) is not None]
+        left += ["an init image"] if request.init_image is not None else []
+        left += list(request.functions)
+        return f"its request is here, but for: {', '.join(left)}" if left else "its request is here"

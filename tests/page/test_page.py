@@ -109,14 +109,14 @@ def test_another_model_is_chosen_and_its_defaults_come_with_it(visitor, pipeline
 
 
 def test_a_dropped_picture_fills_the_controls(visitor, pipeline):
-    fields = {"negative_prompt": "a pig", "true_cfg_scale": 2.0, "plan": [Skip(blocks="layer.6")]}
+    fields = {"negative_prompt": "a pig", "true_cfg_scale": 2.0, "cfg_zero": 1, "plan": [Skip(blocks="layer.6")]}
     image = pipeline.generate("a fox", 7, **SAME, **fields)[0]
     from flux_core.images.metadata import png_bytes
 
     visitor.set(again=visitor.picture(png_bytes(image)))
     told = visitor.last("again", "change")
     assert told["prompt"] == "a fox" and (told["seed"], told["true_cfg_scale"]) == (7, 2)
-    assert told["negative_prompt"] == "a pig" and "but for: skip" in told["said"]
+    assert told["negative_prompt"] == "a pig" and "but for: skip, CFG zero" in told["said"]
     plain = io.BytesIO()
     Image.new("RGB", (9, 9)).save(plain, "png")
     visitor.set(again=visitor.picture(plain.getvalue()))
