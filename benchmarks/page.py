@@ -77,10 +77,10 @@ def draw(page: Page, seed: int, steps: int) -> tuple[float, float]:
     return first, time.monotonic() - begun
 
 
-def said(page: Page, word: str, seconds: float) -> None:
-    page.wait_for_function(
-        "word => document.querySelector('#said').innerText.includes(word)", arg=word, polling=10, timeout=1000 * seconds
-    )
+def said(page: Page, word: str, seconds: float, polling: int = 50) -> None:
+    """Wait until the page says so. polling: in milliseconds; to look costs time on the cores that draw."""
+    found = "word => document.querySelector('#said').textContent.includes(word)"
+    page.wait_for_function(found, arg=word, polling=polling, timeout=1000 * seconds)
 
 
 def opened(browser: object, address: str) -> Page:
@@ -116,7 +116,7 @@ def main() -> int:
             time.sleep(1)
             begun = time.monotonic()
             page.click("#cancel")
-            said(page, "cancelled", 60)
+            said(page, "cancelled", 60, 10)
             cancel = time.monotonic() - begun
         browser.close()
     previews, pictures = (statistics.median(times) for times in zip(*found, strict=True))
