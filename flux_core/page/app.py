@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FluxError
 from ..images.pictures import parse_picture
+from ..server.a1111 import UPLOADED
 from ..server.jobs import Worker
 from ..server.shelf import Shelf
 from ..variants import get_variant
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
 
-UPLOADED = ("png", "jpeg", "webp")
 PATHS = re.compile(
     r"/($|v1/|sdapi/|health$|config$|theme\.css$|favicon\.ico$|manifest\.json$|static/|assets/|svelte/"
     r"|gradio_api/(queue/(join|data)$|run/|upload$|upload_progress$|file=|cancel$|heartbeat/|startup-events$|reset$))"

@@ -12,6 +12,7 @@ from ..images.metadata import read_request
 from ..images.pictures import open_source
 from ..request.fields import FIELDS
 from ..request.generation import GenerationRequest
+from ..variants import get_variant
 from .controls import QUIET, RANDOM, SCALES, SHOWN, control, default_of, label, request_of, said, values_of
 from .desk import Desk
 
@@ -72,8 +73,6 @@ class Panel:
     def _defaults(self, name: str) -> list[Any]:
         """The values of the fields that are a model's own, after another was chosen."""
         import gradio as gr
-
-        from ..variants import get_variant
 
         variant = get_variant(name)
         fields = (FIELDS[one] for one in self.fields)

@@ -152,12 +152,12 @@ def aspect_ratio_to_height_width(aspect_ratio: str, area: int = 1024**2) -> tupl
     return 16 * (width // 16), 16 * (height // 16)
 
 
-def picture_of(picture: Picture) -> Image.Image:
-    """A picture in RGB."""
+def picture_of(picture: Picture, mode: str = "RGB") -> Image.Image:
+    """A picture in RGB, or in another mode of Pillow's."""
     if not isinstance(picture, Image.Image):
         with Image.open(picture) as opened:
-            return opened.convert("RGB")
-    return picture.convert("RGB")
+            return opened.convert(mode)
+    return picture.convert(mode)
 
 
 def pixels_of(picture: Picture, size: tuple[int, int] | None = None) -> Tensor:
@@ -169,12 +169,7 @@ def pixels_of(picture: Picture, size: tuple[int, int] | None = None) -> Tensor:
 
 def mask_of(picture: Picture) -> Tensor:
     """A mask [1, 1, H, W] from 0 to 1, of a picture's brightness."""
-    if isinstance(picture, Image.Image):
-        grey = picture.convert("L")
-    else:
-        with Image.open(picture) as opened:
-            grey = opened.convert("L")
-    return torch.from_numpy(np.array(grey)).float()[None, None] / 255.0
+    return torch.from_numpy(np.array(picture_of(picture, "L"))).float()[None, None] / 255.0
 
 
 def _with(inputs: dict[str, Tensor], img_cond: Tensor) -> dict[str, Tensor]:

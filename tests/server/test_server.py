@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import signal
 import socket
 import sys
@@ -335,7 +334,6 @@ def test_no_part_of_an_answer_waits_for_the_last_to_be_acknowledged():
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process there")
 def test_the_command_answers_until_ctrl_c(tmp_path):
     with command(tmp_path) as (process, address):
         body = {"prompt": "a fox", "num_steps": 600, "seed": 1}
