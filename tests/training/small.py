@@ -17,13 +17,13 @@ PARAMS = FluxParams(
 RECIPE = Recipe(steps=12, lr=1e-2, batch=2, accumulation=2, warmup=3, schedule="cosine", seed=5)
 
 
-def small_adapter(patterns=("to_q", "proj_out", "norm_out.linear")):
+def small_adapter(patterns=("to_q", "proj_out", "norm_out.linear"), rank=2):
     draw = torch.Generator().manual_seed(0)
     model = Flux(PARAMS)
     with torch.no_grad():
         for x in model.parameters():
             x.copy_(0.2 * torch.randn(x.shape, generator=draw))
-    return adapt(model, patterns, 2, 4, draw)
+    return adapt(model, patterns, rank, 4, draw)
 
 
 def examples(count=5):

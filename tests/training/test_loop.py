@@ -20,6 +20,7 @@ from flux_core.lora import attach
 from flux_core.training import PRESETS, Recipe, train
 from flux_core.training.adapter import matching
 from flux_core.training.loop import SCALE, State, checkpoints, drawn, factor, generator, levels, loss_of, validate
+from flux_core.training.optimizers import BETAS, EPS, adamw
 
 
 def bytes_of(folder):
@@ -245,3 +246,38 @@ def test_presets_name_what_they_say():
     assert len(blocks) == 14 * PARAMS.depth + 6 * PARAMS.depth_single_blocks and "proj_out" not in blocks
     with pytest.raises(UsageError, match=r"no Linear of the transformer is named 'to_x'\. Did you mean to_"):
         matching(PARAMS, ["to_x"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_on_a_card_a_stopped_run_goes_on_to_the_bit(tmp_path, optimizer):
+    """The fused AdamW, and bitsandbytes' 8-bit one, whose tensors here are larger than what it leaves in 32 bits."""
+    recipe, some = replace(RECIPE, optimizer=optimizer), examples()
+
+    def on_card(folder, **options):
+        adapter = small_adapter(rank=256)
+        adapter.model.to("cuda")
+        return train(adapter, some, recipe, folder, **options)
+
+    whole = on_card(tmp_path / "whole")
+    for stop in (5, 6):
+        assert on_card(tmp_path / "parts", on_step=lambda done, stop=stop: done.step == stop) == whole[:stop]
+    assert on_card(tmp_path / "parts") == whole
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+def test_the_fused_optimizer_is_the_plain_one():
+    """Twenty updates of equal numbers by equal gradients, in one kernel and one after another."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    first = [torch.randn(64, 33, generator=draw, device="cuda").requires_grad_() for _ in range(3)]
+    second = [x.detach().clone().requires_grad_() for x in first]
+    fused, plain = adamw(first, 1e-2, 1e-2), torch.optim.AdamW(second, 1e-2, BETAS, EPS, 1e-2, foreach=False)
+    assert fused.defaults["fused"]
+    for _ in range(20):
+        for a, b in zip(first, second, strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=draw, device="cuda")
+        fused.step()
+        plain.step()
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

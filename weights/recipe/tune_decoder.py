@@ -28,13 +28,13 @@ from trainer import Trainer, say, stage_arguments, write_shards
 from flux_core.model import AutoEncoder
 from flux_core.variants import VARIANTS
 
-GROUNDS = {"own": 0.3, "flat": 0.35, "graded": 0.2, "clouds": 0.15}
+GROUNDS = {"own": 0.25, "flat": 0.45, "graded": 0.15, "clouds": 0.15}
 """what is behind things, and how often: the scene's colour, any one colour, one that goes over into another, noise"""
-EMPTY = 0.2
+EMPTY = 0.4
 """share of pictures with nothing on them"""
 SMOOTH = 1.5 / 255
 """largest difference of neighbours in a smooth place, of 1"""
-WORST = 128
+WORST = 64
 """values of a picture that have a loss of their own"""
 
 
