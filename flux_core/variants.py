@@ -36,6 +36,57 @@ Rgb = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True)
+class Takes:
+    """What a model takes besides a prompt, in one of the ways that `pipeline/family.py` knows."""
+
+    channels: tuple[str, ...] = ()
+    """beside those of the image's tokens, in this order: of `family.CHANNELS`"""
+    map: str = ""
+    """what a photograph becomes for the channels of `control`: of `images.maps.MAPS`"""
+    references: bool = False
+    """pictures as tokens behind the image's, with position ids of their own"""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """widths and heights, of which a reference gets the one that is nearest in shape; none: it is fitted"""
+    words: str = ""
+    """pictures as tokens behind the text's, which the model's adapter makes of what this vision model sees: a hub id"""
+
+    def __bool__(self) -> bool:
+        return self != Takes()
+
+    @property
+    def mask(self) -> bool:
+        return "mask" in self.channels
+
+    @property
+    def control(self) -> bool:
+        return "control" in self.channels
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the request's references are for it."""
+        return self.references or bool(self.words)
+
+
+KONTEXT_SIZES = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+    (1568, 672),
+)  # fmt: skip
+"""width and height of the pictures that Kontext was trained on"""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file that a variant adds to another one's transformer."""
+
+    repo: str
+    file: str
+    variables: tuple[str, ...]
+    """environment variables for the file; the first that is set is used"""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Variant:
     """A FLUX.1 model by name."""
 
@@ -63,6 +114,9 @@ class Variant:
     rgb: Rgb = field(hash=False, repr=False)
     repo: str | None = None
     """hub repository of the official files; None: the weights ship with the package"""
+    takes: Takes = Takes()
+    adapter: Adapter | None = None
+    """a LoRA on the transformer, or the adapter of `takes.words`"""
     base: str = ""
     """a variant that ships, whose parts these are; the transformer has a LoRA in it, from the folder of this name"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
@@ -85,9 +139,9 @@ class Variant:
         return f"licence of {self.name}: {self.licence}"
 
 
-def _flux1(guidance_embed: bool) -> FluxParams:
+def _flux1(guidance_embed: bool, in_channels: int = 64) -> FluxParams:
     return FluxParams(
-        in_channels=64,
+        in_channels=in_channels,
         out_channels=64,
         vec_in_dim=768,
         context_in_dim=4096,
@@ -223,6 +277,62 @@ _MINI = Variant(
     rgb=_MINI_RGB,
 )
 
+_SCHNELL = Variant(
+    name="flux-schnell",
+    params=_flux1(guidance_embed=False),
+    ae_params=_FLUX1_AE,
+    repo="black-forest-labs/FLUX.1-schnell",
+    flow_file="flux1-schnell.safetensors",
+    ae_file="ae.safetensors",
+    t5=_T5,
+    clip=_CLIP,
+    t5_config=_T5_XXL,
+    clip_config=_CLIP_L,
+    max_text=256,
+    shift=False,
+    num_steps=4,
+    guidance=3.5,
+    width=1360,
+    height=768,
+    min_side=256,
+    max_side=4096,
+    licence="Apache-2.0",
+    rgb=_FLUX1_RGB,
+    variables=("FLUX_MODEL", "FLUX_SCHNELL"),
+)
+_REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", ("FLUX_REDUX",))
+_SIGLIP = "google/siglip-so400m-patch14-384"
+
+
+def _control(kind: str, guidance: float) -> list[Variant]:
+    """A model of edges or depth, and dev with the LoRA that makes it one."""
+    title, variable = kind.title(), f"FLUX_DEV_{kind.upper()}"
+    model = replace(
+        _DEV,
+        name=f"flux-dev-{kind}",
+        params=_flux1(guidance_embed=True, in_channels=128),
+        repo=f"black-forest-labs/FLUX.1-{title}-dev",
+        flow_file=f"flux1-{kind}-dev.safetensors",
+        num_steps=50,
+        guidance=guidance,
+        width=1024,
+        height=1024,
+        takes=Takes(channels=("control",), map=kind),
+        variables=("FLUX_MODEL", variable),
+    )
+    file = Adapter(
+        f"black-forest-labs/FLUX.1-{title}-dev-lora",
+        f"flux1-{kind}-dev-lora.safetensors",
+        ("FLUX_LORA", f"{variable}_LORA"),
+        scale=0.85,
+    )
+    lora = replace(
+        model, name=f"{model.name}-lora", params=_DEV.params, repo=_DEV.repo, flow_file=_DEV.flow_file,
+        variables=_DEV.variables, adapter=file,
+    )  # fmt: skip
+    return [model, lora]
+
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -237,29 +347,35 @@ VARIANTS: dict[str, Variant] = {
             guidance=2.5,
             variables=("FLUX_MODEL",),
         ),
-        Variant(
-            name="flux-schnell",
-            params=_flux1(guidance_embed=False),
-            ae_params=_FLUX1_AE,
-            repo="black-forest-labs/FLUX.1-schnell",
-            flow_file="flux1-schnell.safetensors",
-            ae_file="ae.safetensors",
-            t5=_T5,
-            clip=_CLIP,
-            t5_config=_T5_XXL,
-            clip_config=_CLIP_L,
-            max_text=256,
-            shift=False,
-            num_steps=4,
-            guidance=3.5,
-            width=1360,
-            height=768,
-            min_side=256,
-            max_side=4096,
-            licence="Apache-2.0",
-            rgb=_FLUX1_RGB,
-            variables=("FLUX_MODEL", "FLUX_SCHNELL"),
+        _SCHNELL,
+        replace(
+            _DEV,
+            name="flux-dev-fill",
+            params=_flux1(guidance_embed=True, in_channels=384),
+            repo="black-forest-labs/FLUX.1-Fill-dev",
+            flow_file="flux1-fill-dev.safetensors",
+            max_text=128,
+            num_steps=50,
+            guidance=30.0,
+            takes=Takes(channels=("kept", "mask")),
+            variables=("FLUX_MODEL", "FLUX_DEV_FILL"),
         ),
+        *_control("canny", guidance=30.0),
+        *_control("depth", guidance=10.0),
+        replace(
+            _DEV,
+            name="flux-dev-kontext",
+            repo="black-forest-labs/FLUX.1-Kontext-dev",
+            flow_file="flux1-kontext-dev.safetensors",
+            num_steps=30,
+            guidance=2.5,
+            width=1024,
+            height=1024,
+            takes=Takes(references=True, sizes=KONTEXT_SIZES),
+            variables=("FLUX_MODEL",),
+        ),
+        replace(_DEV, name="flux-dev-redux", guidance=2.5, takes=Takes(words=_SIGLIP), adapter=_REDUX),
+        replace(_SCHNELL, name="flux-schnell-redux", takes=Takes(words=_SIGLIP), adapter=_REDUX),
     )
 }
 DEFAULT = "flux-mini"
@@ -272,6 +388,11 @@ def originals() -> list[Variant]:
     return [variant for variant in VARIANTS.values() if not variant.base]
 
 
+def plain() -> list[Variant]:
+    """Of these, the variants that take nothing besides a prompt."""
+    return [variant for variant in originals() if not variant.takes]
+
+
 def get_variant(name: str) -> Variant:
     """The variant of that name. UsageError names the known variants and the nearest."""
     if name in VARIANTS:
@@ -280,4 +401,5 @@ def get_variant(name: str) -> Variant:
 
     near = get_close_matches(name, VARIANTS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UsageError(f"unknown model name {name!r}: there are {', '.join(VARIANTS)}.{hint}")
+    names = ", ".join(variant.name for variant in VARIANTS.values() if not variant.takes)
+    raise UsageError(f"unknown model name {name!r}: there are {names}, and those of docs/family.md.{hint}")

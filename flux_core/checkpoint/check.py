@@ -47,14 +47,16 @@ def fits(path: Path) -> str:
         return "fits: no model, as it is no part of one"
     contents, findings = find_contents(path, part), {}
     variants = [replace(variant, files={PARTS[part].flag: str(path)}) for variant in originals()]
-    for variant in variants:
-        try:
-            _check(path, part, variant)
-        except FileError as error:
-            findings[variant.name] = str(error)
-    if names := [variant.name for variant in variants if variant.name not in findings]:
-        return f"fits: {', '.join(names)}"
-    return f"fits no model: {findings[max(variants, key=lambda variant: _alike(contents, variant)).name]}"
+    for of_family in (False, True):  # whose other parts are those of the plain models
+        some = [variant for variant in variants if bool(variant.takes) == of_family and not variant.adapter]
+        for variant in some:
+            try:
+                _check(path, part, variant)
+            except FileError as error:
+                findings[variant.name] = str(error)
+        if names := [variant.name for variant in some if variant.name not in findings]:
+            return f"fits: {', '.join(names)}"
+    return f"fits no model: {findings[max(findings, key=lambda name: _alike(contents, VARIANTS[name]))]}"
 
 
 def _alike(contents: Contents, variant: Variant) -> int:

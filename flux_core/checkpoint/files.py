@@ -128,12 +128,26 @@ def flow_path(variant: Variant) -> Path:
     """The transformer's file or folder of shards."""
     if (own := own_path(variant, "transformer")) is not None:
         return own
-    if not variant.base:
+    if not variant.base or variant.adapter:
         return _shipped(variant, variant.flow_file)
     from .adapted import ADAPTER, adapted_file  # torch
 
     base, adapter = _shipped(variant, get_variant(variant.base).flow_file), shipped_folder(variant.name) / ADAPTER
     return adapted_file(variant.name, base, _existing(adapter, str(adapter), AGAIN), variant.params)
+
+
+def adapter_path(variant: Variant) -> Path | None:
+    """The file that a variant adds to another one's transformer, or None. Errors as in `resolve`."""
+    adapter = variant.adapter
+    if adapter is None:
+        return None
+    if not adapter.repo:
+        path = shipped_folder(variant.name) / adapter.file
+        return _existing(path, str(path), AGAIN)
+    if (variable := next((name for name in adapter.variables if os.environ.get(name)), None)) is None:
+        return hub_file(adapter.repo, adapter.file)
+    named = os.environ[variable]
+    return _existing(user_path(named), f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
 
 
 def ae_path(variant: Variant) -> Path:
@@ -275,6 +289,8 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
     """
     flow, ae = resolve(variant)
     files = {flow.name: flow, ae.name: ae}
+    if (adapter := adapter_path(variant)) is not None:
+        files[adapter.name] = adapter
     encoders: dict[Part, str] = {"t5": variant.t5, "clip": variant.clip}
     for part, folder in encoders.items():
         if (own := own_path(variant, part)) is not None:

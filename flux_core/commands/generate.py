@@ -4,6 +4,7 @@ Flags, requests, the init image and the folders are checked before torch is impo
 saved as soon as it is drawn, so that a later failure never costs more than a picture.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,11 +21,12 @@ from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan
+from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes, with_map
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
-from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
-from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
+from ..images.pictures import grid
+from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
+from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.loop import apply_command, read_typed_lines
 from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
@@ -42,7 +44,8 @@ def generate(
     from_image: str | None = None,
     prompt_file: str | None = None,
     loop: bool = False,
-    init_image: str | None = None,
+    image: str | None = None,
+    aspect_ratio: str | None = None,
     seed: list[str] | None = None,
     output_dir: str = OUTPUT_DIR.default,
     stepwise_dir: str | None = None,
@@ -58,22 +61,23 @@ def generate(
     fields: the request's other fields, the plan's flags (`fields.PLAN`), the user's own files (`fields.FILES`), and how
     a model is loaded (`LOADING`).
 
-    UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for an init image or a file of
+    UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for a picture or a file of
     prompts that cannot be read.
     """
     given = given_plan(fields)
     lines = _read_prompt_file(prompt_file, fields, loop)
-    source, origin = open_source(init_image)
     loading = pop_fields(fields, LOADING)
     old = read_request(from_image) if from_image else None
+    variant = with_files(fields.get("name") or (old.name if old else None), **pop_fields(fields, FILES))
+    pictures, records = pop_given(with_image(fields, image, variant))
     if old is not None:
-        fields = _recorded_fields(old, origin) | fields
-    fields["init_image"] = origin
-    variant = with_files(fields.get("name"), **pop_fields(fields, FILES))
-    fields["name"] = variant.name
+        fields = _recorded_fields(old, records) | fields
+    fields |= {**records, "name": variant.name}
+    fields |= shape(fields, aspect_ratio, variant) or natural_size(fields, pictures, variant)
     fields["plan"] = _plan(old, given, fields, variant)
     lines = lines and [_with_loras(line, fields["plan"], variant) for line in lines]
     requests = build_requests(seed, fields, lines)
+    pictures.check(requests[0])
     num_threads = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
@@ -86,7 +90,7 @@ def generate(
     pipeline = load_pipeline(
         variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **loading
     )
-    draw = partial(_draw_all, pipeline, source, folder, steps_folder, not loop)
+    draw = partial(_draw_all, pipeline, pictures, folder, steps_folder, not loop)
     paths = draw(requests, _model_notes(pipeline, requests[0], old))
     return paths + _draw_typed_lines(draw, fields) if loop else paths
 
@@ -125,15 +129,44 @@ def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
     return replace(line, fields=fields | {"plan": (*kept, *own)}) if own else line
 
 
-def _recorded_fields(old: GenerationRequest, origin: InitImage | None) -> dict[str, Any]:
+def with_image(fields: dict[str, Any], image: str | None, variant: Variant) -> dict[str, Any]:
+    """The flags, with `--image` as the one that the model takes its picture by. The same dict. UsageError."""
+    if image is None:
+        return fields
+    takes = variant.takes
+    name = "reference" if takes.pictures else "control" if takes.control else "init_image"
+    if fields.get(name) is not None:
+        raise UsageError(f"--image and {FIELDS[name].flag} are the same for {variant.name}: give one of them")
+    fields[name] = [[image]] if takes.pictures else f"{takes.map}:{image}" if takes.control else image
+    return fields
+
+
+def shape(fields: dict[str, Any], aspect_ratio: str | None, variant: Variant) -> dict[str, int]:
+    """Width and height of `--aspect-ratio`, of the area that the model draws by itself. UsageError."""
+    if aspect_ratio is None:
+        return {}
+    if given := [name for name in ("width", "height") if fields.get(name) is not None]:
+        raise UsageError(f"--aspect-ratio and --{given[0]} both say the shape: leave one out")
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", aspect_ratio)
+    if found is None or not int(found[1]) or not int(found[2]):
+        raise UsageError(f"--aspect-ratio must be two numbers, as in 16:9, not {aspect_ratio[:40]!a}")
+    width, height = of_ratio(int(found[1]) / int(found[2]), variant.width * variant.height)
+    return {"width": width, "height": height}
+
+
+def _recorded_fields(old: GenerationRequest, records: dict[str, Any]) -> dict[str, Any]:
     """The fields of a picture's request for drawing it again, with notes on what is missing. UsageError."""
-    if old.init_image is not None and origin is None:
-        raise UsageError(f"that picture was made from {old.init_image.file!r}: give it with --init-image")
-    if old.init_image is not None and origin is not None and old.init_image.sha256 != origin.sha256:
-        note(f"{origin.file!r} is another picture than the {old.init_image.file!r} that was used")
+    for name in PICTURE_FILES:
+        before, now = (found if isinstance(found, tuple) else (found,) if found else ()
+                       for found in (getattr(old, name), records.get(name)))  # fmt: skip
+        if len(before) > len(now):
+            raise UsageError(f"that picture was made from {before[len(now)].file!r}: give it with {FIELDS[name].flag}")
+        for one, other in zip(before, now, strict=False):
+            if one.sha256 != other.sha256:
+                note(f"{other.file!r} is another picture than the {one.file!r} that was used")
     if old.functions:
         note(f"interventions that the picture's file cannot hold are missing: {one_line('; '.join(old.functions))}")
-    return old.model_dump(exclude={*DRAWN_BY, "init_image", "plan"})
+    return old.model_dump(exclude={*DRAWN_BY, *PICTURE_FILES, "plan"})
 
 
 def build_requests(
@@ -186,7 +219,7 @@ def _draw_typed_lines(draw: Callable[[list[GenerationRequest]], list[Path]], fie
 
 def _draw_all(
     pipeline: "Pipeline",
-    source: Image.Image | None,
+    given: Given,
     folder: Path,
     steps_folder: Path | None,
     last: bool,
@@ -200,23 +233,21 @@ def _draw_all(
     from ..device.memory import CACHED_PROMPTS
 
     first, ahead = requests[0], CACHED_PROMPTS // 2  # requests: each has at most two texts
-    _introduce(pipeline, requests, [*notes, *_fit_notes(source, requests)])
-    paths, images = [], []
+    _introduce(pipeline, requests, [*notes, *(line for one in requests for line in size_notes(one, given))])
+    paths, images, shown = [], [], []
     for number, request in enumerate(requests):
         if number % ahead == 0:
             pipeline.encode_ahead(requests[number : number + ahead], last and number + ahead >= len(requests))
-        images.append(_draw(pipeline, request, source, steps_folder, number))
+        given = with_map(request, given)
+        images.append(_draw(pipeline, request, given, steps_folder, number))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
+        if given.map and given.control is not None and given.control not in shown:
+            shown.append(given.control)
+            tell(str(save_picture(given.control, folder, f"{given.map}_{request.name}")))
     if len(images) > 1:
         tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))
     return paths
-
-
-def _fit_notes(source: Image.Image | None, requests: list[GenerationRequest]) -> list[str]:
-    """Lines that say how an init image of another shape is fitted."""
-    shapes = dict.fromkeys((request.width, request.height, request.fit or FIT) for request in requests)
-    return [line for shape in shapes if source is not None and (line := fit_note(source, *shape))]
 
 
 def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:
@@ -237,7 +268,7 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
 def _draw(
     pipeline: "Pipeline",
     request: GenerationRequest,
-    source: Image.Image | None,
+    given: Given,
     steps_folder: Path | None,
     number: int,
 ) -> Image.Image:
@@ -251,7 +282,7 @@ def _draw(
                 stepwise(step)
 
         try:
-            return pipeline.draw(request, source, on_step, (), (), number)
+            return pipeline.draw(request, given, on_step, (), (), number)
         finally:
             if stepwise is not None:
                 stepwise.save_sheet()

@@ -20,7 +20,7 @@ from ..hooks import Intervention
 from ..images.metadata import describe, differences, parse_request, read_request
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, crop_centre, open_picture
-from ..request.fields import DEVICE, FILES, LOADING, OUTPUT_DIR, THREADS, pop_fields
+from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.plans import load_again
 from ..session.record import read_rows
@@ -63,8 +63,9 @@ def repeat(
     if from_latents and not latents.is_file():
         raise FileError(f"{latents} does not exist. Next: leave out --from-latents, and the picture is denoised again")
     request = recorded.request or _request_in(latents)
-    if request.init_image is not None:
-        raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} --init-image FILE")
+    if flags := [FIELDS[name].flag for name in PICTURE_FILES if getattr(request, name)]:
+        given = " ".join(f"{flag} FILE" for flag in flags)
+        raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} {given}")
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
     loading = pop_fields(files, LOADING)

@@ -14,6 +14,7 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
+    GIVEN,
     LOADING,
     LORAS,
     MACHINE,
@@ -48,6 +49,15 @@ RUN = (
         metavar="FILE",
         path=True,
     ),
+    Field(
+        "image",
+        str,
+        "the picture for the model: as --init-image, or for those that take one as --control or --reference",
+        flags=("--img-cond-path",),
+        metavar="FILE",
+        path=True,
+    ),
+    Field("aspect_ratio", str, "shape in place of width and height, as in 16:9", metavar="W:H"),
     Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
     OUTPUT_DIR,
     STEPWISE_DIR,
@@ -61,7 +71,7 @@ _GIVEN_AGAIN = (
     replace(PLAN[0], help="the Python or JSON file of a plan, where a function of your own is needed again"),
     replace(PLAN[2], help="the Python file of a function of your own, likewise", metavar="FILE.py"),
 )
-_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", "init_image", "strength", "fit")
+_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", *(field.name for field in GIVEN))
 EXPLORE = (
     NAME,
     *FILES,

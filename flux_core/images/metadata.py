@@ -17,7 +17,7 @@ import pydantic_core
 from PIL import Image, PngImagePlugin
 
 from ..errors import UsageError
-from ..request.fields import REQUEST
+from ..request.fields import PICTURE_FILES, REQUEST
 from ..request.generation import MAX_PROMPT, GenerationRequest, check_untrusted
 from ..terminal import one_line, printable
 from ..version import __version__
@@ -54,7 +54,8 @@ def marked(image: Image.Image) -> Image.Image:
 
 def source_type(request: GenerationRequest) -> str:
     """IPTC's digital source type: made by a model, or by a model from another picture."""
-    return "trainedAlgorithmicMedia" if request.init_image is None else "compositeWithTrainedAlgorithmicMedia"
+    made_from = any(getattr(request, name) for name in PICTURE_FILES)
+    return "compositeWithTrainedAlgorithmicMedia" if made_from else "trainedAlgorithmicMedia"
 
 
 def cut(prompt: str) -> str:
@@ -89,7 +90,8 @@ def png_bytes(image: Image.Image) -> bytes:
     for key in (KEY, "parameters"):
         if key in image.info:
             chunks.add_itxt(key, image.info[key])
-    chunks.add_itxt(_XMP_KEY, image.info["xmp"].decode())
+    if "xmp" in image.info:
+        chunks.add_itxt(_XMP_KEY, image.info["xmp"].decode())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()

@@ -172,9 +172,15 @@ def open_source(picture: str | Path | Image.Image | None) -> tuple[Image.Image |
     if isinstance(picture, Image.Image):
         image = as_rgb(picture)
         return image, InitImage(file="", sha256=hashlib.sha256(image.tobytes()).hexdigest())
-    opened, sha256 = open_picture(picture)
-    name = Path(picture).name.encode(errors="replace").decode()  # a file name may hold bytes that are not UTF-8
-    return as_rgb(opened, str(picture)), InitImage(file=name, sha256=sha256)
+    opened, record = open_recorded(picture)
+    return as_rgb(opened, str(picture)), record
+
+
+def open_recorded(path: str | Path) -> tuple[Image.Image, InitImage]:
+    """A picture file, opened but not yet decoded, and its record. FileError."""
+    opened, sha256 = open_picture(path)
+    name = Path(path).name.encode(errors="replace").decode()  # a file name may hold bytes that are not UTF-8
+    return opened, InitImage(file=name, sha256=sha256)
 
 
 # Shapes --------------------------------------------------------------------------------------------

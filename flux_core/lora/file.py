@@ -420,7 +420,7 @@ def check_drawable(lora: LoraFile, params: FluxParams) -> None:
     if (width := widened_input(lora, params)) != params.in_channels:
         raise FileError(
             f"{lora.path} is a control LoRA: with it the model takes {width} features a token, half of them from a "
-            "control picture. Next: attach it in Python (flux_core.lora.attach), where you give that picture yourself"
+            "control picture. Next: FLUX_LORA=FILE and --name flux-dev-canny-lora or flux-dev-depth-lora"
         )
 
 

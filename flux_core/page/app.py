@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FluxError
 from ..images.pictures import parse_picture
-from ..server.a1111 import UPLOADED
 from ..server.jobs import Worker
 from ..server.shelf import Shelf
+from ..server.uploads import UPLOADED
 from ..variants import get_variant
 from . import drawing, editing, exploring, layers
 from .desk import Desk

@@ -10,8 +10,8 @@ from ..errors import UsageError
 from ..hooks import Lora
 from ..hooks.intervention import Intervention
 from ..request.fields import FIELDS, FIT, STRENGTH, Field
-from ..request.generation import GenerationRequest, InitImage
-from ..server.forms import LONGEST
+from ..request.generation import GenerationRequest
+from ..server.forms import LONGEST, NO_RECORDS
 from ..variants import Variant, get_variant
 
 if TYPE_CHECKING:
@@ -71,18 +71,18 @@ def request_of(
     values: Mapping[str, Any],
     loras: Mapping[Path, float] | None = None,
     plan: Sequence[Intervention] = (),
-    origin: InitImage | None = None,
+    records: Mapping[str, Any] = NO_RECORDS,
 ) -> GenerationRequest:
     """The request of the controls' values. loras: scales of files; those of scale 0 are left out. UsageError."""
-    given = {key: x for key, x in values.items() if x not in (None, "") and x != OFF.get(key)}
+    chosen = {key: x for key, x in values.items() if x not in (None, "") and x != OFF.get(key)}
     if len(prompt := prompt or "") > LONGEST:
         raise UsageError(f"a prompt has at most {LONGEST:,} characters here")
     if not get_variant(name).params.guidance_embed:
-        given.pop("guidance", None)
-    if not (given.get("true_cfg_scale") or 1) > 1:
-        given.pop("negative_prompt", None)  # kept in its control for when it counts
+        chosen.pop("guidance", None)
+    if not (chosen.get("true_cfg_scale") or 1) > 1:
+        chosen.pop("negative_prompt", None)  # kept in its control for when it counts
     entries = [Lora(file=str(path), scale=scale) for path, scale in (loras or {}).items() if scale]
-    return GenerationRequest(name=name, prompt=prompt, init_image=origin, plan=(*entries, *plan), **given)  # type: ignore[arg-type]
+    return GenerationRequest(name=name, prompt=prompt, plan=(*entries, *plan), **records, **chosen)  # type: ignore[arg-type]
 
 
 def values_of(request: GenerationRequest) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def build(desk: Desk, panel: "Panel") -> None:
     with gr.Accordion("Start from a picture", open=False):
         source = gr.Image(label="Init image", type="filepath", sources=["upload", "clipboard"], height=200,
                           elem_id="init")  # fmt: skip
+        mask = gr.Image(label="Mask: white is painted anew, black is kept", type="filepath", height=200,
+                        sources=["upload", "clipboard"], elem_id="mask")  # fmt: skip
         start = [control(FIELDS[name], desk.pipeline.variant) for name in ("strength", "fit")]
     history = gr.Gallery(
         desk.recent, label="Drawn before: choose one for its request", columns=6, height=220, interactive=False,
@@ -33,11 +35,11 @@ def build(desk: Desk, panel: "Panel") -> None:
     )  # fmt: skip
 
     async def draw(*values: Any) -> AsyncIterator[Any]:
-        *shared, path, strength, fit, visitor = values
+        *shared, path, masked, strength, fit, visitor = values
         given = {"strength": strength, "fit": fit} if path else {}
 
         def make() -> Job:
-            request, image = panel.request(shared, source=path, **given)
+            request, image = panel.request(shared, source=path, mask=masked, **given)
             return Job(request.images(), image, watched=True)
 
         async for job, line, wrong in desk.drawn(visitor, make):
@@ -58,7 +60,7 @@ def build(desk: Desk, panel: "Panel") -> None:
             async for found in draw(*values, request.session_hash):
                 yield found
 
-    inputs, outputs = [*panel.inputs, source, *start], [picture, panel.status, history]
+    inputs, outputs = [*panel.inputs, source, mask, *start], [picture, panel.status, history]
     gr.on([button.click, panel.prompt.submit], start_drawing, inputs, outputs, trigger_mode="multiple", **DRAWING)
     panel.prompt.input(start_typed, [typed, *inputs], outputs, trigger_mode="always_last", **DRAWING)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..hooks.layers import VITAL, layers_of
+from ..images.given import Given
 from ..images.pictures import open_source
 from ..request.fields import FIT
 from ..request.generation import InitImage
@@ -35,13 +36,14 @@ class Edit(Job):
 
         self.check()
         request = self.requests[0]
-        guidance = None if self.source is None or not pipeline.variant.params.guidance_embed else 1.0
+        photo = self.source.image
+        guidance = None if photo is None or not pipeline.variant.params.guidance_embed else 1.0
         editing = Editing(pipeline, request, self.edits, self.layers, guidance, self.origin, FIT)
 
         def on_step(step: Any) -> None:
             self.after(pipeline, step)
 
-        x = editing.generated(on_step) if self.source is None else editing.of_photo(self.source, on_step=on_step)
+        x = editing.generated(on_step) if photo is None else editing.of_photo(photo, on_step=on_step)
         for row, branch in enumerate(editing.branches):
             self.save(editing.picture(x[row], row), folder, f"{request.name}_seed{request.seed}_{branch}")
 
@@ -72,7 +74,7 @@ def build(desk: Desk, panel: "Panel") -> None:
         source, origin = open_source(photo)
         request, _ = panel.request(shared, again=desk.seed(visitor), num_images=1)
         blocks = layers_of(layers, request.name, request.variant.params)
-        return Edit([request], source, True, edits=(wanted,), layers=blocks, origin=origin)
+        return Edit([request], Given(source), True, edits=(wanted,), layers=blocks, origin=origin)
 
     async def edit(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         visitor = request.session_hash

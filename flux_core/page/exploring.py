@@ -70,7 +70,7 @@ def build(desk: Desk, panel: "Panel") -> None:
         def make() -> Job:
             found[:] = cells([(down, downs), (across, acrosses)])
             again = desk.seed(visitor)
-            return Job([panel.request(shared, (), None, again, num_images=1, **cell)[0] for cell in found])
+            return Job([panel.request(shared, again=again, num_images=1, **cell)[0] for cell in found])
 
         async for job, line, wrong in desk.drawn(visitor, make):
             text = said(line, "alert" if wrong else "status")

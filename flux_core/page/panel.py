@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..errors import FluxError, UsageError
 from ..hooks.intervention import Intervention
+from ..images.given import Given, open_given
 from ..images.metadata import read_request
-from ..images.pictures import open_source
-from ..request.fields import FIELDS
+from ..request.fields import FIELDS, PICTURE_FILES
 from ..request.generation import GenerationRequest
 from ..variants import get_variant
 from .controls import QUIET, RANDOM, SCALES, SHOWN, control, default_of, label, request_of, said, values_of
@@ -109,12 +107,14 @@ class Panel:
         values: Sequence[Any],
         plan: Sequence[Intervention] = (),
         source: str | None = None,
+        mask: str | None = None,
         again: int | None = None,
         **changes: Any,
-    ) -> tuple[GenerationRequest, Image.Image | None]:
-        """The request of `inputs`' values, and its init image. UsageError, FileError.
+    ) -> tuple[GenerationRequest, Given]:
+        """The request of `inputs`' values, and its pictures. UsageError, FileError.
 
-        source: the init image's file. again: the seed where the control says a random one. changes: other fields.
+        source, mask: files of the init image and of where it is painted. again: the seed where the control says a
+        random one. changes: other fields.
         """
         prompt, name, *others = values
         if name not in self.desk.names:
@@ -124,8 +124,8 @@ class Panel:
             fields["seed"] = again
         fields |= changes
         scales = dict(zip(self.desk.loras.values(), others[len(self.fields) :], strict=True))
-        image, origin = open_source(source)
-        return request_of(name, fields.pop("prompt", prompt), fields, scales, plan, origin), image
+        given, records = open_given(source, mask)
+        return request_of(name, fields.pop("prompt", prompt), fields, scales, plan, records), given
 
     def _beside(self, request: GenerationRequest) -> str:
         """A line on what of a recorded request the controls cannot show."""
@@ -134,6 +134,6 @@ class Panel:
             f"LoRA {x.name}" for x in request.loras if Path(x.file).stem not in self.desk.loras or x.steps or x.blocks
         ]
         left += [label(name) for name in IDLE if getattr(request, name) is not None]
-        left += ["an init image"] if request.init_image is not None else []
+        left += [FIELDS[name].flag for name in PICTURE_FILES if getattr(request, name)]
         left += list(request.functions)
         return f"its request is here, but for: {', '.join(left)}" if left else "its request is here"

@@ -25,10 +25,13 @@ class Codec:
 
     def encode(self, image: Image.Image, width: int, height: int, fit: str = FIT) -> Tensor:
         """The latent's tokens [1, L, 64] of an RGB picture, fitted to width x height. fit: of `fields.FITS`."""
-        ae, device = self.placement.components.ae, self.placement.device
         pixels = torch.from_numpy(np.array(fitted(image, width, height, fit)))
-        x = rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w").to(device, self.dtype)
-        what = f"encoding {width}x{height} pixels"
+        return self.encode_pixels(rearrange(pixels.float() / 127.5 - 1, "h w c -> 1 c h w"))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """The latent's tokens [1, L, 64] of pixels [1, 3, H, W] from -1 to 1."""
+        ae, x = self.placement.components.ae, pixels.to(self.placement.device, self.dtype)
+        what = f"encoding {x.shape[3]}x{x.shape[2]} pixels"
         return pack(self._with_ae(what, lambda: ae.encode(x), lambda: strips.encode(ae, x)))
 
     def decode(self, x: Tensor, width: int, height: int) -> Image.Image:

@@ -5,17 +5,22 @@ adds tokens after them, Redux adds tokens to the text, a ControlNet adds residua
 `Condition`: a function of the inputs, and a run where it works inside the forward.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
+from ..request.generation import PATCH
 from ..sampling import FlowInputs, SampledRun
 
 
 class Condition(Protocol):
-    """A further condition of a picture. Both methods are called once for each sampling."""
+    """A further condition of a picture. Both methods are called once for each sampling.
+
+    One that adds tokens to the sequence says how many in `extra_tokens`, for which memory is planned.
+    """
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
         """The inputs extended by this condition. size: width and height in pixels, multiples of 16."""
@@ -24,6 +29,12 @@ class Condition(Protocol):
     def run(self, inputs: FlowInputs) -> SampledRun | None:
         """The hooks of this condition in every forward, or None."""
         ...
+
+
+def planned_size(size: tuple[int, int], conditions: Sequence[Condition]) -> tuple[int, int]:
+    """Width and height of a picture with as many tokens as one of `size` and all conditions have."""
+    extra = sum(getattr(condition, "extra_tokens", 0) for condition in conditions)
+    return size[0], size[1] + PATCH * math.ceil(extra * PATCH / size[0])
 
 
 def conditioned(

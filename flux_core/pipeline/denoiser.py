@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from ..device.oom import retried
 from ..errors import UsageError, foreign, is_out_of_memory
 from ..hooks import HookRun, Intervention, Sampler, Sampling, Wrap
 from ..hooks.plan import expanded
+from ..images.given import Given
 from ..model import Adapt
 from ..request.fields import FIT, PERCENTILE
 from ..request.generation import PATCH, GenerationRequest
@@ -31,17 +33,22 @@ from ..sampling import (
     pack,
     start_from_image,
 )
+from ..sampling.family import mask_of
 from ..sampling.guidance import cfg_velocity, one_batch, two_passes
+from ..sampling.inpaint import mask_tokens, repaint
 from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
-from .conditions import Condition, FlowInputs, conditioned
+from .conditions import Condition, FlowInputs, conditioned, planned_size
+from .family import conditions_of
 from .loras import Loras
 from .nonfinite import is_finite, step_error
 from .prompt_cache import PromptCache
 
 Prompt = str | tuple[Tensor, Tensor]
 """a text, or what `PromptCache` gives for one: T5's tokens [1, T, D] and CLIP's vector [1, V]"""
+Words = Callable[[Image.Image], Tensor]
+"""tokens [1, K, D] of a picture"""
 
 
 class Denoiser:
@@ -50,6 +57,8 @@ class Denoiser:
     def __init__(self, variant: Variant, prompts: PromptCache, codec: Codec, loras: Loras, dtype: torch.dtype) -> None:
         self.variant, self.prompts, self.codec, self.loras, self.dtype = variant, prompts, codec, loras, dtype
         self.placement = prompts.placement
+        self.words: Words | None = None
+        """makes words of pictures, for models that take them"""
         self.one_batch = True
         """whether positive and negative prompt are rows of one batch where that fits, which is faster"""
 
@@ -81,7 +90,7 @@ class Denoiser:
         size: a request's `padded_size`. sigmas: those of the calls to come, if known. adapt: of `Loras.prepare`.
         """
         model, placement = self.placement.components.flux, self.placement
-        placement.admit(size, len(prompts), len(sigmas) or None)
+        placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None)
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
@@ -101,7 +110,7 @@ class Denoiser:
     def denoise(
         self,
         requests: Sequence[GenerationRequest],
-        source: Image.Image | None = None,
+        source: Image.Image | Given | None = None,
         on_step: OnStep | None = None,
         functions: Sequence[Intervention] = (),
         conditions: Sequence[Condition] = (),
@@ -109,9 +118,12 @@ class Denoiser:
     ) -> Tensor:
         """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone.
 
-        functions: interventions beside those of the requests' plan. image: the number that these are told.
+        source: the requests' pictures; what is painted in is as large as it is drawn. functions: interventions beside
+        those of the requests' plan. image: the number that these are told.
         """
-        sample = partial(self._sample, requests, source, on_step, functions, conditions, image)
+        given = Given.of(source)
+        conditions = (*conditions_of(requests[0], given, self.codec, self.words), *conditions)
+        sample = partial(self._sample, requests, given, on_step, functions, conditions, image)
         try:
             return sample(self.one_batch)
         except (RuntimeError, MemoryError) as error:
@@ -124,7 +136,7 @@ class Denoiser:
     def _sample(
         self,
         requests: Sequence[GenerationRequest],
-        source: Image.Image | None,
+        given: Given,
         on_step: OnStep | None,
         functions: Sequence[Intervention],
         conditions: Sequence[Condition],
@@ -136,8 +148,11 @@ class Denoiser:
         noise = [get_noise(1, height, width, self.placement.device, self.dtype, request.seed) for request in requests]
         x = pack(torch.cat(noise))
         sigmas = get_schedule(first.num_steps, x.shape[1], shift=self.variant.shift)
-        if source is not None:
-            latent = self.codec.encode(source, width, height, first.fit or FIT)
+        if given.image is not None:
+            latent = self.codec.encode(given.image, width, height, first.fit or FIT)
+            if given.mask is not None and not self.variant.takes.mask:
+                tokens = mask_tokens(mask_of(given.mask)).to(x)
+                on_step = both(repaint(latent, x, tokens, sigmas), on_step)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
         adapt = self.loras.prepare(first.loras, sigmas)
         velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
@@ -225,6 +240,19 @@ class Denoiser:
             return None if on_step is None else on_step(step)
 
         return check
+
+
+def both(first: OnStep, second: OnStep | None) -> OnStep:
+    """Two callbacks, the second after what the first makes of the latents."""
+
+    def called(step: Step) -> Tensor | None:
+        changed = first(step)
+        if second is None:
+            return changed
+        last = second(step if changed is None else replace(step, x=changed))
+        return changed if last is None else last
+
+    return called
 
 
 def _ours(velocity: Velocity) -> Velocity:

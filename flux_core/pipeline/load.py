@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import check_files, load_autoencoder, weights_hashes, with_files
 from ..checkpoint.contents import check_format, find_contents
-from ..checkpoint.files import flow_path, own_path, text_files
+from ..checkpoint.files import adapter_path, flow_path, own_path, text_files
 from ..checkpoint.identify import Part
 from ..device.budget import Budget, bytes_for, outside
 from ..device.choice import (
@@ -208,4 +208,12 @@ def load_pipeline(
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
     hashes = weights_hashes(variant)
-    return Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)
+    pipeline = Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)
+    if (adapter := adapter_path(variant)) is not None and variant.adapter is not None:
+        if variant.takes.words:
+            from ..text.redux import load_redux
+
+            pipeline.denoiser.words = load_redux(adapter, variant.takes.words, place, kind)
+        else:
+            pipeline.loras.become(adapter, variant.adapter.scale)
+    return pipeline

@@ -34,11 +34,13 @@ class Loras:
         self._known: WeakKeyDictionary[Handle, Known] = WeakKeyDictionary()
         self._asked: dict[tuple[str, bool, bool], Handle] = {}
         """files that the last request asked for, by hash and way"""
+        self._of_model: Handle | None = None
+        """a LoRA that makes the transformer another model, as a row of `variants` says"""
 
     @property
     def own(self) -> list[Handle]:
         """Files that the user attached, by `load` or `lora.attach`, and will remove."""
-        asked = self._asked.values()
+        asked = [*self._asked.values(), self._of_model]
         return [handle for handle in attached(self.components.flux) if handle not in asked]
 
     @property
@@ -52,10 +54,15 @@ class Loras:
         """Attach a file until its handle is removed. Errors as in `lora.attach`."""
         return self._attach(locate(str(file)), checked_scale(scale), allow_partial, merge)
 
-    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool) -> Handle:
+    def become(self, file: Path, scale: float) -> None:
+        """Attach the LoRA that makes the transformer another model, as a control LoRA does. Errors likewise."""
+        self._of_model = self._attach(file, scale, False, False, of_model=True)
+
+    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, of_model: bool = False) -> Handle:
         params = self.components.flux.params
         file = read_lora(path, params)
-        check_drawable(file, params)
+        if not of_model:
+            check_drawable(file, params)
         known = remember(path)  # before anything is attached: it may not be readable
         if file.of("t5") and isinstance(self.components.t5, TextEncoder):
             self.components.t5.ready()

@@ -20,13 +20,14 @@ from ..device.oom import CPU, OomFallback
 from ..errors import UsageError
 from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import listed
+from ..images.given import Given, Picture, natural_size, open_given, size_notes
+from ..images.masks import Canvas
 from ..images.metadata import describe
-from ..images.pictures import crop_centre, fit_note, open_source
+from ..images.pictures import crop_centre
 from ..linears.formats import format_of
 from ..lora import Handle, attached
 from ..model import AutoEncoder, Flux
 from ..model.tiny import TinyDecoder
-from ..request.fields import FIT
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
 from ..text import TextEncoder
@@ -108,7 +109,10 @@ class Pipeline(ByHand):
         prompt: str | GenerationRequest,
         seed: int | None = None,
         *,
-        init_image: str | Path | Image.Image | None = None,
+        init_image: Picture | None = None,
+        mask: Picture | None = None,
+        control: Picture | None = None,
+        reference: Picture | Sequence[Any] | None = None,
         on_step: OnStep | None = None,
         plan: Intervention | Sequence[Intervention] | None = None,
         **fields: Any,
@@ -118,22 +122,22 @@ class Pipeline(ByHand):
         Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
         Notes for the user (a size that is cropped, a prompt that is too long) are Python warnings.
         `plan`: interventions of `flux_core.hooks`, after those of the request. What has a JSON form becomes part of it.
+        `init_image`, `mask`, `control`, `reference`: files or pictures, as in `images.given.open_given`.
         """
         plan = listed(plan)
         functions = [entry for entry in plan if entry.is_code]
-        source, origin = open_source(init_image)
+        pictures, records = open_given(init_image, mask, control, reference)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
-        fields |= {"seed": seed, "init_image": origin, "functions": ()}
+        fields |= {"seed": seed, "functions": (), **records}
         fields["plan"] = [*given.get("plan", ()), *(entry for entry in plan if not entry.is_code)]
         changes = {key: value for key, value in fields.items() if value is not None}
-        request = GenerationRequest(**{"name": self.variant.name, **given, **changes})
-        size = request.width, request.height
-        fit = None if source is None else fit_note(source, *size, request.fit or FIT)
+        fields = {"name": self.variant.name, **given, **changes}
+        request = GenerationRequest(**natural_size(fields, pictures, self.variant), **fields)
         texts = [line for text in request.texts for line in self.text_notes(text)]
-        for line in filter(None, [*request.notes(), fit, *texts]):
+        for line in [*request.notes(), *size_notes(request, pictures), *texts]:
             warnings.warn(line, stacklevel=2)
         images = enumerate(request.images())
-        return [self.draw(one, source, on_step, functions, (), number) for number, one in images]
+        return [self.draw(one, pictures, on_step, functions, (), number) for number, one in images]
 
     def load_lora(
         self, file: str | Path, scale: float = 1.0, allow_partial: bool = False, merge: bool = False
@@ -206,28 +210,31 @@ class Pipeline(ByHand):
     def draw(
         self,
         request: GenerationRequest,
-        source: Image.Image | None = None,
+        source: Image.Image | Given | None = None,
         on_step: OnStep | None = None,
         functions: Sequence[Intervention] = (),
         conditions: Sequence[Condition] = (),
         image: int = 0,
     ) -> Image.Image:
-        """The picture of a request for a single image. `source`: the init image, RGB, of any size.
+        """The picture of a request for a single image. `source`: its init image, RGB, of any size, or all its pictures.
 
         `functions` are added to the request's plan, `conditions` to its prompt. `image`: what hooks are told as
         `at.image`.
         """
         request = self.complete(request, functions)
-        if (source is None) != (request.init_image is None):
-            raise UsageError("an init image goes with a request that names one, and the other way round")
+        given, canvas = Given.of(source), None
+        given.check(request)
+        if request.paints and given.image is not None:
+            canvas = Canvas.of(request, given.image, given.mask)
+            given = given._replace(image=canvas.image, mask=canvas.mask)
         what = f"drawing {request.width}x{request.height} pixels"
 
         def work() -> Tensor:
-            return self.denoiser.denoise([request], source, on_step, functions, conditions, image)
+            return self.denoiser.denoise([request], given, on_step, functions, conditions, image)
 
         own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
         x = self.fallback.run(what, work, "offload")
-        return self._decoded(x, request.recorded([*functions, *own]))
+        return self._decoded(x, request.recorded([*functions, *own]), canvas)
 
     @torch.no_grad()
     def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
@@ -252,9 +259,9 @@ class Pipeline(ByHand):
             raise UsageError(f"a request is for one picture, and these are {x.shape[0]} rows. Next: pipeline.decode(x)")
         return self._decoded(x, self.complete(request).recorded())
 
-    def _decoded(self, x: Tensor, request: GenerationRequest) -> Image.Image:
-        image = self.codec.decode(x, *request.padded_size)
-        return describe(crop_centre(image, request.width, request.height), request)
+    def _decoded(self, x: Tensor, request: GenerationRequest, canvas: Canvas | None = None) -> Image.Image:
+        image = crop_centre(self.codec.decode(x, *request.padded_size), request.width, request.height)
+        return describe(image if canvas is None else canvas.finished(image), request)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

@@ -9,7 +9,7 @@ from dataclasses import field as dataclass_field
 from typing import Any, Literal, get_args
 
 from ..errors import UsageError
-from ..variants import DEFAULT, VARIANTS, originals
+from ..variants import DEFAULT, VARIANTS, plain
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads the low 32 bits of a seed; larger seeds would silently repeat smaller seeds"""
@@ -107,10 +107,12 @@ class Field:
 
     @property
     def default_text(self) -> str:
-        """The default as help shows it, with those of the variants that differ. `NAME` says what a twin changes."""
+        """The default as help shows it, with those of the variants that differ.
+
+        `NAME` says what a twin changes, docs/family.md what the models do that take a picture."""
         if not self.from_variant:
             return "" if self.default in (None, False) else f" (default: {self.default})"
-        values = {variant.name: getattr(variant, self.name) for variant in originals()}
+        values = {variant.name: getattr(variant, self.name) for variant in plain()}
         first = next(iter(values.values()))
         others = [f"{name} {value}" for name, value in values.items() if value != first]
         return f" (default: {', '.join([str(first), *others])})"
@@ -140,6 +142,64 @@ FILES = (
 )
 """the user's own files for the parts of a model; keys of `Variant.files`"""
 
+GIVEN = (
+    Field("init_image", str, f"picture to start from ({', '.join(PICTURES)})", metavar="FILE", path=True),
+    Field(
+        "strength",
+        float,
+        f"how far to leave the init image; 1 ignores it (default: {STRENGTH})",
+        minimum=0,
+        maximum=1,
+    ),
+    Field(
+        "fit",
+        str,
+        f"where the init image has another shape: {', '.join(f'{name} ({what})' for name, what in FITS.items())} "
+        f"(default: {FIT})",
+        choices=tuple(FITS),
+        metavar="NAME",
+    ),
+    Field(
+        "mask",
+        str,
+        "what of the init image is painted anew: a grey picture of its size (white: from noise, black: kept, grey: "
+        "in part), or one that is transparent there",
+        flags=("--img-mask-path",),
+        metavar="FILE",
+        path=True,
+    ),
+    Field(
+        "mask_padding",
+        int,
+        "draw the masked part alone, with so many pixels around it, and put it back: for small faces",
+        minimum=0,
+        maximum=4096,
+    ),
+    Field(
+        "pad",
+        str,
+        "extend the init image: pixels on its left, top, right and bottom, as in 128,0,128,0",
+        metavar="L,T,R,B",
+    ),
+    Field(
+        "control",
+        str,
+        "map of edges or depth that the picture follows: canny:photo.png or depth:photo.png makes one, map.png is one",
+        metavar="MAP",
+        path=True,
+    ),
+    Field(
+        "reference",
+        str,
+        "picture to change (Kontext) or to take things from (Redux), and its weight, as in cup.png 0.7; may be "
+        "repeated",
+        multiple=True,
+        repeated=True,
+        metavar="FILE",
+        path=True,
+    ),
+)
+"""what pictures a request starts from, paints in, follows or takes things from, and how"""
 REQUEST = (
     NAME,
     Field("prompt", str, "what to draw", flags=("-p",)),
@@ -195,22 +255,7 @@ REQUEST = (
         maximum=MAX_SEED,
         multiple=True,
     ),
-    Field("init_image", str, f"picture to start from ({', '.join(PICTURES)})", metavar="FILE", path=True),
-    Field(
-        "strength",
-        float,
-        f"how far to leave the init image; 1 ignores it (default: {STRENGTH})",
-        minimum=0,
-        maximum=1,
-    ),
-    Field(
-        "fit",
-        str,
-        f"where the init image has another shape: {', '.join(f'{name} ({what})' for name, what in FITS.items())} "
-        f"(default: {FIT})",
-        choices=tuple(FITS),
-        metavar="NAME",
-    ),
+    *GIVEN,
     Field(
         "dtype",
         str,
@@ -332,4 +377,6 @@ def pop_fields(flags: dict[str, Any], fields: tuple[Field, ...]) -> dict[str, An
     return {field.name: field.parse(x) if isinstance(x, str) else x for field, x in found.items()}
 
 
+PICTURE_FILES = tuple(field.name for field in GIVEN if field.path)
+"""of these, the ones that are picture files"""
 FIELDS = {field.name: field for field in (*REQUEST, *LORAS)}

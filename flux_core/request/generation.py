@@ -24,7 +24,7 @@ from ..hooks import Intervention, Lora, Plan, check_plan, parse_plan
 from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
 from ..terminal import one_line
-from ..variants import Variant, get_variant
+from ..variants import VARIANTS, Variant, get_variant
 from ..version import __version__
 from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Dtype, Fit
 
@@ -46,7 +46,9 @@ def _guidance(data: dict[str, Any]) -> float | None:
 
 
 def _strength(data: dict[str, Any]) -> float | None:
-    return STRENGTH if data["init_image"] else None
+    if not data["init_image"]:
+        return None
+    return STRENGTH if data["mask"] is None and data["pad"] is None else 1.0
 
 
 def _fit(data: dict[str, Any]) -> str | None:
@@ -88,6 +90,31 @@ class InitImage(BaseModel):
     sha256: str
 
 
+class Control(InitImage):
+    """The record of a control picture."""
+
+    map: str = ""
+    """what was made of it, of `images.maps.MAPS`; empty: it is a map itself"""
+
+
+class Reference(InitImage):
+    """The record of a reference."""
+
+    weight: Annotated[float, pydantic.Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
+
+
+def read_pad(value: object) -> tuple[int, int, int, int] | None:
+    """Four numbers of pixels, of a text or a list; None if all are 0. ValueError."""
+    if value is None:
+        return None
+    given = re.split(r"\s*,\s*", value.strip()) if isinstance(value, str) else value
+    parts = [str(x) for x in given] if isinstance(given, list | tuple) else []
+    if len(parts) != 4 or not all(re.fullmatch(r"\d{1,4}", x) for x in parts):
+        raise ValueError("give pixels for left, top, right and bottom, as in 128,0,128,0")
+    left, top, right, bottom = (int(x) for x in parts)
+    return (left, top, right, bottom) if any((left, top, right, bottom)) else None
+
+
 def _dtype(value: object) -> object:
     return None if value == "auto" else DTYPES.get(str(value), value)
 
@@ -115,6 +142,13 @@ class GenerationRequest(BaseModel):
     num_images: int = _of("num_images")
     seed: int = _of("seed", _random_seed)
     init_image: InitImage | None = None
+    mask: InitImage | None = None
+    """what of the init image is painted anew; None: all of it, or what `pad` adds"""
+    mask_padding: int | None = _of("mask_padding")
+    pad: Annotated[tuple[int, int, int, int] | None, BeforeValidator(read_pad)] = None
+    """pixels by which the init image is extended: left, top, right, bottom"""
+    control: Control | None = None
+    reference: tuple[Reference, ...] | None = None
     strength: float | None = _of("strength", _strength)
     """None: no init image"""
     fit: Fit | None = _of("fit", _fit)
@@ -151,6 +185,7 @@ class GenerationRequest(BaseModel):
         check_plan(request.plan, request.variant.params, request.num_forward_steps, request.branches)
         request._check_prompt()
         request._check_true_cfg()
+        request._check_pictures()
         request._check_size()
         request._check_seeds()
         return request
@@ -181,6 +216,29 @@ class GenerationRequest(BaseModel):
                 f"--cfg-zero {self.cfg_zero} leaves none of {self.num_forward_steps} step(s). Next: a smaller number"
             )
 
+    def _check_pictures(self) -> None:
+        """UsageError for pictures that the model does not take, or that another one is for."""
+        takes, name = self.variant.takes, self.name
+        if (self.mask or self.pad) and self.init_image is None:
+            given = "--mask" if self.mask else "--pad"
+            raise UsageError(f"{given} does nothing without --init-image: give the picture to paint in")
+        if self.mask_padding is not None and self.mask is None:
+            raise UsageError("--mask-padding does nothing without --mask: it draws the masked part alone")
+        for field, takers in (("control", "control"), ("reference", "pictures")):
+            if getattr(self, field) and not getattr(takes, takers):
+                names = ", ".join(x.name for x in VARIANTS.values() if getattr(x.takes, takers))
+                raise UsageError(f"{name} takes no --{field}. Next: leave it out, or --name with one of {names}")
+
+    def check_whole(self) -> None:
+        """UsageError where a picture is missing without which the model does not draw."""
+        takes, name = self.variant.takes, self.name
+        if takes.mask and not self.paints:
+            raise UsageError(f"{name} paints into a picture. Next: --image FILE with --mask FILE, or with --pad")
+        if takes.control and self.control is None:
+            raise UsageError(f"{name} follows a map. Next: --control {takes.map}:FILE, or --control MAP.png")
+        if takes.pictures and not self.reference:
+            raise UsageError(f"{name} takes a picture. Next: --reference FILE")
+
     def _check_size(self) -> None:
         variant = self.variant
         for flag, side in (("--width", self.width), ("--height", self.height)):
@@ -203,6 +261,11 @@ class GenerationRequest(BaseModel):
     def uses_true_cfg(self) -> bool:
         """Whether a step takes two forwards, for the prompt and the negative prompt."""
         return (self.true_cfg_scale or 1) > 1
+
+    @property
+    def paints(self) -> bool:
+        """Whether only a part of the init image is painted anew."""
+        return self.mask is not None or self.pad is not None
 
     @property
     def loras(self) -> tuple[Lora, ...]:
@@ -261,7 +324,14 @@ class GenerationRequest(BaseModel):
             parts.append("plan: " + ", ".join(getattr(entry, "called", entry.kind) for entry in self.hooks))
         parts += [f"LoRA {entry.settings()}" for entry in self.loras]
         if self.init_image is not None:
-            parts.append(f"from {one_line(self.init_image.file)} at strength {self.strength:g}")
+            strength = "" if self.paints and self.strength == 1 else f" at strength {self.strength:g}"
+            parts.append(f"{'in' if self.paints else 'from'} {one_line(self.init_image.file)}{strength}")
+        parts += [f"painted where {one_line(self.mask.file)} is white"] if self.mask else []
+        parts += ["extended by {},{},{},{} pixels".format(*self.pad)] if self.pad else []
+        if self.control is not None:
+            parts.append(f"along {self.control.map or 'the map'} of {one_line(self.control.file)}")
+        for one in self.reference or ():
+            parts.append(f"with {one_line(one.file)}" + (f" at {one.weight:g}" if one.weight != 1 else ""))
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
@@ -293,7 +363,7 @@ class GenerationRequest(BaseModel):
             for name in ("strength", "fit"):
                 if name in self.model_fields_set:
                     yield f"--{name} does nothing without --init-image"
-        elif self.num_forward_steps == self.num_steps:
+        elif self.num_forward_steps == self.num_steps and not self.paints:
             yield (
                 f"strength {self.strength:g} draws all of {self.num_steps} step(s), from noise alone: the init image "
                 f"has no effect. Next: --strength {highest_strength(self.num_steps):g} or lower, or more --num-steps"
@@ -330,4 +400,6 @@ def _error_text(error: pydantic.ValidationError) -> str:
         return f"{field.flag if field else name}: {first['msg']}"
     if first["type"] == "missing":
         return f'{field.flag} is missing, as in {field.flag} "a red apple"'
+    if first["type"] == "value_error":
+        return f"{field.flag}: {first['msg'].removeprefix('Value error, ')}, not {quoted(first['input'])}"
     return f"{field.flag} must be {field.expected}, not {quoted(first['input'])}"

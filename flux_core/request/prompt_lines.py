@@ -23,13 +23,13 @@ import pydantic_core
 
 from ..errors import FileError, UsageError, nearest
 from ..jsonfile import MAX_BYTES
-from .fields import FIELDS, LORAS, REQUEST, key_of
+from .fields import FIELDS, LORAS, PICTURE_FILES, REQUEST, key_of
 from .generation import GenerationRequest
 from .jobs import groups_of
 
 csv.field_size_limit(max(MAX_BYTES, csv.field_size_limit()))  # Python's default is 131,072 characters
-OF_A_RUN = ("name", "dtype", "t5_dtype", "init_image", "force", "allow_empty_prompt")
-"""fields that a line cannot set: a run has one model and one init image, and no file grants permissions"""
+OF_A_RUN = ("name", "dtype", "t5_dtype", *PICTURE_FILES, "force", "allow_empty_prompt")
+"""fields that a line cannot set: a run has one model and its pictures, and no file grants permissions"""
 COLUMNS = {
     key_of(flag): field.name
     for field in (*REQUEST, *LORAS[:2])

@@ -16,16 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import AutoEncoder
+from ..variants import KONTEXT_SIZES
 from .flow import get_noise, image_ids, pack, prepare
 
 Picture = str | Path | Image.Image
 """a file, or a picture"""
-PREFERED_KONTEXT_RESOLUTIONS = [
-    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
-    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
-    (1568, 672),
-]  # fmt: skip
-"""width and height of the pictures that Kontext was trained on (spelled as in the official code)"""
+PREFERED_KONTEXT_RESOLUTIONS = [*KONTEXT_SIZES]
+"""spelled as in the official code"""
 KONTEXT = 1
 """the first of a reference's position ids, where the picture's own is 0"""
 

@@ -4,8 +4,6 @@ Such clients send every setting that they know. One at the value that does nothi
 field here is refused by name.
 """
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..errors import UsageError
-from ..images.pictures import open_source, parse_picture
-from ..request.generation import GenerationRequest, InitImage
+from ..images.given import Given
+from ..request.generation import GenerationRequest
 from .forms import LORAS, request_of
 from .pictures import base64_of, encoded
 from .shelf import Shelf
+from .uploads import decoded, given_of
 
 if TYPE_CHECKING:
     from .jobs import Job
 
 _LORA = re.compile(r"<lora:([^<>:]*)(?::([^<>:]*))?([^<>]*)>")
 """in a prompt: name, scale, and what else A1111 takes there"""
-UPLOADED = ("png", "jpeg", "webp")
 FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "steps": "num_steps", "width": "width",
     "height": "height", "seed": "seed", "cfg_scale": "true_cfg_scale", "distilled_cfg_scale": "guidance",
@@ -41,22 +39,27 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "seed_resize_from_w": (-1,), "clip_skip": (1,), "override_settings_restore_afterwards": (True,),
     "do_not_save_samples": (False,), "image_cfg_scale": (1.5,), "hr_scale": (2, 2.0), "s_noise": (1, 1.0),
     "hr_upscaler": ("Latent",), "mask_blur": (4,), "mask_round": (True,), "inpaint_full_res": (True,),
+    "inpainting_fill": (1,),
     "firstphase_width": (0,), "refiner_switch_at": (0.8,), "eta": (0, 0.0), "initial_noise_multiplier": (1, 1.0),
 }  # fmt: skip
 """other keys, and the values at which they change nothing here; so do false, 0, an empty text and an empty list"""
 
 
-def request_and_source(
-    body: Mapping[str, Any], model: str, shelf: Shelf
-) -> tuple[GenerationRequest, Image.Image | None]:
-    """The request of a body of txt2img or img2img, and its init image. UsageError, FileError."""
+def request_and_source(body: Mapping[str, Any], model: str, shelf: Shelf) -> tuple[GenerationRequest, Given]:
+    """The request of a body of txt2img or img2img, and its pictures. UsageError, FileError."""
     given = dict(body)
     fields: dict[str, Any] = {
         ours: given.pop(theirs) for theirs, ours in FIELDS.items() if given.get(theirs) is not None
     }
     fields["num_images"] = _count(given, "n_iter") * _count(given, "batch_size")
-    source, origin = _source(given.pop("init_images", None))
-    if origin is None:
+    mask, inverted = given.pop("mask", None), bool(given.pop("inpainting_mask_invert", None))
+    masks = decoded(mask and [mask], "mask")
+    images = decoded(given.pop("init_images", None), "init_images")
+    source, records = given_of(model, images, masks[0] if masks else None, inverted)
+    padding = given.pop("inpaint_full_res_padding", None)
+    if masks and given.pop("inpaint_full_res", True):
+        fields["mask_padding"] = int(padding or 0)
+    if source.image is None:
         fields.pop("strength", None)  # of txt2img it is for a second pass, which is refused below
     else:
         fields["fit"] = _fit(given.pop("resize_mode", 0))
@@ -69,7 +72,7 @@ def request_and_source(
     if isinstance(prompt := fields.get("prompt"), str):
         fields["prompt"], scales = without_loras(prompt)
         fields |= {LORAS: scales} if scales else {}
-    return request_of(fields, model, shelf, origin), source
+    return request_of(fields, model, shelf, source, records), source
 
 
 def without_loras(prompt: str) -> tuple[str, dict[str, str]]:
@@ -101,24 +104,6 @@ def check_settings(settings: Mapping[str, Any], model: str) -> None:
     for key, value in settings.items():
         if key != "sd_model_checkpoint" or value != model:
             raise UsageError(f"{key[:60]} cannot be {str(value)[:60]!a} here: {model} is loaded")
-
-
-def _source(images: object) -> tuple[Image.Image | None, InitImage | None]:
-    """The one init image of a body: base64, as it is or as a data URL."""
-    if images is None:
-        return None, None
-    if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], str):
-        raise UsageError("init_images must be a list of one picture in base64")
-    try:
-        data = base64.b64decode(images[0].rpartition("base64,")[2], validate=True)
-    except (binascii.Error, ValueError):
-        raise UsageError("init_images holds no base64") from None
-    return uploaded(data)
-
-
-def uploaded(data: bytes) -> tuple[Image.Image | None, InitImage | None]:
-    """A picture that a client sent, and its record, without a name. FileError."""
-    return open_source(parse_picture(data, "the picture", UPLOADED))
 
 
 def answer_of(job: "Job", body: Mapping[str, Any], pictures: list[bytes]) -> dict[str, Any]:

@@ -9,24 +9,25 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ..errors import DiskError, FluxError, MemoryShortage, NonFiniteError, UsageError
+from ..images.given import NOTHING, Given
 from ..request.generation import GenerationRequest
 from . import a1111
-from .a1111 import uploaded
 from .events import NEVER_STORED, Streamed, event, events
-from .forms import LORAS, OWN, capabilities, format_of, previews_of, request_of
+from .forms import LORAS, NO_RECORDS, OWN, capabilities, format_of, previews_of, request_of
 from .guard import DRAINED, LARGEST, LOOPBACK, Guard, error_body
 from .jobs import Broken, Job, QueueFull, Worker
 from .pictures import Ended, Missing, base64_of, pictures_of, read
 from .shelf import Shelf
+from .uploads import given_of, transparent
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOOKED = 0.5
 """seconds between two looks at whether a client is still there"""
+FILES = 17
+"""pictures of one form, as OpenAI has it, and a mask"""
 _INSIDE = re.compile(rf"({OWN}|{LORAS})\[(.+)\]")
 """how a form spells a key of an object"""
 
@@ -120,21 +121,20 @@ def make_app(
             raise UsageError("the body must be an object")
         return body
 
-    async def form_of(request: Request) -> tuple[dict[str, Any], bytes]:
-        """The fields of a form, and the bytes of its one picture."""
+    async def form_of(request: Request) -> tuple[dict[str, Any], list[bytes], bytes | None]:
+        """The fields of a form, and the bytes of its pictures and its mask."""
         try:
-            async with request.form(max_files=2, max_fields=100) as form:
-                files = {key: x for key, x in form.multi_items() if not isinstance(x, str)}
+            async with request.form(max_files=FILES, max_fields=100) as form:
                 body = nested({key: x for key, x in form.multi_items() if isinstance(x, str)})
-                picture = files.pop("image", None) or files.pop("image[]", None)
-                data = b"" if picture is None else await picture.read()
+                files = [(key, await x.read()) for key, x in form.multi_items() if not isinstance(x, str)]
         except HTTPException as error:
             raise UsageError(f"the body is no form: {error.detail}") from None
-        if files:
-            raise UsageError(f"{next(iter(files))[:40]} is not there yet. Next: leave it out")
-        if not data:
+        if others := [key for key, _ in files if key not in ("image", "image[]", "mask")]:
+            raise UsageError(f"there is no field {others[0][:40]!a} for a file. Next: image, image[] or mask")
+        images = [data for key, data in files if key != "mask" and data]
+        if not images:
             raise UsageError("there is no picture in the field image")
-        return body, data
+        return body, images, dict(files).get("mask") or None
 
     def job_of(name: str) -> Job:
         if (job := worker.jobs.get(name)) is None:
@@ -160,7 +160,7 @@ def make_app(
     async def can() -> dict[str, Any]:
         return {**capabilities(model), LORAS: list(shelf.files())}
 
-    async def drawn(request: Request, wanted: GenerationRequest, source: Image.Image | None = None) -> Job:
+    async def drawn(request: Request, wanted: GenerationRequest, source: Given = NOTHING) -> Job:
         """The job of a request, over; it is given up when its client goes. QueueFull."""
         over, loop = asyncio.Event(), asyncio.get_running_loop()
         job = Job(wanted.images(), source, when_over=lambda: loop.call_soon_threadsafe(over.set))
@@ -181,11 +181,11 @@ def make_app(
             yield event("error", {"type": "error", **error_body(*said(error))})
 
     async def answer(
-        request: Request, body: dict[str, Any], what: str, source: Image.Image | None = None, origin: Any = None
+        request: Request, body: dict[str, Any], what: str, source: Given = NOTHING, records: Any = NO_RECORDS
     ) -> Any:
         """What OpenAI's endpoints answer: the pictures, or a stream of events. It is given up when its client goes."""
         kind, previews = format_of(body), previews_of(body)
-        wanted = await asyncio.to_thread(request_of, body, model, shelf, origin)
+        wanted = await asyncio.to_thread(request_of, body, model, shelf, source, records)
         if previews is None:
             job = await drawn(request, wanted, source)
             files = await asyncio.to_thread(pictures_of, job, kind)
@@ -208,8 +208,10 @@ def make_app(
 
     @app.post("/v1/images/edits", response_model=None)
     async def edits(request: Request) -> Any:
-        body, data = await form_of(request)
-        return await answer(request, body, "image_edit", *await asyncio.to_thread(uploaded, data))
+        body, images, mask = await form_of(request)
+        return await answer(
+            request, body, "image_edit", *await asyncio.to_thread(given_of, model, images, transparent(mask))
+        )
 
     async def of_a1111(request: Request) -> dict[str, Any]:
         body = await body_of(request)

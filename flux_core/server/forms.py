@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import UsageError, nearest
-from ..request.fields import FIELDS, REQUEST
-from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
+from ..images.given import NOTHING, Given, natural_size
+from ..request.fields import FIELDS, PICTURE_FILES, REQUEST
+from ..request.generation import DRAWN_BY, GenerationRequest
 from ..variants import get_variant
 from .shelf import Shelf
 
+NO_RECORDS = MappingProxyType[str, Any]({})
+"""of pictures, where none came with a request"""
 MOST = 10
 """pictures of one request, as OpenAI has it"""
 OWN = "flux_core"
@@ -24,7 +28,7 @@ MINE = {"force", "allow_empty_prompt", "dtype", "t5_dtype"}
 """permissions of whoever runs the server, and how he loaded the model"""
 LONGEST = 20_000
 """characters of a prompt"""
-REACHING = {"file", "fn", "to", "path", "init_image"}
+REACHING = {"file", "fn", "to", "path", *PICTURE_FILES}
 """keys of a request that name something on this machine"""
 FORMATS = ("png", "jpeg", "webp")
 MOST_PREVIEWS = 3
@@ -32,9 +36,11 @@ MOST_PREVIEWS = 3
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 
-def request_of(body: Mapping[str, Any], model: str, shelf: Shelf, origin: InitImage | None = None) -> GenerationRequest:
-    """The request of a client's fields, for the model that is loaded. origin: of the picture that came with them.
-    UsageError; FileError for a LoRA."""
+def request_of(
+    body: Mapping[str, Any], model: str, shelf: Shelf, given: Given = NOTHING, records: Mapping[str, Any] = NO_RECORDS
+) -> GenerationRequest:
+    """The request of a client's fields, for the model that is loaded. given, records: of the pictures that came with
+    them. UsageError; FileError for a LoRA."""
     own = body.get(OWN, {})
     if not isinstance(own, dict):
         raise UsageError(f"{OWN} must be an object with a request's fields")
@@ -53,7 +59,7 @@ def request_of(body: Mapping[str, Any], model: str, shelf: Shelf, origin: InitIm
         raise UsageError(f"a plan cannot name a LoRA here. Next: name it in {LORAS}")
     if any(len(str(fields.get(name) or "")) > LONGEST for name in ("prompt", "negative_prompt")):
         raise UsageError(f"a prompt has at most {LONGEST:,} characters here")
-    if origin is None and (idle := [name for name in ("strength", "fit") if fields.get(name) is not None]):
+    if given.image is None and (idle := [name for name in ("strength", "fit") if fields.get(name) is not None]):
         raise UsageError(
             f"{idle[0]} does nothing without a picture. Next: leave it out, or send one to /v1/images/edits"
         )
@@ -63,7 +69,8 @@ def request_of(body: Mapping[str, Any], model: str, shelf: Shelf, origin: InitIm
     if (scales := fields.pop(LORAS, None)) is not None:
         fields["plan"] = [*_entries(fields.get("plan") or []), *shelf.entries(scales)]
     try:
-        request = GenerationRequest(**fields, init_image=origin)
+        sizes = natural_size(fields, given, get_variant(model))
+        request = GenerationRequest(**fields, **records, **{x: n for x, n in sizes.items() if x not in fields})
     except RecursionError:
         raise UsageError("the plan is nested too deep") from None
     if unsafe := [entry.kind for entry in request.plan if not entry.portable]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from ..errors import FluxError, UsageError
+from ..images.given import NOTHING, Given, size_notes
 from ..images.output import save_picture
 from ..request.generation import GenerationRequest
 from ..terminal import note
@@ -53,7 +54,7 @@ class Job:
 
     requests: Sequence[GenerationRequest]
     """one for each picture"""
-    source: Image.Image | None = None
+    source: Given = NOTHING
     watched: bool = False
     """whether somebody looks at a preview after each step"""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -78,7 +79,8 @@ class Job:
     def run(self, pipeline: "Pipeline", folder: Path) -> None:
         """Draw and save all pictures, in the worker's thread. Cancelled, and a picture's errors."""
         first, before = self.requests[0], 0
-        self.notes += [*first.notes(), *(line for text in first.texts for line in pipeline.text_notes(text))]
+        self.notes += [*first.notes(), *size_notes(first, self.source)]
+        self.notes += [*(line for text in first.texts for line in pipeline.text_notes(text))]
         for number, request in enumerate(self.requests):
             image = self.draw(pipeline, request, partial(self.after, pipeline, before=before), number)
             self.save(image, folder, f"{request.name}_seed{request.seed}")
@@ -227,6 +229,6 @@ class Worker:
         return self._pipelines[name]
 
     def _end(self, job: Job, state: State) -> None:
-        job.state, job.source = state, None  # which is large, and jobs are remembered
+        job.state, job.source = state, NOTHING  # which is large, and jobs are remembered
         job.over.set()
         job.when_over()

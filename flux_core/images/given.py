@@ -1,0 +1,215 @@
+"""The pictures that come with a request: opened, recorded, and what size they ask for.
+
+A request holds their records, `Given` their pixels. Commands open both before torch is imported.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ..errors import UsageError
+from ..request.fields import FIT, PICTURE_FILES
+from ..request.generation import Control, GenerationRequest, Reference, read_pad
+from ..variants import Variant
+from .maps import MAPS
+from .masks import mask_note, open_mask
+from .pictures import fit_note, open_source
+
+Picture = str | Path | Image.Image
+"""a file, or a picture"""
+STRETCHED = 1.1
+"""ratio of sides from which a picture of another shape is worth a line"""
+LARGEST = 2
+"""times a model's own area: up to it a picture that is painted in keeps its size"""
+
+
+class Given(NamedTuple):
+    """The pictures of a request, RGB, of any size."""
+
+    image: Image.Image | None = None
+    """to start from, or to paint in"""
+    mask: Image.Image | None = None
+    """of the image's size, mode L: white is painted anew"""
+    control: Image.Image | None = None
+    """a map, or what becomes one"""
+    map: str = ""
+    """what the control was made a map of; empty: nothing yet"""
+    references: tuple[Image.Image, ...] = ()
+
+    @classmethod
+    def of(cls, pictures: "Image.Image | Given | None") -> "Given":
+        """Of an init image alone, too."""
+        return pictures if isinstance(pictures, Given) else cls(pictures)
+
+    def check(self, request: GenerationRequest) -> None:
+        """UsageError where a request names other pictures than there are, or its model takes more."""
+        request.check_whole()
+        there = {
+            "init_image": self.image is not None, "mask": self.mask is not None, "control": self.control is not None,
+            "reference": len(self.references),
+        }  # fmt: skip
+        for name, found in there.items():
+            named = getattr(request, name)
+            if found != (len(named or ()) if name == "reference" else named is not None):
+                what = "an init image" if name == "init_image" else f"a {name} picture"
+                raise UsageError(f"{what} goes with a request that names one, and the other way round")
+
+
+NOTHING = Given()
+
+
+def open_given(
+    init_image: Picture | None = None,
+    mask: Picture | None = None,
+    control: Picture | tuple[str, Picture] | None = None,
+    reference: Picture | Sequence[Any] | None = None,
+) -> tuple[Given, dict[str, Any]]:
+    """Pictures and their records, by a request's fields. FileError, UsageError.
+
+    control: with the name of a map before it, as in `canny:photo.png` or a pair. reference: a picture, or several,
+    each of them alone or with its weight after it.
+    """
+    image, origin = open_source(init_image)
+    drawn, masked = (None, None) if mask is None else open_mask(mask, image)
+    made, file = _map_and_file(control)
+    seen, source = open_source(file)
+    others = [(*open_source(one), weight) for one, weight in _weighted(reference)]
+    records = {
+        "init_image": origin,
+        "mask": masked,
+        "control": None if source is None else Control(**dict(source), map=made),
+        "reference": tuple(Reference(**dict(record or ()), weight=weight) for _, record, weight in others) or None,
+    }
+    pictures = Given(image, drawn, seen, "", tuple(one for one, _, _ in others if one is not None))
+    return pictures, {key: value for key, value in records.items() if value is not None}
+
+
+def pop_given(fields: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
+    """Remove the flags that name pictures, and open these. As `open_given`."""
+    return open_given(**{name: fields.pop(name, None) for name in PICTURE_FILES})
+
+
+def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, Picture | None]:
+    if isinstance(control, tuple):
+        return control
+    if isinstance(control, str):
+        name, colon, file = control.partition(":")
+        if colon and name in MAPS:
+            return name, file
+    return "", control
+
+
+def _weighted(reference: Any) -> list[tuple[Picture, float]]:
+    """Each picture with its weight. UsageError."""
+    found = []
+    for one in [] if reference is None else reference if isinstance(reference, list | tuple) else [reference]:
+        file, *rest = one if isinstance(one, list | tuple) else [one]
+        if len(rest) > 1:
+            raise UsageError(f"--reference takes a file and its weight, not {len(rest) + 1} words")
+        try:
+            found.append((file, float(rest[0]) if rest else 1.0))
+        except ValueError:
+            raise UsageError(f"the weight of --reference {file} must be a number, not {rest[0][:40]!a}") from None
+    return found
+
+
+def natural_size(fields: Mapping[str, Any], given: Given, variant: Variant) -> dict[str, Any]:
+    """Width and height that a request's pictures ask for, where it does not say them itself; else nothing.
+
+    A picture that is painted in keeps its size, or its shape where it is far larger than what the model draws. A
+    reference that a model changes decides the shape, too.
+    """
+    if fields.get("width") is not None or fields.get("height") is not None:
+        return {}
+    if given.image is not None and fields.get("mask_padding") is None and (given.mask or fields.get("pad")):
+        return _within(*_extended_size(given.image, fields.get("pad")), variant)
+    if variant.takes.control and given.control:
+        return _within(*given.control.size, variant)
+    if variant.takes.references and given.references:
+        size = given.references[0].size
+        if not variant.takes.sizes:
+            return _within(*size, variant)
+        return dict(zip(("width", "height"), nearest_size(size, variant), strict=True))
+    return {}
+
+
+def with_map(request: GenerationRequest, given: Given) -> Given:
+    """The pictures, with the map that the request wants of its control picture, as large as it is drawn.
+
+    The picture is stretched by Lanczos, as in the official code. UsageError for a library that is missing.
+    """
+    if given.control is None or request.control is None:
+        return given
+    image = given.control
+    if image.size != request.padded_size:
+        image = image.resize(request.padded_size, Image.Resampling.LANCZOS)
+    if not request.control.map or given.map:
+        return given._replace(control=image)
+    return given._replace(control=MAPS[request.control.map].draw(image), map=request.control.map)
+
+
+def of_ratio(ratio: float, area: int) -> tuple[int, int]:
+    """Width and height, multiples of 16, of a ratio of sides and about an area in pixels."""
+    width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    return 16 * (width // 16), 16 * (height // 16)
+
+
+def _extended_size(image: Image.Image, pad: object) -> tuple[int, int]:
+    """A picture's size with what it is extended by, if that can be read."""
+    with suppress(ValueError):
+        if pixels := read_pad(pad):
+            return image.width + pixels[0] + pixels[2], image.height + pixels[1] + pixels[3]
+    return image.size
+
+
+def size_notes(request: GenerationRequest, given: Given) -> Iterator[str]:
+    """Lines for the user on pictures that are not drawn as they are."""
+    variant, size = request.variant, (request.width, request.height)
+    if given.mask is not None and (line := mask_note(given.mask)):
+        yield line
+    if given.image is not None and request.mask_padding is None:
+        if not request.paints:
+            line = fit_note(given.image, *size, request.fit or FIT)
+        else:
+            line = _scaled_note(_extended_size(given.image, request.pad), size)
+        yield from filter(None, [line])
+    if variant.takes.control and given.control and (line := _stretch_note("the control picture", given.control, size)):
+        yield line
+    for one in given.references if variant.takes.references else ():
+        seen = nearest_size(one.size, variant) if variant.takes.sizes else size
+        yield from filter(None, [_stretch_note("the reference", one, seen)])
+
+
+def _scaled_note(found: tuple[int, int], drawn: tuple[int, int]) -> str | None:
+    if found == drawn:
+        return None
+    sizes = "the picture of {}x{} pixels is drawn at {}x{}".format(*found, *drawn)
+    return f"{sizes}. --mask-padding 32 draws the masked part alone, and keeps the rest as it is"
+
+
+def _stretch_note(what: str, image: Image.Image, size: tuple[int, int]) -> str | None:
+    """Where the shape differs by more than a tenth."""
+    ratio = image.width / image.height * size[1] / size[0]
+    if 1 / STRETCHED < ratio < STRETCHED:
+        return None
+    return "{} is {}x{}, not the shape of {}x{}: it is stretched".format(what, *image.size, *size)
+
+
+def nearest_size(size: tuple[int, int], variant: Variant) -> tuple[int, int]:
+    """Of a model's sizes for references, the one that is nearest in shape."""
+    ratio = size[0] / size[1]
+    _, width, height = min((abs(ratio - width / height), width, height) for width, height in variant.takes.sizes)
+    return width, height
+
+
+def _within(width: int, height: int, variant: Variant) -> dict[str, int]:
+    """A size as it is, or of the model's own area."""
+    area = variant.width * variant.height
+    sides = width, height
+    if width * height > LARGEST * area or not variant.min_side <= min(sides) <= max(sides) <= variant.max_side:
+        scale = (area / (width * height)) ** 0.5
+        sides = round(width * scale), round(height * scale)
+    return {"width": sides[0], "height": sides[1]}

@@ -1,0 +1,62 @@
+"""Pictures that clients send, as what the model takes: to start from, to paint in, a map's photograph, references."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from ..errors import UsageError
+from ..images.given import Given, open_given
+from ..images.pictures import parse_picture
+from ..variants import get_variant
+
+UPLOADED = ("PNG", "JPEG", "WebP")
+"""formats that clients may send"""
+
+
+def decoded(texts: object, key: str) -> list[bytes]:
+    """The bytes of pictures in base64, as they are or as data URLs: of a list of one. UsageError."""
+    if texts is None:
+        return []
+    if not isinstance(texts, list) or len(texts) != 1 or not isinstance(texts[0], str):
+        raise UsageError(f"{key} must be a list of one picture in base64")
+    try:
+        return [base64.b64decode(texts[0].rpartition("base64,")[2], validate=True)]
+    except (binascii.Error, ValueError):
+        raise UsageError(f"{key} holds no base64") from None
+
+
+def given_of(
+    model: str, images: Sequence[bytes], mask: bytes | None = None, inverted: bool = False
+) -> tuple[Given, dict[str, Any]]:
+    """The pictures and their records, without names, as the model takes them. inverted: black is painted.
+
+    UsageError, FileError.
+    """
+    takes = get_variant(model).takes
+    pictures = [parse_picture(data, "the picture", UPLOADED) for data in images]
+    if mask is not None and not pictures:
+        raise UsageError("a mask needs a picture to paint in")
+    if len(pictures) > 1 and not takes.pictures:
+        raise UsageError(f"{model} takes one picture, not {len(pictures)}")
+    if not pictures:
+        return open_given()
+    if takes.pictures:
+        return open_given(reference=pictures)
+    if takes.control:
+        return open_given(control=(takes.map, pictures[0]))
+    return open_given(pictures[0], None if mask is None else _mask(mask, inverted))
+
+
+def _mask(data: bytes, inverted: bool) -> Image.Image:
+    image = parse_picture(data, "the mask", UPLOADED)
+    return ImageOps.invert(image.convert("L")) if inverted else image
+
+
+def transparent(mask: bytes | None) -> bytes | None:
+    """The mask, if it is what OpenAI's clients send: transparent where it is painted. UsageError."""
+    if mask is not None and not parse_picture(mask, "the mask", UPLOADED).has_transparency_data:
+        raise UsageError("the mask has no transparency: what is to be painted must be transparent in it")
+    return mask
