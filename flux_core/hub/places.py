@@ -17,7 +17,8 @@ ROOTS = (PACKAGE / "weights", PACKAGE.parent / "weights")
 
 SCORER = "dinov2-mini"
 """the scorer that ships, trained on flux-mini's world"""
-_SCORER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+NETWORK_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+"""of a network that looks at pictures"""
 TOKENIZER_FILES = ["*.json", "spiece.model", "merges.txt"]
 TEXT_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 TEXT_OF_FLUX = ["text_encoder_2/*", "tokenizer_2/*"]
@@ -43,16 +44,27 @@ def shipped_folder(name: str) -> Path:
 
 def scorer_folder(name: str) -> Path:
     """The folder of a scorer: one that ships, one on this disk, or a hub repository's. Errors as in `hub_file`."""
-    shipped = [root / SCORER for root in ROOTS] if name == SCORER else []
-    for folder in (*shipped, user_path(name)):
+    if name != SCORER:
+        return network_folder(name, "scorer", f"{SCORER}, a folder, or a hub id as facebook/dinov2-base")
+    shipped = [root / SCORER for root in ROOTS]
+    for folder in (*shipped, Path(SCORER)):
         if folder.is_dir():
             return folder
-    if name == SCORER:
-        looked = " or ".join(map(str, shipped))
-        raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileError(f"there is no scorer {name!a}: give {SCORER}, a folder, or a hub id as facebook/dinov2-base")
-    return hub_folder(name, _SCORER_FILES, "the scorer")
+    looked = " or ".join(map(str, shipped))
+    raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
+
+
+def network_folder(name: str, what: str, choice: str) -> Path:
+    """The folder of a network that looks at pictures: one on this disk, or a hub repository's. Errors as in `hub_file`.
+
+    what: a noun, and choice: what else may be given, for the error.
+    """
+    folder = user_path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileError(f"there is no {what} {name!a}: give {choice}")
+    return hub_folder(name, NETWORK_FILES, f"the {what}")
 
 
 def hub_file(repo: str, name: str) -> Path:

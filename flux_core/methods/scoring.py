@@ -5,7 +5,6 @@ DINOv2 features describe objects and structure and change little with a shift or
 ships with the package.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..device.defaults import plain_defaults
-from ..errors import FileError
 from ..hub.places import scorer_folder
-from ..text.encoders import load_model, quiet
+from ..vision.networks import Network, load_network
 
 Pooling = Literal["cls", "mean"]
+SCORER = Network("scorer", "Dinov2Model", ("dinov2",), "facebook/dinov2-base")
 
 
 class Scorer:
@@ -39,27 +38,7 @@ class Scorer:
         return F.normalize(tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1), dim=-1).cpu()
 
 
-@plain_defaults()
 def load_scorer(name: str, device: torch.device, pooling: Pooling = "cls") -> Scorer:
     """A float32 scorer. name: a shipped scorer, a folder, or a hub id. FileError if it is not a DINOv2."""
-    folder = scorer_folder(name)
-    _check(name, folder)
-    with quiet():
-        from transformers import AutoImageProcessor, Dinov2Model
-
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise FileError(f"{name}: its image processor could not be read: {error}") from error
-        model = load_model(Dinov2Model, folder, device, torch.float32, "scorer")
+    model, processor = load_network(SCORER, name, device, torch.float32, scorer_folder(name))
     return Scorer(Path(name).name, model, processor, pooling)
-
-
-def _check(name: str, folder: Path) -> None:
-    """FileError if a folder does not hold a DINOv2."""
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileError(f"{name} holds no model: a scorer is a folder with config.json and model.safetensors") from None
-    if kind != "dinov2":
-        raise FileError(f"{name} holds a {str(kind)[:40]!a} model; a scorer is a dinov2, as facebook/dinov2-base")
