@@ -1,1 +1,1 @@
-"""What is seen in a picture, by networks of transformers."""
+"""What is seen in a picture: maps of edges and depth, words for Redux; and the networks of transformers for that."""
