@@ -102,6 +102,11 @@ def clip_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes | _dense(layers | {"final_layer_norm": (dim,)})
 
 
+def redux_shapes(features: int, hidden: int, width: int) -> Shapes:
+    """The tensors of Redux: two layers from SigLIP's features to words of that width."""
+    return _dense({"redux_up": (hidden, features), "redux_down": (width, hidden)})
+
+
 def _dense(modules: Mapping[str, Shape], bias: bool = True) -> Shapes:
     """Weights, each with a bias as long as its first axis."""
     ends = {"weight": None, "bias": 1} if bias else {"weight": None}
