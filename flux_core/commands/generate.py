@@ -21,7 +21,7 @@ from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan
-from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes, with_map
+from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
@@ -32,6 +32,7 @@ from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell
 from ..variants import Variant
+from ..vision.maps import map_picture
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
 
@@ -238,13 +239,13 @@ def _draw_all(
     for number, request in enumerate(requests):
         if number % ahead == 0:
             pipeline.encode_ahead(requests[number : number + ahead], last and number + ahead >= len(requests))
-        given = with_map(request, given)
         images.append(_draw(pipeline, request, given, steps_folder, number))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
-        if given.map and given.control is not None and given.control not in shown:
-            shown.append(given.control)
-            tell(str(save_picture(given.control, folder, f"{given.map}_{request.name}")))
+        if request.control is not None and request.control.map and request.padded_size not in shown:
+            shown.append(request.padded_size)
+            map = map_picture(pipeline.denoiser.maps.of(request, given))
+            tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{request.control.map}")))
     if len(images) > 1:
         tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))
     return paths

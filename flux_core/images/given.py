@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import UsageError
-from ..request.fields import FIT, PICTURE_FILES
+from ..request.fields import FIT, MAPS, PICTURE_FILES
 from ..request.generation import Control, GenerationRequest, Reference, read_pad
 from ..variants import Variant
-from .maps import MAPS
 from .masks import mask_note, open_mask
 from .pictures import fit_note, open_source
 
@@ -35,8 +34,6 @@ class Given(NamedTuple):
     """of the image's size, mode L: white is painted anew"""
     control: Image.Image | None = None
     """a map, or what becomes one"""
-    map: str = ""
-    """what the control was made a map of; empty: nothing yet"""
     references: tuple[Image.Image, ...] = ()
 
     @classmethod
@@ -83,7 +80,7 @@ def open_given(
         "control": None if source is None else Control(**dict(source), map=made),
         "reference": tuple(Reference(**dict(record or ()), weight=weight) for _, record, weight in others) or None,
     }
-    pictures = Given(image, drawn, seen, "", tuple(one for one, _, _ in others if one is not None))
+    pictures = Given(image, drawn, seen, tuple(one for one, _, _ in others if one is not None))
     return pictures, {key: value for key, value in records.items() if value is not None}
 
 
@@ -134,21 +131,6 @@ def natural_size(fields: Mapping[str, Any], given: Given, variant: Variant) -> d
             return _within(*size, variant)
         return dict(zip(("width", "height"), nearest_size(size, variant), strict=True))
     return {}
-
-
-def with_map(request: GenerationRequest, given: Given) -> Given:
-    """The pictures, with the map that the request wants of its control picture, as large as it is drawn.
-
-    The picture is stretched by Lanczos, as in the official code. UsageError for a library that is missing.
-    """
-    if given.control is None or request.control is None:
-        return given
-    image = given.control
-    if image.size != request.padded_size:
-        image = image.resize(request.padded_size, Image.Resampling.LANCZOS)
-    if not request.control.map or given.map:
-        return given._replace(control=image)
-    return given._replace(control=MAPS[request.control.map].draw(image), map=request.control.map)
 
 
 def of_ratio(ratio: float, area: int) -> tuple[int, int]:

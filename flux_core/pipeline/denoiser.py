@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -40,15 +40,16 @@ from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
 from .conditions import Condition, FlowInputs, conditioned, planned_size
-from .family import conditions_of
+from .family import Maps, conditions_of
 from .loras import Loras
 from .nonfinite import is_finite, step_error
 from .prompt_cache import PromptCache
 
+if TYPE_CHECKING:
+    from ..vision.redux import Redux
+
 Prompt = str | tuple[Tensor, Tensor]
 """a text, or what `PromptCache` gives for one: T5's tokens [1, T, D] and CLIP's vector [1, V]"""
-Words = Callable[[Image.Image], Tensor]
-"""tokens [1, K, D] of a picture"""
 
 
 class Denoiser:
@@ -57,7 +58,8 @@ class Denoiser:
     def __init__(self, variant: Variant, prompts: PromptCache, codec: Codec, loras: Loras, dtype: torch.dtype) -> None:
         self.variant, self.prompts, self.codec, self.loras, self.dtype = variant, prompts, codec, loras, dtype
         self.placement = prompts.placement
-        self.words: Words | None = None
+        self.maps = Maps(self.placement.device)
+        self.redux: Redux | None = None
         """makes words of pictures, for models that take them"""
         self.one_batch = True
         """whether positive and negative prompt are rows of one batch where that fits, which is faster"""
@@ -122,7 +124,7 @@ class Denoiser:
         those of the requests' plan. image: the number that these are told.
         """
         given = Given.of(source)
-        conditions = (*conditions_of(requests[0], given, self.codec, self.words), *conditions)
+        conditions = (*conditions_of(requests[0], given, self.codec, self.maps, self.redux), *conditions)
         sample = partial(self._sample, requests, given, on_step, functions, conditions, image)
         try:
             return sample(self.one_batch)

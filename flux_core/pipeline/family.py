@@ -8,20 +8,25 @@ A condition is rounded to bf16, as in the official code (black-forest-labs/flux 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from ..images.given import Given, nearest_size, with_map
+from ..images.given import Given, nearest_size
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling import FlowInputs, SampledRun, pack
 from ..sampling.family import mask_of, pixels_of, reference_tokens
 from ..sampling.flow import unpack
 from ..variants import Variant
+from ..vision.maps import load_map
 from .codec import Codec
 from .conditions import Condition
+
+if TYPE_CHECKING:
+    from ..vision.redux import Redux
 
 
 class _Inputs:
@@ -82,6 +87,27 @@ def _rows(x: Tensor, inputs: FlowInputs, cast: bool = True) -> Tensor:
     return repeat(x, "1 ... -> b ...", b=inputs.txt.shape[0])
 
 
+class Maps:
+    """Makes maps of control pictures. The last is kept, and no network."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last: tuple[Any, Tensor] | None = None
+
+    def of(self, request: GenerationRequest, given: Given) -> Tensor:
+        """The map [1, 3, H, W] that a request's model sees; black is -1, white 1. Errors as in `vision.load_map`.
+
+        The picture is stretched to what is drawn before, by Lanczos, as in the official code.
+        """
+        assert request.control is not None and given.control is not None
+        key = request.control.sha256, request.control.map, request.padded_size
+        if self._last is None or self._last[0] != key:
+            image = given.control.resize(request.padded_size, Image.Resampling.LANCZOS)
+            make = load_map(request.control.map, self.device) if request.control.map else pixels_of
+            self._last = key, make(image)
+        return self._last[1]
+
+
 # From pictures ----------------------------------------------------------------------------------------
 
 
@@ -92,6 +118,7 @@ class Scene:
     request: GenerationRequest
     given: Given
     codec: Codec
+    maps: "Maps"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -118,8 +145,7 @@ def mask(scene: Scene) -> Tensor:
 
 def control(scene: Scene) -> Tensor:
     """The map. [1, L, 64]"""
-    assert scene.given.control is not None
-    return scene.latent(scene.given.control)
+    return scene.codec.encode_pixels(scene.maps.of(scene.request, scene.given)).bfloat16()
 
 
 CHANNELS: Mapping[str, Callable[[Scene], Tensor]] = MappingProxyType({"kept": kept, "mask": mask, "control": control})
@@ -140,16 +166,16 @@ def references(scene: Scene, variant: Variant) -> Behind:
 
 
 def conditions_of(
-    request: GenerationRequest, given: Given, codec: Codec, words: Callable[[Image.Image], Tensor] | None = None
+    request: GenerationRequest, given: Given, codec: Codec, maps: Maps, redux: "Redux | None" = None
 ) -> Sequence[Condition]:
-    """What the model of a request sees besides its prompt. words: what makes tokens of a picture."""
-    scene, takes = Scene(request, with_map(request, given), codec), request.variant.takes
+    """What the model of a request sees besides its prompt. redux: what makes words of its references."""
+    scene, takes = Scene(request, given, codec, maps), request.variant.takes
     found: list[Condition] = []
     if takes.channels:
         found.append(Channels(torch.cat([CHANNELS[name](scene) for name in takes.channels], dim=-1)))
     if takes.references:
         found.append(references(scene, request.variant))
-    if takes.words and words is not None:
-        weighted = zip(request.reference or (), given.references, strict=True)
-        found.append(Words(torch.cat([record.weight * words(image) for record, image in weighted], dim=1)))
+    if takes.words and redux is not None:
+        weights = [record.weight for record in request.reference or ()]
+        found.append(Words(redux.words(list(zip(given.references, weights, strict=True))).bfloat16()))
     return found

@@ -211,9 +211,9 @@ def load_pipeline(
     pipeline = Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)
     if (adapter := adapter_path(variant)) is not None and variant.adapter is not None:
         if variant.takes.words:
-            from ..text.redux import load_redux
+            from ..vision.redux import load_redux
 
-            pipeline.denoiser.words = load_redux(adapter, variant.takes.words, place, kind)
+            pipeline.denoiser.redux = load_redux(variant, adapter, variant.takes.words, place, kind)
         else:
             pipeline.loras.become(adapter, variant.adapter.scale)
     return pipeline

@@ -36,6 +36,11 @@ Fit = Literal["crop", "pad", "stretch"]
 FIT: Fit = "crop"
 FITS: dict[str, str] = {"crop": "its edges are cut off", "pad": "it gets black edges", "stretch": "it is stretched"}
 """what happens to an init image of another shape than the picture's; `FIT` is the default"""
+MAPS: dict[str, str] = {
+    "canny": "white edges on black, by OpenCV",
+    "depth": "the nearer the brighter, by Depth Anything",
+}
+"""maps that models of edges and depth follow, and what they are"""
 NUDGE = 1.15
 """factor for a photograph's latent before its inversion (Stable Flow's released code)"""
 PERCENTILE = 99.5

@@ -4,15 +4,15 @@ A Canny or Depth model sees a map as it sees a picture, by the autoencoder. Impo
 OpenCV. Source: black-forest-labs/flux `src/flux/modules/image_embedders.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UsageError, nearest
+from ..request.fields import MAPS
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 THRESHOLDS = 50, 200
 """of Canny's hysteresis, the official ones"""
 DEPTH_MODEL = "LiheYoung/depth-anything-large-hf"
-
-
-class Map(NamedTuple):
-    help: str
-    model: str | None = None
-    """hub id of the network that makes it, if one does"""
-
-
-MAPS: Mapping[str, Map] = MappingProxyType(
-    {
-        "canny": Map("white edges on black, by OpenCV"),
-        "depth": Map("the nearer the brighter, by Depth Anything", DEPTH_MODEL),
-    }
-)
 
 
 def load_map(name: str, device: "device | str" = "cpu", model: str | None = None) -> "Callable[[Image.Image], Tensor]":
