@@ -409,7 +409,7 @@ def _fit_input(network: nn.Module) -> None:
         return
     # `own` was apart while the network was moved or cast
     own = own.to(device=_device(_without_branch(layer)), dtype=_dtype(network, layer))
-    wide = own if width == params.in_channels else _widened(own, width)
+    wide = own if width == params.in_channels else widened(own, width)
     if isinstance(layer, BranchedLinear):
         layer.exchange(wide)
     else:
@@ -422,7 +422,7 @@ def _without_branch(layer: nn.Module) -> nn.Module:
     return layer.base if isinstance(layer, BranchedLinear) else layer
 
 
-def _widened(linear: Any, width: int) -> nn.Linear:
+def widened(linear: Any, width: int) -> nn.Linear:
     """A Linear with zero columns for more input features; dense, in whatever format the layer is."""
     own = linear.widen(cast(Tensor, linear.bias).dtype) if isinstance(linear, Frozen) else linear.weight.detach()
     wide = nn.Linear(width, linear.out_features, device="meta", dtype=own.dtype)

@@ -41,7 +41,7 @@ class Channels(_Inputs):
     """Channels beside those of the image's tokens."""
 
     tokens: Tensor
-    """[1, L, C]"""
+    """[1, L, C], or a row for each picture of a batch"""
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
         return replace(inputs, img_cond=_rows(self.tokens, inputs))
@@ -52,7 +52,7 @@ class Behind(_Inputs):
     """Tokens behind the image's."""
 
     tokens: Tensor
-    """[1, K, 64]"""
+    """[1, K, 64], likewise"""
     ids: Tensor
     """[1, K, 3]"""
 
@@ -84,7 +84,25 @@ class Words(_Inputs):
 def _rows(x: Tensor, inputs: FlowInputs, cast: bool = True) -> Tensor:
     """For each row of a batch, where its text is."""
     x = x.to(inputs.txt.device, inputs.txt.dtype if cast else x.dtype)
-    return repeat(x, "1 ... -> b ...", b=inputs.txt.shape[0])
+    return x if x.shape[0] == inputs.txt.shape[0] else repeat(x, "1 ... -> b ...", b=inputs.txt.shape[0])
+
+
+def beside(latents: Tensor) -> Channels:
+    """A latent [B, 16, h, w] as channels, rounded to bf16."""
+    return Channels(pack(latents).bfloat16())
+
+
+def behind(latents: Sequence[Tensor]) -> Behind:
+    """Latents [B, 16, h, w] as tokens, rounded likewise, each at an index of its own in the first of the position ids.
+
+    Indices are 1, 2, …, where the picture that is drawn has 0. The official code knows one reference.
+    """
+    parts = []
+    for index, latent in enumerate(latents):
+        part = reference_tokens(latent.bfloat16(), latent.device)
+        part["img_cond_seq_ids"][..., 0] += index
+        parts.append(part)
+    return Behind(*(torch.cat([part[name] for part in parts], dim=1) for name in ("img_cond_seq", "img_cond_seq_ids")))
 
 
 class Maps:
@@ -124,10 +142,6 @@ class Scene:
     def size(self) -> tuple[int, int]:
         return self.request.padded_size
 
-    def latent(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-        """Tokens [1, L, 64] of a picture, stretched to a size, rounded to bf16."""
-        return self.codec.encode(image, *(size or self.size), "stretch").bfloat16()
-
 
 def kept(scene: Scene) -> Tensor:
     """The picture, grey where it is painted."""
@@ -153,16 +167,13 @@ CHANNELS: Mapping[str, Callable[[Scene], Tensor]] = MappingProxyType({"kept": ke
 
 
 def references(scene: Scene, variant: Variant) -> Behind:
-    """Each at an index of its own in the first of the position ids, from 1 on."""
+    """Each at the size that the model sees references at."""
     found = []
-    for index, image in enumerate(scene.given.references):
+    for image in scene.given.references:
         width, height = nearest_size(image.size, variant) if variant.takes.sizes else scene.size
         size = width // PATCH * PATCH, height // PATCH * PATCH
-        tokens = scene.latent(image, size)
-        part = reference_tokens(unpack(tokens, size[1], size[0]), tokens.device)
-        part["img_cond_seq_ids"][..., 0] += index
-        found.append(part)
-    return Behind(*(torch.cat([part[name] for part in found], dim=1) for name in ("img_cond_seq", "img_cond_seq_ids")))
+        found.append(unpack(scene.codec.encode(image, *size, "stretch"), size[1], size[0]))
+    return behind(found)
 
 
 def conditions_of(

@@ -5,7 +5,7 @@ Plain data, as `fields.py`. Defaults are those of diffusers' script, but where t
 
 from dataclasses import replace
 
-from .fields import DEVICE, FIELDS, FILES, MAX_SEED, MEMORY, NAME, OUTPUT_DIR, T5_DEVICE, THREADS, Field
+from .fields import DEVICE, FIELDS, FILES, MAPS, MAX_SEED, MEMORY, NAME, OUTPUT_DIR, T5_DEVICE, THREADS, Field
 
 OFTEN = 10_000_000
 """the most steps"""
@@ -58,6 +58,9 @@ ADAPTER = (
     Field("alpha", float, "their scale is alpha / rank (default: the rank)", minimum=0, maximum=10_000),
     Field("rslora", bool, "a scale of alpha / sqrt(rank)", default=False),
     Field("dora", bool, "a magnitude for each row, too", default=False),
+    Field("takes", str, f"what the model learns to see besides the prompt: {', '.join(MAPS)} (a map of each picture), "
+          "control (maps that metadata.jsonl names), reference (pictures there that captions change)",
+          choices=(*MAPS, "control", "reference"), default="", metavar="NAME"),
     Field("targets", str, "what learns, with commas: attention (the notebook's four), blocks (all Linears of blocks), "
           "vital or vital:FILE (those of a study's vital blocks), or names as to_q", default="attention",
           metavar="NAMES"),

@@ -29,6 +29,8 @@ class Picture(NamedTuple):
     """of its file"""
     shape: Size
     """upright"""
+    beside: tuple[tuple[Path, str], ...] = ()
+    """files that the model sees with it, each with its SHA-256"""
 
 
 class Found(NamedTuple):
@@ -40,24 +42,35 @@ class Found(NamedTuple):
 
 
 def read_folder(
-    folder: Path, size_of: Callable[[Size], Size], trigger: str = "", on_picture: Callable[[], object] | None = None
+    folder: Path,
+    size_of: Callable[[Size], Size],
+    trigger: str = "",
+    on_picture: Callable[[], object] | None = None,
+    key: str = "",
 ) -> Found:
     """The pictures of a folder and of those in it, by their names. All are decoded once, so a damaged one is found.
 
     size_of: the training size for a shape, as `Resolution.size_of`; its FileError leaves the picture out. on_picture:
     called after each. trigger: a word for what is learned, put where a caption says `[trigger]`, else in front, if it
     is not there; the whole caption where there is none. With a metadata.jsonl only the pictures that it lists are used.
+    key: of its lines, that names the files that a model sees with a picture: each picture needs some.
     UsageError where none is left, FileError for a metadata.jsonl that cannot be read.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder. Next: name a folder of pictures with captions")
-    listed = _listed(folder)
+    listed = _listed(folder, key)
+    if key and listed is None:
+        raise UsageError(f"{folder} has no {METADATA}, whose lines name a {key} for each picture. Next: write one")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     pictures: dict[str, Picture] = {}
     skipped: dict[Path, str] = {}
     for path in paths if listed is None else [path for path in paths if path in listed]:
         try:
-            caption = with_trigger(_beside(path) if listed is None else _one_line(listed[path]), trigger)
+            text, names = (_beside(path), []) if listed is None else listed[path]
+            caption = with_trigger(_one_line(text), trigger)
+            if key and not names:
+                raise FileError(f"{METADATA} names no {key} for it")
+            beside = tuple((other, _hash_of(other)) for other in names)
             image, sha256 = open_picture(path)
             shape = Size(*as_rgb(image, path.name).size)
             size_of(shape)
@@ -72,7 +85,7 @@ def read_folder(
         elif sha256 in pictures:
             skipped[path] = f"it is the same file as {pictures[sha256].path.name}"
         else:
-            pictures[sha256] = Picture(path, caption, sha256, shape)
+            pictures[sha256] = Picture(path, caption, sha256, shape, beside)
     for path in (listed or {}).keys() - set(paths):
         skipped[path] = f"{METADATA} names it, and it is not there"
     if not pictures:
@@ -91,11 +104,18 @@ def with_trigger(caption: str, trigger: str) -> str:
     return caption if not trigger or trigger in caption else f"{trigger} {caption}".strip()
 
 
+def _hash_of(path: Path) -> str:
+    """The SHA-256 of a picture's file, which is decoded once. FileError."""
+    image, sha256 = open_picture(path)
+    as_rgb(image, path.name)
+    return sha256
+
+
 def _beside(path: Path) -> str:
     """The caption in the .txt of a picture's name; empty without one."""
     file = path.with_suffix(".txt")
     try:
-        return _one_line(file.read_text(encoding="utf-8-sig")) if file.is_file() else ""
+        return file.read_text(encoding="utf-8-sig") if file.is_file() else ""
     except UnicodeDecodeError:
         raise FileError(f"its caption {file.name} is no text in UTF-8") from None
     except OSError as error:
@@ -106,15 +126,15 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _listed(folder: Path) -> Mapping[Path, str] | None:
-    """The captions of a metadata.jsonl, by picture; None without one. FileError."""
+def _listed(folder: Path, key: str) -> Mapping[Path, tuple[str, list[Path]]] | None:
+    """The captions of a metadata.jsonl and the files of a key, by picture; None without one. FileError."""
     file = folder / METADATA
     if not file.is_file():
         return None
-    return dict(_rows(file))
+    return dict(_rows(file, key))
 
 
-def _rows(file: Path) -> Iterator[tuple[Path, str]]:
+def _rows(file: Path, key: str) -> Iterator[tuple[Path, tuple[str, list[Path]]]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -125,13 +145,16 @@ def _rows(file: Path) -> Iterator[tuple[Path, str]]:
         try:
             row = json.loads(line)
             name, text = row["file_name"], next(row[key] for key in CAPTIONS if key in row)
-            assert isinstance(name, str) and isinstance(text, str)
+            others = row.get(key, []) if key else []
+            names = [name, *([others] if isinstance(others, str) else others)]
+            assert all(isinstance(x, str) for x in (*names, text))
             text.encode()  # half a surrogate pair is no text
         except (ValueError, KeyError, TypeError, AssertionError, StopIteration, RecursionError):
             raise FileError(
                 f'{file}, line {number}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'
             ) from None
-        path = file.parent / name
-        if not path.resolve().is_relative_to(file.parent.resolve()):
-            raise FileError(f"{file}, line {number}: {name} is outside of the folder")
-        yield path, text
+        path, *beside = (file.parent / x for x in names)
+        for one, other in zip((path, *beside), names, strict=True):
+            if not one.resolve().is_relative_to(file.parent.resolve()):
+                raise FileError(f"{file}, line {number}: {other} is outside of the folder")
+        yield path, (text, beside)

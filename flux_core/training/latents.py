@@ -24,14 +24,15 @@ from ..images.pictures import as_rgb, open_picture
 from ..sampling import unpack
 from ..terminal import note
 from .data import Picture
+from .seen import seen_of
 from .sizes import Cut, apply
 
 if TYPE_CHECKING:
     from ..pipeline.codec import Codec
 
 FORMAT = 1
-DIGEST = "sha256"
-"""the name of a tensor, beside the latents' numbers"""
+DIGEST, SEEN = "sha256", "seen"
+"""names of tensors beside the latents' numbers; the second behind such a number"""
 Encode = Callable[[Image.Image], Tensor]
 """latents [16, H/8, W/8] of an RGB picture of H x W pixels, multiples of 16, shifted and scaled for the transformer"""
 
@@ -48,9 +49,12 @@ def encoding(codec: "Codec") -> Encode:
 class LatentCache:
     """The latents of pictures, in a folder."""
 
-    def __init__(self, folder: Path, autoencoder: str, cuts: Mapping[Picture, Sequence[Cut]]) -> None:
-        """autoencoder: what encodes, as text: the hash of its file, its dtype, the device. cuts: of each picture."""
-        self.folder, self.autoencoder, self.cuts = folder, autoencoder, cuts
+    def __init__(self, folder: Path, autoencoder: str, cuts: Mapping[Picture, Sequence[Cut]], takes: str = "") -> None:
+        """autoencoder: what encodes, as text: the hash of its file, its dtype, the device. cuts: of each picture.
+
+        takes: what a model learns to see beside them, a name in `seen.WAYS`.
+        """
+        self.folder, self.autoencoder, self.cuts, self.takes = folder, autoencoder, cuts, takes
 
     def path(self, picture: Picture) -> Path:
         """The file of a picture."""
@@ -60,6 +64,8 @@ class LatentCache:
             "cuts": self.cuts[picture],
             "autoencoder": self.autoencoder,
         }
+        if self.takes:
+            told |= {"takes": self.takes, "beside": [sha256 for _, sha256 in picture.beside]}
         return self.folder / f"{sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.safetensors"
 
     def missing(self) -> list[Picture]:
@@ -77,15 +83,22 @@ class LatentCache:
             raise FileError(f"{picture.path} was changed since it was found. Next: start again")
         image, state = as_rgb(opened, str(picture.path)), {}
         for number, cut in enumerate(self.cuts[picture]):
-            x = encode(apply(cut, image)).cpu()
-            if not x.isfinite().all():
-                raise NonFiniteError(f"the latents of {picture.path} are not finite. Next: encode it in another dtype")
-            state[str(number)] = x
+            part = apply(cut, image)
+            state[str(number)] = encode(part).cpu()
+            if self.takes:
+                seen = [encode(one) for one in seen_of(self.takes, picture, cut, part)]
+                state[f"{number}.{SEEN}"] = torch.stack(seen).cpu()
+        if not all(x.isfinite().all() for x in state.values()):
+            raise NonFiniteError(f"the latents of {picture.path} are not finite. Next: encode it in another dtype")
         with disk_errors(self.folder, "folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(self.path(picture), state | {DIGEST: _digest(state)})
 
-    def get(self, picture: Picture, number: int) -> Tensor:
+    def seen(self, picture: Picture, number: int) -> Tensor:
+        """The latents [N, 16, H/8, W/8] of what is seen beside a picture's cut. FileError likewise."""
+        return self.get(picture, f"{number}.{SEEN}")
+
+    def get(self, picture: Picture, number: int | str) -> Tensor:
         """The latents [16, H/8, W/8] of a picture's cut, on the CPU. FileError for a file that is damaged or gone."""
         path = self.path(picture)
         try:
@@ -113,6 +126,6 @@ class LatentCache:
 def _digest(state: Mapping[str, Tensor]) -> Tensor:
     """The SHA-256 of the bytes of all latents, uint8 [32]."""
     whole = sha256()
-    for number in range(len(state)):
-        whole.update(state[str(number)].contiguous().view(torch.uint8).numpy().data)
+    for name in sorted(state, key=lambda name: (len(name), name)):
+        whole.update(state[name].contiguous().view(torch.uint8).numpy().data)
     return torch.tensor(list(whole.digest()), dtype=torch.uint8, device="cpu")

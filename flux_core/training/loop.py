@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,8 @@ from .adapter import Adapter
 from .objective import MAPS, WEIGHTINGS, flow_loss, on_table
 from .optimizers import OPTIMIZERS, Ema, restore, state_of
 from .recompute import WAYS, differentiable, fetch_for
+from .seen import WAYS as SEEN
+from .seen import condition_of
 
 CHECKPOINT = "step-{:07d}.safetensors"
 SAVED = re.compile(r"step-(\d{7})\.safetensors")
@@ -74,12 +76,14 @@ class Recipe:
     seed: int = 0
     checkpointing: str = "none"
     """what is computed again for gradients: a name in `recompute.WAYS`"""
+    takes: str = ""
+    """what the model sees besides the prompt: a name in `seen.WAYS`, or nothing"""
 
     def __post_init__(self) -> None:
         """UsageError for a value that is none."""
         known: dict[str, Any] = {
             "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": WAYS,
-            "optimizer": OPTIMIZERS, "precision": PRECISIONS,
+            "optimizer": OPTIMIZERS, "precision": PRECISIONS, "takes": ("", *SEEN),
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -106,6 +110,8 @@ class Example(NamedTuple):
     """[T, D], in the dtype that the model computes in"""
     vec: Tensor
     """[V]"""
+    seen: Tensor | None = None
+    """latents [N, 16, H/8, W/8] of what the model sees besides: a map, or references (`Recipe.takes`)"""
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -116,7 +122,7 @@ class Example(NamedTuple):
     def digest(self) -> str:
         """A hash of all its numbers."""
         found = sha256()
-        for x in (self.latents, self.txt, self.vec):
+        for x in (self.latents, self.txt, self.vec, *([] if self.seen is None else [self.seen])):
             found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return found.hexdigest()
 
@@ -286,7 +292,8 @@ def each_loss(
 ) -> Tensor:
     """The loss of each picture of a batch, fp32 [B]. noise: as the latents; sigma: [B]."""
     device = adapter.parameters()[0].device
-    latents, txt, vec = (torch.stack(parts).to(device) for parts in list(zip(*batch, strict=True))[1:])
+    parts = zip(*((one.latents, one.txt, one.vec) for one in batch), strict=True)
+    latents, txt, vec = (torch.stack(part).to(device) for part in parts)
     inputs = FlowInputs(
         img_ids=image_ids(len(batch), latents.shape[2] // 2, latents.shape[3] // 2, device),
         txt=txt,
@@ -294,6 +301,9 @@ def each_loss(
         vec=vec,
         guidance=torch.full((len(batch),), recipe.guidance, dtype=txt.dtype, device=device),
     )
+    if recipe.takes:
+        seen = condition_of(recipe.takes, [cast(Tensor, one.seen) for one in batch])
+        inputs = seen.apply(inputs, (8 * latents.shape[3], 8 * latents.shape[2]))
     half = torch.autocast(device.type, torch.float16) if recipe.precision == "fp16" else nullcontext()
     fetch, weighting = fetch or fetch_for(recipe.checkpointing), WEIGHTINGS[recipe.weighting]
     with half:

@@ -28,7 +28,7 @@ from ..files import prepare_folder, user_path, write_whole
 from ..hub.client import free_bytes
 from ..images.metadata import png_bytes
 from ..lora.file import FILE_NAMES
-from ..pipeline import Pipeline, load_pipeline
+from ..pipeline import Condition, Pipeline, load_pipeline
 from ..pipeline.load import own_format
 from ..request.fields import FILES
 from ..request.generation import GenerationRequest
@@ -44,6 +44,7 @@ from .latents import LatentCache, encoding
 from .loop import Example, Progress, checkpoints, factor, train, validate
 from .optimizers import bitsandbytes_optimizers
 from .plan import Plan, plan_of
+from .seen import WAYS, condition_of, widen
 from .settings import Settings
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
@@ -54,6 +55,8 @@ MOST_HELD_OUT = 8
 """pictures that are held out by themselves"""
 KEPT_IN_MEMORY = 256
 """encoded captions, 4 MB each of FLUX.1-dev's"""
+INPUT = "x_embedder"
+"""diffusers' name of the Linear that pictures enter by"""
 SAMPLE = "sample"
 """the kind of a sample's prompt in the cache of texts, with its number behind it"""
 
@@ -86,7 +89,9 @@ class Cached:
             drawn = torch.randint(len(self.cuts), (1,), dtype=torch.int64, device="cpu", generator=generator)
             number = int(drawn)
         txt, vec = self.run.text(self.picture.sha256, kind)
-        return Example(self.name, self.run.latents.get(self.picture, number).float(), txt, vec)
+        latents = self.run.latents
+        seen = latents.seen(self.picture, number).float() if settings.takes else None
+        return Example(self.name, latents.get(self.picture, number).float(), txt, vec, seen)
 
 
 class Run:
@@ -103,6 +108,10 @@ class Run:
         self.folder = user_path(settings.output_dir)
         self.device = pick_device(settings.device)
         self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
+        if settings.takes:
+            if self.variant.takes:
+                raise UsageError(f"{self.variant.name} sees pictures already. Next: train --takes on a plain model")
+            self.patterns += [INPUT] if WAYS[settings.takes].widens else []
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
         captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
@@ -122,7 +131,8 @@ class Run:
         if not source.is_dir() and settings.data.count("/") == 1 and not settings.data.startswith((".", "/", "~")):
             source = from_hub(settings.data, self.folder / "data")
         with tqdm(desc="pictures", unit="picture", disable=no_bars(), leave=False) as bar:
-            found: Found = read_folder(source, self.resolution.size_of, settings.trigger or "", bar.update)
+            key = WAYS[settings.takes].key if settings.takes else ""
+            found: Found = read_folder(source, self.resolution.size_of, settings.trigger or "", bar.update, key)
         for path, reason in found.skipped.items():
             note(f"{path}: left out: {reason}")
         if found.skipped and settings.strict:
@@ -190,8 +200,11 @@ class Run:
     def _numbers(self) -> Plan:
         settings, variant = self.settings, self.variant
         precision = settings.dtype or own_format(variant, "transformer") or dtype_name(pick_dtype(None, self.device))
+        size, tokens = self.largest, 1 + max((len(one.beside) for one in self.cuts), default=0)
+        if settings.takes and not WAYS[settings.takes].widens:  # references are tokens like the picture's
+            size = Size(size.width, size.height * tokens)
         return plan_of(
-            variant, self.largest, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
+            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
             settings.accumulation, settings.checkpointing, settings.optimizer,
         )  # fmt: skip
 
@@ -244,7 +257,7 @@ class Run:
         self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
         self.pipeline.prompts.disk = None  # captions are kept in parquet
         how = f"{list(hashes.values())[1]} {dtype_name(self.pipeline.dtype)} {self.device.type} {torch.__version__}"
-        self.latents = LatentCache(self.folder / "latents", how, self.cuts)
+        self.latents = LatentCache(self.folder / "latents", how, self.cuts, settings.takes)
 
     def encode_captions(self) -> None:
         """T5 and CLIP, once. Then T5 is gone."""
@@ -275,6 +288,8 @@ class Run:
         """The loop, with samples, validation and losses as it goes. KeyboardInterrupt when it is stopped."""
         settings, model = self.settings, self.pipeline.model
         draw = torch.Generator("cpu").manual_seed(settings.seed)
+        if settings.takes:
+            widen(model, settings.takes)
         self.adapter: Adapter = adapt(
             model, self.patterns, settings.rank, settings.alpha, draw, settings.rslora, settings.dora
         )
@@ -356,7 +371,7 @@ class Run:
         with self.adapter.averaged(), self.drawing():
             for i, prompt in enumerate(self.prompts):
                 path = folder / f"step-{step:07d}-{i}.png"
-                write_whole(path, png_bytes(self.picture(prompt)))
+                write_whole(path, png_bytes(self.picture(prompt, i)))
         self.write_sheet()
 
     @contextmanager
@@ -369,14 +384,21 @@ class Run:
         if self.pipeline.fallback.offload or self.settings.memory:
             self.place()
 
-    def picture(self, prompt: str) -> Image.Image:
-        """A sample of a prompt; always of the same seed."""
-        size = self.largest
+    def picture(self, prompt: str, number: int = 0) -> Image.Image:
+        """A sample of a prompt; always of the same seed. number: of the prompt, by which it sees a held-out picture's
+        map or references, where it learns to see some."""
+        size, settings = self.largest, self.settings
         request = GenerationRequest(
             name=self.variant.name, prompt=prompt, seed=self.settings.seed, width=size.width, height=size.height,
             num_steps=self.settings.sample_steps, force=True,
         )  # fmt: skip
-        image = self.pipeline.draw(self.pipeline.complete(request))
+        seen: list[Condition] = []
+        if settings.takes:
+            one = (self.judged or self.learned)[number % len(self.judged or self.learned)]
+            size = self.cuts[one][0].size
+            request = request.model_copy(update={"width": size.width, "height": size.height})
+            seen = [condition_of(settings.takes, [self.latents.seen(one, 0).float().to(self.device)])]
+        image = self.pipeline.draw(self.pipeline.complete(request), conditions=seen)
         image.info = {"xmp": image.info["xmp"]}  # its request does not name what learns, and would draw another picture
         return image
 
@@ -418,10 +440,10 @@ class Run:
             path = adapter.save(self.folder)
             changed = adapter.changes()
             with self.drawing():
-                trained = [self.picture(prompt) for prompt in prompts]
+                trained = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         adapter.remove()
         with self.drawing():
-            base = [self.picture(prompt) for prompt in prompts]
+            base = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         write_whole(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
         try:
             write_whole(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))

@@ -1,0 +1,77 @@
+"""What a model learns to see besides the prompt, as models of the family do: a map of each picture, or references.
+
+A map is made of the picture as it is cut. Maps and references of one's own are named by lines of metadata.jsonl, as
+`"control": "maps/a.png"` or `"reference": ["before/a.png"]`; they are cut as the picture is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import FileError
+from ..images.pictures import as_rgb, open_picture
+from ..lora.handle import widened
+from ..model import Flux
+from ..pipeline.conditions import Condition
+from ..pipeline.family import behind, beside
+from ..request.fields import MAPS
+from ..vision.maps import load_map, map_picture
+from .data import Picture
+from .sizes import Cut, apply
+
+
+class Way(NamedTuple):
+    """A way to see."""
+
+    key: str
+    """of a line of metadata.jsonl; empty: made of the picture itself"""
+    condition: Callable[[Tensor], Condition]
+    """of latents [B, N, 16, h, w]"""
+    widens: bool
+    """whether the model's input gets channels for it"""
+
+
+def _beside(latents: Tensor) -> Condition:
+    return beside(latents[:, 0])
+
+
+def _behind(latents: Tensor) -> Condition:
+    return behind(latents.unbind(1))
+
+
+WAYS: Mapping[str, Way] = MappingProxyType(
+    {name: Way("", _beside, widens=True) for name in MAPS}
+    | {"control": Way("control", _beside, widens=True), "reference": Way("reference", _behind, widens=False)}
+)
+"""by the values of `--takes`"""
+
+
+def seen_of(takes: str, picture: Picture, cut: Cut, image: Image.Image) -> Sequence[Image.Image]:
+    """What is seen beside a cut of a picture, whose pixels are `image`. FileError for a file that was changed."""
+    if not WAYS[takes].key:
+        return [map_picture(load_map(takes)(image))]
+    found = []
+    for path, sha256 in picture.beside:
+        opened, now = open_picture(path)
+        if now != sha256:
+            raise FileError(f"{path} was changed since it was found. Next: start again")
+        found.append(apply(cut, as_rgb(opened, str(path)).resize(picture.shape, Image.Resampling.LANCZOS)))
+    return found
+
+
+def widen(model: Flux, takes: str) -> None:
+    """Make the model's input wide enough for what it will see, with zeros: nothing that it draws changes."""
+    if WAYS[takes].widens:
+        width = model.in_channels + model.out_channels
+        model.img_in = widened(model.img_in, width)
+        model.params, model.in_channels = replace(model.params, in_channels=width), width
+
+
+def condition_of(takes: str, seen: Sequence[Tensor]) -> Condition:
+    """The condition of a batch, of what each of its pictures is seen beside: latents [N, 16, h, w]."""
+    return WAYS[takes].condition(torch.stack([*seen]))
