@@ -18,6 +18,7 @@ from ..linears.formats import FORMATS
 from ..model import AutoEncoder, Flux, ae_ops
 from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
+from ..model.transformer import Backbone
 from ..terminal import note
 from .attention import BACKENDS, attention_for
 
@@ -60,7 +61,7 @@ def fused_ops(device: torch.device | str) -> Ops:
     return _triton() if can_fuse(device) and compiles(device) else PLAIN
 
 
-def install(model: Flux, device: torch.device | str) -> Ops:
+def install(model: Backbone, device: torch.device | str) -> Ops:
     """Set the functions for that device in every part of a model that has `ops`; returns them.
 
     Running out of memory in the choice is raised. All blocks get the same tuple, so compiled blocks of a kind still

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import is_out_of_memory
 from ..linears.contract import is_transformed, needs_grad
-from ..model import Flux
 from ..model.layers import RMSNorm
 from ..model.ops import attend
+from ..model.transformer import Backbone
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -64,7 +64,7 @@ BACKENDS: dict[str, Attend] = {"own": attend, "cudnn": cudnn, "flash": flash, "e
 """`ops.attend`, [B, H, L, D] each -> [B, L, H*D], by PyTorch's own choice and by each of its kernels"""
 
 
-def attention_for(model: Flux, device: torch.device) -> Attend:
+def attention_for(model: Backbone, device: torch.device) -> Attend:
     """`ops.attend` for a model there: for half precision on CUDA the fastest, by a trial; else PyTorch's choice."""
     dtype = next(part.scale.dtype for part in model.modules() if isinstance(part, RMSNorm))  # of q and k
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

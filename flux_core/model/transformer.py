@@ -77,8 +77,8 @@ class Changes(NamedTuple):
         return self._replace(scales=self.scales + 1) if scales else self._replace(layers=self.layers + 1)
 
 
-class Flux(nn.Module):
-    """The transformer of these sizes; the official class of the same name takes the same arguments."""
+class Backbone(nn.Module):
+    """The embedders and blocks that the transformer and its ControlNets have alike."""
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -88,11 +88,6 @@ class Flux(nn.Module):
             raise ValueError(f"axes_dim {params.axes_dim} must add up to the head size {params.head_dim}")
         dim = params.hidden_size
         self.params = params
-        self.changes = Changes()
-        self.in_channels = params.in_channels
-        self.out_channels = params.out_channels
-        self.hidden_size = dim
-        self.num_heads = params.num_heads
 
         self.img_in = nn.Linear(params.in_channels, dim)
         self.time_in = MLPEmbedder(TIME_DIM, dim)
@@ -101,7 +96,6 @@ class Flux(nn.Module):
         self.txt_in = nn.Linear(params.context_in_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
-        self.final_layer = LastLayer(dim, params.out_channels)
 
     def embed_vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The conditioning vector, from time, pooled prompt and guidance: [B], [B, V], [B] -> [B, D]."""
@@ -111,6 +105,19 @@ class Flux(nn.Module):
                 raise ValueError("this model is guidance-distilled and needs a guidance strength for each row")
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM))
         return vec + self.vector_in(y)
+
+
+class Flux(Backbone):
+    """The transformer of these sizes; the official class of the same name takes the same arguments."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__(params)
+        self.changes = Changes()
+        self.in_channels = params.in_channels
+        self.out_channels = params.out_channels
+        self.hidden_size = params.hidden_size
+        self.num_heads = params.num_heads
+        self.final_layer = LastLayer(params.hidden_size, params.out_channels)
 
     def modulations(self, vec: Tensor) -> Modulations:
         """The modulation of every block and the last layer, from vec [B, D]."""
