@@ -42,6 +42,25 @@ class FluxParams:
 
 
 @dataclass(frozen=True)
+class ControlNetParams(FluxParams):
+    """Sizes of a ControlNet: those of a transformer with few blocks and no last layer, and of what it adds."""
+
+    cond_channels: int = 64
+    """features of a token of the condition"""
+    takes_pixels: bool = False
+    """whether its condition is a picture's pixels (XLabs) or the tokens of its latent (InstantX, Shakker)"""
+    modes: int = 0
+    """kinds of conditions of a union, each with an embedding; 0: there is one kind"""
+    blocks: tuple[int, int] = (19, 38)
+    """double and single blocks of the transformer that the residuals are for"""
+
+    @property
+    def hint_channels(self) -> tuple[int, ...]:
+        """Channels before and behind each convolution over pixels; the last are in tokens of 2 x 2."""
+        return (3, *[16] * 7, self.cond_channels // 4) if self.takes_pixels else ()
+
+
+@dataclass(frozen=True)
 class AutoEncoderParams:
     """Sizes of an autoencoder (official `flux.modules.autoencoder.AutoEncoderParams`)."""
 

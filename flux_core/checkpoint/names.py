@@ -10,11 +10,11 @@ from itertools import product
 from typing import NamedTuple
 
 from ..errors import FileError
-from ..params import AutoEncoderParams, FluxParams
+from ..params import AutoEncoderParams, ControlNetParams, FluxParams
 from .identify import Layout, Part
-from .shapes import Shape, Shapes, autoencoder_shapes, flux_shapes
+from .shapes import Shape, Shapes, autoencoder_shapes, controlnet_shapes, flux_shapes
 
-Params = FluxParams | AutoEncoderParams
+Params = FluxParams | AutoEncoderParams  # a ControlNet's are a transformer's, and more
 
 _ATTENTION_OF_T5, _MLP_OF_T5 = "encoder.block.N.layer.0.", "encoder.block.N.layer.1."
 LLAMA_T5 = {
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
 
-TRANSFORMER = (
+BACKBONE = (
     Row("img_in", "x_embedder"),
     Row("txt_in", "context_embedder"),
     Row("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
@@ -100,8 +100,19 @@ TRANSFORMER = (
     Row("single_blocks.{i}.linear2", _SINGLE + "proj_out", "widen columns"),
     Row("single_blocks.{i}.norm.query_norm", _SINGLE + "attn.norm_q"),
     Row("single_blocks.{i}.norm.key_norm", _SINGLE + "attn.norm_k"),
+)
+TRANSFORMER = (
+    *BACKBONE,
     Row("final_layer.linear", "proj_out"),
     Row("final_layer.adaLN_modulation.1", "norm_out.linear", "swap halves"),
+)
+_HINTS = ("conv_in", *(f"blocks.{j}" for j in range(6)), "conv_out")
+CONTROLNET = (
+    *BACKBONE,
+    Row("pos_embed_input", "controlnet_x_embedder"),
+    *(Row(f"input_hint_block.{2 * n}", f"input_hint_block.{name}") for n, name in enumerate(_HINTS)),
+    Row("controlnet_mode_embedder", "controlnet_mode_embedder"),
+    *(Row(name, name) for name in ("controlnet_blocks.{i}", "controlnet_single_blocks.{i}")),
 )
 
 _RESNET = {
@@ -160,7 +171,7 @@ def pairs_of(params: Params) -> list[Pair]:
 
 def network_shapes(params: Params, layout: Layout = "official") -> Shapes:
     """Names and shapes of a network's tensors in that layout. FileError if diffusers has no network of these sizes."""
-    shapes = autoencoder_shapes(params) if isinstance(params, AutoEncoderParams) else flux_shapes(params)
+    shapes = _official_shapes(params)
     if layout == "official":
         return shapes
     return {
@@ -168,6 +179,12 @@ def network_shapes(params: Params, layout: Layout = "official") -> Shapes:
         for pair in pairs_of(params)
         for name, shape in zip(pair.diffusers, _parts(shapes[pair.official], pair, params), strict=True)
     }
+
+
+def _official_shapes(params: Params) -> Shapes:
+    if isinstance(params, AutoEncoderParams):
+        return autoencoder_shapes(params)
+    return controlnet_shapes(params) if isinstance(params, ControlNetParams) else flux_shapes(params)
 
 
 def _parts(shape: Shape, pair: Pair, params: Params) -> list[Shape]:
@@ -203,7 +220,8 @@ def _table(params: Params) -> tuple[tuple[Row, ...], int, int]:
     """A network's table, and the ranges of {i} and {j}."""
     if isinstance(params, AutoEncoderParams):
         return AUTOENCODER, len(params.ch_mult), params.num_res_blocks + 1
-    return TRANSFORMER, max(params.depth, params.depth_single_blocks), 1
+    table = CONTROLNET if isinstance(params, ControlNetParams) else TRANSFORMER
+    return table, max(params.depth, params.depth_single_blocks), 1
 
 
 def _check_representable(params: Params) -> None:

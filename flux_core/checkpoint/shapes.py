@@ -1,13 +1,14 @@
-"""Names and shapes of the tensors of the four networks, by their sizes, to check a file's header. No torch.
+"""Names and shapes of the tensors of the networks, by their sizes, to check a file's header. No torch.
 
-They are those of the state dicts of `model.Flux`, `model.AutoEncoder` and transformers' T5EncoderModel and
-CLIPTextModel; a test compares them.
+They are those of the state dicts of `model.Flux`, `model.ControlNet`, `model.AutoEncoder` and transformers'
+T5EncoderModel and CLIPTextModel; a test compares them.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
-from ..params import TIME_DIM, AutoEncoderParams, FluxParams
+from ..params import TIME_DIM, AutoEncoderParams, ControlNetParams, FluxParams
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -35,6 +36,24 @@ LARGEST, DEEPEST = 2**20, 1000
 
 def flux_shapes(params: FluxParams) -> Shapes:
     """The transformer's tensors, by official names."""
+    dim = params.hidden_size
+    final = {"final_layer.linear": (params.out_channels, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim)}
+    return _backbone(params) | _dense(final)
+
+
+def controlnet_shapes(params: ControlNetParams) -> Shapes:
+    """A ControlNet's tensors, by the names that XLabs gave them."""
+    dim, out = params.hidden_size, {"weight": (params.hidden_size,) * 2, "bias": (params.hidden_size,)}
+    hints = enumerate(pairwise(params.hint_channels))
+    convs = {f"input_hint_block.{2 * i}": (after, before, 3, 3) for i, (before, after) in hints}
+    shapes = _backbone(params) | _dense({"pos_embed_input": (dim, params.cond_channels), **convs})
+    shapes |= {"controlnet_mode_embedder.weight": (params.modes, dim)} if params.modes else {}
+    shapes |= _repeated("controlnet_blocks", params.depth, out)
+    return shapes | _repeated("controlnet_single_blocks", params.depth_single_blocks, out)
+
+
+def _backbone(params: FluxParams) -> Shapes:
+    """The tensors that a transformer and its ControlNets have alike."""
     dim, hidden = params.hidden_size, params.mlp_hidden_dim
     shapes = _dense({"img_in": (dim, params.in_channels), "txt_in": (dim, params.context_in_dim)})
     embedders = {"time_in": TIME_DIM, "vector_in": params.vec_in_dim}
@@ -51,9 +70,7 @@ def flux_shapes(params: FluxParams) -> Shapes:
     single = _dense({"linear1": (3 * dim + hidden, dim), "linear2": (dim, dim + hidden)})
     single |= {f"norm.{x}_norm.scale": head for x in ("query", "key")} | _dense({"modulation.lin": (3 * dim, dim)})
     shapes |= _repeated("double_blocks", params.depth, double)
-    shapes |= _repeated("single_blocks", params.depth_single_blocks, single)
-    final = {"final_layer.linear": (params.out_channels, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim)}
-    return shapes | _dense(final)
+    return shapes | _repeated("single_blocks", params.depth_single_blocks, single)
 
 
 def autoencoder_shapes(params: AutoEncoderParams) -> Shapes:

@@ -1,7 +1,8 @@
 """The FLUX.1 transformer and autoencoder in pure PyTorch, with the names of the official checkpoints."""
 
-from ..params import AutoEncoderParams, FluxParams
+from ..params import AutoEncoderParams, ControlNetParams, FluxParams
 from .autoencoder import AutoEncoder
+from .controlnet import ControlNet
 from .table import MODULATION, Adapt, ModulationTable
 from .transformer import Flux, Modulations, Run
 
@@ -10,6 +11,8 @@ __all__ = [
     "Adapt",
     "AutoEncoder",
     "AutoEncoderParams",
+    "ControlNet",
+    "ControlNetParams",
     "Flux",
     "FluxParams",
     "ModulationTable",
