@@ -11,7 +11,7 @@ from typing import Literal
 from .adapters import is_adapter
 
 Shapes = Mapping[str, tuple[int, ...]]
-Part = Literal["transformer", "autoencoder", "t5", "clip", "lora", "other"]
+Part = Literal["transformer", "autoencoder", "t5", "clip", "controlnet", "lora", "other"]
 Layout = Literal["official", "diffusers"]
 
 COMFY = "model.diffusion_model."
@@ -53,6 +53,8 @@ MARKS = (
     Mark("input_blocks.0.0.weight", "other", "a Stable Diffusion UNet"),
     Mark("down_blocks.0.resnets.0.conv1.weight", "other", "a Stable Diffusion UNet in diffusers' layout"),
     Mark("redux_up.weight", "other", "the FLUX.1 Redux adapter"),
+    Mark("pos_embed_input.weight", "controlnet", "a ControlNet by XLabs' names"),
+    Mark("controlnet_x_embedder.weight", "controlnet", "a ControlNet in diffusers' layout", "diffusers"),
     Mark("img_in.weight", "transformer", "a FLUX.1 transformer"),
     Mark("x_embedder.weight", "transformer", "a FLUX.1 transformer in diffusers' layout", "diffusers"),
     Mark("encoder.down.0.block.0.conv1.weight", "autoencoder", "an autoencoder"),

@@ -23,7 +23,7 @@ from ..errors import FileError
 from ..linears.formats import FORMATS, to_dense
 from ..linears.mapped import MappedLinear
 from ..model import AutoEncoder, Flux
-from ..params import AutoEncoderParams, FluxParams
+from ..params import AutoEncoderParams, ControlNetParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
 from .check import check_network
@@ -38,7 +38,7 @@ from .tensors import DTYPES, SMALL, opened, reserve
 from .tensors import mapped as in_file
 
 M = TypeVar("M", bound=nn.Module)
-P = TypeVar("P", FluxParams, AutoEncoderParams)
+P = TypeVar("P", FluxParams, AutoEncoderParams, ControlNetParams)
 
 
 def load_flux(
@@ -141,12 +141,25 @@ def _load(
     format: str | None = None,
     mapped: bool = False,
 ) -> M:
-    """A network of these sizes, filled from a file that may hold other parts, too. FileError.
+    """A network of these sizes, filled from a file that may hold other parts, too. FileError."""
+    contents = find_contents(path, part)
+    check_network(contents, params)
+    return filled(kind, contents, params, device, dtype, format, mapped)
+
+
+def filled(
+    kind: Callable[[P], M],
+    contents: Contents,
+    params: P,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    format: str | None = None,
+    mapped: bool = False,
+) -> M:
+    """A network of these sizes, filled from a file that was found to hold its tensors. FileError.
 
     The header says what to read and in which order, so reading begins before there is a network.
     """
-    contents = find_contents(path, part)
-    check_network(contents, params)
     choice = _format_of_linears(contents, format)
     note_precision(contents, dtype, format)
     pairs, storage = _in_order(contents, params), contents.storage

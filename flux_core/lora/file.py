@@ -295,6 +295,8 @@ def _refuse_model(file: Path, source: Source) -> None:
     found = source.identity()
     if found.part in NOUNS:
         raise FileError(f"{file} is {found.text}, and no LoRA. Next: give it with --model, --ae, --clip-l or --t5xxl.")
+    if found.part == "controlnet":
+        raise FileError(f"{file} is {found.text}, and no LoRA. Next: give a LoRA for FLUX.1.")
     if found.part == "other" and not any("norm" in name for name in source.shapes):
         raise FileError(
             f"{file} is no LoRA: none of its {len(source.shapes)} tensors is a factor of a difference to a weight "
