@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
 from ..request.generation import PATCH
-from ..sampling import FlowInputs, SampledRun
+from ..sampling import FlowInputs, SampledRun, SeesLatents
 
 
 class Condition(Protocol):
-    """A further condition of a picture. Both methods are called once for each sampling.
+    """A further condition of a picture. Both methods are called before a sampling.
 
     One that adds tokens to the sequence says how many in `extra_tokens`, for which memory is planned.
     """
@@ -27,7 +27,7 @@ class Condition(Protocol):
         ...
 
     def run(self, inputs: FlowInputs) -> SampledRun | None:
-        """The hooks of this condition in every forward, or None."""
+        """The hooks of this condition in every forward, or None. inputs: after `apply`, for positive prompts alone."""
         ...
 
 
@@ -38,12 +38,25 @@ def planned_size(size: tuple[int, int], conditions: Sequence[Condition]) -> tupl
 
 
 def conditioned(
-    inputs: FlowInputs, conditions: Sequence[Condition], size: tuple[int, int], run: SampledRun | None
+    inputs: FlowInputs,
+    conditions: Sequence[Condition],
+    size: tuple[int, int],
+    run: SampledRun | None,
+    positive: FlowInputs | None = None,
 ) -> tuple[FlowInputs, SampledRun | None]:
-    """The inputs extended by all conditions, and the runs of plan and conditions, composed."""
+    """The inputs extended by all conditions, and the runs of plan and conditions, composed.
+
+    positive: the inputs of the positive prompts, if others are among `inputs`: the runs of conditions are for these.
+    """
+    extended = _extended(inputs, conditions, size)
+    seen = extended if positive is None else _extended(positive, conditions, size)
+    return extended, compose([run, *(condition.run(seen) for condition in conditions)])
+
+
+def _extended(inputs: FlowInputs, conditions: Sequence[Condition], size: tuple[int, int]) -> FlowInputs:
     for condition in conditions:
         inputs = condition.apply(inputs, size)
-    return inputs, compose([run, *(condition.run(inputs) for condition in conditions)])
+    return inputs
 
 
 def compose(runs: Sequence[SampledRun | None]) -> SampledRun | None:
@@ -65,6 +78,11 @@ class ComposedRun:
     def begin(self, sigma: float) -> None:
         for run in self.runs:
             run.begin(sigma)
+
+    def see(self, x: Tensor, sigmas: Sequence[float]) -> None:
+        for run in self.runs:
+            if isinstance(run, SeesLatents):
+                run.see(x, sigmas)
 
     def value(self, name: str, x: Any) -> Any:
         for run in self.runs:

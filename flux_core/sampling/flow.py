@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
@@ -48,6 +48,15 @@ class SampledRun(Run, Protocol):
     def needs_vec(self) -> bool: ...
 
     def begin(self, sigma: float) -> None: ...
+
+
+@runtime_checkable
+class SeesLatents(Protocol):
+    """A run that computes from the latents of each forward, before its blocks run."""
+
+    def see(self, x: Tensor, sigmas: Sequence[float]) -> None:
+        """Called after `begin`. x: [B, L, C], without conditions; sigmas: those of all steps, if known."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +234,8 @@ def flow_velocity(
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if run is not None:
             run.begin(sigma)
+        if isinstance(run, SeesLatents):
+            run.see(x, sigmas)
         step = scheduled(x.shape[0], x.device, x.dtype).step() if sigma in known else None
         if adapt is not None:
             adapt.set(sigma)
