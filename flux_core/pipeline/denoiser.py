@@ -86,14 +86,17 @@ class Denoiser:
         sigmas: Sequence[float] = (),
         conditions: Sequence[Condition] = (),
         adapt: Adapt | None = None,
+        positive: Sequence[Prompt] | None = None,
     ) -> Velocity:
         """The model as `velocity(x, sigma)` for x [B, L, 64]: a prompt and a guidance for each of the B rows.
 
         size: a request's `padded_size`. sigmas: those of the calls to come, if known. adapt: of `Loras.prepare`.
+        positive: the prompts that conditions work for inside a forward, where there are negative ones, too.
         """
         model, placement = self.placement.components.flux, self.placement
         placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None)
-        inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run)
+        seen = self.inputs(positive, guidance[: len(positive)], size) if conditions and positive is not None else None
+        inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run, seen)
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 
@@ -212,16 +215,17 @@ class Denoiser:
         run: HookRun | None,
     ) -> Velocity:
         """The requests' velocity, with guidance. together: positive and negative prompts as rows of one batch."""
-        first = requests[0]
+        first, positive = requests[0], [request.prompt for request in requests]
 
         def of(*prompts: str) -> Velocity:
-            strengths = [first.guidance or 0.0] * len(prompts)
-            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions, adapt)
+            strengths, steps = [first.guidance or 0.0] * len(prompts), sigmas[:-1]
+            seen = positive if first.uses_true_cfg else None
+            return self.velocity(prompts, strengths, first.padded_size, run, steps, conditions, adapt, seen)
 
         if not first.uses_true_cfg:
-            return of(*(request.prompt for request in requests))
+            return of(*positive)
         texts = [request.texts for request in requests]
-        positive, negative = zip(*texts, strict=True)
+        negative = [text for _, text in texts]
         return cfg_velocity(
             one_batch(of(*chain(*texts))) if together else two_passes(of(*positive), of(*negative)),
             sigmas,
