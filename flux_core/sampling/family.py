@@ -129,7 +129,7 @@ def prepare_kontext(
 
 def reference_tokens(latent: Tensor, device: torch.device | str) -> dict[str, Tensor]:
     """A reference's tokens `img_cond_seq` [B, K, 64] and their positions, of its latent [B, 16, h, w]."""
-    ids = image_ids(len(latent), latent.shape[2] // 2, latent.shape[3] // 2, device)
+    ids = image_ids(len(latent), latent.shape[2] // 2, latent.shape[3] // 2, device).clone()
     ids[..., 0] = KONTEXT
     return {"img_cond_seq": pack(latent).to(device), "img_cond_seq_ids": ids}
 

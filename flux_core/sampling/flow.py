@@ -185,6 +185,12 @@ def invert(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> list[Tenso
     return path
 
 
+def with_seen(x: Tensor, img_cond: Tensor | None, img_cond_seq: Tensor | None) -> Tensor:
+    """Tokens [B, L, C] as the model takes them, with what it sees beside them, by channels and by sequence."""
+    img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
+    return img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
+
+
 def flow_velocity(
     model: Flux,
     img_ids: Tensor,
@@ -220,8 +226,7 @@ def flow_velocity(
 
     def forward(x: Tensor, sigma: float, mods: Modulations | None) -> Tensor:
         ones = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
-        img = x if img_cond is None else torch.cat((x, img_cond), dim=-1)
-        img = img if img_cond_seq is None else torch.cat((img, img_cond_seq), dim=1)
+        img = with_seen(x, img_cond, img_cond_seq)
         v = model(img, ids, txt, txt_ids, ones * sigma, vec, ones * guidance, run, mods, fetch)
         return v[:, : x.shape[1]]
 

@@ -379,6 +379,8 @@ def identity(recipe: Recipe, sources: Sequence[Source], adapter: Adapter) -> dic
     for one in sources:
         digest.update(f"{one.name}\n{one.digest}\n".encode())
     told = asdict(recipe)
+    if not recipe.takes:
+        del told["takes"]  # as of versions that knew of none
     if recipe.schedule == "constant":
         del told["steps"]  # which nothing hangs on: a run may go on for longer
     known = {key: json.dumps(value, sort_keys=True) for key, value in (told | adapter.config()).items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..model import Flux
 from ..model.transformer import Fetch
 from ..sampling import FlowInputs, pack, resolution_mu, time_shift
+from ..sampling.flow import with_seen
 
 STEPS = 1000
 """of the table that diffusers draws from"""
@@ -105,6 +106,8 @@ def flow_loss(
     x = pack(noised(latents, noise, sigma)).to(inputs.txt.dtype)
     guidance = inputs.guidance if model.params.guidance_embed else None
     time = sigma.to(x.dtype)  # rounded as when sampling
-    velocity = model(x, inputs.img_ids, inputs.txt, inputs.txt_ids, time, inputs.vec, guidance, fetch=fetch)
-    error = (velocity.float() - pack(flow_target(latents, noise))).square()
+    img, ids, seen = with_seen(x, inputs.img_cond, inputs.img_cond_seq), inputs.img_ids, inputs.img_cond_seq_ids
+    ids = ids if seen is None else torch.cat((ids, seen), dim=1)
+    velocity = model(img, ids, inputs.txt, inputs.txt_ids, time, inputs.vec, guidance, fetch=fetch)
+    error = (velocity[:, : x.shape[1]].float() - pack(flow_target(latents, noise))).square()
     return weighting(sigma.float()) * error.mean((1, 2))
