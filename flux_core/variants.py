@@ -80,6 +80,7 @@ class Adapter:
     """A file that a variant adds to another one's transformer."""
 
     repo: str
+    """hub repository; empty: it ships, in a folder of the variant's name"""
     file: str
     variables: tuple[str, ...]
     """environment variables for the file; the first that is set is used"""
@@ -338,6 +339,20 @@ VARIANTS: dict[str, Variant] = {
     for variant in (
         _MINI,
         replace(_MINI, name="flux-mini-fast", base="flux-mini", flow_file="flux-mini-fast.safetensors", num_steps=4),
+        replace(
+            _MINI,
+            name="flux-mini-canny",
+            base="flux-mini",
+            takes=Takes(channels=("control",), map="canny"),
+            adapter=Adapter("", "flux-mini-canny.safetensors", ()),
+        ),
+        replace(
+            _MINI,
+            name="flux-mini-kontext",
+            base="flux-mini",
+            takes=Takes(references=True),
+            adapter=Adapter("", "flux-mini-kontext.safetensors", ()),
+        ),
         _DEV,
         replace(
             _DEV,

@@ -33,7 +33,10 @@ PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
 
 
 def doctor() -> Iterator[str]:
-    """The report's lines: versions, devices, what fits, the token's origin, endpoint, cache, each model's files."""
+    """The report's lines: versions, devices, what fits, the token's origin, endpoint, cache, each model's files.
+
+    Models that take pictures (docs/family.md) are of the sizes of flux-dev, and left out.
+    """
     for title, section in (
         ("versions", _versions),
         ("devices", _devices),
@@ -43,7 +46,7 @@ def doctor() -> Iterator[str]:
         ("cache", _cache),
     ):
         yield from _guarded(title, section)
-    for variant in VARIANTS.values():
+    for variant in (variant for variant in VARIANTS.values() if not variant.takes):
         yield from _guarded(variant.name, lambda variant=variant: _files(variant))  # type: ignore[misc]
 
 
@@ -104,7 +107,7 @@ def _fits() -> list[str]:
 
     devices, here = [torch.device(name) for name in available_devices()], ram()
     lines = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
-    for variant in (variant for variant in VARIANTS.values() if not variant.embedded):
+    for variant in (variant for variant in VARIANTS.values() if not variant.embedded and not variant.takes):
         parts = shares(variant)
         verdicts = [
             f"{device} {verdict(variant, device.type, _size(device, here), _dtypes(device))}" for device in devices

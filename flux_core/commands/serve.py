@@ -134,7 +134,7 @@ def _page_of(worker: Any, variant: Variant) -> Any:
     from ..page import mount
 
     ships = variant.embedded and not variant.files
-    names = [row.name for row in VARIANTS.values() if row.embedded] if ships else [variant.name]
+    names = [row.name for row in VARIANTS.values() if row.embedded and not row.takes] if ships else [variant.name]
     return partial(mount, worker=worker, names=names)
 
 

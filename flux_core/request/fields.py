@@ -123,7 +123,7 @@ class Field:
         return f" (default: {', '.join([str(first), *others])})"
 
 
-_NAMES = (f"{name} ({row.num_steps} steps)" if row.base else name for name, row in VARIANTS.items())
+_NAMES = (f"{name} ({row.num_steps} steps)" if row.base and not row.takes else name for name, row in VARIANTS.items())
 NAME = Field("name", str, f"model: {', '.join(_NAMES)}", default=DEFAULT, metavar="NAME")
 THREADS = Field(
     "threads",
