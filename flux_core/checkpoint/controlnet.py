@@ -1,42 +1,59 @@
 """Load a ControlNet (`model/controlnet.py`) from a safetensors file or a folder, by diffusers' names or XLabs' own.
 
 Its sizes are those of its tensors. How heads and the axes of positions share its features is in no tensor: that is as
-in the transformer it steers, which has the same image tokens.
+in the transformer it steers, which has the same image tokens. Only `load_controlnet` imports torch.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError
 from ..jsonfile import quoted, read_json
-from ..model import ControlNet
 from ..params import ControlNetParams, FluxParams
 from ..variants import VARIANTS
 from .contents import Contents, check_fit, find_contents
+from .files import advice_on
 from .names import CONTROLNET, network_shapes
-from .read import filled, note_precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model import ControlNet
 
 
 def load_controlnet(
     path: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
     of: FluxParams | None = None,
-) -> ControlNet:
-    """The ControlNet in a file or folder, weights loaded and frozen. FileError says what does not fit.
+) -> "ControlNet":
+    """The ControlNet in a file or folder, weights loaded and frozen, by default in bf16. Errors as in
+    `read_controlnet`.
 
     of: sizes of the transformer that it is to steer; None: FLUX.1's.
     """
-    contents = find_contents(Path(path), "controlnet")
-    if contents.found.part != "controlnet":
-        raise FileError(f"{path} is {contents.found.text}, and no ControlNet. Next: give one for FLUX.1.")
-    params = controlnet_params(contents, of or VARIANTS["flux-dev"].params)
-    check_fit(contents, network_shapes(params, contents.found.layout), "fetch it again, or give another")
+    import torch
+
+    from ..model import ControlNet
+    from .read import filled, note_precision
+
+    contents, params = read_controlnet(path, of)
+    dtype = dtype or torch.bfloat16
     note_precision(contents, dtype)
     return filled(ControlNet, contents, params, device, dtype)
+
+
+def read_controlnet(path: str | Path, of: FluxParams | None = None) -> tuple[Contents, ControlNetParams]:
+    """The tensors and the sizes of the ControlNet in a file or folder, by its header. FileError says what does not
+    fit.
+    """
+    contents = find_contents(Path(path), "controlnet")
+    if (found := contents.found).part != "controlnet":
+        raise FileError(f"{path} is {found.text}, and no ControlNet. {advice_on(found, 'give one for FLUX.1')}")
+    params = controlnet_params(contents, of or VARIANTS["flux-dev"].params)
+    check_fit(contents, network_shapes(params, found.layout), "fetch it again, or give another")
+    return contents, params
 
 
 def controlnet_params(contents: Contents, of: FluxParams) -> ControlNetParams:

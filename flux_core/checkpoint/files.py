@@ -56,6 +56,10 @@ PARTS: dict[Part, PartSpec] = {
     "clip": PartSpec("clip_l", ("text_encoder", "clip"), "tokenizer"),
 }
 
+ADDED = ("controlnet", "lora")
+"""what goes on top of a model, by a flag of the same name"""
+OWN_MODEL = "give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)"
+
 
 # The entries of a config.json besides the sizes in `Variant.t5_config` and `clip_config`.
 T5_KIND = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
@@ -265,11 +269,11 @@ def _inside(path: Path, variant: Variant, part: Part) -> Path:
     return next((place for place in places if place.exists()), path)
 
 
-def advice_on(found: Identity) -> str:
-    """The next step where such a file was given for a wrong part."""
+def advice_on(found: Identity, otherwise: str = OWN_MODEL) -> str:
+    """The next step where such a file was given for a wrong part: the flag that takes it, or what to give instead."""
     if found.part in PARTS:
         return f"Next: give it with {PARTS[found.part].spelled}."
-    return "Next: give a transformer with --model (or FLUX_MODEL) and its autoencoder with --ae (or FLUX_AE)."
+    return f"Next: give it with --{found.part}." if found.part in ADDED else f"Next: {otherwise}."
 
 
 def _existing(path: Path, origin: str, advice: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +123,19 @@ def find_source(path: Path) -> Source:
         f"{path} is a folder with {found or 'no file of weights'}. Next: name the file itself, or a folder with one "
         "set of weights."
     )
+
+
+def file_in(path: Path, names: Sequence[str]) -> Path:
+    """The safetensors file that a path means: itself, or in a folder the one of these names (without suffixes), the
+    first that is there, or the only one. FileError."""
+    if not path.is_dir():
+        return path
+    files = [file for file in _listed(path) if file.suffix in SUFFIXES]
+    named = [file for name in names for file in files if file.stem == name]
+    if named or len(files) == 1:
+        return (named or files)[0]
+    found = f"{len(files)} safetensors files and no {names[0]}.safetensors" if files else "no safetensors file"
+    raise FileError(f"{path} is a folder with {found}. Next: name the file itself.")
 
 
 def _headers(shards: list[Path]) -> tuple[Header, ...]:

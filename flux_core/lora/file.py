@@ -18,7 +18,7 @@ from ..checkpoint.check import NOUNS
 from ..checkpoint.contents import listing
 from ..checkpoint.header import WEIGHT_DTYPES, Header
 from ..checkpoint.shapes import Shape
-from ..checkpoint.source import SUFFIXES, Source, find_source
+from ..checkpoint.source import Source, file_in, find_source
 from ..errors import FileError
 from ..files import user_path
 from ..jsonfile import read_json
@@ -173,18 +173,7 @@ def _frequent_tags(text: str) -> str:
 
 def find_lora(path: str | Path) -> Path:
     """The file that a path means: itself, or a trainer's folder's. FileError."""
-    path = user_path(path)
-    if not path.is_dir():
-        return path
-    try:
-        files = sorted(x for x in path.iterdir() if x.suffix in SUFFIXES and not x.name.startswith("."))
-    except OSError as error:
-        raise FileError(f"{path} could not be read: {error.strerror or error}.") from None
-    named = [x for name in FILE_NAMES for x in files if x.stem == name]
-    if named or len(files) == 1:
-        return (named or files)[0]
-    found = f"{len(files)} safetensors files and no {FILE_NAMES[0]}.safetensors" if files else "no safetensors file"
-    raise FileError(f"{path} is a folder with {found}. Next: name the file itself.")
+    return file_in(user_path(path), FILE_NAMES)
 
 
 def read_lora(path: str | Path, params: FluxParams) -> LoraFile:
@@ -296,7 +285,7 @@ def _refuse_model(file: Path, source: Source) -> None:
     if found.part in NOUNS:
         raise FileError(f"{file} is {found.text}, and no LoRA. Next: give it with --model, --ae, --clip-l or --t5xxl.")
     if found.part == "controlnet":
-        raise FileError(f"{file} is {found.text}, and no LoRA. Next: give a LoRA for FLUX.1.")
+        raise FileError(f"{file} is {found.text}, and no LoRA. Next: give it with --controlnet.")
     if found.part == "other" and not any("norm" in name for name in source.shapes):
         raise FileError(
             f"{file} is no LoRA: none of its {len(source.shapes)} tensors is a factor of a difference to a weight "

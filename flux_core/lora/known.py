@@ -1,8 +1,8 @@
-"""Where LoRA files are: by path, by hub id, and by the hash in a picture's record. No torch.
+"""Where LoRA files and ControlNets are: by path, by hub id, and a LoRA by the hash in a picture's record. No torch.
 
 A record names a file and its hash, never a folder. So that a picture can be repeated without naming its LoRAs again,
-the paths that the user gave are remembered by their hashes, in `flux_core/loras.json` beside the hub's cache. No path
-from a record or from anybody else's file is opened.
+the paths that the user gave are remembered by their hashes, in `flux_core/loras.json` beside the hub's cache; so files
+are hashed once, ControlNets as well. No path from a record or from anybody else's file is opened.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ..checkpoint.source import SUFFIXES
+from ..checkpoint.source import SUFFIXES, file_in
 from ..errors import DiskError, FileError, UsageError
 from ..files import user_path, write_whole
 from ..hooks import Lora
@@ -22,7 +23,7 @@ from ..hub.client import cache_folder, cached, offline
 from ..hub.places import hub_file, hub_listing
 from ..params import FluxParams
 from ..terminal import one_line
-from .file import FILE_NAMES, check_drawable, check_matched, find_lora, read_lora
+from .file import FILE_NAMES, check_drawable, check_matched, read_lora
 
 CHUNK = 1 << 22
 """bytes hashed at a time"""
@@ -31,6 +32,16 @@ REMEMBERED = 500
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?")
 
 
+class Sought(NamedTuple):
+    """What the user means by a text: its flag, a noun, and the names of the file to use in a folder of several."""
+
+    flag: str
+    noun: str
+    names: tuple[str, ...]
+
+
+LORA = Sought("--lora", "the LoRA", FILE_NAMES)
+CONTROLNET = Sought("--controlnet", "the ControlNet", ("diffusion_pytorch_model",))
 _NAMED: dict[str, "Known"] = {}
 """the files that this process was given, by path, the latest last: where nothing can be written they are known all the
 same"""
@@ -65,36 +76,38 @@ class Known:
         return False
 
 
-def locate(text: str) -> Path:
-    """The file that the user means: a path, a trainer's folder, or a hub id, as `owner/name` or with a file behind it.
+def locate(text: str, sought: Sought = LORA) -> Path:
+    """The file that the user means: a path, a folder of a trainer or of diffusers, or a hub id, as `owner/name` or with
+    a file behind it.
 
     UsageError for a link, FileError, AccessError or DiskError.
     """
     if re.match("https?://", text, re.IGNORECASE):
         raise UsageError(
             f"{text[:200]} is a link, and links are not fetched. Next: download the file and name it, or give its id "
-            "on the hub, as in --lora owner/name/file.safetensors"
+            f"on the hub, as in {sought.flag} owner/name/file.safetensors"
         )
     path = user_path(text)
     hub = _HUB.fullmatch(text)
     if path.exists() or path.is_symlink() or hub is None or text.startswith(("./", "../")):
-        return find_lora(path)
+        return file_in(path, sought.names)
     repo, file = hub["repo"], hub["file"]
     if file is None and text.endswith(SUFFIXES):
-        return find_lora(path)  # folder/file.safetensors, which does not exist
-    return hub_file(repo, file or _file_of(repo))
+        return path  # folder/file.safetensors, which does not exist
+    return hub_file(repo, file or _file_of(repo, sought))
 
 
-def _file_of(repo: str) -> str:
-    """The LoRA in a hub repository. FileError where it is not clear which."""
+def _file_of(repo: str, sought: Sought) -> str:
+    """What is sought in a hub repository. FileError where it is not clear which file that is."""
     here = {path.name for suffix in SUFFIXES for path in cached(repo, f"*{suffix}")} if offline() else ()
-    files = sorted(here) or [name for name in hub_listing(repo, "the LoRA") if name.endswith(SUFFIXES)]
-    named = [name for want in FILE_NAMES for name in files if Path(name).stem == want]
+    files = sorted(here) or [name for name in hub_listing(repo, sought.noun) if name.endswith(SUFFIXES)]
+    named = [name for want in sought.names for name in files if Path(name).stem == want]
     if named or len(files) == 1:
         return (named or files)[0]
     listed = ", ".join(files[:5]) or "none"
     raise FileError(
-        f"{repo} on the hub holds {len(files)} safetensors files ({listed}). Next: name one, as in --lora {repo}/FILE"
+        f"{repo} on the hub holds {len(files)} safetensors files ({listed}). Next: name one, as in {sought.flag} "
+        f"{repo}/FILE"
     )
 
 
