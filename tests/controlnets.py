@@ -3,13 +3,15 @@
 import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from diffusers import FluxControlNetModel
 from golden_files import Golden, flux_of, read
 from random_model import random_weights
+from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_core.checkpoint import from_diffusers
+from flux_core.checkpoint import from_diffusers, to_diffusers
 from flux_core.model import ControlNet, Flux
 from flux_core.params import ControlNetParams, FluxParams
 
@@ -67,6 +69,19 @@ def xlabs_params(of: FluxParams) -> ControlNetParams:
     """Pixels in, double blocks alone, as XLabs' are."""
     own = {"depth": 2, "depth_single_blocks": 0, "mlp_ratio": 4.0}
     return ControlNetParams(**{**vars(of), **own, "takes_pixels": True, "blocks": (of.depth, of.depth_single_blocks)})
+
+
+def params_for(of: FluxParams, **own) -> ControlNetParams:
+    """A double and a single block, in sizes that diffusers has, too; `own` are others."""
+    few = {"depth": 1, "depth_single_blocks": 1, "mlp_ratio": 4.0, "blocks": (of.depth, of.depth_single_blocks)}
+    return ControlNetParams(**{**vars(of), **few, **own})
+
+
+def write_net(path: Path, params: ControlNetParams, std: float = 0.2, seed: int = 5) -> Path:
+    """A file of random weights by diffusers' names."""
+    net = random_weights(ControlNet(params), seed=seed, std=std)
+    save_file({name: x.contiguous() for name, x in to_diffusers(net.state_dict(), params).items()}, path)
+    return path
 
 
 def random_net(params: ControlNetParams) -> ControlNet:

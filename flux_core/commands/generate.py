@@ -70,7 +70,7 @@ def generate(
     loading = pop_fields(fields, LOADING)
     old = read_request(from_image) if from_image else None
     variant = with_files(fields.get("name") or (old.name if old else None), **pop_fields(fields, FILES))
-    pictures, records = pop_given(with_image(fields, image, variant))
+    pictures, records = pop_given(with_image(fields, image, variant), variant, old)
     if old is not None:
         fields = _recorded_fields(old, records) | fields
     fields |= {**records, "name": variant.name}
@@ -160,11 +160,15 @@ def _recorded_fields(old: GenerationRequest, records: dict[str, Any]) -> dict[st
     for name in PICTURE_FILES:
         before, now = (found if isinstance(found, tuple) else (found,) if found else ()
                        for found in (getattr(old, name), records.get(name)))  # fmt: skip
+        if len(before) > len(now) and name == "controlnet":
+            raise UsageError(f"that picture followed {before[len(now)].settings()}: give both files with --controlnet")
         if len(before) > len(now):
             raise UsageError(f"that picture was made from {before[len(now)].file!r}: give it with {FIELDS[name].flag}")
         for one, other in zip(before, now, strict=False):
             if one.sha256 != other.sha256:
                 note(f"{other.file!r} is another picture than the {one.file!r} that was used")
+            if getattr(one, "net_sha256", None) != getattr(other, "net_sha256", None):
+                note(f"{other.net!r} is another ControlNet than the {one.net!r} that was used")
     if old.functions:
         note(f"interventions that the picture's file cannot hold are missing: {one_line('; '.join(old.functions))}")
     return old.model_dump(exclude={*DRAWN_BY, *PICTURE_FILES, "plan"})
@@ -242,10 +246,11 @@ def _draw_all(
         images.append(_draw(pipeline, request, given, steps_folder, number))
         paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
         tell(str(paths[-1]))
-        if request.control is not None and request.control.map and request.padded_size not in shown:
+        if request.padded_size not in shown:
             shown.append(request.padded_size)
-            map = map_picture(pipeline.denoiser.maps.of(request, given))
-            tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{request.control.map}")))
+            for name, source in given.on_canvas(request)[0].maps(request):
+                map = map_picture(pipeline.denoiser.maps.made(name, source, request.padded_size))
+                tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{name}")))
     if len(images) > 1:
         tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))
     return paths

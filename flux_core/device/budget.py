@@ -41,18 +41,18 @@ class Budget:
     beside: int = 0
     """bytes of what he asked for that are not for tensors"""
 
-    def admit(self, picture: Picture) -> None:
-        """MemoryShortage where a picture cannot be drawn."""
-        if not self.admits(picture):
+    def admit(self, picture: Picture, nets: int = 0) -> None:
+        """MemoryShortage where a picture cannot be drawn. nets: bytes of other networks than the model's."""
+        if not self.admits(picture, nets):
             asked = f"--memory {self.asked} ({(self.size + self.beside) / 1e9:.2f} GB)"
             raise MemoryShortage(
                 f"{asked} is too little for {picture.width}x{picture.height} pixels: it takes at least "
-                f"{at_least(self.smallest(picture))}. Next: that much, a smaller picture, or another --dtype"
+                f"{at_least(self.smallest(picture) + nets)}. Next: that much, a smaller picture, or another --dtype"
             )
 
-    def admits(self, picture: Picture) -> bool:
+    def admits(self, picture: Picture, nets: int = 0) -> bool:
         """Whether a picture can be drawn."""
-        return not self.asked or self.smallest(picture) <= self.size + self.beside
+        return not self.asked or self.smallest(picture) + nets <= self.size + self.beside
 
 
 def bytes_for(memory: str | None, reserve: str | None, device: torch.device) -> int:

@@ -5,16 +5,20 @@ A request holds their records, `Given` their pixels. Commands open both before t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..errors import UsageError
+from ..files import expand_home
+from ..lora.known import Known
 from ..request.fields import FIT, MAPS, PICTURE_FILES
-from ..request.generation import Control, GenerationRequest, Reference, read_pad
-from ..variants import Variant
-from .masks import mask_note, open_mask
+from ..request.generation import Control, ControlNetUse, GenerationRequest, Reference, read_pad
+from ..variants import DEFAULT, Variant, get_variant
+from .controlnets import Wanted
+from .masks import Canvas, mask_note, open_mask
 from .pictures import fit_note, open_source
 
 Picture = str | Path | Image.Image
@@ -23,6 +27,14 @@ STRETCHED = 1.1
 """ratio of sides from which a picture of another shape is worth a line"""
 LARGEST = 2
 """times a model's own area: up to it a picture that is painted in keeps its size"""
+
+
+class Followed(NamedTuple):
+    """A ControlNet, and what is followed by it."""
+
+    net: Known
+    image: Image.Image
+    """a map, or what becomes one"""
 
 
 class Given(NamedTuple):
@@ -35,6 +47,8 @@ class Given(NamedTuple):
     control: Image.Image | None = None
     """a map, or what becomes one"""
     references: tuple[Image.Image, ...] = ()
+    controlnets: tuple[Followed, ...] = ()
+    """the only way by which a file of a ControlNet is opened: no record names a path"""
 
     @classmethod
     def of(cls, pictures: "Image.Image | Given | None") -> "Given":
@@ -46,13 +60,31 @@ class Given(NamedTuple):
         request.check_whole()
         there = {
             "init_image": self.image is not None, "mask": self.mask is not None, "control": self.control is not None,
-            "reference": len(self.references),
+            "reference": len(self.references), "controlnet": len(self.controlnets),
         }  # fmt: skip
         for name, found in there.items():
             named = getattr(request, name)
-            if found != (len(named or ()) if name == "reference" else named is not None):
-                what = "an init image" if name == "init_image" else f"a {name} picture"
+            if found != (len(named) if isinstance(named, tuple) else named is not None):
+                what = {"init_image": "an init image", "controlnet": "a ControlNet"}.get(name, f"a {name} picture")
                 raise UsageError(f"{what} goes with a request that names one, and the other way round")
+        for use, one in zip(request.controlnet or (), self.controlnets, strict=True):
+            if use.net_sha256 != one.net.sha256:
+                raise UsageError(f"{one.net.path} is another ControlNet than the request's, by its SHA-256")
+
+    def on_canvas(self, request: GenerationRequest) -> "tuple[Given, Canvas | None]":
+        """The pictures as they are drawn by, and the canvas where a part of one is painted: all show that part."""
+        if not request.paints or self.image is None:
+            return self, None
+        canvas = Canvas.of(request, self.image, self.mask)
+        control = None if self.control is None else canvas.part_of(self.control)
+        nets = tuple(one._replace(image=canvas.part_of(one.image)) for one in self.controlnets)
+        return self._replace(image=canvas.image, mask=canvas.mask, control=control, controlnets=nets), canvas
+
+    def maps(self, request: GenerationRequest) -> Iterator[tuple[str, Image.Image]]:
+        """Photographs of which maps are made, each with the map's name."""
+        uses = zip(request.controlnet or (), self.controlnets, strict=True)
+        pairs = [(request.control, self.control), *((use, one.image) for use, one in uses)]
+        yield from ((record.map, image) for record, image in pairs if record and record.map and image)
 
 
 NOTHING = Given()
@@ -63,30 +95,55 @@ def open_given(
     mask: Picture | None = None,
     control: Picture | tuple[str, Picture] | None = None,
     reference: Picture | Sequence[Any] | None = None,
+    controlnet: Sequence[Sequence[Any]] | None = None,
+    variant: Variant | None = None,
 ) -> tuple[Given, dict[str, Any]]:
     """Pictures and their records, by a request's fields. FileError, UsageError.
 
     control: with the name of a map before it, as in `canny:photo.png` or a pair. reference: a picture, or several,
-    each of them alone or with its weight after it.
+    each of them alone or with its weight after it. controlnet: for each ControlNet (file, picture, scale, (start, end),
+    mode), of which three may be left out: `controlnets.Wanted`; the picture as `control`. variant: the model that these
+    are for; None: the default.
     """
     image, origin = open_source(init_image)
     drawn, masked = (None, None) if mask is None else open_mask(mask, image)
     made, file = _map_and_file(control)
     seen, source = open_source(file)
     others = [(*open_source(one), weight) for one, weight in _weighted(reference)]
+    nets = [_followed(Wanted.of(one), variant or get_variant(DEFAULT)) for one in controlnet or ()]
     records = {
         "init_image": origin,
         "mask": masked,
         "control": None if source is None else Control(**dict(source), map=made),
         "reference": tuple(Reference(**dict(record or ()), weight=weight) for _, record, weight in others) or None,
+        "controlnet": tuple(use for _, use in nets) or None,
     }
-    pictures = Given(image, drawn, seen, tuple(one for one, _, _ in others if one is not None))
+    references = tuple(one for one, _, _ in others if one is not None)
+    pictures = Given(image, drawn, seen, references, tuple(one for one, _ in nets))
     return pictures, {key: value for key, value in records.items() if value is not None}
 
 
-def pop_given(fields: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
-    """Remove the flags that name pictures, and open these. As `open_given`."""
-    return open_given(**{name: fields.pop(name, None) for name in PICTURE_FILES})
+def pop_given(
+    fields: dict[str, Any], variant: Variant | None = None, old: GenerationRequest | None = None
+) -> tuple[Given, dict[str, Any]]:
+    """Remove the flags that name pictures, and open these. As `open_given`.
+
+    old: the request of a picture that is repeated; its ControlNets' settings hold where none are typed.
+    """
+    files = {name: fields.pop(name, None) for name in PICTURE_FILES}
+    typed, before = files.pop("controlnet") or (), (old and old.controlnet) or ()
+    nets = [Wanted.typed(words, use) for words, use in zip_longest(typed, before[: len(typed)])]
+    return open_given(**files, controlnet=nets, variant=variant)
+
+
+def _followed(wanted: Wanted, variant: Variant) -> tuple[Followed, ControlNetUse]:
+    """A ControlNet with its picture, and the record of both."""
+    made, file = _map_and_file(wanted.control)
+    image, source = open_source(file)  # before a net is fetched
+    if image is None or source is None:
+        raise UsageError(f"the ControlNet {wanted.name} needs a picture to follow")
+    net, record = wanted.found(made, variant.params)
+    return Followed(net, image), ControlNetUse(**dict(source), map=made, **record)
 
 
 def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, Picture | None]:
@@ -94,8 +151,7 @@ def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, P
         return control
     if isinstance(control, str):
         name, colon, file = control.partition(":")
-        if colon and name in MAPS:
-            return name, file
+        return (name, expand_home(file)) if colon and name in MAPS else ("", expand_home(control))
     return "", control
 
 
@@ -158,8 +214,11 @@ def size_notes(request: GenerationRequest, given: Given) -> Iterator[str]:
         else:
             line = _scaled_note(_extended_size(given.image, request.pad), size)
         yield from filter(None, [line])
-    if variant.takes.control and given.control and (line := _stretch_note("the control picture", given.control, size)):
+    whole = size if request.mask_padding is None or not given.image else _extended_size(given.image, request.pad)
+    if variant.takes.control and given.control and (line := _stretch_note("the control picture", given.control, whole)):
         yield line
+    for _, image in given.controlnets:
+        yield from filter(None, [_stretch_note("the ControlNet's picture", image, whole)])
     for one in given.references if variant.takes.references else ():
         seen = nearest_size(one.size, variant) if variant.takes.sizes else size
         yield from filter(None, [_stretch_note("the reference", one, seen)])

@@ -88,6 +88,12 @@ class Canvas(NamedTuple):
         drawn, masked = (_to_16(_cut(x, box, size), request) for x in (image, mask))
         return cls(drawn, masked, image, mask, box)
 
+    def part_of(self, picture: Image.Image) -> Image.Image:
+        """What is drawn, of another picture of the whole; all of it, as it is, where the whole is drawn."""
+        if self.box == (0, 0, *self.whole.size):
+            return picture
+        return picture.resize(self.whole.size, Image.Resampling.LANCZOS).crop(self.box)
+
     def finished(self, drawn: Image.Image) -> Image.Image:
         """The whole picture with what was drawn, where the mask is not black."""
         left, top, right, bottom = self.box

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
 from ..request.generation import PATCH
@@ -19,7 +19,8 @@ from ..sampling import FlowInputs, SampledRun, SeesLatents
 class Condition(Protocol):
     """A further condition of a picture. Both methods are called before a sampling.
 
-    One that adds tokens to the sequence says how many in `extra_tokens`, for which memory is planned.
+    One that adds tokens to the sequence says how many in `extra_tokens`, and one with a network of its own has it as
+    `net`: memory is planned for both.
     """
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
@@ -35,6 +36,12 @@ def planned_size(size: tuple[int, int], conditions: Sequence[Condition]) -> tupl
     """Width and height of a picture with as many tokens as one of `size` and all conditions have."""
     extra = sum(getattr(condition, "extra_tokens", 0) for condition in conditions)
     return size[0], size[1] + PATCH * math.ceil(extra * PATCH / size[0])
+
+
+def bytes_beside(conditions: Sequence[Condition]) -> int:
+    """Bytes of the networks that conditions bring along (`net`), each counted once."""
+    nets = {net for condition in conditions if isinstance(net := getattr(condition, "net", None), nn.Module)}
+    return sum(p.nbytes for net in nets for p in net.parameters())
 
 
 def conditioned(

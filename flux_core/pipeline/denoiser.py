@@ -39,7 +39,8 @@ from ..sampling.inpaint import mask_tokens, repaint
 from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
-from .conditions import Condition, FlowInputs, conditioned, planned_size
+from .conditions import Condition, FlowInputs, bytes_beside, conditioned, planned_size
+from .controlnets import ControlNets
 from .family import Maps, conditions_of
 from .loras import Loras
 from .nonfinite import is_finite, step_error
@@ -59,6 +60,7 @@ class Denoiser:
         self.variant, self.prompts, self.codec, self.loras, self.dtype = variant, prompts, codec, loras, dtype
         self.placement = prompts.placement
         self.maps = Maps(self.placement.device)
+        self.controlnets = ControlNets(variant.params, codec, self.maps)
         self.redux: Redux | None = None
         """makes words of pictures, for models that take them"""
         self.one_batch = True
@@ -94,7 +96,7 @@ class Denoiser:
         positive: the prompts that conditions work for inside a forward, where there are negative ones, too.
         """
         model, placement = self.placement.components.flux, self.placement
-        placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None)
+        placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None, bytes_beside(conditions))
         seen = self.inputs(positive, guidance[: len(positive)], size) if conditions and positive is not None else None
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run, seen)
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
@@ -127,7 +129,8 @@ class Denoiser:
         those of the requests' plan. image: the number that these are told.
         """
         given = Given.of(source)
-        conditions = (*conditions_of(requests[0], given, self.codec, self.maps, self.redux), *conditions)
+        own = conditions_of(requests[0], given, self.codec, self.maps, self.redux)
+        conditions = (*own, *self.controlnets.conditions(requests[0], given), *conditions)
         sample = partial(self._sample, requests, given, on_step, functions, conditions, image)
         try:
             return sample(self.one_batch)

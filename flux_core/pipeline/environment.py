@@ -53,5 +53,6 @@ def is_replayed(placement: Placement, request: GenerationRequest, branched: bool
     return (
         placement.is_fixed
         and not _hooked(request.hooks)
+        and not request.controlnet
         and is_worth_it(placement.components.flux, placement.device, tokens, request.num_forward_steps, branched)
     )

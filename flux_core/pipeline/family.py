@@ -5,6 +5,7 @@
 A condition is rounded to bf16, as in the official code (black-forest-labs/flux `src/flux/sampling.py`).
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -105,25 +106,37 @@ def behind(latents: Sequence[Tensor]) -> Behind:
     return Behind(*(torch.cat([part[name] for part in parts], dim=1) for name in ("img_cond_seq", "img_cond_seq_ids")))
 
 
+MAPS_KEPT = 4
+"""those of a picture with several ControlNets"""
+
+
 class Maps:
-    """Makes maps of control pictures. The last is kept, and no network."""
+    """Makes maps of control pictures. The last `MAPS_KEPT` are kept, and no network."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._last: tuple[Any, Tensor] | None = None
+        self._kept: dict[Any, Tensor] = {}
+        """the latest last"""
 
     def of(self, request: GenerationRequest, given: Given) -> Tensor:
-        """The map [1, 3, H, W] that a request's model sees; black is -1, white 1. Errors as in `vision.load_map`.
+        """The map [1, 3, H, W] that a request's model sees; black is -1, white 1. Errors as in `vision.load_map`."""
+        assert request.control is not None and given.control is not None
+        return self.made(request.control.map, given.control, request.padded_size)
+
+    def made(self, name: str, picture: Image.Image, size: tuple[int, int]) -> Tensor:
+        """A map, likewise, of a picture that is one itself where no name is given. size: width and height.
 
         The picture is stretched to what is drawn before, by Lanczos, as in the official code.
         """
-        assert request.control is not None and given.control is not None
-        key = request.control.sha256, request.control.map, request.padded_size
-        if self._last is None or self._last[0] != key:
-            image = given.control.resize(request.padded_size, Image.Resampling.LANCZOS)
-            make = load_map(request.control.map, self.device) if request.control.map else pixels_of
-            self._last = key, make(image)
-        return self._last[1]
+        image = picture.resize(size, Image.Resampling.LANCZOS)
+        key = name, size, hashlib.sha256(image.tobytes()).digest()
+        map = self._kept.pop(key, None)
+        if map is None:
+            map = (load_map(name, self.device) if name else pixels_of)(image)
+        self._kept[key] = map
+        for old in list(self._kept)[:-MAPS_KEPT]:
+            del self._kept[old]
+        return map
 
 
 # From pictures ----------------------------------------------------------------------------------------

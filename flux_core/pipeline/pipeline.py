@@ -20,7 +20,7 @@ from ..device.oom import CPU, OomFallback
 from ..errors import UsageError
 from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import listed
-from ..images.given import Given, Picture, natural_size, open_given, size_notes
+from ..images.given import NOTHING, Given, Picture, natural_size, open_given, size_notes
 from ..images.masks import Canvas
 from ..images.metadata import describe
 from ..images.pictures import crop_centre
@@ -113,6 +113,7 @@ class Pipeline(ByHand):
         mask: Picture | None = None,
         control: Picture | None = None,
         reference: Picture | Sequence[Any] | None = None,
+        controlnet: Sequence[Sequence[Any]] | None = None,
         on_step: OnStep | None = None,
         plan: Intervention | Sequence[Intervention] | None = None,
         **fields: Any,
@@ -122,11 +123,12 @@ class Pipeline(ByHand):
         Each image carries its own request: `image.info["flux_core"]` (JSON) and `image.info["parameters"]`.
         Notes for the user (a size that is cropped, a prompt that is too long) are Python warnings.
         `plan`: interventions of `flux_core.hooks`, after those of the request. What has a JSON form becomes part of it.
-        `init_image`, `mask`, `control`, `reference`: files or pictures, as in `images.given.open_given`.
+        `init_image`, `mask`, `control`, `reference`: files or pictures, and `controlnet`, with files of ControlNets:
+        `[("union.safetensors", "canny:photo.png", 0.7, (0, 0.8), "canny")]`; all as in `images.given.open_given`.
         """
         plan = listed(plan)
         functions = [entry for entry in plan if entry.is_code]
-        pictures, records = open_given(init_image, mask, control, reference)
+        pictures, records = open_given(init_image, mask, control, reference, controlnet, self.variant)
         given = dict(prompt) if isinstance(prompt, GenerationRequest) else {"prompt": prompt}
         fields |= {"seed": seed, "functions": (), **records}
         fields["plan"] = [*given.get("plan", ()), *(entry for entry in plan if not entry.is_code)]
@@ -222,11 +224,9 @@ class Pipeline(ByHand):
         `at.image`.
         """
         request = self.complete(request, functions)
-        given, canvas = Given.of(source), None
+        given = Given.of(source)
         given.check(request)
-        if request.paints and given.image is not None:
-            canvas = Canvas.of(request, given.image, given.mask)
-            given = given._replace(image=canvas.image, mask=canvas.mask)
+        given, canvas = given.on_canvas(request)
         what = f"drawing {request.width}x{request.height} pixels"
 
         def work() -> Tensor:
@@ -247,6 +247,7 @@ class Pipeline(ByHand):
             raise UsageError("rows of one batch differ in prompt and seed alone")
         if first.init_image is not None:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
+        NOTHING.check(first)
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
         own = self.loras.own_entries()
         rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")

@@ -41,6 +41,10 @@ MAPS: dict[str, str] = {
     "depth": "the nearer the brighter, by Depth Anything",
 }
 """maps that models of edges and depth follow, and what they are"""
+MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low_quality")
+"""what a union of ControlNets calls its kinds of conditions, by their numbers: InstantX's, which Shakker's has, too"""
+MOST_CONTROL = 100
+"""the largest scale of a ControlNet, of either sign"""
 NUDGE = 1.15
 """factor for a photograph's latent before its inversion (Stable Flow's released code)"""
 PERCENTILE = 99.5
@@ -191,6 +195,17 @@ GIVEN = (
         str,
         "map of edges or depth that the picture follows: canny:photo.png or depth:photo.png makes one, map.png is one",
         metavar="MAP",
+        path=True,
+    ),
+    Field(
+        "controlnet",
+        str,
+        "a ControlNet (a file, a folder or a hub id), what the picture follows as for --control, and how closely, as "
+        "in union.safetensors canny:photo.png 0.7, or 0.7@0-0.8 for a part of the steps; a union's mode may "
+        f"follow ({', '.join(MODES[:5])}, …); may be repeated",
+        multiple=True,
+        repeated=True,
+        metavar="FILE MAP",
         path=True,
     ),
     Field(

@@ -26,7 +26,7 @@ from ..strength import highest_strength, skipped_steps
 from ..terminal import one_line
 from ..variants import VARIANTS, Variant, get_variant
 from ..version import __version__
-from .fields import DTYPES, FIELDS, FIT, MAX_SEED, STRENGTH, CfgSchedule, Dtype, Fit
+from .fields import DTYPES, FIELDS, FIT, MAX_SEED, MODES, MOST_CONTROL, STRENGTH, CfgSchedule, Dtype, Fit
 
 PATCH = 16
 """pixels that one image token covers along each side"""
@@ -97,6 +97,27 @@ class Control(InitImage):
     """what was made of it, of `images.maps.MAPS`; empty: it is a map itself"""
 
 
+class ControlNetUse(Control):
+    """The record of a ControlNet, and of the control picture that is followed by it."""
+
+    net: Annotated[str, AfterValidator(_no_folder)]
+    """its file's name, without a folder"""
+    net_sha256: str
+    scale: Annotated[float, pydantic.Field(ge=-MOST_CONTROL, le=MOST_CONTROL, allow_inf_nan=False)] = 1.0
+    start: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    """a step is steered if all of it lies between these fractions of the steps"""
+    mode: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """the kind of condition, for a union"""
+
+    def settings(self) -> str:
+        """For people: by which file, how closely, in which steps, along what."""
+        steps = "" if (self.start, self.end) == (0, 1) else f"@{self.start:g}-{self.end:g}"
+        mode = "" if self.mode is None else f" ({dict(enumerate(MODES)).get(self.mode, f'mode {self.mode}')})"
+        seen = f"{self.map} of {one_line(self.file)}" if self.map else one_line(self.file)
+        return f"ControlNet {one_line(self.net)} {self.scale:g}{steps}{mode} along {seen}"
+
+
 class Reference(InitImage):
     """The record of a reference."""
 
@@ -148,6 +169,8 @@ class GenerationRequest(BaseModel):
     pad: Annotated[tuple[int, int, int, int] | None, BeforeValidator(read_pad)] = None
     """pixels by which the init image is extended: left, top, right, bottom"""
     control: Control | None = None
+    controlnet: tuple[ControlNetUse, ...] | None = None
+    """None: none. Residuals of several are added up"""
     reference: tuple[Reference, ...] | None = None
     strength: float | None = _of("strength", _strength)
     """None: no init image"""
@@ -330,6 +353,7 @@ class GenerationRequest(BaseModel):
         parts += ["extended by {},{},{},{} pixels".format(*self.pad)] if self.pad else []
         if self.control is not None:
             parts.append(f"along {self.control.map or 'the map'} of {one_line(self.control.file)}")
+        parts += [one.settings() for one in self.controlnet or ()]
         for one in self.reference or ():
             parts.append(f"with {one_line(one.file)}" + (f" at {one.weight:g}" if one.weight != 1 else ""))
         return ", ".join(parts)
