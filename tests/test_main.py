@@ -53,7 +53,8 @@ def test_it_draws(capsys):
 def test_every_flag_takes_dashes_and_underscores(field):
     spellings = [field.flag, field.flag.replace("-", "_").replace("__", "--"), *field.flags]
     for flag in spellings:
-        expected = {field.name: ["7"] if field.multiple else "7"}
+        words = ["7"] if field.multiple else "7"
+        expected = {field.name: [words] if field.repeated else words}
         assert parse([flag, "7"])[1] == expected, flag
         if flag.startswith("--"):
             assert parse([f"{flag}=7"])[1] == expected
