@@ -343,6 +343,7 @@ VARIANTS: dict[str, Variant] = {
             _MINI,
             name="flux-mini-canny",
             base="flux-mini",
+            guidance=2.0,
             takes=Takes(channels=("control",), map="canny"),
             adapter=Adapter("", "flux-mini-canny.safetensors", ()),
         ),

@@ -10,6 +10,7 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import UsageError
 from ..files import prepare_folder
+from ..images.given import natural_size, pop_given
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
@@ -57,7 +58,10 @@ def edit(
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
     plan = given_plan(fields)
     fields["plan"] = (*checked_plan(plan, variant), *entries_of(fields, variant))
+    pictures, records = pop_given(fields, variant)
+    fields |= {**records, **natural_size(fields, pictures, variant)}
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
+    pictures.check(request)
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
     unused = ["--fit does nothing without --image"] if photo is None and fit else []
@@ -76,6 +80,7 @@ def edit(
 
     set_threads(num_threads)
     pipeline = load_pipeline(variant, device, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
+    pipeline.given = pictures
     job = Editing(pipeline, request, edit, blocks, guidance, origin, fitting)
     tell(f"{job.request.settings()}, seed {request.seed}, {len(blocks)} blocks shared, on {pipeline.device}")
     pipeline.encode_ahead([request.model_copy(update={"prompt": prompt}) for prompt in (source, *edit)], last=True)

@@ -21,10 +21,11 @@ from ..errors import FluxError, UsageError
 from ..files import prepare_folder, write_whole
 from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import Plan
+from ..images.given import NOTHING, Given, check_same, natural_size, pop_given
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
-from ..request.fields import FILES, LOADING, MEMORY, THREADS, pop_fields
+from ..request.fields import FILES, LOADING, MEMORY, PICTURE_FILES, THREADS, pop_fields
 from ..request.plans import given_plan, load_again
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
@@ -50,6 +51,7 @@ WITH_RESUME = {
     "lora",
     "plan",
     "hook",
+    *PICTURE_FILES,
     *(field.name for field in (*FILES, *MEMORY, *LOADING, THREADS)),
 }
 """flags that a manifest does not hold: the machine's, and paths, because no file may make us open others"""
@@ -71,6 +73,12 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     )
     threads = THREADS.parse(flags.pop("threads", None))
     began = read_manifest(Path(resume)) if resume else None
+    name = began.request["name"] if began else flags.get("name")
+    pictures, records = pop_given(flags, variant := with_files(name, **files))
+    if began is not None:
+        check_same(began.request_of(next(iter(began.places))), records)
+    else:
+        flags |= {**records, **natural_size(flags, pictures, variant)}
     plan = given_plan(flags) if began is None else load_again(flags, began.hooks, "the session")
     beside = tuple(entry for entry in plan if not (entry.portable or isinstance(entry, Lora)))
     if began is not None and began.beside != _labels(beside):
@@ -92,7 +100,8 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
             folder = Path(resume) if resume else Path(parent, name)
             exploration = wait_for_manifest(folder)
         session, stop = Session(folder, exploration), stack.enter_context(Stop().listening())
-        work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None, beside)
+        pictures.check(exploration.request_of(next(iter(exploration.places))))
+        work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None, beside, pictures)
         try:
             set_threads(threads)
             work.run(with_files(exploration.request["name"], **files), device, memory)
@@ -174,6 +183,8 @@ class Work:
     steps_folder: Path | None
     beside: tuple[Intervention, ...] = ()
     """entries of the plan that read or write files, which no manifest holds"""
+    given: Given = NOTHING
+    """pictures that all of the session's are drawn with"""
 
     def run(self, variant: Variant, device: str, memory: dict[str, Any]) -> None:
         """Draw pictures until none is missing, or none is free for this process."""
@@ -278,7 +289,7 @@ class Work:
                 stepwise(step)
 
         number = self.session.numbers[point]
-        image = pipeline.draw(request, None, on_step, self.beside, (), number)
+        image = pipeline.draw(request, self.given, on_step, self.beside, (), number)
         if stepwise is not None:
             stepwise.save_sheet()
         recorded = image.info[KEY] if exploration.metadata else None

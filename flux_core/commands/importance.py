@@ -20,6 +20,7 @@ from ..device.threads import set_threads
 from ..errors import DiskError, UsageError
 from ..files import prepare_folder, write_whole
 from ..hub.places import SCORER
+from ..images.given import natural_size, pop_given
 from ..methods.importance import (
     REFERENCE,
     Study,
@@ -85,9 +86,12 @@ def importance(
     variant = with_files(name, **pop_fields(fields, FILES))
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     given = given_plan(fields)
+    pictures, records = pop_given(fields, variant)
+    fields |= {**records, **natural_size(fields, pictures, variant)}
     fields |= {"seed": 0, "plan": (*checked_plan(given, variant), *entries_of(fields, variant))}
     fields.setdefault("num_steps", _FIELDS["num_steps"].default)
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
+    pictures.check(request)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
@@ -110,6 +114,7 @@ def importance(
     place = pick_device(own_gpu(device))
     dino = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, pool)
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
+    pipeline.given = pictures
     groups = study.groups(batch_size or _default_batch(place.type, request))
     study.check_settings(pipeline.complete(request))
     todo = {task.number: task for group in groups for task in study.missing(group)}

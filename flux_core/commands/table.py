@@ -14,7 +14,6 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
-    GIVEN,
     LOADING,
     LORAS,
     MACHINE,
@@ -40,6 +39,8 @@ def of_request(*names: str) -> tuple[Field, ...]:
 
 
 FILE = Field("file", str, "", path=True)
+SEEN = ("control", "reference", "controlnet")
+"""fields of pictures that a model sees, whatever it starts from"""
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),
     Field(
@@ -71,7 +72,7 @@ _GIVEN_AGAIN = (
     replace(PLAN[0], help="the Python or JSON file of a plan, where a function of your own is needed again"),
     replace(PLAN[2], help="the Python file of a function of your own, likewise", metavar="FILE.py"),
 )
-_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed", *(field.name for field in GIVEN))
+_AXES = ("name", "prompt", "num_steps", "guidance", "num_images", "seed")
 EXPLORE = (
     NAME,
     *FILES,
@@ -160,7 +161,7 @@ EDIT = (
         default="exact",
         metavar="NAME",
     ),
-    *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force"),
+    *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force", *SEEN),
     *LORAS,
     *PLAN,
     Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
@@ -180,7 +181,7 @@ IMPORTANCE = (
     Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
     Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
-    *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force"),
+    *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force", *SEEN),
     *LORAS,
     *PLAN,
     Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),

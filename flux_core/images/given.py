@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import UsageError
 from ..files import expand_home
 from ..lora.known import Known
-from ..request.fields import FIT, MAPS, PICTURE_FILES
+from ..request.fields import FIELDS, FIT, MAPS, PICTURE_FILES
 from ..request.generation import Control, ControlNetUse, GenerationRequest, Reference, read_pad
 from ..variants import DEFAULT, Variant, get_variant
 from .controlnets import Wanted
@@ -121,6 +121,19 @@ def open_given(
     references = tuple(one for one, _, _ in others if one is not None)
     pictures = Given(image, drawn, seen, references, tuple(one for one, _ in nets))
     return pictures, {key: value for key, value in records.items() if value is not None}
+
+
+def check_same(request: GenerationRequest, records: Mapping[str, Any]) -> None:
+    """UsageError where a request names other pictures than these: it is to be gone on with."""
+    for name in PICTURE_FILES:
+        before, now = (_hashes(found) for found in (getattr(request, name), records.get(name)))
+        if before != now:
+            said = "another file was given with" if now and before else "it was begun with" if before else "it had no"
+            raise UsageError(f"{said} {FIELDS[name].flag}. Next: give the same pictures as before")
+
+
+def _hashes(records: Any) -> list[str]:
+    return [one.sha256 for one in (records if isinstance(records, tuple) else (records,) if records else ())]
 
 
 def pop_given(

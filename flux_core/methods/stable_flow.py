@@ -46,6 +46,7 @@ class Editing:
         origin: the photograph as recorded in the pictures' metadata. fit: how it gets their shape (`fields.FITS`).
         UsageError.
         """
+        pipeline.given.check(request)
         if not edits:
             raise UsageError("nothing to edit. Next: describe at least one edit with --edit")
         if request.uses_true_cfg:
@@ -99,8 +100,8 @@ class Editing:
     def _velocity(self, prompts: Sequence[str], guidance: Sequence[float]) -> Callable[[HookRun | None], Velocity]:
         """The velocity as a function of the hooks, with the request's LoRAs."""
         adapt = self.pipeline.loras.prepare(self.request.loras, self.sigmas)
-        of = self.pipeline.denoiser.velocity
-        return lambda run: of(prompts, guidance, self.size, run, sigmas=self.sigmas[:-1], adapt=adapt)
+        of, seen = self.pipeline.denoiser.velocity, self.pipeline.denoiser.seen(self.request, self.pipeline.given)
+        return lambda run: of(prompts, guidance, self.size, run, self.sigmas[:-1], seen, adapt)
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         prompts = [self.request.prompt, *self.edits]

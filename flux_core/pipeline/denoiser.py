@@ -79,6 +79,11 @@ class Denoiser:
             guidance=torch.tensor(guidance, device=device, dtype=self.dtype),
         )
 
+    def seen(self, request: GenerationRequest, given: Given) -> tuple[Condition, ...]:
+        """What the model of a request sees besides its prompt, of pictures as large as they are drawn."""
+        own = conditions_of(request, given, self.codec, self.maps, self.redux)
+        return *own, *self.controlnets.conditions(request, given)
+
     def velocity(
         self,
         prompts: Sequence[Prompt],
@@ -129,8 +134,7 @@ class Denoiser:
         those of the requests' plan. image: the number that these are told.
         """
         given = Given.of(source)
-        own = conditions_of(requests[0], given, self.codec, self.maps, self.redux)
-        conditions = (*own, *self.controlnets.conditions(requests[0], given), *conditions)
+        conditions = (*self.seen(requests[0], given), *conditions)
         sample = partial(self._sample, requests, given, on_step, functions, conditions, image)
         try:
             return sample(self.one_batch)

@@ -72,6 +72,8 @@ class Pipeline(ByHand):
         """the precision as requests name it; `dtype` is that of everything but Linears in few bits"""
         self.t5_precision: str | None = getattr(components.t5, "precision", None)
         """T5's, likewise; None for a T5 that is not ours"""
+        self.given = NOTHING
+        """pictures of requests that are drawn without any of their own: a study's or an exploration's"""
         self.tiny: TinyDecoder | None = None
         """decodes previews, where somebody has one (`checkpoint/tiny.py`)"""
         self.fallback, self.compiled = OomFallback(device, offload, vae_tiling), compile
@@ -224,7 +226,7 @@ class Pipeline(ByHand):
         `at.image`.
         """
         request = self.complete(request, functions)
-        given = Given.of(source)
+        given = self.given if source is None else Given.of(source)
         given.check(request)
         given, canvas = given.on_canvas(request)
         what = f"drawing {request.width}x{request.height} pixels"
@@ -247,10 +249,10 @@ class Pipeline(ByHand):
             raise UsageError("rows of one batch differ in prompt and seed alone")
         if first.init_image is not None:
             raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
-        NOTHING.check(first)
+        self.given.check(first)
         what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
         own = self.loras.own_entries()
-        rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests), "offload")
+        rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests, self.given), "offload")
         return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]
 
     @torch.no_grad()
