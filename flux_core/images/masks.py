@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ..errors import UsageError
 from ..request.fields import FIT
 from ..request.generation import GenerationRequest, InitImage
-from .pictures import as_rgb, fitted, open_recorded
+from .pictures import fitted, layers, open_recorded
 
 BLUR, FADES = 6, 0.02
 """pixels around which a step of tone is measured, and the share of kept pixels there below which it is not mended"""
@@ -28,15 +28,24 @@ def open_mask(mask: str | Path | Image.Image, image: Image.Image | None) -> tupl
     """
     opened, record = (mask, _record(mask)) if isinstance(mask, Image.Image) else open_recorded(mask)
     name = record.file or "the mask"
-    opacity = opened.convert("RGBA").getchannel("A") if opened.has_transparency_data else None
-    seen_through = opacity is not None and opacity.getextrema() != (255, 255)
-    grey = ImageOps.invert(opacity) if opacity and seen_through else as_rgb(opened, name).convert("L")
+    grey = grey_mask(opened, name)
     if image is not None and grey.size != image.size:
         found, wanted = ("{}x{}".format(*x.size) for x in (grey, image))
         raise UsageError(f"{name} has {found} pixels, the picture {wanted}. Next: give a mask of the picture's size")
     if not grey.getbbox():
         raise UsageError(f"{name} is black everywhere: nothing would be painted. Next: make white what should be")
     return grey, record
+
+
+def grey_mask(mask: Image.Image, name: str = "the mask") -> Image.Image:
+    """A mask in mode L, upright: its brightness, or how transparent it is where that is not nowhere. FileError."""
+    rgb, opacity = layers(mask, name)
+    return rgb.convert("L") if opacity is None or is_opaque(opacity) else ImageOps.invert(opacity)
+
+
+def is_opaque(opacity: Image.Image) -> bool:
+    """Whether nothing is transparent, of an opacity as `pictures.layers` gives it."""
+    return opacity.getextrema() == (255, 255)
 
 
 def _record(mask: Image.Image) -> InitImage:

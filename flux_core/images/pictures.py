@@ -99,6 +99,19 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
 
     FileError when the pixels turn out to be damaged, or there are none.
     """
+    rgb, opacity = layers(image, name)
+    if opacity is not None:
+        rgb.putalpha(opacity)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info = {"xmp": image.info["xmp"]} if "xmp" in image.info else {}
+    return rgb
+
+
+def layers(image: Image.Image, name: str = "the picture") -> tuple[Image.Image, Image.Image | None]:
+    """A picture's colours as upright 8-bit sRGB, and its opacity in mode L; None where it has no transparency.
+
+    FileError as in `as_rgb`.
+    """
     if 0 in image.size:
         raise FileError(f"{name} has no pixels: give another")
     with _damage(name):
@@ -107,13 +120,9 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         if opacity is None and image.has_transparency_data:
             opacity = image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
         rgb = _to_srgb(_to_8_bits(image, name), image.info.get("icc_profile"), name)
-        if opacity is not None:
-            rgb.putalpha(opacity)
-            rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-        transpose = TRANSPOSES.get(_orientation(image))
-        rgb = rgb if transpose is None else rgb.transpose(transpose)
-    rgb.info = {"xmp": image.info["xmp"]} if "xmp" in image.info else {}
-    return rgb
+        if (transpose := TRANSPOSES.get(_orientation(image))) is not None:
+            rgb, opacity = rgb.transpose(transpose), opacity and opacity.transpose(transpose)
+    return rgb, opacity
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
