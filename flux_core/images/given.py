@@ -14,12 +14,12 @@ from PIL import Image
 from ..errors import UsageError
 from ..files import expand_home
 from ..lora.known import Known
-from ..request.fields import FIELDS, FIT, MAPS, PICTURE_FILES
-from ..request.generation import Control, ControlNetUse, GenerationRequest, Reference, read_pad
+from ..request.fields import FIELDS, FIT, MAPS, MOST_WEIGHT, PICTURE_FILES
+from ..request.generation import PATCH, Control, ControlNetUse, GenerationRequest, Reference, read_pad
 from ..variants import DEFAULT, Variant, get_variant
 from .controlnets import Wanted
 from .masks import Canvas, mask_note, open_mask
-from .pictures import fit_note, open_source
+from .pictures import MAX_PIXELS, fit_note, open_source
 
 Picture = str | Path | Image.Image
 """a file, or a picture"""
@@ -70,6 +70,11 @@ class Given(NamedTuple):
         for use, one in zip(request.controlnet or (), self.controlnets, strict=True):
             if use.net_sha256 != one.net.sha256:
                 raise UsageError(f"{one.net.path} is another ControlNet than the request's, by its SHA-256")
+        if request.pad and self.image is not None:
+            width, height = _extended_size(self.image, request.pad)
+            if width * height > MAX_PIXELS:
+                size = f"with --pad the picture has {width}x{height} pixels"
+                raise UsageError(f"{size}, at most {MAX_PIXELS:,} are drawn from. Next: fewer pixels")
 
     def on_canvas(self, request: GenerationRequest) -> "tuple[Given, Canvas | None]":
         """The pictures as they are drawn by, and the canvas where a part of one is painted: all show that part."""
@@ -170,16 +175,24 @@ def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, P
 
 def _weighted(reference: Any) -> list[tuple[Picture, float]]:
     """Each picture with its weight. UsageError."""
+    given = [] if reference is None else reference if isinstance(reference, list | tuple) else [reference]
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float):
+        given = [given]
     found = []
-    for one in [] if reference is None else reference if isinstance(reference, list | tuple) else [reference]:
+    for one in given:
         file, *rest = one if isinstance(one, list | tuple) else [one]
         if len(rest) > 1:
             raise UsageError(f"--reference takes a file and its weight, not {len(rest) + 1} words")
-        try:
-            found.append((file, float(rest[0]) if rest else 1.0))
-        except ValueError:
-            raise UsageError(f"the weight of --reference {file} must be a number, not {rest[0][:40]!a}") from None
+        found.append((file, _weight(rest[0], file) if rest else 1.0))
     return found
+
+
+def _weight(text: object, file: Picture) -> float:
+    with suppress(TypeError, ValueError):
+        if abs(weight := float(text)) <= MOST_WEIGHT:  # type: ignore[arg-type]
+            return weight
+    name, bounds = "" if isinstance(file, Image.Image) else f" {file}", f"from -{MOST_WEIGHT} to {MOST_WEIGHT}"
+    raise UsageError(f"the weight of --reference{name} must be a number {bounds}, not {str(text)[:40]!a}")
 
 
 def natural_size(fields: Mapping[str, Any], given: Given, variant: Variant) -> dict[str, Any]:
@@ -204,8 +217,8 @@ def natural_size(fields: Mapping[str, Any], given: Given, variant: Variant) -> d
 
 def of_ratio(ratio: float, area: int) -> tuple[int, int]:
     """Width and height, multiples of 16, of a ratio of sides and about an area in pixels."""
-    width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-    return 16 * (width // 16), 16 * (height // 16)
+    width, height = (round(side**0.5) // PATCH * PATCH for side in (area * ratio, area / ratio))
+    return max(width, PATCH), max(height, PATCH)
 
 
 def _extended_size(image: Image.Image, pad: object) -> tuple[int, int]:
@@ -225,7 +238,7 @@ def size_notes(request: GenerationRequest, given: Given) -> Iterator[str]:
         if not request.paints:
             line = fit_note(given.image, *size, request.fit or FIT)
         else:
-            line = _scaled_note(_extended_size(given.image, request.pad), size)
+            line = _scaled_note(_extended_size(given.image, request.pad), size, given.mask is not None)
         yield from filter(None, [line])
     whole = size if request.mask_padding is None or not given.image else _extended_size(given.image, request.pad)
     if variant.takes.control and given.control and (line := _stretch_note("the control picture", given.control, whole)):
@@ -237,11 +250,11 @@ def size_notes(request: GenerationRequest, given: Given) -> Iterator[str]:
         yield from filter(None, [_stretch_note("the reference", one, seen)])
 
 
-def _scaled_note(found: tuple[int, int], drawn: tuple[int, int]) -> str | None:
+def _scaled_note(found: tuple[int, int], drawn: tuple[int, int], masked: bool) -> str | None:
     if found == drawn:
         return None
-    sizes = "the picture of {}x{} pixels is drawn at {}x{}".format(*found, *drawn)
-    return f"{sizes}. --mask-padding 32 draws the masked part alone, and keeps the rest as it is"
+    advice = ". --mask-padding 32 draws the masked part alone, and keeps the rest as it is" if masked else ""
+    return "the picture of {}x{} pixels is drawn at {}x{}".format(*found, *drawn) + advice
 
 
 def _stretch_note(what: str, image: Image.Image, size: tuple[int, int]) -> str | None:

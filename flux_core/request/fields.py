@@ -45,6 +45,8 @@ MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low_quality")
 """what a union of ControlNets calls its kinds of conditions, by their numbers: InstantX's, which Shakker's has, too"""
 MOST_CONTROL = 100
 """the largest scale of a ControlNet, of either sign"""
+MOST_WEIGHT = 100
+"""of a reference, to either side of 0"""
 NUDGE = 1.15
 """factor for a photograph's latent before its inversion (Stable Flow's released code)"""
 PERCENTILE = 99.5

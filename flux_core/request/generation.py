@@ -26,7 +26,20 @@ from ..strength import highest_strength, skipped_steps
 from ..terminal import one_line
 from ..variants import VARIANTS, Variant, get_variant
 from ..version import __version__
-from .fields import DTYPES, FIELDS, FIT, MAX_SEED, MODES, MOST_CONTROL, STRENGTH, CfgSchedule, Dtype, Fit
+from .fields import (
+    DTYPES,
+    FIELDS,
+    FIT,
+    MAPS,
+    MAX_SEED,
+    MODES,
+    MOST_CONTROL,
+    MOST_WEIGHT,
+    STRENGTH,
+    CfgSchedule,
+    Dtype,
+    Fit,
+)
 
 PATCH = 16
 """pixels that one image token covers along each side"""
@@ -121,7 +134,7 @@ class ControlNetUse(Control):
 class Reference(InitImage):
     """The record of a reference."""
 
-    weight: Annotated[float, pydantic.Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, pydantic.Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT, allow_inf_nan=False)] = 1.0
 
 
 def read_pad(value: object) -> tuple[int, int, int, int] | None:
@@ -251,6 +264,10 @@ class GenerationRequest(BaseModel):
             if getattr(self, field) and not getattr(takes, takers):
                 names = ", ".join(x.name for x in VARIANTS.values() if getattr(x.takes, takers))
                 raise UsageError(f"{name} takes no --{field}. Next: leave it out, or --name with one of {names}")
+        if self.control and self.control.map not in ("", *MAPS):
+            raise UsageError(f"there is no map {self.control.map[:40]!a}: there are {', '.join(MAPS)}")
+        if not takes.words and any(one.weight != 1 for one in self.reference or ()):
+            raise UsageError(f"{name} changes a picture as a whole: a weight does nothing. Next: leave it out")
 
     def check_whole(self) -> None:
         """UsageError where a picture is missing without which the model does not draw."""
