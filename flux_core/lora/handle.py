@@ -22,7 +22,7 @@ from ..hooks.lora import LARGEST
 from ..linears.branch import BranchedLinear, Term, with_columns
 from ..linears.contract import dense
 from ..linears.frozen import Frozen
-from ..model import MODULATION, Flux
+from ..model import MODULATION, Flux, FluxParams
 from ..model.layers import RMSNorm
 from ..terminal import one_line
 from .delta import Delta
@@ -237,8 +237,13 @@ def attach(
     UsageError for a scale that is no number; then nothing has changed.
     """
     scale = checked_scale(scale)
-    file = read_lora(path, _state(model).params(model))
+    file = read_lora(path, own_params(model))
     return attach_file(file, {"transformer": model, **(text or {})}, scale, allow_partial, merge)
+
+
+def own_params(model: Flux) -> FluxParams:
+    """A transformer's sizes without its LoRAs, of which one for control makes the input wider."""
+    return _state(model).params(model)
 
 
 def attach_file(

@@ -18,7 +18,7 @@ from ..hooks import Lora
 from ..hooks.sites import match_blocks, split
 from ..lora import Handle, attach_file, attached, read_lora
 from ..lora.file import check_drawable
-from ..lora.handle import Networks, Scales, checked_scale
+from ..lora.handle import Networks, Scales, checked_scale, own_params
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
 from ..strength import step_of
 from ..terminal import note
@@ -59,7 +59,7 @@ class Loras:
         self._of_model = self._attach(file, scale, False, False, of_model=True)
 
     def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, of_model: bool = False) -> Handle:
-        params = self.components.flux.params
+        params = own_params(self.components.flux)
         file = read_lora(path, params)
         if not of_model:
             check_drawable(file, params)
@@ -89,7 +89,8 @@ class Loras:
 
     def branched(self, entries: Sequence[Lora]) -> bool:
         """Whether there will be branches beside layers when a request with these entries is drawn."""
-        return not all(x.merge for x in entries) or not all(handle.is_merged for handle in self.own)
+        beside = self._of_model is not None or not all(handle.is_merged for handle in self.own)
+        return beside or not all(x.merge for x in entries)
 
     def prepare(self, entries: Sequence[Lora], sigmas: Sequence[float]) -> "LoraSteps | None":
         """Attach what the entries of a request name, and nothing else beside `own`; returns what sets their scales.
