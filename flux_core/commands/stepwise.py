@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..images.given import NOTHING, Given
 from ..images.output import save_picture
 from ..images.pictures import grid
 from ..request.generation import GenerationRequest
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class Stepwise:
-    """A step callback for the single image of `request`. File names as in mflux."""
+    """A step callback for the single image of `request`, made from the pictures given. File names as in mflux."""
 
-    def __init__(self, pipeline: "Pipeline", request: GenerationRequest, folder: Path) -> None:
-        self.pipeline, self.request, self.folder = pipeline, request, folder
+    def __init__(self, pipeline: "Pipeline", request: GenerationRequest, folder: Path, given: Given = NOTHING) -> None:
+        self.pipeline, self.request, self.folder, self.given = pipeline, request, folder, given
         self.pictures: list[Image.Image] = []
 
     def __call__(self, step: "Step") -> None:
         if step.index < len(self.pictures):
             return  # drawn again after out of memory
-        picture = self.pipeline.picture(step.x, self.request)
+        picture = self.pipeline.picture(step.x, self.request, self.given)
         self.pictures.append(picture)
         self._save(picture, f"step{step.index + 1}of{self.request.num_forward_steps}")
 

@@ -256,11 +256,14 @@ class Pipeline(ByHand):
         return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]
 
     @torch.no_grad()
-    def picture(self, x: Tensor, request: GenerationRequest) -> Image.Image:
-        """The picture of a request, decoded from tokens [1, L, 64], with the request attached. UsageError for rows."""
+    def picture(self, x: Tensor, request: GenerationRequest, source: Image.Image | Given | None = None) -> Image.Image:
+        """The picture of a request, decoded from tokens [1, L, 64], with the request attached. UsageError for rows.
+
+        source: the request's pictures: what is painted in a part of one is put back into it.
+        """
         if x.shape[0] != 1:
             raise UsageError(f"a request is for one picture, and these are {x.shape[0]} rows. Next: pipeline.decode(x)")
-        return self._decoded(x, self.complete(request).recorded())
+        return self._decoded(x, self.complete(request).recorded(), Given.of(source).on_canvas(request)[1])
 
     def _decoded(self, x: Tensor, request: GenerationRequest, canvas: Canvas | None = None) -> Image.Image:
         image = crop_centre(self.codec.decode(x, *request.padded_size), request.width, request.height)

@@ -388,7 +388,7 @@ class GenerationRequest(BaseModel):
             yield f"{variant.name} is made for {variant.num_steps} steps; more than 8 rarely help"
         if not variant.params.guidance_embed and "guidance" in self.model_fields_set:
             yield f"{variant.name} takes no guidance: --guidance is ignored"
-        elif self.guidance is not None and self.guidance > 10:
+        elif self.guidance is not None and self.guidance > max(10, variant.guidance):
             yield f"guidance {self.guidance:g} is high: above 10 pictures look burnt"
 
     def _true_cfg_notes(self) -> Iterator[str]:

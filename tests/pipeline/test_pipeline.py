@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from no_float64 import NoFloat64
 from PIL import Image
 from tiny import tiny_pipeline
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_core.device.choice import available_devices, pick_device, pick_dtype
 from flux_core.errors import MemoryShortage, NonFiniteError, UsageError
@@ -151,16 +151,6 @@ def test_non_finite_numbers_give_no_picture(part, value):
     getattr(pipeline, owner).get_parameter(name).data[0] = value
     with pytest.raises(NonFiniteError, match="step 1" if owner == "model" else "decoded picture"):
         draw(pipeline)
-
-
-class NoFloat64(TorchDispatchMode):
-    """Fails where any operation makes a float64 tensor: MPS has none."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        leaves = out if isinstance(out, tuple | list) else (out,)
-        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in leaves), func
-        return out
 
 
 @pytest.mark.parametrize("fields", [{}, {"init_image": INIT}])

@@ -157,23 +157,27 @@ def test_a_picture_that_is_painted_in_has_an_effect_at_every_strength():
     assert request(**PAINTED).notes() == request(init_image=ROOM, pad="8,0,0,0").notes() == []
 
 
-def test_the_line_of_settings_names_the_pictures():
-    assert request(**PAINTED, pad="8,0,0,4").settings().endswith(
-        ", in room.png, painted where mask.png is white, extended by 8,0,0,4 pixels"
-    )  # fmt: skip
-    assert (
-        request(**PAINTED, strength=0.5)
-        .settings()
-        .endswith("in room.png at strength 0.5, painted where mask.png is white")
-    )  # noqa: E501
-    assert request(name="flux-dev-canny", control=EDGES).settings().endswith("along canny of photo.png")
-    plain = Control(file="m.png", sha256="")
-    assert request(name="flux-dev-canny", control=plain).settings().endswith("along the map of m.png")
-    assert (
-        request(name="flux-dev-redux", reference=[CUP, HALF_CUP])
-        .settings()
-        .endswith("with cup.png, with cup.png at 0.5")
-    )  # noqa: E501
+MAP = Control(file="map.png", sha256="")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("flux-mini", PAINTED, ", in room.png, painted where mask.png is white"),
+        ("flux-mini", {"init_image": ROOM, "pad": "8,0,0,4"}, ", in room.png, extended by 8,0,0,4 pixels"),
+        ("flux-mini", {**PAINTED, "strength": 0.5}, ", in room.png at strength 0.5, painted where mask.png is white"),
+        ("flux-dev-canny", {"control": EDGES}, ", along canny of photo.png"),
+        ("flux-dev-canny", {"control": MAP}, ", along the map of map.png"),
+        ("flux-dev-redux", {"reference": [CUP, HALF_CUP]}, ", with cup.png, with cup.png at 0.5"),
+    ],
+)
+def test_the_line_of_settings_names_the_pictures(name, fields, words):
+    assert request(name=name, **fields).settings().endswith(words)
+
+
+def test_no_models_own_guidance_is_called_high():
+    assert not any("burnt" in line for name in VARIANTS for line in request(name=name).notes())
+    assert any("burnt" in line for line in request(name="flux-dev-fill", guidance=31).notes())
 
 
 @pytest.mark.parametrize(("name", "fields"), REQUESTS)
