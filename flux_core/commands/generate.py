@@ -26,7 +26,7 @@ from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
-from ..request.generation import DRAWN_BY, GenerationRequest
+from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
 from ..request.loop import apply_command, read_typed_lines
 from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
@@ -71,10 +71,11 @@ def generate(
     old = read_request(from_image) if from_image else None
     variant = with_files(fields.get("name") or (old.name if old else None), **pop_fields(fields, FILES))
     pictures, records = pop_given(with_image(fields, image, variant), variant, old)
+    shaped = shape(fields, aspect_ratio, variant)
     if old is not None:
         fields = _recorded_fields(old, records) | fields
     fields |= {**records, "name": variant.name}
-    fields |= shape(fields, aspect_ratio, variant) or natural_size(fields, pictures, variant)
+    fields |= shaped or natural_size(fields, pictures, variant)
     fields["plan"] = _plan(old, given, fields, variant)
     lines = lines and [_with_loras(line, fields["plan"], variant) for line in lines]
     requests = build_requests(seed, fields, lines)
@@ -148,10 +149,10 @@ def shape(fields: dict[str, Any], aspect_ratio: str | None, variant: Variant) ->
         return {}
     if given := [name for name in ("width", "height") if fields.get(name) is not None]:
         raise UsageError(f"--aspect-ratio and --{given[0]} both say the shape: leave one out")
-    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", aspect_ratio)
-    if found is None or not int(found[1]) or not int(found[2]):
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect_ratio, re.ASCII)
+    if found is None or not float(found[1]) or not float(found[2]):
         raise UsageError(f"--aspect-ratio must be two numbers, as in 16:9, not {aspect_ratio[:40]!a}")
-    width, height = of_ratio(int(found[1]) / int(found[2]), variant.width * variant.height)
+    width, height = of_ratio(float(found[1]) / float(found[2]), variant.width * variant.height)
     return {"width": width, "height": height}
 
 
@@ -163,15 +164,25 @@ def _recorded_fields(old: GenerationRequest, records: dict[str, Any]) -> dict[st
         if len(before) > len(now) and name == "controlnet":
             raise UsageError(f"that picture followed {before[len(now)].settings()}: give both files with --controlnet")
         if len(before) > len(now):
-            raise UsageError(f"that picture was made from {before[len(now)].file!r}: give it with {FIELDS[name].flag}")
+            missing = before[len(now)]
+            raise UsageError(f"that picture was made from {missing.file!r}: give it with {_as_flag(name, missing)}")
         for one, other in zip(before, now, strict=False):
             if one.sha256 != other.sha256:
                 note(f"{other.file!r} is another picture than the {one.file!r} that was used")
+            elif name != "controlnet" and one != other.model_copy(update={"file": one.file}):
+                note(f"that picture was made with {one_line(_as_flag(name, one))}")
             if getattr(one, "net_sha256", None) != getattr(other, "net_sha256", None):
                 note(f"{other.net!r} is another ControlNet than the {one.net!r} that was used")
     if old.functions:
         note(f"interventions that the picture's file cannot hold are missing: {one_line('; '.join(old.functions))}")
     return old.model_dump(exclude={*DRAWN_BY, *PICTURE_FILES, "plan"})
+
+
+def _as_flag(name: str, record: InitImage) -> str:
+    """How a picture was given: `--control canny:photo.png`, `--reference cup.png 0.7`."""
+    made, weight = getattr(record, "map", ""), getattr(record, "weight", 1.0)
+    file = f"{made}:{record.file}" if made else record.file
+    return f"{FIELDS[name].flag} {file}" + (f" {weight:g}" if weight != 1 else "")
 
 
 def build_requests(
@@ -279,7 +290,7 @@ def _draw(
     number: int,
 ) -> Image.Image:
     """Draw a picture, with a progress bar on a terminal. number: among those of the command."""
-    stepwise = Stepwise(pipeline, request, steps_folder) if steps_folder else None
+    stepwise = Stepwise(pipeline, request, steps_folder, given) if steps_folder else None
     with tqdm(total=request.num_forward_steps, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
 
         def on_step(step: "Step") -> None:

@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import family_files
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import read
+from family_files import SIGLIP_TOKENS, control_lora, redux_adapter, small_model
 from no_float64 import NoFloat64
 from PIL import Image
 from random_lora import factors, write
-from random_model import random_weights, small_variant, write_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import CONTEXT, tiny_pipeline, tiny_variant
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flux_core import load_pipeline
 from flux_core.errors import FileError, UsageError
@@ -84,22 +83,6 @@ PICTURES = {
 # Tiny models ------------------------------------------------------------------------------------------
 
 
-def control_lora(params, rank=3, seed=5):
-    """Random tensors in the official layout: every Linear with a bias, norms, and `img_in` of 128 channels."""
-    draw, found = torch.Generator().manual_seed(seed), {}
-    with torch.device("meta"):
-        wide = Flux(replace(params, in_channels=128))
-    for name, x in wide.state_dict().items():
-        if name.endswith("norm.scale"):
-            found[name] = 1 + 0.3 * torch.randn(x.shape, generator=draw)
-        elif x.ndim == 2:
-            stem, r = name.removesuffix(".weight"), min(rank, *x.shape)
-            found[f"{stem}.lora_A.weight"] = torch.randn(r, x.shape[1], generator=draw) / x.shape[1] ** 0.5
-            found[f"{stem}.lora_B.weight"] = 0.5 * torch.randn(x.shape[0], r, generator=draw)
-            found[f"{stem}.lora_B.bias"] = 0.1 * torch.randn(x.shape[0], generator=draw)
-    return {name: x.contiguous() for name, x in found.items()}
-
-
 def official_control_model(base: Flux, lora: dict[str, torch.Tensor], scale: float) -> Flux:
     """The official rule, in the weights: y = W x + scale (B A x + b); zeros for the map in `img_in`; other norms."""
     state = {name: x.clone() for name, x in base.state_dict().items()}
@@ -119,22 +102,7 @@ def official_control_model(base: Flux, lora: dict[str, torch.Tensor], scale: flo
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
-    """A random SigLIP of 9 tokens in a folder, and an adapter to the width of the tiny T5 beside it."""
-    folder, told = tmp_path_factory.mktemp("siglip"), json.loads(read("family/redux").metadata["siglip"])
-    config = SiglipVisionConfig(**told)
-    random_weights(SiglipVisionModel(config), seed=4).save_pretrained(folder)
-    entries = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 42, "width": 42}, "resample": 3}
-    entries |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(entries))
-    return folder
-
-
-def redux_adapter(path, width: int):
-    draw = torch.Generator().manual_seed(6)
-    sizes = {"redux_up.weight": (30, 24), "redux_up.bias": (30,), "redux_down.weight": (width, 30),
-             "redux_down.bias": (width,)}  # fmt: skip
-    save_file({name: 0.5 * torch.randn(size, generator=draw) for name, size in sizes.items()}, path)
-    return path
+    return family_files.siglip(tmp_path_factory.mktemp("siglip"))
 
 
 def tiny_rows():
@@ -155,9 +123,7 @@ def pipeline_of(monkeypatch, tmp_path, siglip):
     def made(way: str, **settings):
         pipeline = tiny_pipeline(f"flux-dev-{way}", **settings)
         if way == "canny-lora":
-            path = tmp_path / "control.safetensors"
-            save_file(control_lora(pipeline.model.params), path)
-            pipeline.loras.become(path, 0.85)
+            pipeline.loras.become(control_lora(tmp_path / "control.safetensors", pipeline.model.params), 0.85)
         if way == "redux":
             adapter = redux_adapter(tmp_path / "redux.safetensors", CONTEXT)
             pipeline.denoiser.redux = load_redux(pipeline.variant, adapter, str(siglip))
@@ -376,7 +342,7 @@ def test_a_plan_works_beside_them(pipeline_of, way):
     tokens, words = WIDTH * HEIGHT // 256, 4
     behind = sum(w * h // 256 for w, h in ((32, 64), (48, 48))) if way == "kontext" else 0
     sizes = {key: {x.shape[1] for name, x in seen.items() if key in name} for key in ("img.in", "txt.in", "velocity")}
-    assert sizes == {"img.in": {tokens + behind}, "txt.in": {words + (18 if way == "redux" else 0)},
+    assert sizes == {"img.in": {tokens + behind}, "txt.in": {words + (2 * SIGLIP_TOKENS if way == "redux" else 0)},
                      "velocity": {tokens + behind}}  # fmt: skip
 
 
@@ -503,14 +469,12 @@ def test_without_its_pictures_nothing_is_drawn(pipeline_of, way):
 
 @pytest.fixture
 def of_files(monkeypatch, tmp_path):
-    """A function from a row's name to a small random model of it in files, and its row in the table."""
+    """A function from a row's name to a small model's files, and a place for its adapter; the row is in the table."""
 
-    def written(name: str, **changes) -> tuple[dict, Path]:
-        row = replace(small_variant(name), **changes)
+    def written(name: str, **changes) -> tuple[dict[str, Path], Path]:
+        row, files = small_model(tmp_path / name, name, **changes)
         monkeypatch.setitem(VARIANTS, name, row)
-        folder = write_model(tmp_path / name, row)
-        parts = {"model": folder / row.flow_file, "ae": folder / row.ae_file}
-        return parts | {"t5xxl": folder / "t5", "clip_l": folder / "clip"}, tmp_path / f"{name}.safetensors"
+        return files, tmp_path / f"{name}.safetensors"
 
     return written
 
@@ -519,7 +483,7 @@ def test_a_control_lora_comes_from_its_variable(of_files, monkeypatch):
     """The whole way: files, loader, real text encoders; and the hash of the adapter among the weights."""
     name = "flux-dev-depth-lora"
     files, path = of_files(name)
-    save_file(control_lora(VARIANTS[name].params), path)
+    control_lora(path, VARIANTS[name].params)
     monkeypatch.setenv("FLUX_DEV_DEPTH_LORA", str(path))
     pipeline = load_pipeline(name, "cpu", **files)
     x, image = drawn(pipeline, "", control=PHOTO)
