@@ -17,7 +17,7 @@ from ..request.generation import GenerationRequest
 from .forms import LORAS, request_of
 from .pictures import base64_of, encoded
 from .shelf import Shelf
-from .uploads import decoded, given_of
+from .uploads import decoded, given_of, is_transparent
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -53,12 +53,14 @@ def request_and_source(body: Mapping[str, Any], model: str, shelf: Shelf) -> tup
     }
     fields["num_images"] = _count(given, "n_iter") * _count(given, "batch_size")
     mask, inverted = given.pop("mask", None), bool(given.pop("inpainting_mask_invert", None))
-    masks = decoded(mask and [mask], "mask")
+    masks = decoded([mask] if mask else None, "mask")
     images = decoded(given.pop("init_images", None), "init_images")
+    if masks and is_transparent(masks[0]):
+        inverted = not inverted  # A1111 paints where such a mask is opaque
     source, records = given_of(model, images, masks[0] if masks else None, inverted)
     padding = given.pop("inpaint_full_res_padding", None)
     if masks and given.pop("inpaint_full_res", True):
-        fields["mask_padding"] = int(padding or 0)
+        fields["mask_padding"] = padding or 0
     if source.image is None:
         fields.pop("strength", None)  # of txt2img it is for a second pass, which is refused below
     else:
@@ -117,7 +119,7 @@ def answer_of(job: "Job", body: Mapping[str, Any], pictures: list[bytes]) -> dic
     }  # fmt: skip
     return {
         "images": [base64_of(data) for data in pictures],
-        "parameters": {key: x for key, x in body.items() if key != "init_images"},
+        "parameters": {key: x for key, x in body.items() if key not in ("init_images", "mask")},
         "info": json.dumps(info),
     }
 

@@ -209,7 +209,7 @@ def make_app(
     @app.post("/v1/images/edits", response_model=None)
     async def edits(request: Request) -> Any:
         body, images, mask = await form_of(request)
-        given = await asyncio.to_thread(given_of, model, images, transparent(mask))
+        given = await asyncio.to_thread(lambda: given_of(model, images, transparent(mask)))
         return await answer(request, body, "image_edit", *given)
 
     async def of_a1111(request: Request) -> dict[str, Any]:

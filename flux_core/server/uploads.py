@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 
 from ..errors import UsageError
 from ..images.given import Given, open_given
-from ..images.pictures import parse_picture
+from ..images.masks import grey_mask, is_opaque
+from ..images.pictures import layers, parse_picture
 from ..variants import get_variant
 
 UPLOADED = ("PNG", "JPEG", "WebP")
@@ -39,6 +40,8 @@ def given_of(
     pictures = [parse_picture(data, "the picture", UPLOADED) for data in images]
     if mask is not None and not pictures:
         raise UsageError("a mask needs a picture to paint in")
+    if mask is not None and (takes.pictures or takes.control):
+        raise UsageError(f"{model} does not start from its picture, and a mask does nothing. Next: leave it out")
     if len(pictures) > 1 and not takes.pictures:
         raise UsageError(f"{model} takes one picture, not {len(pictures)}")
     if not pictures:
@@ -51,12 +54,18 @@ def given_of(
 
 
 def _mask(data: bytes, inverted: bool) -> Image.Image:
-    image = parse_picture(data, "the mask", UPLOADED)
-    return ImageOps.invert(image.convert("L")) if inverted else image
+    grey = grey_mask(parse_picture(data, "the mask", UPLOADED))
+    return ImageOps.invert(grey) if inverted else grey
+
+
+def is_transparent(mask: bytes) -> bool:
+    """Whether something of a mask is transparent. FileError."""
+    _, opacity = layers(parse_picture(mask, "the mask", UPLOADED), "the mask")
+    return opacity is not None and not is_opaque(opacity)
 
 
 def transparent(mask: bytes | None) -> bytes | None:
-    """The mask, if it is what OpenAI's clients send: transparent where it is painted. UsageError."""
-    if mask is not None and not parse_picture(mask, "the mask", UPLOADED).has_transparency_data:
+    """The mask, if it is what OpenAI's clients send: transparent where it is painted. UsageError, FileError."""
+    if mask is not None and not is_transparent(mask):
         raise UsageError("the mask has no transparency: what is to be painted must be transparent in it")
     return mask
