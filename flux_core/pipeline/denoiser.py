@@ -104,6 +104,10 @@ class Denoiser:
         placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None, bytes_beside(conditions))
         seen = self.inputs(positive, guidance[: len(positive)], size) if conditions and positive is not None else None
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run, seen)
+        if self.variant.takes.channels and inputs.img_cond is None:
+            raise UsageError(
+                f"{self.variant.name} sees a picture beside what it draws. Next: pipeline.generate with it"
+            )
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 

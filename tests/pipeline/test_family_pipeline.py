@@ -464,6 +464,19 @@ def test_without_its_pictures_nothing_is_drawn(pipeline_of, way):
         pipeline.draw_rows([request, request.model_copy(update={"seed": 4})])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_velocity_by_hand_has_no_pictures(pipeline_of, way):
+    """What a model sees behind its tokens may be missing; what it sees beside them may not."""
+    pipeline = pipeline_of(way)
+    given = {"width": WIDTH, "height": HEIGHT}
+    x = pipeline.noise(SEED, **given)
+    if way in ("kontext", "redux"):
+        assert pipeline.velocity(PROMPT, **given)(x, 1.0).shape == x.shape
+    else:
+        with pytest.raises(UsageError, match=f"flux-dev-{way} sees a picture beside what it draws. Next: pipeline.gen"):
+            pipeline.velocity(PROMPT, **given)
+
+
 # From files ----------------------------------------------------------------------------------------------------
 
 

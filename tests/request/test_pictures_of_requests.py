@@ -44,6 +44,7 @@ def request(**fields) -> GenerationRequest:
         ({"pad": "8,8,8,8"}, "--pad does nothing without --init-image: give the picture to paint in"),
         ({"mask_padding": 8}, "--mask-padding does nothing without --mask: it draws the masked part alone"),
         ({"init_image": ROOM, "pad": "8,8,8,8", "mask_padding": 8}, "--mask-padding does nothing without --mask"),
+        ({"name": "flux-dev-canny", "control": EDGES, **PAINTED, "mask_padding": 8}, "--control is a map of the whole"),
         ({**PAINTED, "mask_padding": -1}, "--mask-padding must be a whole number from 0 to 4096, not -1"),
         ({**PAINTED, "mask_padding": "4097"}, "--mask-padding must be a whole number from 0 to 4096, not '4097'"),
         ({**PAINTED, "mask_padding": "wide"}, "--mask-padding must be a whole number from 0 to 4096, not 'wide'"),
