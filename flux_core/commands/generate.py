@@ -74,12 +74,15 @@ def generate(
     shaped = shape(fields, aspect_ratio, variant)
     if old is not None:
         fields = _recorded_fields(old, records) | fields
-    fields |= {**records, "name": variant.name}
-    fields |= shaped or natural_size(fields, pictures, variant)
+    fields |= {**records, **shaped, "name": variant.name}
     fields["plan"] = _plan(old, given, fields, variant)
-    lines = lines and [_with_loras(line, fields["plan"], variant) for line in lines]
+    if lines is None:
+        fields |= natural_size(fields, pictures, variant)
+    else:
+        lines = [_with_size(_with_loras(line, fields["plan"], variant), fields, pictures, variant) for line in lines]
     requests = build_requests(seed, fields, lines)
-    pictures.check(requests[0])
+    for request in requests:
+        pictures.check(request)
     num_threads = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None
@@ -129,6 +132,11 @@ def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
         raise type(error)(f"{line.where}: {error}") from None
     kept = tuple(entry for entry in plan if not isinstance(entry, Lora))
     return replace(line, fields=fields | {"plan": (*kept, *own)}) if own else line
+
+
+def _with_size(line: Line, fields: dict[str, Any], pictures: Given, variant: Variant) -> Line:
+    """A line of a file of prompts, with the size that the run's pictures ask for as the line takes them."""
+    return replace(line, fields=natural_size(fields | line.fields, pictures, variant) | line.fields)
 
 
 def with_image(fields: dict[str, Any], image: str | None, variant: Variant) -> dict[str, Any]:

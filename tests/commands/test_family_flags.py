@@ -129,15 +129,19 @@ def test_stepwise_pictures_keep_what_the_picture_keeps(mini):
     assert np.array_equal(last, pixels(DRAWN)) and np.array_equal(first[kept], np.asarray(LARGE)[kept])
 
 
-def test_lines_of_a_file_share_the_runs_pictures(mini, capsys):
-    lines = [{"prompt": "a fox", "strength": 0.5}, {"prompt": "a fox", "mask_padding": 4, "width": 128, "height": 128}]
-    Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+def test_lines_of_a_file_share_the_runs_pictures_each_as_it_takes_them(mini):
+    lines = [{"strength": 0.5}, {"mask_padding": 4}, {"pad": "16,0,0,0"}, {"width": 144, "height": 128}]
+    Path("lines.jsonl").write_text("\n".join(json.dumps({"prompt": "a fox", **line}) for line in lines))
     words = ["--prompt-file", "lines.jsonl", "--steps", "2", "--seed", "5", "--image", "room.png", "--mask", "mask.png"]
     assert main(words) == 0
-    first, second = (pixels(f"output/flux-mini_seed5{end}.png") for end in ("", "_1"))
-    kept = np.asarray(MASK) == 0
-    assert first.shape == second.shape == (128, 128, 3) and not np.array_equal(first, second)
-    assert np.array_equal(first[kept], np.asarray(ROOM)[kept]) and np.array_equal(second[kept], np.asarray(ROOM)[kept])
+    kept, room = np.asarray(MASK) == 0, np.asarray(ROOM)
+    drawn = [f"output/flux-mini_seed5{end}.png" for end in ("", "_1", "_2", "_3")]
+    for path, size, asked, left in zip(
+        drawn, [128, 128, 144, 144], [(128, 128), (256, 256), (144, 128), (144, 128)], [0, 0, 16, None], strict=True
+    ):
+        found, record = pixels(path), read_request(path)
+        assert found.shape == (128, size, 3) and (record.width, record.height) == asked
+        assert left is None or np.array_equal(found[:, left:][kept], room[kept])
 
 
 def test_prompts_that_are_typed_share_them_too(mini, monkeypatch):
