@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -227,6 +228,13 @@ def test_an_error_is_one_line_before_a_model_is_looked_for(words, code, finding,
     *notes, line = err.splitlines()
     assert out == "" and line.startswith("error: ") and finding in line and not any("error" in one for one in notes)
     assert not Path("output").exists()
+
+
+def test_edges_without_opencv_are_told_as_early(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr("flux_core.commands.generate.check_files", lambda _: 1 / 0)
+    assert main([*FAST, "--name", "flux-dev-canny", "--image", "photo.png"]) == 2
+    assert "the map canny needs OpenCV. Next: pip install opencv-python-headless" in capsys.readouterr().err
 
 
 # The family -------------------------------------------------------------------------------------------
