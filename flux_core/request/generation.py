@@ -53,6 +53,12 @@ def _random_seed(data: dict[str, Any]) -> int:
     return secrets.randbelow(MAX_SEED + 2 - data["num_images"])
 
 
+def _prompt(data: dict[str, Any]) -> str:
+    if get_variant(data["name"]).takes.words:
+        return ""
+    raise UsageError('--prompt is missing, as in --prompt "a red apple"')
+
+
 def _guidance(data: dict[str, Any]) -> float | None:
     variant = get_variant(data["name"])
     return variant.guidance if variant.params.guidance_embed else None
@@ -159,7 +165,8 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, AfterValidator(lambda name: get_variant(name).name)] = _of("name")
-    prompt: str = pydantic.Field(description=FIELDS["prompt"].help)
+    prompt: str = pydantic.Field(default_factory=_prompt, description=FIELDS["prompt"].help)
+    """may be empty, or missing, where the model takes pictures as words"""
     negative_prompt: str | None = _of("negative_prompt")
     """None: the empty prompt, with true CFG"""
     width: int = _of("width")
@@ -227,7 +234,7 @@ class GenerationRequest(BaseModel):
         return request
 
     def _check_prompt(self) -> None:
-        if not self.prompt.strip() and not self.allow_empty_prompt:
+        if not (self.prompt.strip() or self.allow_empty_prompt or self.variant.takes.words):
             raise UsageError("--prompt has no words: say what to draw, or add --allow-empty-prompt")
         for name in ("prompt", "negative_prompt"):
             try:
@@ -441,8 +448,6 @@ def _error_text(error: pydantic.ValidationError) -> str:
         return f"a request has no field {name[:60]!r}.{nearest(name, list(GenerationRequest.model_fields))}"
     if field is None or len(first["loc"]) > 1:
         return f"{field.flag if field else name}: {first['msg']}"
-    if first["type"] == "missing":
-        return f'{field.flag} is missing, as in {field.flag} "a red apple"'
     if first["type"] == "value_error":
         return f"{field.flag}: {first['msg'].removeprefix('Value error, ')}, not {quoted(first['input'])}"
     return f"{field.flag} must be {field.expected}, not {quoted(first['input'])}"

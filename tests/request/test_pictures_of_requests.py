@@ -122,6 +122,19 @@ def test_every_model_of_the_family_needs_a_picture_and_no_other_does():
             request(name=name).check_whole()
 
 
+@pytest.mark.parametrize("name", ["flux-dev-redux", "flux-schnell-redux"])
+def test_pictures_as_words_need_no_others(name):
+    """The official command has no prompt either."""
+    made = GenerationRequest(name=name, seed=1, reference=[CUP])
+    assert made.prompt == "" == GenerationRequest(name=name, prompt="", seed=1).prompt
+    assert GenerationRequest(**json.loads(made.model_dump_json(exclude_none=True))) == made
+    for other in ("flux-mini", "flux-dev-kontext"):
+        with pytest.raises(UsageError, match="--prompt is missing, as in --prompt"):
+            GenerationRequest(name=other)
+        with pytest.raises(UsageError, match="--prompt has no words"):
+            request(name=other, prompt=" ")
+
+
 # What follows ---------------------------------------------------------------------------------------------------
 
 
