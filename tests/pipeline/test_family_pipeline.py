@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from family_files import SIGLIP_TOKENS, control_lora, redux_adapter, small_model
+from golden_files import read
 from no_float64 import NoFloat64
 from PIL import Image
 from random_lora import factors, write
@@ -28,7 +29,7 @@ from flux_core.images.masks import Canvas
 from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
 from flux_core.lora import attach
-from flux_core.model import Flux
+from flux_core.model import Flux, FluxParams
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import (
     denoise,
@@ -271,6 +272,19 @@ def test_a_control_lora_is_the_official_model_of_it(pipeline_of, tmp_path):
     assert torch.allclose(drawn(pipeline, "canny-lora")[0], expected, atol=2e-5, rtol=0)
     weak = officially(pipeline, "canny-lora", official_control_model(plain.model, lora, 0.8))
     assert not torch.allclose(weak, expected, atol=2e-3)
+
+
+def test_a_control_lora_attached_is_the_official_wrapper(tmp_path):
+    """The golden file's base, LoRA and inputs."""
+    golden = read("family/control_lora")
+    told, inputs = json.loads(golden.metadata["denoise"]), golden.group("in.")
+    base = Flux(FluxParams(**json.loads(golden.metadata["base_params"])))
+    base.load_state_dict(golden.group("base."))
+    path = write(tmp_path / "control.safetensors", golden.group("lora."))
+    given = {name: x.float() for name, x in inputs.items() if name != "noise"}
+    with torch.no_grad(), attach(base.eval(), path, float(golden.metadata["scale"])):
+        found = denoise(base, **given, timesteps=told["timesteps"], guidance=told["guidance"])
+    assert torch.allclose(found, golden.tensors["out.denoised"], atol=2e-5, rtol=0)
 
 
 def test_a_map_of_ones_own_is_seen_as_it_is(pipeline_of):

@@ -179,7 +179,7 @@ def test_its_whole_resolution_is_the_masked_part_alone(start, pipeline):
     mask = Image.new("L", large.size)
     mask.paste(255, (120, 40, 180, 90))
     given = {"init_images": [text(large)], "mask": text(mask), "width": 128, "height": 128}
-    for padding, asked in ((0, {}), (24, {"inpaint_full_res_padding": 24}), (24, {"inpaint_full_res_padding": 24.0})):
+    for padding, asked in ((0, {}), (24, {"inpaint_full_res_padding": 24})):
         found = img2img(server, **given, **asked, inpaint_full_res=True)
         sizes = {"num_steps": 2, "width": 128, "height": 128, "fit": "stretch"}
         (expected,) = pipeline.generate(WORDS, 5, init_image=large, mask=mask, mask_padding=padding, **sizes)
