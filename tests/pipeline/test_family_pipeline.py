@@ -150,8 +150,8 @@ def prepared(pipeline, way: str, prompt: str = PROMPT) -> dict[str, torch.Tensor
     elif way.startswith("canny"):
         found = prepare_control(*given, start, prompt, pipeline.ae, edges, PHOTO)
     elif way == "redux":
-        words = PICTURES["redux"]["reference"]
-        found = prepare_redux(*given, start, prompt, lambda _: pipeline.denoiser.redux.words(words), CUP)
+        redux = pipeline.denoiser.redux
+        found = prepare_redux(*given, start, prompt, lambda _: torch.cat((redux(CUP), 0.5 * redux(PHOTO)), dim=1), CUP)
     else:
         found = kontext(pipeline, prompt, CUP, PHOTO)
     return {name: x.float() for name, x in found.items()}
