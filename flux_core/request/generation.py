@@ -267,8 +267,6 @@ class GenerationRequest(BaseModel):
             raise UsageError(f"{given} does nothing without --init-image: give the picture to paint in")
         if self.mask_padding is not None and self.mask is None:
             raise UsageError("--mask-padding does nothing without --mask: it draws the masked part alone")
-        if self.mask_padding is not None and self.control:
-            raise UsageError("--mask-padding draws a part alone, and --control is a map of the whole: leave one out")
         for field, takers in (("control", "control"), ("reference", "pictures")):
             if getattr(self, field) and not getattr(takes, takers):
                 names = ", ".join(x.name for x in VARIANTS.values() if getattr(x.takes, takers))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux_core.errors import FileError, UsageError
-from flux_core.images.masks import Canvas, extended, mask_note, open_mask, region
+from flux_core.images.masks import BLUR, Canvas, extended, mask_note, open_mask, region, without_step
 from flux_core.images.pictures import crop_centre
 from flux_core.request.fields import FITS
 from flux_core.request.generation import GenerationRequest, InitImage
@@ -33,8 +33,10 @@ def request(width: int, height: int, masked: bool = True, **fields) -> Generatio
 
 
 def painted_over(canvas: Canvas, wanted: GenerationRequest, seed: int = 9) -> tuple[np.ndarray, np.ndarray]:
-    """The whole with noise in place of what a model draws, and that noise."""
-    drawn = crop_centre(noise(*wanted.padded_size, seed), wanted.width, wanted.height)
+    """The whole with what a model draws, and that: noise where the mask is not black, else what the model saw."""
+    size = wanted.padded_size
+    drawn = Image.composite(noise(*size, seed), canvas.image, canvas.mask.point(lambda level: 255 if level else 0))
+    drawn = crop_centre(drawn, wanted.width, wanted.height)
     return np.asarray(canvas.finished(drawn)), np.asarray(drawn)
 
 
@@ -110,7 +112,7 @@ def test_the_bars_of_a_padded_picture_are_kept():
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 40), (50, 35)])
 @pytest.mark.parametrize("pad", [None, (7, 0, 9, 4)])
 def test_a_part_that_is_drawn_alone_leaves_the_rest_to_the_bit(padding, width, height, pad):
-    """Whatever its size, and however it is resized between."""
+    """Whatever its size, and however it is resized between; what is painted is what was drawn, resized."""
     source, mask = noise(130, 90), box((130, 90), 70, 20, 95, 41)
     wanted = request(width, height, mask_padding=padding, pad=pad)
     canvas = Canvas.of(wanted, source, mask)
@@ -123,9 +125,9 @@ def test_a_part_that_is_drawn_alone_leaves_the_rest_to_the_bit(padding, width, h
     assert np.array_equal(inside[kept], np.asarray(source)[kept])
     x, y, to_x, to_y = canvas.box
     part = Image.fromarray(drawn).resize((to_x - x, to_y - y), Image.Resampling.LANCZOS)
-    place = np.zeros(found.shape[:2], bool)
-    place[top : top + 90, left : left + 130] = ~kept
-    assert np.array_equal(found[place], np.asarray(part)[place[y:to_y, x:to_x]])
+    assert np.array_equal(
+        found[y:to_y, x:to_x], without_step(part, canvas.whole.crop(canvas.box), canvas.where.crop(canvas.box))
+    )
 
 
 def test_a_part_is_seen_as_large_as_it_is_drawn():
@@ -135,6 +137,47 @@ def test_a_part_is_seen_as_large_as_it_is_drawn():
     twice = source.crop(canvas.box).resize((32, 32), Image.Resampling.LANCZOS)
     assert canvas.image.tobytes() == twice.tobytes() and canvas.mask.getpixel((16, 16)) == 255
     assert canvas.whole.tobytes() == source.tobytes() and canvas.where.tobytes() == mask.tobytes()
+
+
+@pytest.mark.parametrize("step", [-9, 9])
+def test_a_step_of_tone_at_the_border_is_gone_and_fades_inwards(step):
+    """As an autoencoder makes one: all of the picture a little lighter or darker than it is."""
+    source, mask = np.full((120, 120, 3), 100, np.uint8), box((120, 120), 20, 20, 120, 120)
+    drawn = Image.fromarray((source.astype(int) + step).astype(np.uint8))
+    found = np.asarray(without_step(drawn, Image.fromarray(source), mask))[..., 0].astype(int) - 100
+    assert not found[:20].any() and not found[:, :20].any()
+    assert abs(found[60, 20]) <= 1 and abs(found[20, 20]) <= 1
+    assert found[60 + 4 * BLUR :, 60 + 4 * BLUR :].tolist() == [[step] * 36] * 36
+    inwards = np.abs(found[110, 20:])
+    assert (np.diff(inwards) >= 0).all() and inwards[-1] == abs(step)
+
+
+def test_without_a_step_or_without_what_is_kept_nothing_is_mended():
+    source, white = noise(64, 48), Image.new("L", (64, 48), 255)
+    assert without_step(noise(64, 48, 1), source, white).tobytes() == noise(64, 48, 1).tobytes()
+    half = box((64, 48), 0, 0, 32, 48)
+    drawn = source.copy()
+    drawn.paste(noise(32, 48, 2), (0, 0))
+    assert without_step(drawn, source, half).tobytes() == drawn.tobytes()
+
+
+def test_mended_tones_stay_within_their_levels():
+    mask = box((40, 40), 0, 0, 20, 40)
+    for own, seen, painted in ((255, 200, 250), (0, 55, 5)):
+        drawn = Image.new("RGB", (40, 40), (seen,) * 3)
+        drawn.paste((painted,) * 3, (0, 0, 20, 40))
+        found = np.asarray(without_step(drawn, Image.new("RGB", (40, 40), (own,) * 3), mask))
+        assert found[20, 19, 0] == own
+
+
+def test_another_picture_of_the_whole_shows_the_part_that_is_drawn():
+    source, mask = noise(100, 100), box((100, 100), 40, 40, 48, 48)
+    part = Canvas.of(request(32, 32, mask_padding=4), source, mask)
+    twice = source.resize((200, 200), Image.Resampling.NEAREST)
+    back = twice.resize((100, 100), Image.Resampling.LANCZOS)
+    assert part.part_of(source).tobytes() == source.crop((36, 36, 52, 52)).tobytes()
+    assert part.part_of(twice).tobytes() == back.crop((36, 36, 52, 52)).tobytes()
+    assert Canvas.of(request(100, 100), source, mask).part_of(twice) is twice
 
 
 # The box around what is painted ----------------------------------------------------------------------

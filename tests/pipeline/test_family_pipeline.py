@@ -25,7 +25,7 @@ from flux_core import load_pipeline
 from flux_core.errors import FileError, UsageError
 from flux_core.hooks import Capture, Skip
 from flux_core.images.given import open_given
-from flux_core.images.masks import Canvas
+from flux_core.images.masks import Canvas, without_step
 from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
 from flux_core.lora import attach
@@ -200,8 +200,8 @@ def drawn(pipeline, way: str, **fields) -> tuple[torch.Tensor, Image.Image]:
 
 
 def composited(painted: np.ndarray, mask: Image.Image = MASK) -> np.ndarray:
-    """With the room's own pixels where the mask is black."""
-    return np.where(np.asarray(mask)[..., None] > 0, painted, np.asarray(ROOM))
+    """With the room's own pixels where the mask is black, and its tone beside them."""
+    return np.asarray(without_step(Image.fromarray(painted), ROOM, mask))
 
 
 # Truths -------------------------------------------------------------------------------------------------
@@ -313,6 +313,24 @@ def test_fill_draws_a_part_alone_as_a_picture_of_its_own(pipeline_of):
     assert np.array_equal(image, canvas.finished(Image.fromarray(levels(pipeline, x))))
     kept = np.asarray(mask) == 0
     assert np.array_equal(np.asarray(image)[kept], np.asarray(large)[kept])
+
+
+def test_a_part_that_is_drawn_alone_follows_its_part_of_the_map(pipeline_of):
+    pipeline, large = pipeline_of("canny"), noise(130, 90, 4)
+    mask = Image.new("L", large.size)
+    mask.paste(255, (70, 20, 95, 41))
+    found, _ = drawn(pipeline, "", init_image=large, mask=mask, mask_padding=8, control=("canny", large))
+    _, records = open_given(large, mask)
+    canvas = Canvas.of(GenerationRequest(prompt=PROMPT, **records, mask_padding=8, **FAST), large, mask)
+    start = get_noise(1, HEIGHT, WIDTH, "cpu", torch.float32, SEED)
+    part = large.crop(canvas.box)
+    inputs = prepare_control(pipeline.t5, pipeline.clip, start, PROMPT, pipeline.ae, edges, part)
+    inputs = {name: x.float() for name, x in inputs.items()}
+    with torch.no_grad():
+        latent, sigmas = pack(pipeline.ae.encode(family.pixels_of(canvas.image))), schedule(inputs)
+        keep = repaint(latent, inputs["img"], mask_tokens(family.mask_of(canvas.mask)), sigmas)
+        expected = denoise(pipeline.model, **inputs, timesteps=sigmas, guidance=30.0, on_step=keep)
+    assert torch.equal(found, expected)
 
 
 # Guidance, plans and LoRAs beside them --------------------------------------------------------------------
