@@ -17,6 +17,8 @@ from .pictures import fitted, layers, open_recorded
 
 BLUR, FADES = 6, 0.02
 """pixels around which a step of tone is measured, and the share of kept pixels there below which it is not mended"""
+STEP = 16
+"""levels from which kept pixels differ by more than tone: what is painted reaches a little over its border"""
 ALMOST_ALL = 0.9
 """share of a picture from which a mask may be inverted"""
 
@@ -120,7 +122,8 @@ def without_step(drawn: Image.Image, source: Image.Image, mask: Image.Image) -> 
     """
     x, own = (np.asarray(image, dtype=np.float32) for image in (drawn, source))
     kept = np.asarray(mask) == 0
-    near = _blurred(np.dstack([(own - x) * kept[..., None], kept]))
+    alike = kept & (np.abs(own - x).max(-1) < STEP)
+    near = _blurred(np.dstack([(own - x) * alike[..., None], alike]))
     mended = x + near[..., :3] / (near[..., 3:] + FADES)
     return Image.fromarray(np.where(kept[..., None], own, mended).round().clip(0, 255).astype(np.uint8))
 

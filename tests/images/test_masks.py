@@ -161,9 +161,18 @@ def test_without_a_step_or_without_what_is_kept_nothing_is_mended():
     assert without_step(drawn, source, half).tobytes() == drawn.tobytes()
 
 
+def test_what_is_painted_over_its_border_is_no_step_of_tone():
+    """Latents are eight pixels wide: a star on black that reaches the border would get a dark edge."""
+    source, mask = Image.new("RGB", (64, 64), "black"), box((64, 64), 16, 16, 48, 48)
+    drawn = source.copy()
+    drawn.paste((250, 200, 20), (12, 24, 40, 40))
+    found = np.asarray(without_step(drawn, source, mask))
+    assert np.array_equal(found, np.where(np.asarray(mask)[..., None] > 0, drawn, source))
+
+
 def test_mended_tones_stay_within_their_levels():
     mask = box((40, 40), 0, 0, 20, 40)
-    for own, seen, painted in ((255, 200, 250), (0, 55, 5)):
+    for own, seen, painted in ((255, 245, 250), (0, 10, 5)):
         drawn = Image.new("RGB", (40, 40), (seen,) * 3)
         drawn.paste((painted,) * 3, (0, 0, 20, 40))
         found = np.asarray(without_step(drawn, Image.new("RGB", (40, 40), (own,) * 3), mask))
