@@ -279,7 +279,8 @@ class Work:
         exploration = self.session.exploration
         request, stem = exploration.request_of(point), exploration.places[point][0]
         latents = Latents(request, exploration.save_latents == "every") if exploration.save_latents else None
-        stepwise = Steps(pipeline, request, prepare_folder(self.steps_folder / stem)) if self.steps_folder else None
+        folder = self.steps_folder and prepare_folder(self.steps_folder / stem)
+        stepwise = Steps(pipeline, request, folder, self.given) if folder else None
 
         def on_step(step: "Step") -> None:
             bar.update()

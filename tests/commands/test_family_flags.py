@@ -130,6 +130,17 @@ def test_stepwise_pictures_keep_what_the_picture_keeps(mini):
     assert np.array_equal(last, pixels(DRAWN)) and np.array_equal(first[kept], np.asarray(LARGE)[kept])
 
 
+def test_an_exploration_paints_in_its_picture(mini):
+    words = ["--prompt", "a fox", "--seeds", "5", "--steps", "2", "--init-image", "room.png", "--mask", "mask.png"]
+    assert main(["explore", *words, "--stepwise-dir", "steps"]) == 0
+    (drawn,) = (path for path in Path("output").rglob("*.png") if "grid" not in path.name)
+    (expected,) = mini.generate("a fox", 5, init_image=ROOM, mask=MASK, num_steps=2)
+    assert np.array_equal(pixels(drawn), expected)
+    first, last = (pixels(next(Path("steps").rglob(f"seed_5_step{i}of2.png"))) for i in (1, 2))
+    kept = np.asarray(MASK) == 0
+    assert np.array_equal(last, expected) and np.array_equal(first[kept], np.asarray(ROOM)[kept])
+
+
 def test_lines_of_a_file_share_the_runs_pictures_each_as_it_takes_them(mini):
     lines = [{"strength": 0.5}, {"mask_padding": 4}, {"pad": "16,0,0,0"}, {"width": 144, "height": 128}]
     Path("lines.jsonl").write_text("\n".join(json.dumps({"prompt": "a fox", **line}) for line in lines))
