@@ -248,6 +248,15 @@ def test_edges_without_opencv_are_told_as_early(monkeypatch, capsys):
     assert "the map canny needs OpenCV. Next: pip install opencv-python-headless" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "field"), [("flux-mini-canny", "control"), ("flux-mini-kontext", "reference")])
+def test_the_models_that_ship_take_a_picture(name, field):
+    assert main([*FAST, *SIDES, "--name", name, "--image", "room.png"]) == 0
+    record = read_request(f"output/{name}_seed5.png")
+    assert "room.png" in str(getattr(record, field)) and f"{name}.safetensors" in record.weights
+    assert main([*FAST, *SIDES, "--name", name, "--image", "photo.png"]) == 0
+    assert not np.array_equal(pixels(f"output/{name}_seed5.png"), pixels(f"output/{name}_seed5_1.png"))
+
+
 # The family -------------------------------------------------------------------------------------------
 
 
