@@ -351,6 +351,7 @@ VARIANTS: dict[str, Variant] = {
             _MINI,
             name="flux-mini-kontext",
             base="flux-mini",
+            guidance=1.0,
             takes=Takes(references=True),
             adapter=Adapter("", "flux-mini-kontext.safetensors", ()),
         ),

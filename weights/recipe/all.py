@@ -50,9 +50,17 @@ STAGES = (
     ),
     Stage("guidance", "distill.py WORK --steps 1000000", 8),
     Stage("files", "assemble.py WORK MINI"),
-    Stage("decoder", "tune_decoder.py ROOT WORK MINI", 6, {"pool": 30_000}),
+    Stage("decoder", "tune_decoder.py ROOT WORK MINI", 16, {"pool": 30_000}),
     Stage("files with that decoder", "assemble.py WORK MINI"),
     Stage("four steps", "distill_steps.py WORK MINI", 6, {"ways": 40_000}),
+    Stage(
+        "edges", "train_family.py ROOT WORK MINI canny --rank 7 --batch 96", scaled={"steps": 3900, "scenes": 16_000}
+    ),
+    Stage(
+        "edges by official names",
+        f"../../cli.py lora convert WORK/flux-mini-canny/{FAST} WORK/flux-mini-canny.safetensors --to official",
+    ),
+    Stage("instructions", "train_family.py ROOT WORK MINI kontext --rank 9", scaled={"steps": 4700, "scenes": 24_000}),
     Stage("scorer", "train_scorer.py ROOT WORK", 12, {"scenes": 200_000}),
     Stage(
         "the Noto example",
@@ -81,9 +89,14 @@ def command_of(stage: Stage, args: argparse.Namespace, left: float) -> list[str]
 
 def ship(work: Path, weights: Path) -> None:
     """Put beside flux-mini what its own folder does not hold."""
-    for made, folder in ((work / "fast" / FAST, "flux-mini-fast"), (work / NOTO, "noto")):
-        (weights / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(made, weights / folder)
+    for made, shipped in (
+        (work / "fast" / FAST, f"flux-mini-fast/{FAST}"),
+        (work / NOTO, NOTO),
+        (work / "flux-mini-canny.safetensors", "flux-mini-canny/flux-mini-canny.safetensors"),
+        (work / "flux-mini-kontext" / FAST, "flux-mini-kontext/flux-mini-kontext.safetensors"),
+    ):
+        (weights / shipped).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, weights / shipped)
     shutil.copytree(work / "dinov2-mini", weights / "dinov2-mini", dirs_exist_ok=True)
 
 

@@ -6,12 +6,13 @@
 Writes `WORK/flux-mini-KIND/pytorch_lora_weights.safetensors`. Both are trained by the project's own loop
 (`flux_core/training`), which makes a `Condition` of what is seen: edges as 64 more channels beside the noisy picture,
 with an input that is widened by zeros (FLUX.1 Canny), or the picture before as tokens behind it at an index of its own
-(FLUX.1 Kontext). Scenes, captions, edits and edges are made and encoded here, on the device.
+(FLUX.1 Kontext). Scenes, captions, edits and edges are made and encoded here, on the device. A run that was stopped
+goes on. What ships was trained for 3,916 steps of 96 (canny, rank 7) and 4,727 of 64 (kontext, rank 9), both on one
+H200 at once, in 6.6 minutes.
 """
 
 import argparse
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,6 @@ from flux_core.variants import VARIANTS
 VARIANT, SIZE = VARIANTS["flux-mini"], 256
 TAKES = {"canny": "canny", "kontext": "reference"}
 TARGETS = (*PRESETS["blocks"], "norm_out.linear", "proj_out")
-PROBED = 60
-"""steps by which the speed is measured, behind as many in which blocks are compiled"""
 
 
 class Encoder:
@@ -128,62 +127,41 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of states and results")
     parser.add_argument("folder", type=Path, help="the model that ships")
     parser.add_argument("kind", choices=TAKES)
-    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--scenes", type=int, default=20_000)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, default=1.0, help="that the model is told; what it may draw with")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
 
     torch.set_float32_matmul_precision("high")
-    takes, cuda = TAKES[args.kind], args.device == "cuda"
+    takes, cuda, folder = TAKES[args.kind], args.device == "cuda", args.work / f"flux-mini-{args.kind}"
     pool = pool_of(args.kind, args.scenes, args.root, Encoder(args.folder, args.device), seed=3)
     model = Flux(VARIANT.params)
     model.load_state_dict(load_file(args.folder / VARIANT.flow_file))
     model.to(args.device, torch.bfloat16 if cuda else torch.float32)
     widen(model, takes)
-    draw = torch.Generator().manual_seed(1)
     targets = (*TARGETS, "x_embedder") if args.kind == "canny" else TARGETS
-    adapter = adapt(model, targets, args.rank, args.rank, draw)
+    adapter = adapt(model, targets, args.rank, args.rank, torch.Generator().manual_seed(1))
     if cuda:
         for block in (*model.double_blocks, *model.single_blocks):
             block.compile(dynamic=False)
-    recipe = {
-        "lr": args.lr, "batch": args.batch, "timesteps": "flux_shift", "on_table": False, "guidance": args.guidance,
-        "takes": takes, "weight_decay": 0.0, "seed": 1,
-    }  # fmt: skip
-    sources = [pool] * args.batch
-    marks: list[float] = []
-    train(
-        adapter,
-        sources,
-        Recipe(2 * PROBED if cuda else 2, **recipe),
-        on_step=lambda done: marks.append(time.monotonic()),
-    )
-    rate = (len(marks) - len(marks) // 2) / max(1e-9, marks[-1] - marks[len(marks) // 2 - 1])
-    steps = max(2, int(60 * args.minutes * rate))
-    say(f"{rate:.1f} steps a second: {steps} steps")
-    for one in adapter.factors.values():
-        one.reset(draw)
+    recipe = Recipe(
+        args.steps, args.lr, args.batch, warmup=min(200, args.steps // 10), schedule="cosine", weight_decay=0.0,
+        ema=0.995, timesteps="flux_shift", on_table=False, guidance=args.guidance, seed=1, takes=takes,
+    )  # fmt: skip
+    losses: list[float] = []
 
     def told(done: Progress) -> None:
         losses.append(done.loss)
         if done.step % 200 == 0:
-            say(f"step {done.step} loss {sum(losses[-200:]) / 200:.4f} rate {done.rate:.1e}")
-        if done.step % 2000 == 0:
-            adapter.save(args.work / f"flux-mini-{args.kind}", torch.bfloat16)
+            say(f"step {done.step} loss {sum(losses[-200:]) / len(losses[-200:]):.4f} rate {done.rate:.1e}")
 
-    losses: list[float] = []
-    train(
-        adapter,
-        sources,
-        Recipe(steps, warmup=min(200, steps // 10), schedule="cosine", ema=0.995, **recipe),
-        on_step=told,
-    )
+    train(adapter, [pool] * args.batch, recipe, folder / "checkpoints", every=500, on_step=told)
     with adapter.averaged():
-        path = adapter.save(args.work / f"flux-mini-{args.kind}", torch.bfloat16)
+        path = adapter.save(folder, torch.bfloat16)
     say(f"{path}: {path.stat().st_size:,} bytes")
 
 
