@@ -21,7 +21,7 @@ from ..errors import FluxError, UsageError
 from ..files import prepare_folder, write_whole
 from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import Plan
-from ..images.given import NOTHING, Given, check_same, natural_size, pop_given
+from ..images.given import NOTHING, Given, check_same, natural_size, pop_given, with_image
 from ..images.metadata import KEY, png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
@@ -51,6 +51,7 @@ WITH_RESUME = {
     "lora",
     "plan",
     "hook",
+    "image",
     *PICTURE_FILES,
     *(field.name for field in (*FILES, *MEMORY, *LOADING, THREADS)),
 }
@@ -74,7 +75,8 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
     threads = THREADS.parse(flags.pop("threads", None))
     began = read_manifest(Path(resume)) if resume else None
     name = began.request["name"] if began else flags.get("name")
-    pictures, records = pop_given(flags, variant := with_files(name, **files))
+    variant = with_files(name, **files)
+    pictures, records = pop_given(with_image(flags, flags.pop("image", None), variant), variant)
     if began is not None:
         check_same(began.request_of(next(iter(began.places))), records)
     else:

@@ -21,7 +21,7 @@ from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan
-from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes
+from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes, with_image
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
@@ -139,18 +139,6 @@ def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
 def _with_size(line: Line, fields: dict[str, Any], pictures: Given, variant: Variant) -> Line:
     """A line of a file of prompts, with the size that the run's pictures ask for as the line takes them."""
     return replace(line, fields=natural_size(fields | line.fields, pictures, variant) | line.fields)
-
-
-def with_image(fields: dict[str, Any], image: str | None, variant: Variant) -> dict[str, Any]:
-    """The flags, with `--image` as the one that the model takes its picture by. The same dict. UsageError."""
-    if image is None:
-        return fields
-    takes = variant.takes
-    name = "reference" if takes.pictures else "control" if takes.control else "init_image"
-    if fields.get(name) is not None:
-        raise UsageError(f"--image and {FIELDS[name].flag} are the same for {variant.name}: give one of them")
-    fields[name] = [[image]] if takes.pictures else f"{takes.map}:{image}" if takes.control else image
-    return fields
 
 
 def shape(fields: dict[str, Any], aspect_ratio: str | None, variant: Variant) -> dict[str, int]:

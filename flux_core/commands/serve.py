@@ -133,7 +133,7 @@ def _page_of(worker: Any, variant: Variant) -> Any:
     """What adds the page, with the models that it may draw with: the loaded one, and where it ships, all that do."""
     from ..page import mount
 
-    ships = variant.embedded and not variant.files
+    ships = variant.embedded and not variant.files and not variant.takes
     names = [row.name for row in VARIANTS.values() if row.embedded and not row.takes] if ships else [variant.name]
     return partial(mount, worker=worker, names=names)
 

@@ -41,6 +41,14 @@ def of_request(*names: str) -> tuple[Field, ...]:
 FILE = Field("file", str, "", path=True)
 SEEN = ("control", "reference", "controlnet")
 """fields of pictures that a model sees, whatever it starts from"""
+IMAGE = Field(
+    "image",
+    str,
+    "the picture for the model: as --init-image, or for those that take one as --control or --reference",
+    flags=("--img-cond-path",),
+    metavar="FILE",
+    path=True,
+)
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),
     Field(
@@ -50,14 +58,7 @@ RUN = (
         metavar="FILE",
         path=True,
     ),
-    Field(
-        "image",
-        str,
-        "the picture for the model: as --init-image, or for those that take one as --control or --reference",
-        flags=("--img-cond-path",),
-        metavar="FILE",
-        path=True,
-    ),
+    IMAGE,
     Field("aspect_ratio", str, "shape in place of width and height, as in 16:9", metavar="W:H"),
     Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
     OUTPUT_DIR,
@@ -85,6 +86,7 @@ EXPLORE = (
     Field("guidance", str, "as in 1.5,2.5,3.5", multiple=True, metavar="LIST"),
     Field("cross", bool, "draw all combinations, not one axis at a time around the first values", default=False),
     *(field for field in REQUEST if field.name not in _AXES),
+    IMAGE,
     *LORAS,
     Field(
         "lora_scales",

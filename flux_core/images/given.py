@@ -128,6 +128,38 @@ def open_given(
     return pictures, {key: value for key, value in records.items() if value is not None}
 
 
+def with_image(fields: dict[str, Any], image: str | None, variant: Variant) -> dict[str, Any]:
+    """The flags, with `--image` as the one that the model takes its picture by. The same dict. UsageError."""
+    if image is None:
+        return fields
+    takes = variant.takes
+    name = "reference" if takes.pictures else "control" if takes.control else "init_image"
+    if fields.get(name) is not None:
+        raise UsageError(f"--image and {FIELDS[name].flag} are the same for {variant.name}: give one of them")
+    fields[name] = [[image]] if takes.pictures else f"{takes.map}:{image}" if takes.control else image
+    return fields
+
+
+def as_taken(
+    variant: Variant, pictures: Sequence[Picture], mask: Picture | None = None
+) -> tuple[Given, dict[str, Any]]:
+    """Pictures and their records as a model takes them: to start from, to paint in, for a map, or as references.
+
+    UsageError, FileError.
+    """
+    takes = variant.takes
+    if mask is not None and not pictures:
+        raise UsageError("a mask needs a picture to paint in")
+    if mask is not None and (takes.pictures or takes.control):
+        raise UsageError(f"{variant.name} does not start from its picture, and a mask does nothing. Next: leave it out")
+    if len(pictures) > 1 and not takes.pictures:
+        raise UsageError(f"{variant.name} takes one picture, not {len(pictures)}")
+    if takes.pictures:
+        return open_given(reference=pictures)
+    first = next(iter(pictures), None)
+    return open_given(control=first and (takes.map, first)) if takes.control else open_given(first, mask)
+
+
 def check_same(request: GenerationRequest, records: Mapping[str, Any]) -> None:
     """UsageError where a request names other pictures than these: it is to be gone on with."""
     for name in PICTURE_FILES:

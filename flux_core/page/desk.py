@@ -14,6 +14,7 @@ from ..errors import FluxError
 from ..server import pictures
 from ..server.jobs import Job, Worker
 from ..terminal import note
+from ..variants import Takes
 
 if TYPE_CHECKING:
     from ..text import TextEncoder
@@ -42,6 +43,12 @@ class Desk:
     @property
     def pipeline(self) -> Any:
         return self.worker.pipeline
+
+    @property
+    def takes(self) -> Takes:
+        """What the model takes besides a prompt."""
+        found: Takes = self.pipeline.variant.takes
+        return found
 
     def begin(self, visitor: str | None, job: Job) -> Job:
         """Queue a visitor's job; the one before it is cancelled. QueueFull."""

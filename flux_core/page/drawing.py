@@ -24,8 +24,10 @@ def build(desk: Desk, panel: "Panel") -> None:
     picture = gr.Image(label="Picture", interactive=False, type="pil", format="jpeg", elem_id="picture",
                        buttons=["download", "fullscreen"])  # fmt: skip
     with gr.Accordion("Start from a picture", open=False):
-        source = gr.Image(label="Init image", type="filepath", sources=["upload", "clipboard"], height=200,
-                          elem_id="init")  # fmt: skip
+        source = gr.Image(
+            label="Picture for the model" if desk.takes else "Init image", type="filepath", height=200,
+            sources=["upload", "clipboard"], elem_id="init",
+        )  # fmt: skip
         mask = gr.Image(label="Mask: white is painted anew, black is kept", type="filepath", height=200,
                         sources=["upload", "clipboard"], elem_id="mask")  # fmt: skip
         start = [control(FIELDS[name], desk.pipeline.variant) for name in ("strength", "fit")]
@@ -36,7 +38,8 @@ def build(desk: Desk, panel: "Panel") -> None:
 
     async def draw(*values: Any) -> AsyncIterator[Any]:
         *shared, path, masked, strength, fit, visitor = values
-        given = {"strength": strength, "fit": fit} if path else {}
+        starts = path and not (desk.takes.control or desk.takes.pictures)
+        given = {"strength": strength, "fit": fit} if starts else {}
 
         def make() -> Job:
             request, image = panel.request(shared, source=path, mask=masked, **given)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import FluxError, UsageError
 from ..hooks.intervention import Intervention
-from ..images.given import Given, open_given
+from ..images.given import Given, as_taken
 from ..images.metadata import read_request
 from ..request.fields import FIELDS, PICTURE_FILES
 from ..request.generation import GenerationRequest
@@ -113,8 +113,8 @@ class Panel:
     ) -> tuple[GenerationRequest, Given]:
         """The request of `inputs`' values, and its pictures. UsageError, FileError.
 
-        source, mask: files of the init image and of where it is painted. again: the seed where the control says a
-        random one. changes: other fields.
+        source, mask: files of the picture for the model, and of where it is painted. again: the seed where the control
+        says a random one. changes: other fields.
         """
         prompt, name, *others = values
         if name not in self.desk.names:
@@ -124,7 +124,7 @@ class Panel:
             fields["seed"] = again
         fields |= changes
         scales = dict(zip(self.desk.loras.values(), others[len(self.fields) :], strict=True))
-        given, records = open_given(source, mask)
+        given, records = as_taken(get_variant(name), [source] if source else [], mask)
         return request_of(name, fields.pop("prompt", prompt), fields, scales, plan, records), given
 
     def _beside(self, request: GenerationRequest) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ..errors import UsageError
-from ..images.given import Given, open_given
+from ..images.given import Given, as_taken
 from ..images.masks import grey_mask, is_opaque
 from ..images.pictures import layers, parse_picture
 from ..variants import get_variant
@@ -36,21 +36,8 @@ def given_of(
 
     UsageError, FileError.
     """
-    takes = get_variant(model).takes
     pictures = [parse_picture(data, "the picture", UPLOADED) for data in images]
-    if mask is not None and not pictures:
-        raise UsageError("a mask needs a picture to paint in")
-    if mask is not None and (takes.pictures or takes.control):
-        raise UsageError(f"{model} does not start from its picture, and a mask does nothing. Next: leave it out")
-    if len(pictures) > 1 and not takes.pictures:
-        raise UsageError(f"{model} takes one picture, not {len(pictures)}")
-    if not pictures:
-        return open_given()
-    if takes.pictures:
-        return open_given(reference=pictures)
-    if takes.control:
-        return open_given(control=(takes.map, pictures[0]))
-    return open_given(pictures[0], None if mask is None else _mask(mask, inverted))
+    return as_taken(get_variant(model), pictures, None if mask is None else _mask(mask, inverted))
 
 
 def _mask(data: bytes, inverted: bool) -> Image.Image:

@@ -44,7 +44,7 @@ from .latents import LatentCache, encoding
 from .loop import Example, Progress, checkpoints, factor, train, validate
 from .optimizers import bitsandbytes_optimizers
 from .plan import Plan, plan_of
-from .seen import WAYS, condition_of, widen
+from .seen import WAYS, condition_of, maker, widen
 from .settings import Settings
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
@@ -278,6 +278,7 @@ class Run:
         encode = encoding(self.pipeline.codec)
         for picture in tqdm(missing, desc="latents", unit="picture", disable=no_bars() or not missing):
             self.latents.add(picture, encode)
+        maker.cache_clear()
 
     def _text(self, sha256: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.texts.get(sha256, kind)

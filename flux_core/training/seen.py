@@ -6,6 +6,7 @@ A map is made of the picture as it is cut. Maps and references of one's own are 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ class Way(NamedTuple):
     """whether the model's input gets channels for it"""
 
 
+maker = lru_cache(maxsize=1)(load_map)
+"""`load_map`, whose network stays until another is wanted, or `cache_clear`"""
+
+
 def _beside(latents: Tensor) -> Condition:
     return beside(latents[:, 0])
 
@@ -54,7 +59,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
 def seen_of(takes: str, picture: Picture, cut: Cut, image: Image.Image) -> Sequence[Image.Image]:
     """What is seen beside a cut of a picture, whose pixels are `image`. FileError for a file that was changed."""
     if not WAYS[takes].key:
-        return [map_picture(load_map(takes)(image))]
+        return [map_picture(maker(takes)(image))]
     found = []
     for path, sha256 in picture.beside:
         opened, now = open_picture(path)
