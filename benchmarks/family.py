@@ -12,9 +12,10 @@ used. Prints a line of JSON:
   `benchmarks/editing.py`. `untouched`: mean difference to the picture before, in levels of 255, where nothing should
   change: the object itself (ground) or its half (add). `outline`: intersection over union of the object's mask before
   and after (colour).
-- *repaint*: the middle quarter of a picture is painted anew, by another prompt, and a picture is extended on both
-  sides. `…_at` is the mean step of brightness across the border of what was painted, `…_beside` that two pixels in and
-  out of it, in levels of 255: equal steps are no seam.
+- *repaint*: a box around the thing in a picture is painted anew, by the name of another thing, and a picture is
+  extended on both sides, by its own prompt. `…_at` is the mean step of brightness across the border of what was
+  painted, `…_beside` that two pixels in and out of it, in levels of 255, medians over the pictures: equal steps are no
+  seam.
 """
 
 import argparse
@@ -49,6 +50,9 @@ UNSEEN = 777
 """the seed of scenes; no stage of the recipe uses it"""
 WIDE = 3
 """pixels by which an edge may be off"""
+GROUNDS = "white", "light blue", "beige", "dark green"
+MARGIN = 16
+"""pixels around a thing that are painted with it"""
 
 
 def edges_of(image: Image.Image) -> Tensor:
@@ -158,20 +162,33 @@ class Study:
             first, second = (
                 q.with_article(self.sprites.names[i], self.sprites.names[i]) for i in places[2 * seed : 2 * seed + 2]
             )
-            picture = pipeline.generate(first, seed=seed)[0]
-            mask, box = Image.new("L", picture.size), (64, 64, 192, 192)
+            ground = f" on a {GROUNDS[seed % len(GROUNDS)]} background"
+            picture = pipeline.generate(first + ground, seed=seed)[0]
+            box = around(rgb_of(picture))
+            mask = Image.new("L", picture.size)
             mask.paste(255, box)
-            drawn = pipeline.generate(second, seed=seed + 1, init_image=picture, mask=mask, **self.given)[0]
-            wide = pipeline.generate(first, seed=seed, init_image=picture, pad=(64, 0, 64, 0), **self.given)[0]
+            drawn = pipeline.generate(second + ground, seed=seed + 1, init_image=picture, mask=mask, **self.given)[0]
+            wide = pipeline.generate(first + ground, seed=seed, init_image=picture, pad=(64, 0, 64, 0), **self.given)[0]
             for name, image, edges, sides in (
-                ("repainted", drawn, box, "lrtb"),
-                ("extended", wide, (64, 0, 320, 256), "lr"),
-            ):
+                ("repainted", drawn, box, "lrtb"), ("extended", wide, (64, 0, 320, 256), "lr"),
+            ):  # fmt: skip
                 for what, value in zip(("at", "beside"), seam(rgb_of(image), edges, sides), strict=True):
                     found.setdefault(f"{name}_{what}", []).append(value)
             self.show("repaint", (first, picture), (second, drawn))
             self.show("extended", (first, wide))
-        return {name: round(statistics.mean(values), 2) for name, values in found.items()}
+        return {name: round(statistics.median(values), 2) for name, values in found.items()}
+
+
+def around(rgb: Tensor) -> tuple[int, int, int, int]:
+    """The box around a picture's thing and MARGIN pixels more, inside the picture."""
+    mask, size = q.object_mask(rgb, q.ground_of(rgb)), rgb.shape[-1]
+    sides = [torch.nonzero(mask.any(axis)).flatten() for axis in (0, 1)]
+    if not mask.any():
+        return 64, 64, 192, 192
+    low, high = ([int(side[i]) for side in sides] for i in (0, -1))
+    left, top = (max(4, x - MARGIN) for x in low)
+    right, bottom = (min(size - 4, x + MARGIN) for x in high)
+    return left, top, right, bottom
 
 
 def seam(rgb: Tensor, box: tuple[int, int, int, int], sides: str) -> tuple[float, float]:
