@@ -13,7 +13,16 @@ from ..files import user_path
 from ..hub import client as hub
 from ..hub.modelscope import ADDRESS, RemoteFile, Repository, Unreachable
 from ..hub.parts import HubFile, fetch, listing
-from ..hub.places import TEXT_FILES, TEXT_OF_FLUX, TOKENIZER_FILES, embedded_folder, hub_file, shipped_folder
+from ..hub.places import (
+    NETWORK_FILES,
+    TEXT_FILES,
+    TEXT_OF_FLUX,
+    TOKENIZER_FILES,
+    embedded_folder,
+    hub_file,
+    hub_folder,
+    shipped_folder,
+)
 from ..terminal import note, tell
 from ..variants import DEFAULT, Variant, get_variant
 from .table import DOWNLOAD
@@ -45,6 +54,8 @@ def download(
         folders = [embedded_folder(variant), *([shipped_folder(variant.name)] if variant.base else [])]
         tell(f"{name} ships with the package, nothing is to be downloaded: {' and '.join(map(str, folders))}")
         return folders
+    if origin == "modelscope" and variant.adapter is not None:
+        raise UsageError(f"{name} takes {variant.adapter.file} of another repository. Next: take --source hub.")
     if origin == "modelscope":
         return [_from_modelscope(variant, variant.repo, endpoint, output_dir)]
     with hub.settings(HF_ENDPOINT=endpoint):
@@ -78,15 +89,19 @@ def _from_hub(variant: Variant, repo: str) -> list[Path]:
 
 
 def _hub_paths(variant: Variant, repo: str) -> list[Path]:
-    """Paths of transformer, autoencoder, T5, its tokenizer, CLIP and its tokenizer; fetches missing files."""
-    return [hub_file(repo, variant.flow_file), hub_file(repo, variant.ae_file), *text_files(variant)]
+    """Paths of transformer, autoencoder, T5, its tokenizer, CLIP and its tokenizer, and of what makes the transformer
+    another model; fetches missing files."""
+    paths = [hub_file(repo, variant.flow_file), hub_file(repo, variant.ae_file), *text_files(variant)]
+    if variant.adapter is not None:
+        paths.append(hub_file(variant.adapter.repo, variant.adapter.file))
+    return paths + ([hub_folder(variant.takes.words, NETWORK_FILES)] if variant.takes.words else [])
 
 
 def _whole(paths: Sequence[Path]) -> bool:
-    """Whether these six paths are complete, by the headers of their weights: a folder may lack shards."""
+    """Whether these paths are complete, by the headers of their weights: a folder may lack shards."""
     try:
-        flow, ae, t5, t5_tokenizer, clip, clip_tokenizer = paths
-        for weights in (flow, ae, t5, clip):
+        flow, ae, t5, t5_tokenizer, clip, clip_tokenizer, *others = paths
+        for weights in (flow, ae, t5, clip, *others):
             find_source(weights)
         return all(folder.is_dir() and any(folder.iterdir()) for folder in (t5_tokenizer, clip_tokenizer))
     except (ValueError, FileError):
@@ -100,7 +115,9 @@ def _listed(variant: Variant) -> list[HubFile]:
     t5 = listing(variant.t5, TEXT_FILES)
     if not any(file.name.endswith(".safetensors") for file in t5):
         t5 += listing(variant.repo, TEXT_OF_FLUX)
-    return files + t5
+    if variant.adapter is not None:
+        files += listing(variant.adapter.repo, [variant.adapter.file])
+    return files + t5 + (listing(variant.takes.words, NETWORK_FILES) if variant.takes.words else [])
 
 
 def _from_modelscope(variant: Variant, repo: str, endpoint: str | None, output_dir: str | None) -> Path:

@@ -1,0 +1,42 @@
+"""`download` of a model that another one's transformer and an adapter make: all that is loaded is fetched."""
+
+import pytest
+from fake_hub import fake_hub, weights
+
+from flux_core.commands.download import download
+from flux_core.errors import UsageError
+from flux_core.variants import VARIANTS
+
+ROW = VARIANTS["flux-schnell-redux"]
+FILES = {
+    ROW.repo: {
+        ROW.flow_file: weights(b"f" * 900),
+        "ae.safetensors": weights(b"a" * 500),
+        "text_encoder_2/config.json": b"{}",
+        "text_encoder_2/model.safetensors": weights(b"t" * 300),
+        "tokenizer_2/spiece.model": b"s",
+    },
+    ROW.clip: {"config.json": b"{}", "model.safetensors": weights(b"c")},
+    ROW.t5: {"config.json": b"{}", "spiece.model": b"s"},
+    ROW.adapter.repo: {ROW.adapter.file: weights(b"r" * 100), "README.md": b"x"},
+    ROW.takes.words: {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": weights(b"v"),
+                      "pytorch_model.bin": b"pickle"},
+}  # fmt: skip
+
+
+def test_the_adapter_and_what_it_sees_by_are_fetched_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with fake_hub(FILES) as hub:
+        address = f"http://127.0.0.1:{hub.port}"
+        paths = download(ROW.name, address)
+        assert {path.name for path in paths} >= {ROW.flow_file, "ae.safetensors", ROW.adapter.file}
+        assert {path.name for path in paths[-1].iterdir()} == {*FILES[ROW.takes.words]} - {"pytorch_model.bin"}
+        fetched = len(hub.seen)
+        assert any(path.endswith(ROW.adapter.file) and ROW.adapter.repo in path for _, path, *_ in hub.seen)
+        assert download(ROW.name, address) == paths and len(hub.seen) == fetched
+    assert "nothing is downloaded" in capsys.readouterr().err
+
+
+def test_another_source_has_no_adapters():
+    with pytest.raises(UsageError, match="of another repository"):
+        download("flux-dev-canny-lora", source="modelscope")
