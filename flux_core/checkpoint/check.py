@@ -6,9 +6,10 @@ from pathlib import Path
 from ..errors import FileError
 from ..variants import VARIANTS, Variant, originals
 from .contents import Contents, check_fit, find_contents
-from .files import PARTS, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
+from .files import PARTS, adapter_path, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
 from .identify import Identity, Part
 from .names import Params, network_shapes
+from .redux import check_redux
 from .shapes import Shapes, clip_shapes, t5_shapes
 from .source import find_source
 
@@ -21,8 +22,11 @@ POSITIONS = "embeddings.position_embedding.weight"
 def check_files(variant: Variant) -> None:
     """FileError if a part's header has not exactly the tensors of that model; in a tenth of a second, without torch.
 
-    Text encoders are checked if they are the user's own; those of the hub are fetched only when they are loaded.
+    Text encoders are checked if they are the user's own; those of the hub are fetched only when they are loaded. An
+    adapter is there, and Redux's is checked; a LoRA is when it is attached.
     """
+    if (adapter := adapter_path(variant)) is not None and variant.takes.words:
+        check_redux(adapter, variant)
     _check(flow_path(variant), "transformer", variant)
     _check(ae_path(variant), "autoencoder", variant)
     for part in ("t5", "clip"):

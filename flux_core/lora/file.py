@@ -415,6 +415,15 @@ def check_drawable(lora: LoraFile, params: FluxParams) -> None:
         )
 
 
+def check_control(lora: LoraFile, params: FluxParams) -> None:
+    """FileError for a LoRA that is not for control: the model would have no place for the map."""
+    if widened_input(lora, params) == params.in_channels:
+        raise FileError(
+            f"{lora.path} is no control LoRA: with it the model takes no features of a control picture. Next: give one "
+            "that does, or take this one with --lora"
+        )
+
+
 def _matrix(shape: Shape) -> Shape:
     """A factor's shape as a matrix: 1x1 convolutions are flattened."""
     return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape

@@ -215,5 +215,5 @@ def load_pipeline(
 
             pipeline.denoiser.redux = load_redux(variant, adapter, variant.takes.words, place, kind)
         else:
-            pipeline.loras.become(adapter, variant.adapter.scale)
+            pipeline.loras.become(adapter, variant.adapter.scale, bool(variant.takes.channels))
     return pipeline

@@ -17,7 +17,7 @@ from torch import nn
 from ..hooks import Lora
 from ..hooks.sites import match_blocks, split
 from ..lora import Handle, attach_file, attached, read_lora
-from ..lora.file import check_drawable
+from ..lora.file import check_control, check_drawable
 from ..lora.handle import Networks, Scales, checked_scale, own_params
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
 from ..strength import step_of
@@ -54,15 +54,15 @@ class Loras:
         """Attach a file until its handle is removed. Errors as in `lora.attach`."""
         return self._attach(locate(str(file)), checked_scale(scale), allow_partial, merge)
 
-    def become(self, file: Path, scale: float) -> None:
-        """Attach the LoRA that makes the transformer another model, as a control LoRA does. Errors likewise."""
-        self._of_model = self._attach(file, scale, False, False, of_model=True)
+    def become(self, file: Path, scale: float, control: bool = True) -> None:
+        """Attach the LoRA that makes the transformer another model. control: whether it makes the input wider. Errors
+        likewise."""
+        self._of_model = self._attach(file, scale, False, False, control)
 
-    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, of_model: bool = False) -> Handle:
+    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, control: bool = False) -> Handle:
         params = own_params(self.components.flux)
         file = read_lora(path, params)
-        if not of_model:
-            check_drawable(file, params)
+        (check_control if control else check_drawable)(file, params)
         known = remember(path)  # before anything is attached: it may not be readable
         if file.of("t5") and isinstance(self.components.t5, TextEncoder):
             self.components.t5.ready()

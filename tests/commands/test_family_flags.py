@@ -320,6 +320,11 @@ def test_pictures_of_redux_have_their_weights(family, monkeypatch):
     assert main([*words, *size, "--reference", "photo.png", "0.5", "--reference", "cup.png"]) == 0
     record = read_request("output/flux-dev-redux_seed5.png")
     assert [(one.file, one.weight) for one in record.reference] == [("photo.png", 0.5), ("cup.png", 1.0)]
+    monkeypatch.setenv("FLUX_REDUX", str(folder / "model.safetensors"))
+    with monkeypatch.context() as early:
+        early.setattr("flux_core.pipeline.load_pipeline", lambda *_, **__: 1 / 0)
+        assert main([*words, *size, "--image", "photo.png"]) == 4  # before a model is loaded
+    monkeypatch.setenv("FLUX_REDUX", str(adapter))
     without = [word for word in words if word not in FAST[:2]]
     assert main([*without, *size, "--image", "photo.png"]) == 0
     record = read_request("output/flux-dev-redux_seed5_1.png")

@@ -18,7 +18,7 @@ from golden_files import read
 from no_float64 import NoFloat64
 from PIL import Image
 from random_lora import factors, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_pipeline, tiny_variant
 
 from flux_core import load_pipeline
@@ -545,6 +545,16 @@ def test_a_control_lora_comes_from_its_variable(of_files, monkeypatch):
     assert path.name in record["weights"] and record["weights"] == pipeline.weights and record["plan"] == []
     monkeypatch.setenv("FLUX_DEV_DEPTH_LORA", "nowhere.safetensors")
     with pytest.raises(FileError, match=r"FLUX_DEV_DEPTH_LORA=nowhere\.safetensors does not exist. Next: point"):
+        load_pipeline(name, "cpu", **files)
+
+
+def test_a_lora_that_leaves_the_input_as_it_is_makes_no_control_model(of_files, monkeypatch):
+    name = "flux-dev-canny-lora"
+    files, path = of_files(name)
+    control_lora(path, VARIANTS[name].params)
+    save_file({key: x for key, x in load_file(path).items() if "img_in" not in key}, path)
+    monkeypatch.setenv("FLUX_LORA", str(path))
+    with pytest.raises(FileError, match=r"canny-lora\.safetensors is no control LoRA: .* Next: give one"):
         load_pipeline(name, "cpu", **files)
 
 
