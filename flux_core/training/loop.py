@@ -115,8 +115,8 @@ class Example(NamedTuple):
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Of its latents: pictures of a batch have one size."""
-        return tuple(self.latents.shape)
+        """Of its latents, and how many are seen beside them: examples of a batch have one size."""
+        return *self.latents.shape, 0 if self.seen is None else len(self.seen)
 
     @property
     def digest(self) -> str:

@@ -70,7 +70,7 @@ class Cached:
 
     @property
     def size(self) -> tuple[int, ...]:
-        return tuple(self.cuts[0].size)
+        return *self.cuts[0].size, len(self.picture.beside)
 
     @property
     def digest(self) -> str:
@@ -108,9 +108,9 @@ class Run:
         self.folder = user_path(settings.output_dir)
         self.device = pick_device(settings.device)
         self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
+        if self.variant.takes.channels or (settings.takes and self.variant.takes):
+            raise UsageError(f"{self.variant.name} sees pictures already. Next: train a plain model, with --takes")
         if settings.takes:
-            if self.variant.takes:
-                raise UsageError(f"{self.variant.name} sees pictures already. Next: train --takes on a plain model")
             self.patterns += [INPUT] if WAYS[settings.takes].widens else []
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
@@ -138,6 +138,8 @@ class Run:
         if found.skipped and settings.strict:
             raise UsageError(f"{len(found.skipped)} pictures cannot be used. Next: mend them, or leave --strict out")
         every = found.pictures
+        if settings.takes and WAYS[settings.takes].widens and (several := [x for x in every if len(x.beside) > 1]):
+            raise UsageError(f"{several[0].path.name} has {len(several[0].beside)} maps. Next: name one for each picture")
         held = min(MOST_HELD_OUT, len(every) // 10) if settings.held_out is None else settings.held_out
         if held >= len(every):
             raise UsageError(f"--held-out {held} leaves nothing to train on: there are {len(every)} pictures")

@@ -57,6 +57,15 @@ def test_from_pictures_to_an_adapter(small, work, capsys, takes):
     assert Path("again", ADAPTER).read_bytes() == before
 
 
+def test_pictures_of_a_batch_have_as_many_references(small, work):
+    """Two of one picture and one of the others do not stack."""
+    path = work / "data" / "metadata.jsonl"
+    first, *others = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    first["reference"] = ["before/0.png", "before/1.png"]
+    path.write_text("\n".join(map(json.dumps, [first, *others])), encoding="utf-8")
+    assert train("--takes=reference", "--batch=2", "--held-out=0", "--steps=4") == 0
+
+
 def test_another_thing_to_see_is_another_run(small, work, capsys):
     assert train("--takes=reference") == 0
     capsys.readouterr()
@@ -74,6 +83,7 @@ def test_another_thing_to_see_is_another_run(small, work, capsys):
         ("outside", "is outside of the folder"),
         ("gone", "does not exist"),
         ("damaged", "damaged picture"),
+        ("two maps", "0.png has 2 maps. Next: name one for each picture"),
     ],
 )
 def test_what_is_missing_is_said(small, work, capsys, change, said):
@@ -86,18 +96,21 @@ def test_what_is_missing_is_said(small, work, capsys, change, said):
             file.write_bytes(file.read_bytes()[:60])
     else:
         new = {
+            "two maps": '"control": ["before/0.png", "before/1.png"], "reference"',
             "no key": '"none"', "outside": '"reference": "../x.png", "other"',
             "gone": '"reference": "y.png", "other"',
         }  # fmt: skip
-        path.write_text(path.read_text(encoding="utf-8").replace('"reference"', new[change]), encoding="utf-8")
-    assert train("--takes=reference") in (2, 4)
+        text = path.read_text(encoding="utf-8").replace('"control"', '"others"')
+        path.write_text(text.replace('"reference"', new[change]), encoding="utf-8")
+    assert train(f"--takes={'control' if change == 'two maps' else 'reference'}") in (2, 4)
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
 
 
 def test_a_model_that_sees_already_is_refused(work, capsys):
-    assert train("--takes=canny", "--name=flux-mini-canny") == 2
-    assert "sees pictures already" in capsys.readouterr().err
+    assert train("--takes=canny", "--name=flux-mini-kontext") == 2
+    assert train("--name=flux-mini-canny") == 2  # which would be given no map
+    assert capsys.readouterr().err.count("sees pictures already") == 2
 
 
 def test_the_input_is_wider_and_nothing_changes(small):
