@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import FileError
+from ..errors import FileError, UsageError
 from ..variants import VARIANTS, Variant, originals
 from .contents import Contents, check_fit, find_contents
 from .files import PARTS, adapter_path, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
@@ -32,6 +32,17 @@ def check_files(variant: Variant) -> None:
     for part in ("t5", "clip"):
         if (path := own_path(variant, part)) is not None:
             _check(path, part, variant)
+
+
+def check_alone(variant: Variant) -> None:
+    """UsageError for a model that is another's transformer with an adapter: what is written of it would lack that."""
+    if variant.adapter is None:
+        return
+    parts = variant.repo, variant.flow_file
+    base = next(row.name for row in VARIANTS.values() if (row.repo, row.flow_file) == parts and row.adapter is None)
+    raise UsageError(
+        f"{variant.name} is {base} with {variant.adapter.file}, and written without it. Next: --name {base}"
+    )
 
 
 def _check(path: Path, part: Part, variant: Variant) -> None:

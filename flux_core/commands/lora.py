@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_files, with_files
-from ..checkpoint.check import check_network
+from ..checkpoint.check import check_alone, check_network
 from ..checkpoint.contents import Contents, find_contents, listing
 from ..checkpoint.files import flow_path
 from ..errors import FileError, UsageError
@@ -81,6 +81,7 @@ def merge(
     and then no folder is made.
     """
     variant, scales = with_files(name, **files), _scales(scale, len(loras))
+    check_alone(variant)
     format, dtype = _MERGE["format"].parse(format), _MERGE["dtype"].parse(dtype)
     folder = user_path(output) if output else Path("output") / f"{variant.name}-{format}-{dtype}-merged"
     found = [_read_to_merge(path, variant) for path in loras]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_files, with_files
+from ..checkpoint.check import check_alone
 from ..checkpoint.files import flow_path
 from ..checkpoint.source import find_source
 from ..device.budget import bytes_of
@@ -49,6 +50,7 @@ def save(
     `output/NAME-FORMAT-DTYPE`. UsageError, FileError, AccessError or DiskError, and then no folder is made.
     """
     variant = with_files(name, **files)
+    check_alone(variant)
     packed = dtype if _FIELDS["dtype"].parse(dtype) in FORMATS else None
     blocks = dtype.upper() if dtype in (*GGUF_DTYPES, MIXED) else None
     format = _FIELDS["format"].parse(format, "gguf" if blocks else "official" if packed else "diffusers")

@@ -139,7 +139,8 @@ class Run:
             raise UsageError(f"{len(found.skipped)} pictures cannot be used. Next: mend them, or leave --strict out")
         every = found.pictures
         if settings.takes and WAYS[settings.takes].widens and (several := [x for x in every if len(x.beside) > 1]):
-            raise UsageError(f"{several[0].path.name} has {len(several[0].beside)} maps. Next: name one for each picture")
+            name, count = several[0].path.name, len(several[0].beside)
+            raise UsageError(f"{name} has {count} maps. Next: name one for each picture")
         held = min(MOST_HELD_OUT, len(every) // 10) if settings.held_out is None else settings.held_out
         if held >= len(every):
             raise UsageError(f"--held-out {held} leaves nothing to train on: there are {len(every)} pictures")

@@ -257,6 +257,14 @@ def test_the_models_that_ship_take_a_picture(name, field):
     assert not np.array_equal(pixels(f"output/{name}_seed5.png"), pixels(f"output/{name}_seed5_1.png"))
 
 
+@pytest.mark.parametrize("words", ["save", "lora merge lora.safetensors"])
+@pytest.mark.parametrize(("name", "base"), [("flux-mini-canny", "flux-mini"), ("flux-schnell-redux", "flux-schnell")])
+def test_what_is_written_lacks_no_adapter(words, name, base, capsys):
+    assert main([*words.split(), "--name", name, "--output", "written"]) == 2
+    assert f"{name} is {base} with" in (err := capsys.readouterr().err) and f"Next: --name {base}\n" in err
+    assert not Path("written").exists()
+
+
 # The family -------------------------------------------------------------------------------------------
 
 
