@@ -17,6 +17,7 @@ from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, p
 from ..request.generation import GenerationRequest
 from ..request.plans import given_plan
 from ..terminal import no_bars, note, tell
+from ..vision.maps import check_maps
 from .loras import checked_plan, entries_of
 from .table import EDIT
 
@@ -62,6 +63,7 @@ def edit(
     fields |= {**records, **natural_size(fields, pictures, variant)}
     request = GenerationRequest(name=variant.name, prompt=source, **fields)
     pictures.check(request)
+    check_maps(name for name, _ in pictures.maps(request))
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
     unused = ["--fit does nothing without --image"] if photo is None and fit else []

@@ -36,6 +36,7 @@ from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from ..variants import Variant
 from ..version import __version__
+from ..vision.maps import check_maps
 from .loras import checked_plan, found_again, typed_entries
 from .stepwise import Stepwise
 from .table import EXPLORE
@@ -89,6 +90,9 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
         if rank == 0:
             given = flags.pop("lora", None)
             exploration = began or _build_exploration(flags | _lora(given), files, plan)
+            first = exploration.request_of(next(iter(exploration.places)))
+            pictures.check(first)
+            check_maps(name for name, _ in pictures.maps(first))
             check_files(with_files(exploration.request["name"], **files))
             _check_loras(exploration, files, given if resume else None)
             if steps_dir:
@@ -102,7 +106,6 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
             folder = Path(resume) if resume else Path(parent, name)
             exploration = wait_for_manifest(folder)
         session, stop = Session(folder, exploration), stack.enter_context(Stop().listening())
-        pictures.check(exploration.request_of(next(iter(exploration.places))))
         work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None, beside, pictures)
         try:
             set_threads(threads)

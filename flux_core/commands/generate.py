@@ -32,7 +32,7 @@ from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell
 from ..variants import Variant
-from ..vision.maps import map_picture, opencv
+from ..vision.maps import check_maps, map_picture
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
 
@@ -83,8 +83,7 @@ def generate(
     requests = build_requests(seed, fields, lines)
     for request in requests:
         pictures.check(request)
-    if (control := requests[0].control) is not None and control.map == "canny":
-        opencv()  # or an error now, not after a model is loaded
+    check_maps(name for name, _ in pictures.maps(requests[0]))
     num_threads = THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     steps_folder = prepare_folder(stepwise_dir) if stepwise_dir else None

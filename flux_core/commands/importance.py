@@ -40,6 +40,7 @@ from ..request.plans import given_plan
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
 from ..terminal import no_bars, note, tell
+from ..vision.maps import check_maps
 from .loras import checked_plan, entries_of
 from .table import IMPORTANCE
 
@@ -92,6 +93,7 @@ def importance(
     fields.setdefault("num_steps", _FIELDS["num_steps"].default)
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     pictures.check(request)
+    check_maps(name for name, _ in pictures.maps(request))
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )

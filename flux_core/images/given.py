@@ -136,7 +136,7 @@ def with_image(fields: dict[str, Any], image: str | None, variant: Variant) -> d
     name = "reference" if takes.pictures else "control" if takes.control else "init_image"
     if fields.get(name) is not None:
         raise UsageError(f"--image and {FIELDS[name].flag} are the same for {variant.name}: give one of them")
-    fields[name] = [[image]] if takes.pictures else f"{takes.map}:{image}" if takes.control else image
+    fields[name] = [[image]] if takes.pictures else f"{takes.map}:{image}" if name == "control" and takes.map else image
     return fields
 
 

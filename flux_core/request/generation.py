@@ -282,7 +282,8 @@ class GenerationRequest(BaseModel):
         if takes.mask and not self.paints:
             raise UsageError(f"{name} paints into a picture. Next: --image FILE with --mask FILE, or with --pad")
         if takes.control and self.control is None:
-            raise UsageError(f"{name} follows a map. Next: --control {takes.map}:FILE, or --control MAP.png")
+            made = f"--control {takes.map}:FILE, or " if takes.map else ""
+            raise UsageError(f"{name} follows a map. Next: {made}--control MAP.png")
         if takes.pictures and not self.reference:
             raise UsageError(f"{name} takes a picture. Next: --reference FILE")
 

@@ -4,7 +4,7 @@ A Canny or Depth model sees a map as it sees a picture, by the autoencoder. Impo
 OpenCV. Source: black-forest-labs/flux `src/flux/modules/image_embedders.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,12 @@ def load_map(name: str, device: "device | str" = "cpu", model: str | None = None
 
     opencv()
     return lambda picture: pixels_of(canny(picture)).to(device)
+
+
+def check_maps(names: Iterable[str]) -> None:
+    """UsageError where OpenCV is needed and missing: now, not after a model is loaded."""
+    if "canny" in names:
+        opencv()
 
 
 def canny(picture: Image.Image) -> Image.Image:

@@ -245,7 +245,13 @@ def test_edges_without_opencv_are_told_as_early(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setattr("flux_core.commands.generate.check_files", lambda _: 1 / 0)
     assert main([*FAST, "--name", "flux-dev-canny", "--image", "photo.png"]) == 2
-    assert "the map canny needs OpenCV. Next: pip install opencv-python-headless" in capsys.readouterr().err
+    said = "the map canny needs OpenCV. Next: pip install opencv-python-headless"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr("flux_core.commands.explore.check_files", lambda _: 1 / 0)
+    words = ["explore", "--prompt", "a fox", "--name", "flux-mini-canny"]
+    assert main([*words, "--image", "photo.png"]) == 2 and said in capsys.readouterr().err
+    assert main(words) == 2 and "follows a map" in capsys.readouterr().err
+    assert not Path("output").exists()  # no session was begun
 
 
 @pytest.mark.parametrize(("name", "field"), [("flux-mini-canny", "control"), ("flux-mini-kontext", "reference")])

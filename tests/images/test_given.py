@@ -20,6 +20,7 @@ from flux_core.images.given import (
     open_given,
     pop_given,
     size_notes,
+    with_image,
 )
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling.family import kontext_size
@@ -62,6 +63,12 @@ def test_files_are_recorded_by_name_and_hash():
             {"file": "room.png", "sha256": sha256("room.png"), "weight": 1.0},
         ],
     }
+
+
+def test_the_picture_of_a_model_whose_maps_nobody_makes_is_a_map_itself():
+    row = replace(VARIANTS["flux-dev-canny"], takes=Takes(channels=("control",)))
+    assert with_image({}, "pose.png", row) == {"control": "pose.png"}
+    assert with_image({}, "a.png", VARIANTS["flux-dev-canny"]) == {"control": "canny:a.png"}
 
 
 def test_what_is_not_given_is_not_recorded():
