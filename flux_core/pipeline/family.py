@@ -45,7 +45,7 @@ class Channels(_Inputs):
     """[1, L, C], or a row for each picture of a batch"""
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
-        return replace(inputs, img_cond=_rows(self.tokens, inputs))
+        return replace(inputs, img_cond=_joined(inputs.img_cond, _rows(self.tokens, inputs), -1))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Behind(_Inputs):
         return self.tokens.shape[1]
 
     def apply(self, inputs: FlowInputs, size: tuple[int, int]) -> FlowInputs:
-        return replace(inputs, img_cond_seq=_rows(self.tokens, inputs), img_cond_seq_ids=_rows(self.ids, inputs, False))
+        tokens, ids = _rows(self.tokens, inputs), _rows(self.ids, inputs, False)
+        tokens, ids = _joined(inputs.img_cond_seq, tokens, 1), _joined(inputs.img_cond_seq_ids, ids, 1)
+        return replace(inputs, img_cond_seq=tokens, img_cond_seq_ids=ids)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Words(_Inputs):
         txt = torch.cat((inputs.txt, _rows(self.tokens, inputs)), dim=1)
         ids = torch.zeros(*txt.shape[:2], 3, dtype=inputs.txt_ids.dtype, device=txt.device)
         return replace(inputs, txt=txt, txt_ids=ids)
+
+
+def _joined(before: Tensor | None, x: Tensor, dim: int) -> Tensor:
+    """Behind what another condition gave."""
+    return x if before is None else torch.cat((before, x), dim)
 
 
 def _rows(x: Tensor, inputs: FlowInputs, cast: bool = True) -> Tensor:

@@ -30,8 +30,10 @@ from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
 from flux_core.lora import attach
 from flux_core.model import Flux, FluxParams
+from flux_core.pipeline.family import behind, beside
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import (
+    FlowInputs,
     denoise,
     euler,
     family,
@@ -507,6 +509,18 @@ def test_a_velocity_by_hand_has_no_pictures(pipeline_of, way):
     else:
         with pytest.raises(UsageError, match=f"flux-dev-{way} sees a picture beside what it draws. Next: pipeline.gen"):
             pipeline.velocity(PROMPT, **given)
+
+
+def test_one_condition_leaves_what_another_gave():
+    """A model's own and those of a caller are applied one after another."""
+    x, size = torch.randn(1, 16, 4, 6), (48, 32)
+    first = FlowInputs(*(torch.zeros(shape) for shape in ((1, 6, 3), (1, 2, 8), (1, 2, 3), (1, 4), (1,))))
+    inputs = beside(2 * x).apply(beside(x).apply(first, size), size)
+    tokens = pack(x.bfloat16()).float()
+    assert torch.equal(inputs.img_cond, torch.cat((tokens, 2 * tokens), -1))
+    inputs = behind([2 * x]).apply(behind([x]).apply(first, size), size)
+    assert torch.equal(inputs.img_cond_seq, torch.cat((tokens, 2 * tokens), 1))
+    assert inputs.img_cond_seq_ids.shape == (1, 12, 3)
 
 
 # From files ----------------------------------------------------------------------------------------------------
