@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -34,9 +35,13 @@ class Wanted(NamedTuple):
     @classmethod
     def of(cls, values: Any) -> Self:
         """From a sequence of two to five values. UsageError."""
-        if not isinstance(values, list | tuple) or not 2 <= len(values) <= 5:
-            raise UsageError("a ControlNet is (file, picture, scale, (start, end), mode), of which two are needed")
-        return cls(*values)
+        with suppress(TypeError, ValueError):
+            if isinstance(values, list | tuple) and len(values) >= 2:
+                wanted = cls(*values)
+                scale = None if wanted.scale is None else float(wanted.scale)
+                start, end = (0, 1) if wanted.span is None else map(float, wanted.span)
+                return wanted._replace(scale=scale, span=wanted.span and (start, end))
+        raise UsageError("a ControlNet is (file, picture, scale, (start, end), mode), of which two are needed")
 
     @classmethod
     def typed(cls, words: Sequence[str], before: ControlNetUse | None = None) -> Self:

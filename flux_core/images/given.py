@@ -197,8 +197,10 @@ def _followed(wanted: Wanted, variant: Variant) -> tuple[Followed, ControlNetUse
 
 
 def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, Picture | None]:
-    if isinstance(control, tuple):
-        return control
+    if isinstance(control, list | tuple):
+        if len(control) != 2 or not isinstance(control[0], str):
+            raise UsageError("a control picture is a file or a picture, or a pair of a map's name and one of these")
+        return control[0], control[1]
     if isinstance(control, str):
         name, colon, file = control.partition(":")
         return (name, expand_home(file)) if colon and name in MAPS else ("", expand_home(control))

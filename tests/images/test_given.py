@@ -127,6 +127,18 @@ def test_only_the_name_of_a_map_stands_before_a_file(monkeypatch, tmp_path):
         ({"reference": [["cup.png", "nan"]]}, UsageError, "must be a number from -100 to 100, not 'nan'"),
         ({"reference": [("cup.png", None)]}, UsageError, "must be a number from -100 to 100, not 'None'"),
         ({"reference": [["cup.png", "1", "photo.png", "2"]]}, UsageError, "takes a file and its weight, not 4 words"),
+        ({"control": ("canny",)}, UsageError, "a pair of a map's name and one of these"),
+        (
+            {"controlnet": [("net.safetensors", "room.png", "close")]},
+            UsageError,
+            r"a ControlNet is \(file, picture, scale",
+        ),
+        (
+            {"controlnet": [("net.safetensors", "room.png", 0.7, 0.8)]},
+            UsageError,
+            r"a ControlNet is \(file, picture, scale",
+        ),
+        ({"controlnet": ("net.safetensors", "room.png")}, UsageError, r"is \(file, picture, scale"),
         ({"control": "canny:~nobody-here/x.png"}, UsageError, "there is no such home folder"),
     ],
 )
