@@ -301,8 +301,8 @@ _SCHNELL = Variant(
     rgb=_FLUX1_RGB,
     variables=("FLUX_MODEL", "FLUX_SCHNELL"),
 )
-_REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", ("FLUX_REDUX",))
-_SIGLIP = "google/siglip-so400m-patch14-384"
+REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", ("FLUX_REDUX",))
+SIGLIP = "google/siglip-so400m-patch14-384"
 
 
 def _control(kind: str, guidance: float) -> list[Variant]:
@@ -391,8 +391,8 @@ VARIANTS: dict[str, Variant] = {
             takes=Takes(references=True, sizes=KONTEXT_SIZES),
             variables=("FLUX_MODEL",),
         ),
-        replace(_DEV, name="flux-dev-redux", guidance=2.5, takes=Takes(words=_SIGLIP), adapter=_REDUX),
-        replace(_SCHNELL, name="flux-schnell-redux", takes=Takes(words=_SIGLIP), adapter=_REDUX),
+        replace(_DEV, name="flux-dev-redux", guidance=2.5, takes=Takes(words=SIGLIP), adapter=REDUX),
+        replace(_SCHNELL, name="flux-schnell-redux", takes=Takes(words=SIGLIP), adapter=REDUX),
     )
 }
 DEFAULT = "flux-mini"

@@ -6,11 +6,10 @@ The official file and diffusers' folder `image_embedder` have the same names: `r
 from pathlib import Path
 
 from ..errors import FileError
-from ..variants import Variant
+from ..variants import REDUX, Variant
 from .contents import Contents, check_fit, find_contents
 from .shapes import redux_shapes
 
-REPO, FILE = "black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors"
 FOLDER = "image_embedder"
 """its place in a folder of diffusers' layout"""
 UP, DOWN = "redux_up.weight", "redux_down.weight"
@@ -18,7 +17,7 @@ UP, DOWN = "redux_up.weight", "redux_down.weight"
 
 def check_redux(path: Path, variant: Variant) -> Contents:
     """The tensors of a Redux adapter's file or folder. FileError if it is none, or its words are not of T5's width."""
-    inside, advice = path / FOLDER, f"give {FILE} of {REPO}"
+    inside, advice = path / FOLDER, f"give {REDUX.file} of {REDUX.repo}"
     contents = find_contents(inside if inside.is_dir() else path, "other")
     shapes, text, width = contents.shapes, contents.found.text, variant.params.context_in_dim
     if UP not in shapes:

@@ -12,14 +12,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from PIL import Image
 from torch import Tensor
 
 from ..images.given import Given, nearest_size
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling import FlowInputs, SampledRun, pack
-from ..sampling.family import mask_of, pixels_of, reference_tokens
+from ..sampling.family import mask_channels, mask_of, pixels_of, reference_tokens
 from ..sampling.flow import unpack
 from ..variants import Variant
 from ..vision.maps import load_map
@@ -171,10 +171,9 @@ def kept(scene: Scene) -> Tensor:
 
 
 def mask(scene: Scene) -> Tensor:
-    """The mask's pixels: 8x8 of them for each latent pixel. [1, L, 256]"""
+    """The mask's pixels. [1, L, 256]"""
     assert scene.given.mask is not None
-    patches = rearrange(mask_of(scene.given.mask)[:, 0], "b (h ph) (w pw) -> b (ph pw) h w", ph=8, pw=8)
-    return pack(patches.bfloat16()).to(scene.codec.placement.device)
+    return mask_channels(mask_of(scene.given.mask)).to(scene.codec.placement.device)
 
 
 def control(scene: Scene) -> Tensor:

@@ -76,8 +76,12 @@ def fill_condition(ae: AutoEncoder, pixels: Tensor, mask: Tensor) -> Tensor:
     """
     with torch.no_grad():
         latent = ae.encode((pixels * (1 - mask)).to(_dtype(ae))).to(torch.bfloat16)
-    patches = rearrange(mask[:, 0].to(torch.bfloat16), "b (h ph) (w pw) -> b (ph pw) h w", ph=8, pw=8)
-    return torch.cat((pack(latent), pack(patches)), dim=-1)
+    return torch.cat((pack(latent), mask_channels(mask)), dim=-1)
+
+
+def mask_channels(mask: Tensor) -> Tensor:
+    """A mask [B, 1, H, W] as channels [B, L, 256], bf16: 8x8 of its pixels for each latent pixel."""
+    return pack(rearrange(mask[:, 0].to(torch.bfloat16), "b (h ph) (w pw) -> b (ph pw) h w", ph=8, pw=8))
 
 
 def prepare_redux(

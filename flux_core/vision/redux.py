@@ -20,10 +20,10 @@ from ..checkpoint.tensors import opened
 from ..device.choice import pick_dtype
 from ..device.defaults import plain_defaults
 from ..errors import FileError
+from ..variants import SIGLIP as OFFICIAL
 from ..variants import Variant
 from .networks import Network, load_network
 
-OFFICIAL = "google/siglip-so400m-patch14-384"
 SIGLIP = Network("SigLIP", "SiglipVisionModel", ("siglip", "siglip_vision_model"), OFFICIAL)
 
 
