@@ -119,7 +119,8 @@ class Variant:
     adapter: Adapter | None = None
     """a LoRA on the transformer, or the adapter of `takes.words`"""
     base: str = ""
-    """a variant that ships, whose parts these are; the transformer has a LoRA in it, from the folder of this name"""
+    """a variant that ships, whose parts these are; without an `adapter` the transformer has a LoRA in it, from the
+    folder of this name"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
     """environment variables for the transformer's file; the first that is set is used"""
     t5_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -345,7 +346,7 @@ VARIANTS: dict[str, Variant] = {
             base="flux-mini",
             guidance=2.0,
             takes=Takes(channels=("control",), map="canny"),
-            adapter=Adapter("", "flux-mini-canny.safetensors", ()),
+            adapter=Adapter("", "flux-mini-canny.safetensors", ("FLUX_LORA",)),
         ),
         replace(
             _MINI,
@@ -353,7 +354,7 @@ VARIANTS: dict[str, Variant] = {
             base="flux-mini",
             guidance=1.0,
             takes=Takes(references=True),
-            adapter=Adapter("", "flux-mini-kontext.safetensors", ()),
+            adapter=Adapter("", "flux-mini-kontext.safetensors", ("FLUX_LORA",)),
         ),
         _DEV,
         replace(

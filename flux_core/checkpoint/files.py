@@ -145,13 +145,13 @@ def adapter_path(variant: Variant) -> Path | None:
     adapter = variant.adapter
     if adapter is None:
         return None
-    if not adapter.repo:
-        path = shipped_folder(variant.name) / adapter.file
-        return _existing(path, str(path), AGAIN)
-    if (variable := next((name for name in adapter.variables if os.environ.get(name)), None)) is None:
+    if variable := next((name for name in adapter.variables if os.environ.get(name)), None):
+        named, advice = os.environ[variable], f"point {variable} to a safetensors file, or unset it"
+        return _existing(user_path(named), f"{variable}={named}", advice)
+    if adapter.repo:
         return hub_file(adapter.repo, adapter.file)
-    named = os.environ[variable]
-    return _existing(user_path(named), f"{variable}={named}", f"point {variable} to a safetensors file, or unset it")
+    path = shipped_folder(variant.name) / adapter.file
+    return _existing(path, str(path), AGAIN)
 
 
 def ae_path(variant: Variant) -> Path:

@@ -163,14 +163,16 @@ def as_taken(
 def check_same(request: GenerationRequest, records: Mapping[str, Any]) -> None:
     """UsageError where a request names other pictures than these: it is to be gone on with."""
     for name in PICTURE_FILES:
-        before, now = (_hashes(found) for found in (getattr(request, name), records.get(name)))
+        before, now = (_told(found) for found in (getattr(request, name), records.get(name)))
         if before != now:
-            said = "another file was given with" if now and before else "it was begun with" if before else "it had no"
+            said = "it was begun with another" if now and before else "it was begun with" if before else "it had no"
             raise UsageError(f"{said} {FIELDS[name].flag}. Next: give the same pictures as before")
 
 
-def _hashes(records: Any) -> list[str]:
-    return [one.sha256 for one in (records if isinstance(records, tuple) else (records,) if records else ())]
+def _told(records: Any) -> list[dict[str, Any]]:
+    """What records say of pictures, but for the files' names."""
+    every = records if isinstance(records, tuple) else (records,) if records else ()
+    return [one.model_dump(exclude={"file", "net"}) for one in every]
 
 
 def pop_given(

@@ -23,6 +23,7 @@ from ..errors import FileError
 from ..files import user_path
 from ..jsonfile import read_json
 from ..params import FluxParams
+from ..variants import VARIANTS
 from .dialects import (
     TOKENS,
     WORDS,
@@ -409,9 +410,11 @@ def widened_input(lora: LoraFile, params: FluxParams) -> int:
 def check_drawable(lora: LoraFile, params: FluxParams) -> None:
     """FileError for a control LoRA, which takes a second picture that a request does not have."""
     if (width := widened_input(lora, params)) != params.in_channels:
+        rows = [row for row in VARIANTS.values() if row.takes.control and row.adapter and row.params == params]
+        advice = f"FLUX_LORA=FILE and --name {' or '.join(row.name for row in rows)}" if rows else "take another"
         raise FileError(
             f"{lora.path} is a control LoRA: with it the model takes {width} features a token, half of them from a "
-            "control picture. Next: FLUX_LORA=FILE and --name flux-dev-canny-lora or flux-dev-depth-lora"
+            f"control picture. Next: {advice}"
         )
 
 

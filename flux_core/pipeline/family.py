@@ -139,7 +139,7 @@ class Maps:
         key = name, size, hashlib.sha256(image.tobytes()).digest()
         map = self._kept.pop(key, None)
         if map is None:
-            map = (load_map(name, self.device) if name else pixels_of)(image)
+            map = (load_map(name, self.device) if name else pixels_of)(image).cpu()
         self._kept[key] = map
         for old in list(self._kept)[:-MAPS_KEPT]:
             del self._kept[old]

@@ -158,7 +158,7 @@ GIVEN = (
     Field(
         "strength",
         float,
-        f"how far to leave the init image; 1 ignores it (default: {STRENGTH})",
+        f"how far to leave the init image; 1 ignores it (default: {STRENGTH}, with a mask 1)",
         minimum=0,
         maximum=1,
     ),

@@ -49,12 +49,20 @@ def encoding(codec: "Codec") -> Encode:
 class LatentCache:
     """The latents of pictures, in a folder."""
 
-    def __init__(self, folder: Path, autoencoder: str, cuts: Mapping[Picture, Sequence[Cut]], takes: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        autoencoder: str,
+        cuts: Mapping[Picture, Sequence[Cut]],
+        takes: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
         """autoencoder: what encodes, as text: the hash of its file, its dtype, the device. cuts: of each picture.
 
-        takes: what a model learns to see beside them, a name in `seen.WAYS`.
+        takes: what a model learns to see beside them, a name in `seen.WAYS`. device: where maps are made.
         """
         self.folder, self.autoencoder, self.cuts, self.takes = folder, autoencoder, cuts, takes
+        self.device = device
 
     def path(self, picture: Picture) -> Path:
         """The file of a picture."""
@@ -86,7 +94,7 @@ class LatentCache:
             part = apply(cut, image)
             state[str(number)] = encode(part).cpu()
             if self.takes:
-                seen = [encode(one) for one in seen_of(self.takes, picture, cut, part)]
+                seen = [encode(one) for one in seen_of(self.takes, picture, cut, part, self.device)]
                 state[f"{number}.{SEEN}"] = torch.stack(seen).cpu()
         if not all(x.isfinite().all() for x in state.values()):
             raise NonFiniteError(f"the latents of {picture.path} are not finite. Next: encode it in another dtype")

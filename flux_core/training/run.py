@@ -260,7 +260,7 @@ class Run:
         self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
         self.pipeline.prompts.disk = None  # captions are kept in parquet
         how = f"{list(hashes.values())[1]} {dtype_name(self.pipeline.dtype)} {self.device.type} {torch.__version__}"
-        self.latents = LatentCache(self.folder / "latents", how, self.cuts, settings.takes)
+        self.latents = LatentCache(self.folder / "latents", how, self.cuts, settings.takes, self.device)
 
     def encode_captions(self) -> None:
         """T5 and CLIP, once. Then T5 is gone."""

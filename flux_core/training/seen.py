@@ -56,10 +56,12 @@ WAYS: Mapping[str, Way] = MappingProxyType(
 """by the values of `--takes`"""
 
 
-def seen_of(takes: str, picture: Picture, cut: Cut, image: Image.Image) -> Sequence[Image.Image]:
+def seen_of(
+    takes: str, picture: Picture, cut: Cut, image: Image.Image, device: torch.device | str = "cpu"
+) -> Sequence[Image.Image]:
     """What is seen beside a cut of a picture, whose pixels are `image`. FileError for a file that was changed."""
     if not WAYS[takes].key:
-        return [map_picture(maker(takes)(image))]
+        return [map_picture(maker(takes, device)(image))]
     found = []
     for path, sha256 in picture.beside:
         opened, now = open_picture(path)
