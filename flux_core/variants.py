@@ -42,7 +42,7 @@ class Takes:
     channels: tuple[str, ...] = ()
     """beside those of the image's tokens, in this order: of `family.CHANNELS`"""
     map: str = ""
-    """what a photograph becomes for the channels of `control`: of `images.maps.MAPS`"""
+    """what a photograph becomes for the channels of `control`: of `request.fields.MAPS`"""
     references: bool = False
     """pictures as tokens behind the image's, with position ids of their own"""
     sizes: tuple[tuple[int, int], ...] = ()

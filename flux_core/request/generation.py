@@ -113,7 +113,7 @@ class Control(InitImage):
     """The record of a control picture."""
 
     map: str = ""
-    """what was made of it, of `images.maps.MAPS`; empty: it is a map itself"""
+    """what was made of it, of `request.fields.MAPS`; empty: it is a map itself"""
 
 
 class ControlNetUse(Control):
