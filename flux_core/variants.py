@@ -5,7 +5,7 @@ official models: black-forest-labs/flux `src/flux/util.py`; text lengths: its `c
 as most users run it, instead of the official command's 50; every run prints its effective values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -65,6 +65,19 @@ class Takes:
     def pictures(self) -> bool:
         """Whether the request's references are for it."""
         return self.references or bool(self.words)
+
+
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of several sizes, the one that is nearest in shape; of equal ones the narrower."""
+    ratio = size[0] / size[1]
+    _, width, height = min((abs(ratio - width / height), width, height) for width, height in sizes)
+    return width, height
+
+
+def of_ratio(ratio: float, area: int) -> tuple[int, int]:
+    """Width and height, multiples of 16, of a ratio of sides and about an area in pixels."""
+    width, height = (round(side**0.5) // 16 * 16 for side in (area * ratio, area / ratio))
+    return max(width, 16), max(height, 16)
 
 
 KONTEXT_SIZES = (
@@ -279,27 +292,16 @@ _MINI = Variant(
     rgb=_MINI_RGB,
 )
 
-_SCHNELL = Variant(
+_SCHNELL = replace(
+    _DEV,
     name="flux-schnell",
     params=_flux1(guidance_embed=False),
-    ae_params=_FLUX1_AE,
     repo="black-forest-labs/FLUX.1-schnell",
     flow_file="flux1-schnell.safetensors",
-    ae_file="ae.safetensors",
-    t5=_T5,
-    clip=_CLIP,
-    t5_config=_T5_XXL,
-    clip_config=_CLIP_L,
     max_text=256,
     shift=False,
     num_steps=4,
-    guidance=3.5,
-    width=1360,
-    height=768,
-    min_side=256,
-    max_side=4096,
     licence="Apache-2.0",
-    rgb=_FLUX1_RGB,
     variables=("FLUX_MODEL", "FLUX_SCHNELL"),
 )
 REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", ("FLUX_REDUX",))

@@ -21,7 +21,7 @@ from ..errors import FluxError, MemoryShortage, UsageError
 from ..files import prepare_folder
 from ..hooks import Lora
 from ..hooks.plan import Plan
-from ..images.given import Given, natural_size, of_ratio, pop_given, size_notes, with_image
+from ..images.given import Given, natural_size, pop_given, size_notes, with_image
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
@@ -31,7 +31,7 @@ from ..request.loop import apply_command, read_typed_lines
 from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell
-from ..variants import Variant
+from ..variants import Variant, of_ratio
 from ..vision.maps import check_maps, map_picture
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise

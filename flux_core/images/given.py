@@ -15,8 +15,8 @@ from ..errors import UsageError
 from ..files import expand_home
 from ..lora.known import Known
 from ..request.fields import FIELDS, FIT, MAPS, MOST_WEIGHT, PICTURE_FILES
-from ..request.generation import PATCH, Control, ControlNetUse, GenerationRequest, Reference, read_pad
-from ..variants import DEFAULT, Variant, get_variant
+from ..request.generation import Control, ControlNetUse, GenerationRequest, Reference, read_pad
+from ..variants import DEFAULT, Variant, get_variant, nearest_size
 from .controlnets import Wanted
 from .masks import Canvas, mask_note, open_mask
 from .pictures import MAX_PIXELS, fit_note, open_source
@@ -247,14 +247,8 @@ def natural_size(fields: Mapping[str, Any], given: Given, variant: Variant) -> d
         size = given.references[0].size
         if not variant.takes.sizes:
             return _within(*size, variant)
-        return dict(zip(("width", "height"), nearest_size(size, variant), strict=True))
+        return dict(zip(("width", "height"), nearest_size(size, variant.takes.sizes), strict=True))
     return {}
-
-
-def of_ratio(ratio: float, area: int) -> tuple[int, int]:
-    """Width and height, multiples of 16, of a ratio of sides and about an area in pixels."""
-    width, height = (round(side**0.5) // PATCH * PATCH for side in (area * ratio, area / ratio))
-    return max(width, PATCH), max(height, PATCH)
 
 
 def _extended_size(image: Image.Image, pad: object) -> tuple[int, int]:
@@ -282,7 +276,7 @@ def size_notes(request: GenerationRequest, given: Given) -> Iterator[str]:
     for _, image in given.controlnets:
         yield from filter(None, [_stretch_note("the ControlNet's picture", image, whole)])
     for one in given.references if variant.takes.references else ():
-        seen = nearest_size(one.size, variant) if variant.takes.sizes else size
+        seen = nearest_size(one.size, variant.takes.sizes) if variant.takes.sizes else size
         yield from filter(None, [_stretch_note("the reference", one, seen)])
 
 
@@ -299,13 +293,6 @@ def _stretch_note(what: str, image: Image.Image, size: tuple[int, int]) -> str |
     if 1 / STRETCHED < ratio < STRETCHED:
         return None
     return "{} is {}x{}, not the shape of {}x{}: it is stretched".format(what, *image.size, *size)
-
-
-def nearest_size(size: tuple[int, int], variant: Variant) -> tuple[int, int]:
-    """Of a model's sizes for references, the one that is nearest in shape."""
-    ratio = size[0] / size[1]
-    _, width, height = min((abs(ratio - width / height), width, height) for width, height in variant.takes.sizes)
-    return width, height
 
 
 def _within(width: int, height: int, variant: Variant) -> dict[str, int]:

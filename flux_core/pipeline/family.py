@@ -16,12 +16,12 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
-from ..images.given import Given, nearest_size
+from ..images.given import Given
 from ..request.generation import PATCH, GenerationRequest
 from ..sampling import FlowInputs, SampledRun, pack
 from ..sampling.family import mask_channels, mask_of, pixels_of, reference_tokens
 from ..sampling.flow import unpack
-from ..variants import Variant
+from ..variants import Variant, nearest_size
 from ..vision.maps import load_map
 from .codec import Codec
 from .conditions import Condition
@@ -189,7 +189,7 @@ def references(scene: Scene, variant: Variant) -> Behind:
     """Each at the size that the model sees references at."""
     found = []
     for image in scene.given.references:
-        width, height = nearest_size(image.size, variant) if variant.takes.sizes else scene.size
+        width, height = nearest_size(image.size, variant.takes.sizes) if variant.takes.sizes else scene.size
         size = width // PATCH * PATCH, height // PATCH * PATCH
         found.append(unpack(scene.codec.encode(image, *size, "stretch"), size[1], size[0]))
     return behind(found)

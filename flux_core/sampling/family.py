@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import AutoEncoder
-from ..variants import KONTEXT_SIZES
+from ..variants import KONTEXT_SIZES, nearest_size, of_ratio
 from .flow import get_noise, image_ids, pack, prepare
 
 Picture = str | Path | Image.Image
@@ -140,17 +140,14 @@ def reference_tokens(latent: Tensor, device: torch.device | str) -> dict[str, Te
 
 def kontext_size(width: int, height: int) -> tuple[int, int]:
     """The width and height at which Kontext sees a picture: those of the preferred that are nearest in shape."""
-    ratio = width / height
-    _, wide, high = min((abs(ratio - w / h), w, h) for w, h in PREFERED_KONTEXT_RESOLUTIONS)
+    wide, high = nearest_size((width, height), PREFERED_KONTEXT_RESOLUTIONS)
     return 16 * (wide // 16), 16 * (high // 16)
 
 
 def aspect_ratio_to_height_width(aspect_ratio: str, area: int = 1024**2) -> tuple[int, int]:
     """Width and height, in this order, of `16:9`: about `area` pixels, multiples of 16. ValueError for no ratio."""
     wide, high = map(float, aspect_ratio.split(":"))
-    ratio = wide / high
-    width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-    return 16 * (width // 16), 16 * (height // 16)
+    return of_ratio(wide / high, area)
 
 
 def picture_of(picture: Picture, mode: str = "RGB") -> Image.Image:

@@ -15,8 +15,6 @@ from flux_core.images.given import (
     NOTHING,
     Given,
     natural_size,
-    nearest_size,
-    of_ratio,
     open_given,
     pop_given,
     size_notes,
@@ -24,7 +22,7 @@ from flux_core.images.given import (
 )
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling.family import kontext_size
-from flux_core.variants import VARIANTS, Takes
+from flux_core.variants import VARIANTS, Takes, nearest_size, of_ratio
 
 MINI, DEV = VARIANTS["flux-mini"], VARIANTS["flux-dev"]
 FILL, CANNY, KONTEXT = (VARIANTS[f"flux-dev-{name}"] for name in ("fill", "canny", "kontext"))
@@ -197,7 +195,7 @@ def test_a_ratio_of_sides_gives_the_official_size():
 def test_a_reference_gets_the_official_size():
     golden = read("family/kontext")
     sizes, expected = (golden.tensors[name].tolist() for name in ("in.sizes_wh", "out.resolution_wh"))
-    assert [list(nearest_size(tuple(size), KONTEXT)) for size in sizes] == expected
+    assert [list(nearest_size(tuple(size), KONTEXT.takes.sizes)) for size in sizes] == expected
     assert [list(kontext_size(*size)) for size in sizes] == expected
 
 
