@@ -26,8 +26,9 @@ from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
-from ..request.generation import DRAWN_BY, GenerationRequest, InitImage
+from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.loop import apply_command, read_typed_lines
+from ..request.pictures import InitImage
 from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell

@@ -11,7 +11,7 @@ from ..errors import UsageError, nearest
 from ..lora.known import CONTROLNET, Known, locate, remember
 from ..params import FluxParams
 from ..request.fields import MODES, MOST_CONTROL
-from ..request.generation import ControlNetUse
+from ..request.pictures import ControlNetUse
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 _SCALE = re.compile(rf"([+-]?{_NUMBER})(?:@({_NUMBER})-({_NUMBER}))?", re.ASCII)

@@ -15,7 +15,8 @@ from ..errors import UsageError
 from ..files import expand_home
 from ..lora.known import Known
 from ..request.fields import FIELDS, FIT, MAPS, MOST_WEIGHT, PICTURE_FILES
-from ..request.generation import Control, ControlNetUse, GenerationRequest, Reference, read_pad
+from ..request.generation import GenerationRequest
+from ..request.pictures import Control, ControlNetUse, Reference, read_pad
 from ..variants import DEFAULT, Variant, get_variant, nearest_size
 from .controlnets import Wanted
 from .masks import Canvas, mask_note, open_mask

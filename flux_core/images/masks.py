@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from ..errors import UsageError
 from ..request.fields import FIT
-from ..request.generation import GenerationRequest, InitImage
+from ..request.generation import GenerationRequest
+from ..request.pictures import InitImage
 from .pictures import fitted, layers, open_recorded
 
 BLUR, FADES = 6, 0.02

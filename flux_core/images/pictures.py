@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ..errors import FileError
 from ..request.fields import FIT, FITS, PICTURES
-from ..request.generation import InitImage
+from ..request.pictures import InitImage
 from ..terminal import note
 from . import jpeg, png
 

@@ -21,7 +21,8 @@ from ..errors import UsageError
 from ..hooks import HookRun, Intervention, Sampler, ShareKV
 from ..pipeline import Pipeline
 from ..request.fields import FIT, NUDGE
-from ..request.generation import PATCH, GenerationRequest, InitImage
+from ..request.generation import PATCH, GenerationRequest
+from ..request.pictures import InitImage
 from ..sampling import OnStep, Step, Velocity, euler, get_noise, get_schedule, invert, pack
 
 SOURCE = "source"

@@ -10,7 +10,7 @@ from ..hooks.layers import VITAL, layers_of
 from ..images.given import Given
 from ..images.pictures import open_source
 from ..request.fields import FIT
-from ..request.generation import InitImage
+from ..request.pictures import InitImage
 from ..server.jobs import Job
 from .controls import DRAWING, said
 from .desk import Desk

@@ -10,7 +10,8 @@ from ..kernels import install
 from ..lora.known import Known
 from ..model import ControlNet
 from ..params import FluxParams
-from ..request.generation import ControlNetUse, GenerationRequest
+from ..request.generation import GenerationRequest
+from ..request.pictures import ControlNetUse
 from .codec import Codec
 from .controlnet import ControlNetCondition
 from .family import Maps

@@ -10,7 +10,8 @@ from flux_core.errors import FileError, UsageError
 from flux_core.images.masks import BLUR, Canvas, extended, mask_note, open_mask, region, without_step
 from flux_core.images.pictures import crop_centre
 from flux_core.request.fields import FITS
-from flux_core.request.generation import GenerationRequest, InitImage
+from flux_core.request.generation import GenerationRequest
+from flux_core.request.pictures import InitImage
 
 ORIGIN = InitImage(file="", sha256="0")
 

@@ -19,7 +19,8 @@ from flux_core.images.metadata import (
     read_texts,
 )
 from flux_core.images.output import save_picture
-from flux_core.request.generation import GenerationRequest, InitImage
+from flux_core.request.generation import GenerationRequest
+from flux_core.request.pictures import InitImage
 
 HOSTILE = [
     "nul \x00 inside",

@@ -10,7 +10,8 @@ from PIL import Image
 from flux_core.errors import UsageError
 from flux_core.images.metadata import describe, parameters, read_request
 from flux_core.images.output import save_picture
-from flux_core.request.generation import Control, GenerationRequest, InitImage, Reference, read_pad
+from flux_core.request.generation import GenerationRequest
+from flux_core.request.pictures import Control, InitImage, Reference, read_pad
 from flux_core.strength import skipped_steps
 from flux_core.variants import VARIANTS
 

@@ -5,7 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from flux_core.request.generation import GenerationRequest, InitImage
+from flux_core.request.generation import GenerationRequest
+from flux_core.request.pictures import InitImage
 from flux_core.sampling import start_from_image
 from flux_core.strength import highest_strength, skipped_steps
 
