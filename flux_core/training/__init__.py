@@ -2,8 +2,9 @@
 
 from .adapter import PRESETS, Adapter, adapt
 from .data import Found, Picture, read_folder
-from .loop import Example, Progress, Recipe, Source, train, validate
+from .loop import Progress, train, validate
 from .objective import MAPS, WEIGHTINGS, flow_loss, flow_target, noised, on_table
+from .recipe import Example, Recipe, Source
 from .sizes import parse_resolution
 
 __all__ = [

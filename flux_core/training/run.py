@@ -41,9 +41,10 @@ from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, samp
 from .data import Found, Picture, read_folder
 from .hub_data import from_hub
 from .latents import LatentCache, encoding
-from .loop import Example, Progress, checkpoints, factor, train, validate
+from .loop import Progress, checkpoints, factor, train, validate
 from .optimizers import bitsandbytes_optimizers
 from .plan import Plan, plan_of
+from .recipe import Example
 from .seen import WAYS, condition_of, maker, widen
 from .settings import Settings
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution

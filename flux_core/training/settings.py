@@ -16,8 +16,8 @@ from ..files import user_path
 from ..hub.places import ROOTS
 from ..request.fields import Field
 from ..request.training import SECTIONS, SETTINGS
-from .loop import Recipe
 from .objective import MAPS
+from .recipe import Recipe
 
 BY_NAME = {field.name: field for field in SETTINGS}
 NOTO = "noto"
