@@ -9,7 +9,11 @@ from .fields import DEVICE, FIELDS, FILES, MAPS, MAX_SEED, MEMORY, NAME, OUTPUT_
 
 OFTEN = 10_000_000
 """the most steps"""
-TIMESTEPS = ("logit_normal", "uniform", "sigmoid", "shift", "flux_shift")
+TIMESTEPS = (
+    "logit_normal", "uniform", "sigmoid", "shift", "flux_shift", "mode", "content", "style", "beta", "mixflow",
+    "linear_timesteps", "linear_timesteps2",
+)  # fmt: skip
+LOSSES = ("l2", "l1", "huber", "smooth_l1")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 CHECKPOINTING = ("none", "mlp", "second", "linears", "blocks")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -88,10 +92,23 @@ TRAINING = (
           default="logit_normal", metavar="NAME"),
     Field("timestep_mean", float, "of logit_normal (default: 0)", minimum=-10, maximum=10),
     Field("timestep_std", float, "of logit_normal (default: 1)", minimum=0, maximum=10),
-    Field("timestep_scale", float, "of sigmoid, shift and flux_shift (default: 1)", minimum=0, maximum=10),
-    Field("timestep_shift", float, "of shift: towards noise above 1", minimum=0, maximum=100),
+    Field("timestep_scale", float, "of sigmoid, shift and flux_shift (default: 1), and of mode (default: 1.29)",
+          minimum=-10, maximum=10),
+    Field("timestep_shift", float, "of all but flux_shift: towards noise above 1", minimum=0, maximum=100),
     Field("weighting", str, f"of the loss by noise level: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS, default="none",
           metavar="NAME"),
+    Field("loss", str, f"of the velocity's errors: {', '.join(LOSSES)}", choices=LOSSES, default="l2", metavar="NAME"),
+    Field("huber_c", float, "size of errors from which huber and smooth_l1 are linear", minimum=0, maximum=1000,
+          default=0.1),
+    Field("huber_schedule", str, "of huber_c: constant, or exponential (from 1 without noise to it)",
+          choices=("constant", "exponential"), default="constant", metavar="NAME"),
+    Field("preserve", str, "what stays as it was, by a second forward: differential (captions with --class-word in "
+          "place of the trigger), blank (the empty caption)", choices=("differential", "blank"), default="",
+          metavar="NAME"),
+    Field("preserve_weight", float, "of that in the loss", minimum=0, maximum=1000, default=1.0),
+    Field("class_word", str, "what the trigger word stands for, as in dog", metavar="WORD"),
+    Field("contrast", float, "guidance that the target has, so that what guidance was distilled into a model stays "
+          "there: as --guidance; 0: none", minimum=0, maximum=100, default=0.0),
     Field("guidance", float, "that the model is told while it learns", minimum=0, maximum=100, default=3.5),
     Field("seed", int, "of everything that is drawn", minimum=0, maximum=MAX_SEED, default=0),
     Field("compile", bool, "torch.compile for the blocks", default=False),

@@ -11,8 +11,8 @@ matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -152,11 +152,14 @@ class AdaptedLinear(nn.Module):
         self.base: Any = base
         in_order: list[Factors] = sorted(factors, key=lambda one: one.target.start)
         self.factors = nn.ModuleList(in_order)
+        self.is_on = True
         self.in_features, self.out_features = self.base.in_features, self.base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
         y, pieces, done = self.base(x), [], 0
+        if not self.is_on:
+            return y
         for one in cast(Iterable[Factors], self.factors):
             start, stop = one.target.start, one.target.stop
             pieces += [y[..., done:start], one(x, y[..., start:stop], self.base)]
@@ -187,6 +190,18 @@ class Adapter:
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the factors are their average, if one is kept."""
         return nullcontext() if self.average is None else self.average.averaged()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context in which the model is as it was before it learned."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, AdaptedLinear)]
+        for layer in layers:
+            layer.is_on = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.is_on = True
 
     def config(self) -> dict[str, Any]:
         """What is not in the tensors, under the names of PEFT's LoraConfig."""

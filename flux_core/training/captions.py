@@ -16,6 +16,8 @@ from ..errors import UsageError
 
 CAPTION, EMPTY, TRIGGER, SHUFFLE = "caption", "empty", "trigger", "shuffle-"
 """kinds of texts; of the last, with its number behind it, there may be several"""
+CLASS = "class"
+"""the caption with the word for a class in place of the trigger word: what is not drawn, but kept as it was"""
 COMMON = (EMPTY, TRIGGER)
 """kinds whose texts are the same for all pictures"""
 

@@ -8,13 +8,12 @@ and the losses so far, in one file that appears whole. The same sources, recipe 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,18 +23,19 @@ from ..checkpoint.write import write_safetensors
 from ..errors import FileError, NonFiniteError, UsageError
 from ..files import disk_errors
 from ..model.transformer import Fetch
-from ..sampling import FlowInputs, image_ids
 from .adapter import Adapter
-from .objective import MAPS, WEIGHTINGS, flow_loss, on_table
+from .loss import parts
+from .objective import MAPS, on_table, shifted
 from .optimizers import OPTIMIZERS, Ema, restore, state_of
 from .recipe import SCHEDULES, Example, Recipe, Source
-from .recompute import differentiable, fetch_for
-from .seen import condition_of
+from .recompute import differentiable
 
 CHECKPOINT = "step-{:07d}.safetensors"
 SAVED = re.compile(r"step-(\d{7})\.safetensors")
 DRAWN = ("order", "noise", "level", "example", "validation")
 """what is drawn, each from numbers of its own"""
+ADDED = ("takes", "loss", "huber_c", "huber_schedule", "preserve", "preserve_weight", "contrast", "mask_prior")
+"""what recipes had no word for at first: at its default it is no part of a run's identity"""
 VALIDATED = (0.1, 0.3, 0.5, 0.7, 0.9)
 """noise levels at which held-out pictures are judged"""
 SCALE, DOUBLED_AFTER = 2.0**16, 2000
@@ -83,11 +83,11 @@ def train(
             names: list[str] = []
             for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation):
                 batch = drawn(sources, recipe, micro)
-                loss = loss_of(adapter, batch, recipe, micro, fetch)
-                (loss * (state.scale / recipe.accumulation)).backward()
-                found.append(loss.detach())  # looked at behind the backward, so that a card need not wait
+                for part in parts_of(adapter, batch, recipe, micro, fetch):
+                    (part * (state.scale / recipe.accumulation)).backward()
+                    found.append(part.detach())  # looked at behind the backward, so that a card need not wait
                 names += [one.name for one in batch]
-            total = float(torch.stack(found).double().mean())
+            total = float(torch.stack(found).double().sum() / recipe.accumulation)
             if not math.isfinite(total):
                 raise NonFiniteError(unstable(recipe, f"the loss of {', '.join(names)} is {total}", step))
             rate = recipe.lr * factor(recipe, step)
@@ -171,9 +171,17 @@ def loss_of(
     adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int, fetch: Fetch | None = None
 ) -> Tensor:
     """The loss of a micro-batch, at the noise and the levels that are its own."""
+    return torch.stack([*parts_of(adapter, batch, recipe, micro, fetch)]).sum()
+
+
+def parts_of(
+    adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int, fetch: Fetch | None = None
+) -> Iterator[Tensor]:
+    """Its parts, the mean over the pictures of each: gradients of one are taken before the next is computed."""
     noise = noise_like(batch, generator(recipe, "noise", micro))
     tokens = batch[0].latents[0].numel() // 4  # packed two by two
-    return each_loss(adapter, batch, recipe, noise, levels(recipe, micro, len(batch), tokens), fetch).mean()
+    for part in parts(adapter, batch, recipe, noise, levels(recipe, micro, len(batch), tokens), fetch):
+        yield part.mean()
 
 
 def noise_like(batch: Sequence[Example], draw: torch.Generator) -> Tensor:
@@ -185,23 +193,7 @@ def each_loss(
     adapter: Adapter, batch: Sequence[Example], recipe: Recipe, noise: Tensor, sigma: Tensor, fetch: Fetch | None = None
 ) -> Tensor:
     """The loss of each picture of a batch, fp32 [B]. noise: as the latents; sigma: [B]."""
-    device = adapter.parameters()[0].device
-    parts = zip(*((one.latents, one.txt, one.vec) for one in batch), strict=True)
-    latents, txt, vec = (torch.stack(part).to(device) for part in parts)
-    inputs = FlowInputs(
-        img_ids=image_ids(len(batch), latents.shape[2] // 2, latents.shape[3] // 2, device),
-        txt=txt,
-        txt_ids=torch.zeros(len(batch), txt.shape[1], 3, dtype=torch.float32, device=device),
-        vec=vec,
-        guidance=torch.full((len(batch),), recipe.guidance, dtype=txt.dtype, device=device),
-    )
-    if recipe.takes:
-        seen = condition_of(recipe.takes, [cast(Tensor, one.seen) for one in batch])
-        inputs = seen.apply(inputs, (8 * latents.shape[3], 8 * latents.shape[2]))
-    half = torch.autocast(device.type, torch.float16) if recipe.precision == "fp16" else nullcontext()
-    fetch, weighting = fetch or fetch_for(recipe.checkpointing), WEIGHTINGS[recipe.weighting]
-    with half:
-        return flow_loss(adapter.model, inputs, latents, noise.to(device), sigma.to(device), weighting, fetch)
+    return torch.stack([*parts(adapter, batch, recipe, noise, sigma, fetch)]).sum(0)
 
 
 @torch.no_grad()
@@ -210,7 +202,7 @@ def validate(adapter: Adapter, sources: Sequence[Source], recipe: Recipe, fetch:
 
     It is of the factors' average, where there is one. fetch: as in `Flux.forward`.
     """
-    plain, total = replace(recipe, weighting="none"), 0.0
+    plain, total = unweighted(recipe), 0.0
     with adapter.averaged(), differentiable(adapter.model, "none"):
         for i, source in enumerate(sources):
             one = source.draw(None)
@@ -219,6 +211,13 @@ def validate(adapter: Adapter, sources: Sequence[Source], recipe: Recipe, fetch:
                 sigma = torch.full((1,), level, dtype=torch.float32, device="cpu")
                 total += each_loss(adapter, [one], plain, noise, sigma, fetch).item()
     return total / (len(sources) * len(VALIDATED))
+
+
+def unweighted(recipe: Recipe) -> Recipe:
+    """A recipe whose loss is the squared error of the velocity, and nothing else."""
+    return replace(
+        recipe, timesteps="uniform", weighting="none", loss="l2", preserve="", contrast=0.0, mask_prior=0.0
+    )  # fmt: skip
 
 
 def drawn(sources: Sequence[Source], recipe: Recipe, micro: int) -> list[Example]:
@@ -248,8 +247,10 @@ def levels(recipe: Recipe, micro: int, count: int, tokens: int = 0) -> Tensor:
     make = torch.randn if way.is_normal else torch.rand
     if recipe.timesteps == "flux_shift":
         options.setdefault("tokens", tokens)
+    shift = 1.0 if recipe.timesteps == "shift" else options.pop("shift", 1.0)  # a way of its own has its own formula
     sigma = way.sigma(make(count, dtype=torch.float32, device="cpu", generator=draw), **options)
-    return on_table(sigma) if recipe.on_table else sigma
+    sigma = on_table(sigma) if recipe.on_table else sigma
+    return sigma if shift == 1 else shifted(sigma, shift)
 
 
 def generator(recipe: Recipe, what: str, number: int) -> torch.Generator:
@@ -273,8 +274,9 @@ def identity(recipe: Recipe, sources: Sequence[Source], adapter: Adapter) -> dic
     for one in sources:
         digest.update(f"{one.name}\n{one.digest}\n".encode())
     told = asdict(recipe)
-    if not recipe.takes:
-        del told["takes"]  # as of versions that knew of none
+    for name in ADDED:
+        if told[name] == Recipe.__dataclass_fields__[name].default:
+            del told[name]  # as of versions that did not know it
     if recipe.schedule == "constant":
         del told["steps"]  # which nothing hangs on: a run may go on for longer
     known = {key: json.dumps(value, sort_keys=True) for key, value in (told | adapter.config()).items()}

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .objective import MAPS, WEIGHTINGS
+from .objective import LOSSES, MAPS, WEIGHTINGS
 from .optimizers import OPTIMIZERS
 from .recompute import WAYS
 from .seen import WAYS as SEEN
@@ -48,6 +49,19 @@ class Recipe:
     guidance: float = 3.5
     precision: str = "auto"
     """one of `PRECISIONS`"""
+    loss: str = "l2"
+    """of the velocity's errors: a name in `LOSSES`"""
+    huber_c: float = 0.1
+    """where `huber` and `smooth_l1` begin to be linear"""
+    huber_schedule: str = "constant"
+    """of that: constant, or exponential: c^sigma, from 1 without noise"""
+    contrast: float = 0.0
+    """guidance that the target has (`loss.py`); 0: none"""
+    preserve: str = ""
+    """what stays as it was: differential (the class), blank (the empty text), or nothing"""
+    preserve_weight: float = 1.0
+    mask_prior: float = 0.0
+    """how much the frozen model is kept to where masks are black"""
     seed: int = 0
     checkpointing: str = "none"
     """what is computed again for gradients: a name in `recompute.WAYS`"""
@@ -59,6 +73,7 @@ class Recipe:
         known: dict[str, Any] = {
             "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": WAYS,
             "optimizer": OPTIMIZERS, "precision": PRECISIONS, "takes": ("", *SEEN),
+            "loss": LOSSES, "huber_schedule": ("constant", "exponential"), "preserve": ("", "differential", "blank"),
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -75,6 +90,10 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 """factors of the rate, by the share of steps behind the warm-up that is done"""
 
 
+Encoded = tuple[Tensor, Tensor]
+"""a text: T5's tokens [T, D], in the dtype that the model computes in, and CLIP's vector [V]"""
+
+
 class Example(NamedTuple):
     """A picture to learn from, encoded."""
 
@@ -88,6 +107,13 @@ class Example(NamedTuple):
     seen: Tensor | None = None
     """latents [N, 16, H/8, W/8] of what the model sees besides: a map, or references (`Recipe.takes`)"""
 
+    mask: Tensor | None = None
+    """[H/8, W/8], fp32 from 0 to 1: where it is black, the picture is not learned"""
+    weight: float = 1.0
+    """of its loss"""
+    others: Mapping[str, Encoded] = MappingProxyType({})
+    """texts beside its own that a loss asks for, by kind"""
+
     @property
     def size(self) -> tuple[int, ...]:
         """Of its latents, and how many are seen beside them: examples of a batch have one size."""
@@ -97,8 +123,11 @@ class Example(NamedTuple):
     def digest(self) -> str:
         """A hash of all its numbers."""
         found = sha256()
-        for x in (self.latents, self.txt, self.vec, *([] if self.seen is None else [self.seen])):
+        told = [self.latents, self.txt, self.vec, *(x for x in (self.seen, self.mask) if x is not None)]
+        for x in (*told, *(x for kind in sorted(self.others) for x in self.others[kind])):
             found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        if self.weight != 1:
+            found.update(str(self.weight).encode())
         return found.hexdigest()
 
     def draw(self, generator: torch.Generator | None) -> "Example":

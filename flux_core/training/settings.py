@@ -15,7 +15,7 @@ from ..errors import FileError, UsageError, nearest
 from ..files import user_path
 from ..hub.places import ROOTS
 from ..request.fields import Field
-from ..request.training import SECTIONS, SETTINGS
+from ..request.training import SECTIONS, SETTINGS, TIMESTEPS
 from .objective import MAPS
 from .recipe import Recipe
 
@@ -62,15 +62,23 @@ class Settings:
             self.alpha = float(self.rank)
         if not self.data:
             raise UsageError("there is no --data. Next: name a folder of pictures with captions, or --example noto")
-        options = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal", "timestep_shift": "shift",
-                   "timestep_scale": "sigmoid, shift, flux_shift"}  # fmt: skip
+        options = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal",
+                   "timestep_shift": ", ".join(name for name in TIMESTEPS if name != "flux_shift"),
+                   "timestep_scale": "sigmoid, shift, flux_shift, mode"}  # fmt: skip
         for name, ways in options.items():
             if name in values and self.timesteps not in ways.split(", "):
                 raise UsageError(f"{BY_NAME[name].flag} goes with --timesteps {ways}, not {self.timesteps}")
         for name, other, there in (("crops", "--crop random", self.crop == "random"),
-                                   ("keep_tags", "--shuffles", self.shuffles)):  # fmt: skip
+                                   ("keep_tags", "--shuffles", self.shuffles),
+                                   ("huber_c", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
+                                   ("huber_schedule", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
+                                   ("preserve_weight", "--preserve", self.preserve),
+                                   ("class_word", "--preserve differential", self.preserve == "differential"),
+                                   ):  # fmt: skip
             if name in values and not there:
                 raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
+        if self.preserve == "differential" and not (self.trigger and self.class_word):
+            raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")
         if self.timesteps == "shift" and self.timestep_shift is None:
             raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
         self.recipe  # noqa: B018 - its errors
