@@ -94,7 +94,7 @@ TRAINING = (
     Field("timestep_std", float, "of logit_normal (default: 1)", minimum=0, maximum=10),
     Field("timestep_scale", float, "of sigmoid, shift and flux_shift (default: 1), and of mode (default: 1.29)",
           minimum=-10, maximum=10),
-    Field("timestep_shift", float, "of all but flux_shift: towards noise above 1", minimum=0, maximum=100),
+    Field("timestep_shift", float, "of shift, uniform, mode, beta and mixflow: towards noise above 1", minimum=0, maximum=100),
     Field("weighting", str, f"of the loss by noise level: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS, default="none",
           metavar="NAME"),
     Field("loss", str, f"of the velocity's errors: {', '.join(LOSSES)}", choices=LOSSES, default="l2", metavar="NAME"),

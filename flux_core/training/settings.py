@@ -15,7 +15,7 @@ from ..errors import FileError, UsageError, nearest
 from ..files import user_path
 from ..hub.places import ROOTS
 from ..request.fields import Field
-from ..request.training import SECTIONS, SETTINGS, TIMESTEPS
+from ..request.training import SECTIONS, SETTINGS
 from .objective import MAPS
 from .recipe import Recipe
 
@@ -63,7 +63,7 @@ class Settings:
         if not self.data:
             raise UsageError("there is no --data. Next: name a folder of pictures with captions, or --example noto")
         options = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal",
-                   "timestep_shift": ", ".join(name for name in TIMESTEPS if name != "flux_shift"),
+                   "timestep_shift": "shift, uniform, mode, beta, mixflow",
                    "timestep_scale": "sigmoid, shift, flux_shift, mode"}  # fmt: skip
         for name, ways in options.items():
             if name in values and self.timesteps not in ways.split(", "):

@@ -1,4 +1,4 @@
-"""What a loss asks besides the pictures: each formula, and its identity case, since to ask nothing is plain training."""
+"""What a loss asks besides the pictures: its formula, and its identity case, since to ask nothing is plain training."""
 
 import json
 from dataclasses import replace
