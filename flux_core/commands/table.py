@@ -243,6 +243,8 @@ TRAIN = (
     *SETTINGS,
     Field("example", str, "noto: train a style that ships; style: print a file of settings to fill in",
           choices=EXAMPLES, metavar="NAME"),
+    Field("from_config", str, "settings of another trainer: kohya's TOML, ai-toolkit's YAML, SimpleTuner's JSON; flags "
+          "win", metavar="FILE", path=True),
     Field("dry_run", bool, "print the plan, and do nothing", default=False),
 )  # fmt: skip
 SERVE = (

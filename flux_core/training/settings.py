@@ -98,12 +98,14 @@ class Settings:
         )
 
 
-def read_settings(config: str | None, example: str | None, flags: Mapping[str, Any]) -> Settings:
+def read_settings(
+    config: str | None, example: str | None, flags: Mapping[str, Any], other: Mapping[str, Any] = MappingProxyType({})
+) -> Settings:
     """The settings of an example, a file and flags, each over those before. UsageError, FileError.
 
-    flags: texts, lists of them, and True, by the fields' names.
+    flags: texts, lists of them, and True, by the fields' names. other: of another tool's config, below all of these.
     """
-    values = {**example_values(example)} if example else {}
+    values = {**other, **(example_values(example) if example else {})}
     if config:
         values |= read_file(user_path(config))
     values |= {name: parsed(BY_NAME[name], value, BY_NAME[name].flag) for name, value in flags.items()}
@@ -184,6 +186,12 @@ def _setting(field: Field, values: Mapping[str, Any], notebook: Mapping[str, Any
     other = notebook.get(field.name, shown)
     beside = "" if other == shown else f"  # the notebook's: {_toml(other)}"
     return [f"# {field.help}", f"{'' if is_set else '# '}{field.name} = {_toml(shown)}{beside}", ""]
+
+
+def settings_lines(settings: Settings) -> list[str]:
+    """Every setting that has a value, as a line of the TOML file."""
+    found = {field.name: getattr(settings, field.name) for field in SETTINGS}
+    return [f"{name} = {_toml(value)}" for name, value in found.items() if value not in (None, "", [])]
 
 
 def _blank(field: Field) -> Any:

@@ -1,0 +1,283 @@
+"""Tables of a tool's keys, and what becomes of every key: settings, nothing that has to be done, or left out.
+
+A tool's module has rows of `Key`; `settle` goes through a file's keys with them, and then through the defaults of the
+tool that the file leaves to it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import UsageError, nearest
+from ...variants import VARIANTS
+from ..data import ENDINGS
+from ..settings import BY_NAME
+
+OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
+"""values by which a key asks for nothing"""
+SECRET = re.compile(r"(_token|api_key|secret|password)$")
+"""keys whose values are not shown"""
+MOST_NODES, SHOWN = 100_000, 100
+"""of a file; characters of a value that are shown"""
+Values = Mapping[str, Any]
+"""a file's keys, and the tool's defaults for others"""
+
+
+class LeftOut(Exception):
+    """Raised for a value without a counterpart here; says why."""
+
+
+class Needless(Exception):
+    """Raised for a value by which nothing has to be set; says why."""
+
+
+class Key(NamedTuple):
+    """A row of a tool's table: a key, and what it is here."""
+
+    name: str
+    setting: str = ""
+    """our name; empty: `turn` names several, or there is none"""
+    turn: Callable[[Any, Values], Any] | Mapping[str, Any] | None = None
+    """our value, or several settings as a dict, of the tool's value and of its other keys; a Mapping: by the value's
+    text in small letters, None where it is off; None: the value as it is. LeftOut, Needless"""
+    default: Any = None
+    """the tool's"""
+    why: str = ""
+    """said beside what it sets; without a setting: why nothing has to be set"""
+    lacks: str = ""
+    """why it has no counterpart, unless its value asks for nothing"""
+
+
+class Fate(NamedTuple):
+    """What became of a key."""
+
+    key: str
+    value: Any
+    settings: Values = {}  # noqa: RUF012 - a Mapping
+    why: str = ""
+    lacks: bool = False
+    """whether it has no counterpart, for the reason in `why`"""
+    is_default: bool = False
+    """whether the value is the tool's default"""
+
+    def __str__(self) -> str:
+        """A line for people: `network_dim = 16: rank = 16`, `…: left out: …`"""
+        set_to = ", ".join(f"{name} = {shown(name, value)}" for name, value in self.settings.items())
+        told = f"left out: {self.why}" if self.lacks else "; ".join(filter(None, (set_to, self.why)))
+        return f"{self.key} = {shown(self.key, self.value)}{' (default)' if self.is_default else ''}: {told}"
+
+
+def shown(name: str, value: Any) -> str:
+    """A value as JSON, cut where it is long; a secret's is not shown."""
+    text = '"…"' if SECRET.search(name) and value else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def needless(of: Mapping[str, str]) -> tuple[Key, ...]:
+    """Rows of keys by which nothing has to be set. of: keys with spaces between them, by the reason."""
+    return tuple(Key(name, why=why) for why, names in of.items() for name in names.split())
+
+
+def left_out(of: Mapping[str, str]) -> tuple[Key, ...]:
+    """Rows of keys without a counterpart. of: keys with spaces between them, by the reason."""
+    return tuple(Key(name, lacks=why) for why, names in of.items() for name in names.split())
+
+
+def settle(
+    table: Iterable[Key], given: Values, tool: str, places: Mapping[str, str] | None = None, known: Values | None = None
+) -> Iterator[Fate]:
+    """What becomes of a file's keys, in its order, and of the tool's defaults that differ from ours. UsageError.
+
+    given: values by the table's names. places: where these are in the file, else they are named as in the table. known:
+    more for the rows' functions, which is no key.
+    """
+    rows, places = {row.name: row for row in table}, places or {}
+    written = {name: value for name, value in given.items() if value is not None}
+    values = {name: row.default for name, row in rows.items()} | written | dict(known or {})
+    for name, value in given.items():
+        key = places.get(name, name)
+        if name not in rows:
+            why = f"{tool} has no such key that is known here.{nearest(name, rows)}"
+            yield Fate(key, value, why=why, lacks=True)
+        else:
+            yield from [Fate(key, value, why="not set")] if value is None else _fates(rows[name], key, value, values)
+    for name in rows:
+        if name not in written and rows[name].default is not None:
+            for fate in _fates(rows[name], name, rows[name].default, values):
+                if fate.lacks or any(BY_NAME[one].default != value for one, value in fate.settings.items()):
+                    yield fate._replace(is_default=True)
+
+
+def _fates(row: Key, key: str, value: Any, values: Values) -> Iterator[Fate]:
+    """What becomes of a value: one fate, and one more for each of its settings that is not there."""
+    try:
+        found, lacking = {}, []
+        for name, one in _turned(row, value, values).items():
+            try:
+                found[name] = counterpart(name, one)
+            except LeftOut as error:
+                lacking.append(Fate(key, value, why=str(error), lacks=True))
+        yield from [Fate(key, value, found, row.why)] if found or not lacking else []
+        yield from lacking
+    except LeftOut as error:
+        yield Fate(key, value, why=str(error), lacks=True)
+    except Needless as error:
+        yield Fate(key, value, why=str(error))
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise UsageError(f"{key} = {shown(key, value)} is no value of {row.name}. Next: mend that line") from None
+
+
+def _turned(row: Key, value: Any, values: Values) -> Values:
+    """The settings of a value. LeftOut, Needless."""
+    if row.lacks:
+        raise Needless("off, as here") if value in OFF else LeftOut(row.lacks)
+    if isinstance(row.turn, Mapping):
+        if str(value).lower() not in row.turn:
+            raise LeftOut(f"there are {', '.join(row.turn)}")
+        value = row.turn[str(value).lower()]
+        if value is None:
+            raise Needless("as without it")
+    elif row.turn:
+        value = row.turn(value, values)
+    found = value if isinstance(value, dict) else {row.setting: value} if row.setting else {}
+    if not found and not row.why:
+        raise Needless("as here")
+    return found
+
+
+def counterpart(name: str, value: Any) -> Any:
+    """The value as our setting takes it. LeftOut where there is no such setting, or it does not take that value."""
+    field = BY_NAME.get(name)
+    if field is None or (field.choices and value not in field.choices):
+        raise LeftOut(f"it would be {name} = {shown(name, value)}, which is not there")
+    if isinstance(value, list) and not field.multiple:
+        if len(value) > 1 or "," in value[0]:
+            raise LeftOut(f"it would be {name} = {shown(name, value)}, and {name} takes one folder")
+        return value[0]
+    return value
+
+
+# What several tools have ---------------------------------------------------------------------------------
+
+
+class Folder(NamedTuple):
+    """A folder of pictures."""
+
+    path: str
+    repeats: int = 1
+    """how often its pictures come, against those of others"""
+    trigger: str = ""
+    masks: str = ""
+    """a folder"""
+
+
+def data_of(learned: Iterable[Folder], regular: Iterable[Folder] = ()) -> dict[str, Any]:
+    """The settings of folders to learn from, and of others for regularization. A path counts once.
+
+    What is equal for all folders to learn from is `repeats`, `trigger`, `masks`; else it stands behind their paths, as
+    in `PATH,weight=2,trigger=zwx,masks=FOLDER`.
+    """
+    folders, others = _once(learned), _once(regular)
+    alike = {
+        name: values.pop() for name in Folder._fields[1:] if len(values := {getattr(x, name) for x in folders}) == 1
+    }
+    found = {"data": [_text(one, alike) for one in folders]} | {name: one for name, one in alike.items() if one}
+    return found | ({"regularization": [_text(one, {"repeats": 1}) for one in others]} if others else {})
+
+
+def here(path: str) -> str:
+    """A folder's path as `--data` takes it for one: `a/b` would be a data set of the hub."""
+    return path if path.startswith((".", "~")) or Path(path).is_absolute() else f"./{path}"
+
+
+def _once(folders: Iterable[Folder]) -> list[Folder]:
+    found: dict[str, Folder] = {}
+    for one in folders:
+        found.setdefault(one.path, one)
+    return list(found.values())
+
+
+def _text(folder: Folder, alike: Values) -> str:
+    told = {"weight": folder.repeats, "trigger": folder.trigger, "masks": folder.masks}
+    said = [f"{option}={value}" for (option, value), name in zip(told.items(), Folder._fields[1:], strict=True)
+            if value and name not in alike]  # fmt: skip
+    return ",".join([folder.path, *said])
+
+
+def count(folder: str) -> int | None:
+    """How many pictures lie in a folder; None where it is not there."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return None
+    return sum(one.suffix.lower() in ENDINGS for one in path.rglob("*"))
+
+
+def model_of(value: Any, values: Values) -> dict[str, Any]:
+    """`name` by an official hub id, or `name` and `model` by a file's or folder's name. Key's `turn`."""
+    repos = {row.repo: name for name, row in VARIANTS.items() if row.repo and not row.takes and not row.adapter}
+    if value in repos:
+        return {"name": repos[value]}
+    text = value.lower()
+    name = next((name for name in ("flux-schnell", "flux-dev-krea") if name.rpartition("-")[2] in text), "flux-dev")
+    return {"name": name, "model": value}
+
+
+def epochs(setting: str) -> Callable[[Any, Values], Any]:
+    """A `turn` for a number of epochs: `epoch` in the values is how many steps one has, or None."""
+
+    def turn(value: Any, values: Values) -> Any:
+        if values["epoch"] is None:
+            raise LeftOut("the pictures are not there to be counted")
+        return {setting: int(value) * values["epoch"]}
+
+    return turn
+
+
+def only(value: Any, why: str) -> Callable[[Any, Values], Any]:
+    """A `turn` for a key of which one value has a counterpart, by which nothing has to be set."""
+
+    def turn(given: Any, values: Values) -> Any:
+        raise (Needless if given == value else LeftOut)(why)
+
+    return turn
+
+
+def folders(value: Any, values: Values) -> dict[str, Any]:
+    """A `turn` for the key that names a folder: `learned` and `regular` in the values are all of them."""
+    return data_of(values["learned"], values["regular"])
+
+
+def other(key: str, value: Any, first: Any, own: bool, again: bool = False) -> Fate:
+    """What becomes of another folder's key. first: the first folder's value. own: whether each folder's counts; again:
+    but not of this one, which is a folder that came before."""
+    if value == first:
+        return Fate(key, value, why="as in the first folder")
+    if again:
+        return Fate(key, value, why="the folder was named before, and counts once", lacks=True)
+    if own:
+        return Fate(key, value, why="read with the first folder")
+    return Fate(key, value, why="the first folder's counts for all", lacks=True)
+
+
+HELD_OUT = Key("(validation)", "held_out", lambda x, of: 0, default="none", why="it trains on every picture")
+"""of tools that judge by no pictures"""
+
+
+def flatten(document: Any, prefix: str = "", count: list[int] | None = None) -> dict[str, Any]:
+    """Values by their places, `train.lr` or `datasets[0].path`; lists of plain values are whole. UsageError."""
+    count = [0] if count is None else count
+    count[0] += 1
+    if count[0] > MOST_NODES:
+        raise UsageError(f"it has more than {MOST_NODES:,} values, which no config has")
+    if isinstance(document, dict) and (document or not prefix):
+        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in document.items()]
+    elif isinstance(document, list) and any(isinstance(one, dict | list) for one in document):
+        items = [(f"{prefix}[{i}]", value) for i, value in enumerate(document)]
+    else:
+        return {prefix: document}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flatten(value, key, count)
+    return found

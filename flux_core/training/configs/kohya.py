@@ -1,0 +1,525 @@
+"""kohya's sd-scripts: the TOML of `--config_file` for FLUX.1, and that of `--dataset_config`, which may come alone.
+
+Read at commit 48d368fa: library/config_util.py, library/train_util.py, networks/lora_flux.py. Paths are relative to the
+folder that one calls from. The sections of the first file only group its keys. A subset's option is its own, else its
+dataset's, else that of `[general]`, else the first file's, else the default.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from ...files import user_path
+from .keys import (
+    Fate,
+    Folder,
+    Key,
+    LeftOut,
+    Needless,
+    Values,
+    count,
+    epochs,
+    folders,
+    here,
+    left_out,
+    model_of,
+    needless,
+    only,
+    other,
+    settle,
+)
+
+NAME = "kohya"
+OWN = {"pretrained_model_name_or_path", "network_module", "network_dim", "dataset_config", "train_data_dir"}
+"""keys that no other tool's TOML has"""
+ORDERS = 8
+"""orders of tags, and variants of wildcards, that are encoded where kohya draws new ones every time"""
+
+
+# Rows' functions -----------------------------------------------------------------------------------------
+
+
+def _timesteps(value: Any, of: Values) -> dict[str, Any]:
+    """golden/train/timesteps.json: `sigma` is diffusers' table, shifted; the others are continuous."""
+    shift, scale = of["discrete_flow_shift"], of["sigmoid_scale"]
+    if value in ("sigmoid", "flux_shift"):
+        return {"timesteps": value, "timestep_scale": scale}
+    if value == "shift":
+        return {"timesteps": value, "timestep_shift": shift, "timestep_scale": scale}
+    if value == "uniform":
+        return {"timesteps": value}
+    scheme, mean, std = of["weighting_scheme"], of["logit_mean"], of["logit_std"]
+    if value == "sigma" and scheme == "logit_normal" and shift == 1:
+        return {"timesteps": scheme, "timestep_mean": mean, "timestep_std": std}
+    if value == "sigma" and scheme == "logit_normal" and mean == 0:  # the same in law
+        return {"timesteps": "shift", "timestep_shift": shift, "timestep_scale": std}
+    if value == "sigma" and scheme not in ("logit_normal", "mode") and shift == 1:
+        return {"timesteps": "uniform"}
+    if value == "sigma":
+        raise LeftOut(f"levels by {scheme}, shifted by {shift}, are not there; --timesteps has the others")
+    raise LeftOut("there are uniform, sigmoid, shift, flux_shift")
+
+
+def _prediction(value: Any, of: Values) -> dict[str, Any]:
+    """`sigma_scaled` weighs the velocity's squared error by sigma^2, times its weighting."""
+    if value == "raw" or (value == "sigma_scaled" and of["weighting_scheme"] == "sigma_sqrt"):
+        return {"weighting": "none"}
+    raise LeftOut("the velocity's error is weighed by --weighting alone")
+
+
+def _rate(value: Any, of: Values) -> Any:
+    if of["unet_lr"] is not None:
+        raise Needless("unet_lr counts")
+    return value
+
+
+def _warmup(value: Any, of: Values) -> Any:
+    if not 0 < value < 1:
+        return int(value)
+    if of["steps"] is None:
+        raise LeftOut("the pictures are not there, so the steps of which it is a share are not known")
+    return int(value * of["steps"])
+
+
+def _steps(value: Any, of: Values) -> Any:
+    if of["max_train_epochs"] is not None:
+        raise Needless("max_train_epochs counts")
+    return value
+
+
+PRECISIONS = {"no": {"dtype": "float32"}, "bf16": {"dtype": "bfloat16"}, "fp16": {"precision": "fp16"}}
+
+
+def _precision(value: Any, of: Values) -> dict[str, Any]:
+    if (of["fp8_base"] or of["fp8_base_unet"]) and value != "fp16":
+        raise Needless("fp8_base counts")
+    if value not in PRECISIONS:
+        raise LeftOut(f"there are {', '.join(PRECISIONS)}")
+    return PRECISIONS[value]
+
+
+def _module(value: Any, of: Values) -> Any:
+    if value == "lycoris.kohya" and of["network_args.algo"] == "lokr":
+        return {"lokr": of["network_args.factor"]}
+    if value not in ("networks.lora_flux", "lycoris.kohya") or of["network_args.algo"] not in ("lora", None):
+        raise LeftOut("a LoRA of the transformer is trained")
+    return {}
+
+
+def _text(value: Any, of: Values) -> Any:
+    """CLIP learns unless one says that the transformer alone does; T5 if one asks for it."""
+    if value:
+        return {}
+    return {"train_text": "clip,t5" if str(of["network_args.train_t5xxl"]).lower() == "true" else "clip"}
+
+
+BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+"""diffusers' names"""
+
+
+def _targets(value: Any, of: Values) -> str:
+    """All Linears of these blocks."""
+    found = []
+    for kind, name in BLOCKS.items():
+        which = of[f"network_args.train_{kind}_block_indices"]
+        if value in ("all", kind) and which != "none":
+            found += [f"{name}.*"] if which == "all" else [f"{name}.{i}.*" for i in _numbers(which)]
+    return "blocks" if found == [f"{name}.*" for name in BLOCKS.values()] else ",".join(found)
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """`0-2,5` -> 0, 1, 2, 5"""
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+PARTS = {
+    "img_attn_dim": ("double", ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")),
+    "txt_attn_dim": ("double", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")),
+    "img_mlp_dim": ("double", ("ff.net.0.proj", "ff.net.2")),
+    "txt_mlp_dim": ("double", ("ff_context.net.0.proj", "ff_context.net.2")),
+    "img_mod_dim": ("double", ("norm1.linear",)),
+    "txt_mod_dim": ("double", ("norm1_context.linear",)),
+    "single_dim": ("single", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")),
+    "single_mod_dim": ("single", ("norm.linear",)),
+}
+"""network_args with a rank of their own: the kind of block, and diffusers' names of the Linears"""
+
+
+def _ranks(value: Mapping[str, Any], of: Values) -> str:
+    if "0" in map(str, value.values()):
+        raise LeftOut("a rank of 0 is no rank. Next: name what learns with --targets")
+    return ",".join(
+        f"{BLOCKS[kind]}.*.{name}={rank}"
+        for (kind, names), rank in ((PARTS[part], rank) for part, rank in value.items())
+        for name in names
+    )
+
+
+def _out(value: Any, of: Values) -> str:
+    """The run's folder: `output_name` in `output_dir`."""
+    return str(Path(value) / of["output_name"])
+
+
+def _prompts(value: Any, of: Values) -> list[str]:
+    """The prompts of a .txt, without what follows ` --` in their lines."""
+    path = user_path(value)
+    if path.suffix != ".txt" or not path.is_file():
+        raise LeftOut("a .txt with a prompt in each line would be read")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [line.partition(" --")[0].strip() for line in lines if not line.startswith("#")]
+    return [line for line in found if line]
+
+
+def _length(value: Any, of: Values) -> Any:
+    raise (Needless if value in (256, 512) else LeftOut)("T5 takes 512 tokens for dev, 256 for schnell")
+
+
+# The training file ---------------------------------------------------------------------------------------
+
+OPTIMIZERS = {"": "adamw", "adamw": "adamw", "adamw8bit": "adamw8bit", "bitsandbytes.optim.adamw8bit": "adamw8bit",
+              "pagedadamw8bit": "adamw8bit", "prodigy": "prodigy", "prodigyopt.prodigy": "prodigy",
+              "adamwschedulefree": "adamw_schedulefree",
+              "schedulefree.adamwschedulefree": "adamw_schedulefree"}  # fmt: skip
+TRAIN = (
+    Key("pretrained_model_name_or_path", turn=model_of),
+    Key("clip_l", "clip_l"),
+    Key("t5xxl", "t5xxl"),
+    Key("ae", "ae"),
+    Key("network_module", turn=_module),
+    Key("network_dim", "rank", default=4, why="q, k and v have factors of their own, as with split_qkv"),
+    Key("network_alpha", "alpha", default=1),
+    Key("network_train_unet_only", turn=_text, default=False),
+    Key("network_args.train_blocks", "targets", _targets, default="all"),
+    Key("network_args.train_double_block_indices", default="all", why="read with train_blocks"),
+    Key("network_args.train_single_block_indices", default="all", why="read with train_blocks"),
+    Key("network_args.dims", "ranks", _ranks),
+    Key("network_args.loraplus_lr_ratio", "lora_plus"),
+    Key("network_args.algo", why="read with network_module"),
+    Key("network_args.factor", default=-1, why="read with network_module"),
+    Key("network_args.train_t5xxl", why="read with network_train_unet_only"),
+    Key("learning_rate", "lr", _rate, default=2e-6),
+    Key("unet_lr", "lr"),
+    Key("text_encoder_lr", "text_lr", lambda x, of: x[0] if isinstance(x, list) else x),
+    Key("optimizer_type", "optimizer", OPTIMIZERS, default=""),
+    Key("use_8bit_adam", "optimizer", {"true": "adamw8bit", "false": "adamw"}),
+    Key("optimizer_args.weight_decay", "weight_decay"),
+    Key("lr_scheduler", "schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"},
+        default="constant"),
+    Key("lr_warmup_steps", "warmup", _warmup, default=0),
+    Key("max_train_steps", "steps", _steps, default=1600),
+    Key("max_train_epochs", turn=epochs("steps"), why="batches are counted without the remainders of buckets"),
+    Key("gradient_accumulation_steps", "accumulation", default=1),
+    Key("max_grad_norm", "max_grad_norm", lambda x, of: x or 1e6, default=1.0),
+    Key("gradient_checkpointing", "checkpointing", {"true": "blocks", "false": "none"}, default=False),
+    Key("mixed_precision", turn=_precision, default="no"),
+    Key("fp8_base", "dtype", {"true": "fp8", "false": None}),
+    Key("fp8_base_unet", "dtype", {"true": "fp8", "false": None}),
+    Key("seed", "seed"),
+    Key("guidance_scale", "guidance", default=3.5),
+    Key("timestep_sampling", turn=_timesteps, default="sigma"),
+    Key("discrete_flow_shift", default=3.0, why="read with timestep_sampling"),
+    Key("sigmoid_scale", default=1.0, why="read with timestep_sampling"),
+    Key("logit_mean", default=0.0, why="read with timestep_sampling"),
+    Key("logit_std", default=1.0, why="read with timestep_sampling"),
+    Key("mode_scale", default=1.29, why="read with timestep_sampling"),
+    Key("weighting_scheme", default="uniform", why="read with timestep_sampling and model_prediction_type"),
+    Key("model_prediction_type", turn=_prediction, default="sigma_scaled"),
+    Key("loss_type", "loss", {"l2": None, "huber": "huber"}, default="l2"),
+    Key("huber_c", "huber_c", default=None),
+    Key("huber_schedule", turn=only("constant", "huber_c is one number for all noise levels")),
+    Key("prior_loss_weight", "prior_weight"),
+    Key("masked_loss", "masks", {"true": "alpha", "false": None}),
+    Key("output_dir", "output_dir", _out),
+    Key("output_name", default="last", why="the folder in output_dir"),
+    Key("save_every_n_steps", "save_every"),
+    Key("save_every_n_epochs", turn=epochs("save_every")),
+    Key("save_model_as", turn=only("safetensors", "the adapter is a safetensors file, in PEFT's keys")),
+    Key("sample_prompts", "sample_prompts", _prompts),
+    Key("sample_every_n_steps", "sample_every"),
+    Key("sample_every_n_epochs", turn=epochs("sample_every")),
+    Key("t5xxl_max_token_length", turn=_length),
+    *needless({
+        "latents and captions are encoded once, always": "cache_latents cache_latents_to_disk "
+        "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk skip_cache_check vae_batch_size "
+        "text_encoder_batch_size",
+        "it changes no numbers, or is chosen by the device": "sdpa xformers mem_eff_attn lowvram highvram "
+        "max_data_loader_n_workers persistent_data_loader_workers no_half_vae cpu_offload_checkpointing",
+        "read with the data set": "dataset_config train_batch_size train_data_dir reg_data_dir",
+        "kohya does not use it for FLUX.1": "min_snr_gamma v2 v_parameterization clip_skip max_token_length",
+    }),
+    *left_out({
+        "--memory SIZE lets blocks come when they compute": "blocks_to_swap double_blocks_to_swap "
+        "single_blocks_to_swap",
+        "factors are in fp32, and saved so": "save_precision full_bf16 full_fp16",
+        "the run's folder tells its losses": "logging_dir log_with log_prefix log_tracker_name wandb_api_key "
+        "wandb_run_name log_config",
+        "checkpoints are kept by --keep, and the run goes on from the last": "resume save_state save_last_n_steps "
+        "save_last_n_epochs save_state_on_train_end save_last_n_steps_state save_last_n_epochs_state",
+        "an adapter starts from nothing": "network_weights dim_from_weights base_weights base_weights_multiplier",
+        "every factor learns at every step": "network_dropout network_args.rank_dropout network_args.module_dropout "
+        "network_args.network_dropout scale_weight_norms",
+        "--ranks has other patterns": "network_args.network_reg_dims network_args.network_reg_lrs network_args.in_dims",
+        "noise is plain": "noise_offset ip_noise_gamma multires_noise_iterations adaptive_noise_scale",
+        "T5's padding is seen, as in FLUX.1": "apply_t5_attn_mask",
+        "nothing is sent anywhere": "huggingface_repo_id huggingface_token huggingface_path_in_repo "
+        "huggingface_repo_visibility huggingface_repo_type async_upload",
+        "the card of the run says what is known": "training_comment metadata_title metadata_author "
+        "metadata_description metadata_license metadata_tags",
+        "captions are of T5's and CLIP's own": "network_train_text_encoder_only weighted_captions",
+        "AdamW has diffusers' numbers": "optimizer_args.betas optimizer_args.eps optimizer_args.d_coef",
+        "the schedules are constant and cosine": "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args "
+        "lr_scheduler_type lr_scheduler_min_lr_ratio lr_scheduler_timescale lr_decay_steps",
+        "there is no such loss": "huber_scale debiased_estimation_loss scale_v_pred_loss_like_noise_pred "
+        "zero_terminal_snr",
+        "metadata.jsonl is read in Hugging Face's form": "in_json",
+    }),
+)  # fmt: skip
+
+
+# The data set's file -------------------------------------------------------------------------------------
+
+
+def _resolution(value: Any, of: Values) -> dict[str, Any]:
+    """Buckets are of an area; without them there is one size."""
+    width, height = value
+    if not of["enable_bucket"]:
+        return {"resolution": f"{width}x{height}", "rule": "fixed"}
+    rule = "kohya_no_upscale" if of["bucket_no_upscale"] else "kohya"
+    return {"resolution": ",".join(map(str, of["edges"])), "rule": rule}
+
+
+def _side(ours: int) -> Any:
+    def turn(value: Any, of: Values) -> Any:
+        if not of["enable_bucket"] or of["bucket_no_upscale"]:
+            raise Needless("kohya uses it only for buckets that enlarge")
+        raise (Needless if value == ours else LeftOut)(f"{ours} is the bound of --rule kohya")
+
+    return turn
+
+
+def _held(value: Any, of: Values) -> Any:
+    if value and of["count"] is None:
+        raise LeftOut("the pictures are not there to be counted; --held-out takes a number of them")
+    return round(value * (of["count"] or 0))
+
+
+def _words(value: Any, of: Values) -> Any:
+    if of["learned"][0].trigger != value:
+        raise LeftOut("a caption for pictures that have none, which are left out here")
+    return {}
+
+
+def _keep(value: Any, of: Values) -> Any:
+    if value and not of["shuffle_caption"]:
+        raise Needless("kohya uses it only with shuffle_caption")
+    return {"keep_tags": value} if value else {}
+
+
+DATASET = (
+    Key("resolution", turn=_resolution,
+        why="a picture is trained at the largest that it fills, and left out where it fills none"),
+    Key("batch_size", "batch", default=1),
+    Key("enable_bucket", default=False, why="read with resolution"),
+    Key("bucket_no_upscale", default=False, why="read with resolution; nothing is enlarged here"),
+    Key("min_bucket_reso", turn=_side(256), default=256),
+    Key("max_bucket_reso", turn=_side(2048), default=1024),
+    Key("bucket_reso_steps", turn=only(64, "sides of buckets are multiples of 64"), default=64),
+    Key("validation_split", "held_out", _held, default=0.0),
+    Key("resize_interpolation", lacks="pictures are resized by Lanczos"),
+)  # fmt: skip
+"""of [general] and [[datasets]]"""
+SUBSET = (
+    Key("image_dir", turn=folders),
+    Key("num_repeats", default=1, why="read with image_dir"),
+    Key("is_reg", default=False, why="read with image_dir"),
+    Key("class_tokens", turn=_words, why="read with image_dir"),
+    Key("conditioning_data_dir", why="read with image_dir"),
+    Key("caption_extension", turn=only(".txt", "captions are in NAME.txt"), default=".caption"),
+    Key("shuffle_caption", "shuffles", {"true": ORDERS, "false": 0}, default=False, why="encoded once, as they are"),
+    Key("keep_tokens", turn=_keep, default=0),
+    Key("caption_separator", turn=only(",", "tags are divided by commas"), default=","),
+    Key("enable_wildcard", "wildcards", {"true": ORDERS, "false": None}, default=False),
+    Key("caption_prefix", "trigger", why="in front of captions that lack it"),
+    Key("caption_dropout_rate", "caption_dropout", default=0.0),
+    Key("flip_aug", "flip", default=False),
+    Key("random_crop", "crop", {"true": "random", "false": "centre"}, default=False),
+    Key("alpha_mask", "masks", {"true": "alpha", "false": None}, default=False),
+    Key("keep_tokens_separator", default="", lacks="--keep-tags counts tags"),
+    Key("token_warmup_min", turn=only(1, "captions are whole from the first step"), default=1),
+    Key("caption_dropout_every_n_epochs", default=0, lacks="--caption-dropout is a chance"),
+    Key("caption_tag_dropout_rate", default=0.0, lacks="captions have all their tags"),
+    Key("color_aug", default=False, lacks="pictures keep their colours"),
+    Key("cache_info", default=False, why="pictures are looked at every time"),
+    Key("token_warmup_step", default=0, lacks="captions are whole from the first step"),
+    *left_out({
+        "captions have one form": "secondary_separator caption_suffix",
+        "pictures are cut and mirrored, no more": "face_crop_aug_range",
+        "metadata.jsonl is read in Hugging Face's form": "metadata_file",
+        "nothing here reads it": "custom_attributes",
+    }),
+)  # fmt: skip
+"""of subsets, and of all above them"""
+INSIDE = {row.name for row in (*DATASET, *SUBSET)}
+OF_DATASET = {row.name for row in DATASET}
+FOLDERS = {"image_dir", "num_repeats", "is_reg", "class_tokens", "conditioning_data_dir", "resolution"}
+"""of which each folder's counts"""
+
+
+def recognises(document: Any) -> bool:
+    """Whether it is a file of kohya's."""
+    if not isinstance(document, dict) or "LoRA_type" in document:  # the GUI's JSON has other keys
+        return False
+    lists = document.get("datasets")
+    return isinstance(lists, list) or bool(OWN & _flat(document).keys())
+
+
+def read(document: Any, read_other: Any) -> Iterator[Fate]:
+    """What becomes of each key. read_other: a document by its path. UsageError, FileError."""
+    if "datasets" in document:
+        yield from _data_fates(document, {})
+        return
+    train = _expanded(_flat(document))
+    path = train.get("dataset_config")
+    data = read_other(path) if path else _of_folders(train)
+    if not isinstance(data.get("datasets"), list):
+        raise UsageError(f"{path} has no [[datasets]], as kohya's data sets have. Next: name the right file")
+    own = {name: value for name, value in train.items() if name not in INSIDE}
+    steps = _steps_of_epoch(resolved(data, train), own.get("gradient_accumulation_steps", 1))
+    total = own.get("max_train_steps", 1600) if "max_train_epochs" not in own else None
+    if total is None and steps is not None:
+        total = steps * own["max_train_epochs"]
+    yield from settle(TRAIN, own, NAME, known={"epoch": steps, "steps": total})
+    yield from _data_fates(data, train)
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a training file without its sections; the last of equal ones counts."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        found |= value if isinstance(value, dict) else {key: value}
+    return found
+
+
+def _expanded(train: Mapping[str, Any]) -> dict[str, Any]:
+    """With a key for each `k=v` of network_args and optimizer_args, and one for all ranks of parts."""
+    found: dict[str, Any] = {}
+    for name, value in train.items():
+        if name not in ("network_args", "optimizer_args"):
+            found[name] = value
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            key, _, text = str(one).partition("=")
+            if name == "network_args" and key in PARTS:
+                found.setdefault("network_args.dims", {})[key] = text
+            else:
+                found[f"{name}.{key.strip()}"] = text.strip()
+    return found
+
+
+def _of_folders(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set of `train_data_dir` and `reg_data_dir`, whose folders are named as in `10_zwx man`."""
+    subsets = []
+    for key, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
+        if key not in train:
+            continue
+        folder = user_path(train[key])
+        found = [re.fullmatch(r"(\d+)_(.*)", path.name) for path in sorted(folder.glob("*_*")) if path.is_dir()]
+        subsets += [
+            {"image_dir": f"{train[key]}/{one[0]}", "num_repeats": int(one[1]), "class_tokens": one[2],
+             "is_reg": is_reg} for one in found if one
+        ] or [{"image_dir": train[key], "is_reg": is_reg}]  # fmt: skip
+    return {"datasets": [{"subsets": subsets}]}
+
+
+def _outer(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training file says of data sets."""
+    found = {name: value for name, value in train.items() if name in INSIDE}
+    if isinstance(found.get("resolution"), str):
+        found["resolution"] = [int(side) for side in found["resolution"].split(",")]
+    return found | ({"batch_size": train["train_batch_size"]} if "train_batch_size" in train else {})
+
+
+def _levels(data: Mapping[str, Any], train: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What is written of data sets, from the outside in: where, and the keys there."""
+    found = [("", _outer(train)), ("general.", data.get("general", {}))]
+    for i, dataset in enumerate(data["datasets"]):
+        found.append((f"datasets[{i}].", {name: value for name, value in dataset.items() if name != "subsets"}))
+        found += [(f"datasets[{i}].subsets[{j}].", one) for j, one in enumerate(dataset.get("subsets", []))]
+    return found
+
+
+def resolved(data: Mapping[str, Any], train: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each data set as kohya reads it: its options, and `subsets` with theirs. train: a training file's keys."""
+    defaults = {row.name: row.default for row in (*DATASET, *SUBSET)}
+    above = {**defaults, **_outer(train), **data.get("general", {})}
+    found = []
+    for dataset in data["datasets"]:
+        options = {**above, **{name: value for name, value in dataset.items() if name != "subsets"}}
+        side = options["resolution"]
+        options["resolution"] = [side, side] if isinstance(side, int) else side
+        subsets = [{**options, **subset} for subset in dataset.get("subsets", [])]
+        inner = [{name: value for name, value in one.items() if name not in OF_DATASET} for one in subsets]
+        found.append({name: options[name] for name in OF_DATASET} | {"subsets": inner})
+    return found
+
+
+def _steps_of_epoch(datasets: list[dict[str, Any]], accumulation: int) -> int | None:
+    """An epoch's steps: regularization pictures come as often as all others. None where pictures are not there."""
+    batches = 0
+    for dataset in datasets:
+        counts = [(one["num_repeats"], count(str(one["image_dir"])), one["is_reg"]) for one in dataset["subsets"]]
+        if any(number is None for _, number, _ in counts):
+            return None
+        learned = sum(repeats * (number or 0) for repeats, number, is_reg in counts if not is_reg)
+        every = learned * (2 if any(is_reg for _, _, is_reg in counts) else 1)
+        batches += math.ceil(every / dataset["batch_size"])
+    return math.ceil(batches / accumulation) or None
+
+
+def _data_fates(data: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[Fate]:
+    """What becomes of the keys of data sets: the options of the first folder to learn from count for all."""
+    datasets = resolved(data, train)
+    subsets = {(i, j): one for i, dataset in enumerate(datasets) for j, one in enumerate(dataset["subsets"])}
+    first = next((place for place, one in subsets.items() if not one["is_reg"]), None)
+    if first is None:
+        raise UsageError("no folder of pictures is named. Next: give kohya's data set an image_dir")
+    levels = _levels(data, train)
+    counting = {"", "general.", f"datasets[{first[0]}].", f"datasets[{first[0]}].subsets[{first[1]}]."}
+    where = {name: prefix for prefix, level in levels for name in level if prefix in counting}
+    options = {**datasets[first[0]], **subsets[first]}
+    given = {name: options[name] for name in where if name in INSIDE}
+    unknown = {name: dict(levels)[prefix][name] for name, prefix in where.items() if name not in INSIDE}
+    learned = [_folder(one) for one in subsets.values() if not one["is_reg"]]
+    counts = [count(one.path) for one in learned]
+    known = {
+        "learned": learned,
+        "regular": [_folder(one) for one in subsets.values() if one["is_reg"]],
+        "edges": sorted({math.isqrt(math.prod(one["resolution"])) for one in datasets if one["resolution"]}),
+        "count": None if None in counts else sum(x or 0 for x in counts),
+    }
+    places = {name: prefix + name for name, prefix in where.items()}
+    yield from settle((*DATASET, *SUBSET), given | unknown, NAME, places, known)
+    paths: list[Any] = []
+    for prefix, level in levels:
+        again = level.get("image_dir") in paths
+        paths += [level["image_dir"]] if "image_dir" in level else []
+        for name, value in level.items():
+            if where.get(name) == prefix:
+                continue
+            if name not in FOLDERS and prefix in ("", "general."):
+                yield Fate(prefix + name, value, why="an inner one counts")
+            else:
+                yield other(prefix + name, value, options.get(name), name in FOLDERS, again)
+
+
+def _folder(subset: Values) -> Folder:
+    """Its class tokens are a picture's caption where it has none: a trigger word, where no picture has one."""
+    name, words = str(subset["image_dir"]), subset["class_tokens"] or ""
+    captions = any(user_path(name).rglob("*.txt"))
+    trigger = words if count(name) and not captions and "," not in words else ""
+    return Folder(here(name), subset["num_repeats"], trigger, subset.get("conditioning_data_dir") or "")
