@@ -189,7 +189,7 @@ def _setting(field: Field, values: Mapping[str, Any], notebook: Mapping[str, Any
 
 
 def settings_lines(settings: Settings) -> list[str]:
-    """Every setting that has a value, as a line of the TOML file."""
+    """Every setting that has a value, given or by default, as TOML: for people to look at."""
     found = {field.name: getattr(settings, field.name) for field in SETTINGS}
     return [f"{name} = {_toml(value)}" for name, value in found.items() if value not in (None, "", [])]
 

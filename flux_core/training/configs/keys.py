@@ -265,11 +265,11 @@ HELD_OUT = Key("(validation)", "held_out", lambda x, of: 0, default="none", why=
 """of tools that judge by no pictures"""
 
 
-def flatten(document: Any, prefix: str = "", count: list[int] | None = None) -> dict[str, Any]:
+def flatten(document: Any, prefix: str = "", seen: list[int] | None = None) -> dict[str, Any]:
     """Values by their places, `train.lr` or `datasets[0].path`; lists of plain values are whole. UsageError."""
-    count = [0] if count is None else count
-    count[0] += 1
-    if count[0] > MOST_NODES:
+    seen = [0] if seen is None else seen
+    seen[0] += 1
+    if seen[0] > MOST_NODES:
         raise UsageError(f"it has more than {MOST_NODES:,} values, which no config has")
     if isinstance(document, dict) and (document or not prefix):
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in document.items()]
@@ -279,5 +279,5 @@ def flatten(document: Any, prefix: str = "", count: list[int] | None = None) -> 
         return {prefix: document}
     found: dict[str, Any] = {}
     for key, value in items:
-        found |= flatten(value, key, count)
+        found |= flatten(value, key, seen)
     return found
