@@ -22,13 +22,13 @@ def test_pictures_have_no_comb_and_lines_between_tokens_are_one():
     assert len(PICTURES) == 6
     assert all(0.8 < comb(one) < 1.5 for one in PICTURES)
     for axis in (1, -1):
-        assert all(comb(lined(one, 8, axis)) > 1.8 for one in PICTURES)
+        assert all(comb(lined(one, 10, axis)) > 1.8 for one in PICTURES)
     assert comb(Image.new("RGB", (48, 48))) == 1  # too small to say
     assert comb(Image.new("L", (256, 256), 80)) == pytest.approx(1, abs=0.01)
 
 
 def test_stripes_are_told_where_they_are_new():
-    striped = [lined(one, 8) for one in PICTURES]
+    striped = [lined(one, 10) for one in PICTURES]
     assert "stripes every 16 pixels" in stripes(PICTURES, striped) and "--lr" in stripes(PICTURES, striped)
     assert stripes(PICTURES, PICTURES) == "" and stripes(striped, striped) == "" and stripes([], []) == ""
 
