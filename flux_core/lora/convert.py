@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..checkpoint.keymaps import swap_halves
 from ..checkpoint.shapes import clip_shapes, t5_shapes
+from ..errors import UsageError
 from ..params import FluxParams
 from ..variants import VARIANTS
 from .dialects import Network, Table, Target, flat, flat_text
@@ -73,7 +74,15 @@ class Converted:
 
 
 def convert(lora: LoraFile, params: FluxParams, to: Dialect) -> Converted:
-    """The file in that dialect. params: the sizes of the transformer that it is for. FileError, NonFiniteError."""
+    """The file in that dialect. params: the sizes of the transformer that it is for. FileError, NonFiniteError.
+
+    UsageError for a T-LoRA.
+    """
+    if lora.schedule is not None:  # where modules are joined, their ranks are, too
+        raise UsageError(
+            f"{lora.name} is a T-LoRA: its modules' ranks count by the noise level, which other tools do not read from "
+            "a file. Next: draw with it here"
+        )
     given = read_all(lora)
     parts: dict[str, list[Part]] = {}
     found = Converted(metadata={k: v for k, v in lora.header.metadata.items() if k not in _STALE})

@@ -122,7 +122,8 @@ class Delta:
             if fits and 1 / len(w1) + 1 / w2.shape[1] < WORTH_IT:
                 return [Kron(w1.to(dtype), w2.to(dtype), start, self.unit)]
         thin = self._thin() if self._is_thin(algebra) else None
-        if thin is not None and len(thin[0]) * (rows + columns) < WORTH_IT * rows * columns:
+        ranked = self.module.schedule is not None  # ranks that come and go, whatever that costs
+        if thin is not None and (ranked or len(thin[0]) * (rows + columns) < WORTH_IT * rows * columns):
             down, up = thin
             unit = torch.full((len(down),), self.unit, dtype=torch.float32, device=down.device)
             return [LowRank(down.to(dtype), up.to(dtype), unit, start)]

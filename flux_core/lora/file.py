@@ -37,6 +37,7 @@ from .dialects import (
     other_model,
     split_key,
 )
+from .ranks import RankSchedule
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """a header's key under which diffusers keeps PEFT's configuration"""
@@ -68,6 +69,8 @@ class Module:
     """by role"""
     scale: float | None = None
     """what the header says alpha / rank is, without an alpha of its own"""
+    schedule: RankSchedule | None = None
+    """what the header says of its ranks at each noise level (T-LoRA)"""
 
     @property
     def algebra(self) -> str:
@@ -126,6 +129,17 @@ class LoraFile:
 
     def of(self, network: Network) -> list[Module]:
         return [module for module in self.modules if module.network == network]
+
+    @cached_property
+    def schedule(self) -> RankSchedule | None:
+        """T-LoRA's, if its header has one: it must be drawn by it."""
+        return next((module.schedule for module in self.modules if module.schedule is not None), None)
+
+    def active(self, sigma: float) -> dict[int, int]:
+        """How many ranks count at a noise level, by the ranks that its modules have; none where all count."""
+        schedule = self.schedule
+        ranks = {module.rank for module in self.modules if module.schedule is not None and module.rank}
+        return {} if schedule is None else {rank: schedule.active(rank, sigma) for rank in sorted(ranks)}
 
     @cached_property
     def dialect(self) -> str:
@@ -200,6 +214,7 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
     table = Table(params)
     norms, rest = _norms(file, {name: key for name, key in keys.items() if name not in tokens}, table)
     configs = _peft_configs(file, source.headers[0].metadata)
+    schedule = _schedule(file, source.headers[0].metadata)
     modules, unmatched = [], []
     for stem, tensors in _grouped(file, rest).items():
         key = split_key(next(iter(tensors.values())))
@@ -210,7 +225,8 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
             continue
         shapes = {role: source.shapes[name] for role, name in tensors.items()}
         scale = _header_scale(key, shapes, configs)
-        modules.append(Module(stem, key.network, key.tool, target, tensors, shapes, scale))
+        ranks = schedule if key.network == "transformer" else None  # a prompt has no noise level
+        modules.append(Module(stem, key.network, key.tool, target, tensors, shapes, scale, ranks))
     return LoraFile(
         Path(path), source, tuple(modules), norms, tuple(unmatched), tokens,
         sum(len(shape) == 2 for shape in table.shapes.values()),
@@ -226,6 +242,11 @@ def check_shapes(lora: LoraFile, params: FluxParams) -> None:
     changed = dict(lora.norms)
     for module in lora.of("transformer"):
         check_module(lora, module, table.shape(module.target))
+        if module.schedule is not None and module.algebra != "lora":
+            raise FileError(
+                f"{lora.path}: its header has a T-LoRA's schedule of ranks, and {module.stem} is {module.algebra}, "
+                "which has no ranks to leave out. Next: save it again."
+            )
         if module.target.module.endswith(".scale"):
             name = module.tensors["diff"]
             if (other := changed.setdefault(module.target.module, name)) != name:
@@ -560,6 +581,15 @@ def _peft_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
         found = read_json(beside, "PEFT's configuration")
         return {"": found} if isinstance(found, dict) else {}
     return {}
+
+
+def _schedule(file: Path, metadata: Mapping[str, str]) -> RankSchedule | None:
+    """T-LoRA's schedule in the header. FileError for one that is none."""
+    try:
+        return RankSchedule.of(metadata)
+    except ValueError as error:
+        finding = f"T-LoRA's schedule in its header is none ({error})"
+        raise FileError(f"{file}: {finding}. Next: save it again.") from None
 
 
 _CONFIG_OF = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}

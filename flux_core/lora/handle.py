@@ -54,6 +54,7 @@ class Handle:
         """of its modules, where the file has them"""
         self._scale = 1.0
         self._written: tuple[Scales, float | None] = (1.0, None)
+        self._ranks: Mapping[int, int] = {}
         """what is in memory now"""
         self._is_whole = not merge
         """whether all of it is: branches begin at scale 1, weights have nothing in them yet"""
@@ -75,19 +76,34 @@ class Handle:
         for network in self.networks.values():
             _changed(network, scales=True)
 
-    def write(self, scales: Scales, text: float | None = None) -> None:
+    def group(self, sigma: float) -> tuple[int, ...]:
+        """What `set` hangs on (`model.Adapt`)."""
+        return tuple(self.file.active(sigma).values())
+
+    def set(self, sigma: float) -> None:
+        """Let as many ranks count as at that noise level; of a file that is no T-LoRA always all (`model.Adapt`).
+
+        Whoever calls the model without a pipeline calls this before.
+        """
+        scales, text = self._written
+        self.write(scales, text, self.file.active(sigma))
+
+    def write(self, scales: Scales, text: float | None = None, ranks: Mapping[int, int] | None = None) -> None:
         """Write a scale to all layers and norms, or to each of the transformer's by name, 0 for those without.
 
-        text: that of the text encoders, where it is another. Nothing that was compiled or recorded changes: scales are
+        text: that of the text encoders, where it is another. ranks: how many count, by the ranks that there are
+        (`LoraFile.active`); without, as many as did. Nothing that was compiled or recorded changes: scales are
         numbers in memory, written where they differ from those there. Tables of modulation are not told
         (`model.Adapt`).
         """
         text = None if text == scales else text
-        if (scales, text) == self._written and self._is_whole:
+        ranks = self._ranks if ranks is None else ranks
+        if (scales, text, ranks) == (*self._written, self._ranks) and self._is_whole:
             return
-        self._written, self._is_whole = (scales, text), False  # memory may run out in the middle
+        self._written, self._ranks, self._is_whole = (scales, text), ranks, False  # memory may run out in the middle
         by_value: dict[float, list[tuple[Tensor, Tensor]]] = {}
         branched: list[BranchedLinear] = []
+        ranked: list[Tensor] = []
         for key, layers in self.places.items():
             for name, layer in layers.items():
                 value = scales if isinstance(scales, float) else scales.get(name, 0.0)
@@ -99,11 +115,15 @@ class Handle:
                     continue
                 branched.append(layer)
                 layer.scale_shifts(self.owner, value)
-                by_value.setdefault(value, []).extend(layer.scales_of(self.owner))
+                numbers = layer.scales_of(self.owner)
+                by_value.setdefault(value, []).extend(numbers)
+                ranked += [place for place, _ in numbers] if key == "transformer" else []
         for value, numbers in by_value.items():
             if numbers:  # a layer may have a difference to its bias alone
                 places, units = ([*x] for x in zip(*numbers, strict=True))
                 torch._foreach_copy_(places, torch._foreach_mul(units, value))
+        for place in ranked if ranks else ():
+            place[ranks[len(place)] :] = 0
         for layer in branched:
             layer.refresh()
         for network in self.networks.values():
@@ -160,7 +180,7 @@ class Handle:
         for name in copied:
             found.places[name].update((x, deepcopy(layer, memo)) for x, layer in self.places[name].items())
         found.alphas, found._scale = self.alphas, self._scale
-        found._written, found._is_whole = self._written, self._is_whole
+        found._written, found._ranks, found._is_whole = self._written, self._ranks, self._is_whole
         return found
 
     def __enter__(self) -> Self:
@@ -199,6 +219,8 @@ def summary(file: LoraFile, networks: Networks | None = None, alphas: Mapping[st
         if count := len(file.of(network)):  # type: ignore[arg-type]
             left_out = networks is not None and network not in networks
             parts.append(f"{count} of {name}{' left out: no text encoder is loaded' if left_out else ''}")
+    if file.schedule is not None:
+        parts.append(f"T-LoRA from rank {file.schedule.least}, curve {file.schedule.curve:g}")
     if file.tokens:
         parts.append(f"{len(file.tokens)} trained tokens not used")
     if file.unmatched:
@@ -301,6 +323,11 @@ def _check_mergeable(file: LoraFile, networks: Networks) -> None:
             "merging it"
         )
     check_drawable(file, state.params(networks["transformer"]))  # type: ignore[arg-type]
+    if file.schedule is not None:
+        raise UsageError(
+            f"{file.name} is a T-LoRA, whose rank hangs on the noise level, which a weight does not know. Next: leave "
+            "--lora-merge out"
+        )
     if file.norms or any(module.target.module.endswith(".scale") for module in file.of("transformer")):
         raise UsageError(f"{file.name} changes norms, which --lora-merge does not write. Next: leave --lora-merge out")
     for module in file.modules:

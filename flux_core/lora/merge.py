@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ..errors import UsageError
 from .delta import Delta
 from .dialects import Network
 from .file import BIASES, LoraFile, Module
@@ -26,8 +27,13 @@ def merging(files: Sequence[LoraFile], scales: Sequence[float]) -> Iterator[Mapp
     """A context with a change for each tensor that the files train, by network and name; each file at its scale.
 
     Text encoders' modules have the encoders' names (`file.resolve_text`). NonFiniteError at the end, for factors that
-    are not finite.
+    are not finite; UsageError for a T-LoRA.
     """
+    if ranked := next((file.name for file in files if file.schedule is not None), None):
+        raise UsageError(
+            f"{ranked} is a T-LoRA, whose rank hangs on the noise level, which a weight does not know. Next: draw with "
+            "--lora"
+        )
     steps: dict[Network, dict[str, list[_Add]]] = {}
     with ExitStack() as stack:
         for file, scale in zip(files, scales, strict=True):

@@ -20,6 +20,7 @@ from ..lora import Handle, attach_file, attached, read_lora
 from ..lora.file import check_control, check_drawable
 from ..lora.handle import Networks, Scales, checked_scale, own_params
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
+from ..model import Adapt
 from ..strength import step_of
 from ..terminal import note
 from ..text import TextEncoder
@@ -36,6 +37,8 @@ class Loras:
         """files that the last request asked for, by hash and way"""
         self._of_model: Handle | None = None
         """a LoRA that makes the transformer another model, as a row of `variants` says"""
+        self.also: list[Adapt] = []
+        """what else sets numbers in the transformer by the noise level: an adapter that learns"""
 
     @property
     def own(self) -> list[Handle]:
@@ -110,9 +113,11 @@ class Loras:
             scale = first.scale if first.merge else 1.0  # weights are summed once, at their scale
             self._asked[key] = self._attach(find_recorded(first.file, key[0]), scale, first.partial, first.merge)
             note(self._asked[key].summary)
-        if not groups:
+        asked = list(self._asked.values())
+        ranked = [x for x in attached(self.components.flux) if x.file.schedule is not None and x not in asked]
+        if not (groups or ranked or self.also):
             return None
-        steps = LoraSteps([(self._asked[key], groups[key]) for key in wanted], sigmas)
+        steps = LoraSteps([(self._asked[key], groups[key]) for key in wanted], sigmas, [*ranked, *self.also])
         steps.set(sigmas[0])
         return steps
 
@@ -131,24 +136,34 @@ class Loras:
 
 
 class LoraSteps:
-    """Sets the scales of a request's LoRAs at each step of a schedule (`model.Adapt`)."""
+    """Sets the scales of a request's LoRAs, and T-LoRAs' ranks, at each step of a schedule (`model.Adapt`)."""
 
-    def __init__(self, uses: Sequence[tuple[Handle, Sequence[Lora]]], sigmas: Sequence[float]) -> None:
-        self.uses, self.sigmas = uses, sigmas
+    def __init__(
+        self, uses: Sequence[tuple[Handle, Sequence[Lora]]], sigmas: Sequence[float], also: Sequence[Adapt] = ()
+    ) -> None:
+        """also: what has no scales of the request, and hangs on the noise level."""
+        self.uses, self.sigmas, self.also = uses, sigmas, also
         self._scales: dict[Hashable, list[Scales]] = {}
 
     def group(self, sigma: float) -> Hashable:
-        """Which entries are active at that sigma."""
+        """Which entries are active at that sigma, and how many ranks."""
+        return self._active(sigma), *(one.group(sigma) for one in (*(handle for handle, _ in self.uses), *self.also))
+
+    def _active(self, sigma: float) -> tuple[bool, ...]:
+        if not self.uses:
+            return ()
         step = step_of(sigma, self.sigmas)
         return tuple(entry.at_step(step) for _, entries in self.uses for entry in entries)
 
     def set(self, sigma: float) -> None:
-        """Write the scales of the step at that sigma, where they differ from those in memory."""
-        active = self.group(sigma)
+        """Write the scales and ranks of the step at that sigma, where they differ from those in memory."""
+        active = self._active(sigma)
         if active not in self._scales:
             self._scales[active] = [_scales(handle, entries, sigma, self) for handle, entries in self.uses]
         for (handle, entries), scales in zip(self.uses, self._scales[active], strict=True):
-            handle.write(scales, text_scale(entries))
+            handle.write(scales, text_scale(entries), handle.file.active(sigma))
+        for one in self.also:
+            one.set(sigma)
 
 
 def _scales(handle: Handle, entries: Sequence[Lora], sigma: float, steps: LoraSteps) -> Scales:
