@@ -16,7 +16,7 @@ TIMESTEPS = (
 LOSSES = ("l2", "l1", "huber", "smooth_l1")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 CHECKPOINTING = ("none", "mlp", "second", "linears", "blocks")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adamw_schedulefree")
 RULES = ("buckets", "kohya", "kohya_no_upscale", "diffusers", "fixed")
 
 MODEL = (
@@ -62,6 +62,13 @@ ADAPTER = (
     Field("alpha", float, "their scale is alpha / rank (default: the rank)", minimum=0, maximum=10_000),
     Field("rslora", bool, "a scale of alpha / sqrt(rank)", default=False),
     Field("dora", bool, "a magnitude for each row, too", default=False),
+    Field("rank_min", int, "T-LoRA: ranks that count at pure noise, more where there is less of it; 0: all everywhere",
+          minimum=0, maximum=1024, default=0),
+    Field("rank_curve", float, "of --rank-min: the exponent of (1 - noise level)", minimum=0, maximum=100, default=1.0),
+    Field("lokr", int, "LoKr instead of LoRA: a Linear is cut by this factor, or by the largest (-1); 0: LoRA",
+          minimum=-1, maximum=1024, default=0),
+    Field("ranks", str, "of modules that have another, as to_q=4,vital=32; patterns as in --targets",
+          metavar="NAME=RANK"),
     Field("takes", str, f"what the model learns to see besides the prompt: {', '.join(MAPS)} (a map of each picture), "
           "control (maps that metadata.jsonl names), reference (pictures there that captions change)",
           choices=(*MAPS, "control", "reference"), default="", metavar="NAME"),
@@ -71,14 +78,18 @@ ADAPTER = (
 )  # fmt: skip
 TRAINING = (
     Field("steps", int, "optimizer steps", minimum=1, maximum=OFTEN, default=1000),
-    Field("lr", float, "learning rate", minimum=0, maximum=10, default=1e-4),
+    Field("lr", float, "learning rate (of prodigy: a factor, 1 if not given)", minimum=0, maximum=10, default=1e-4),
+    Field("lora_plus", float, "LoRA+: times the rate is that of factors that begin at zero", minimum=0, maximum=1000,
+          default=1.0),
+    Field("rates", str, "of modules that have another, as norm.linear=1e-5; patterns as in --targets",
+          metavar="NAME=RATE"),
     Field("batch", int, "pictures at once", minimum=1, maximum=1024, default=1),
     Field("accumulation", int, "batches of a step, whose mean is taken", minimum=1, maximum=1024, default=1),
     Field("warmup", int, "steps in which the rate grows", minimum=0, maximum=OFTEN, default=0),
     Field("schedule", str, "of the rate behind that: constant, cosine", choices=("constant", "cosine"),
           default="constant", metavar="NAME"),
-    Field("optimizer", str, f"{', '.join(OPTIMIZERS)} (with bitsandbytes)", choices=OPTIMIZERS, default="adamw",
-          metavar="NAME"),
+    Field("optimizer", str, "adamw; adamw8bit (with bitsandbytes), prodigy (prodigyopt), adamw_schedulefree "
+          "(schedulefree)", choices=OPTIMIZERS, default="adamw", metavar="NAME"),
     Field("weight_decay", float, "of AdamW", minimum=0, maximum=10, default=1e-2),
     Field("max_grad_norm", float, "gradients are clipped to it", minimum=0, maximum=1_000_000, default=1.0),
     Field("ema", float, "decay of an average of the factors, which is then saved; 0: none", minimum=0, maximum=1,

@@ -1,9 +1,4 @@
-"""Factors that learn, beside the frozen Linears of a transformer: y = W x + s B A x.
-
-    LoRA    s = alpha / rank (Hu et al. 2021)
-    rsLoRA  s = alpha / sqrt(rank), which does not fade with the rank (Kalajdzievski 2023, arXiv 2312.03732)
-    DoRA    y = m V / |V| x with V = W + s B A: rows have a magnitude m and a direction (Liu et al. 2024, arXiv
-            2402.09353); |V| is that of each row, and has no gradient, as in PEFT
+"""All that learns of a model: factors beside its frozen Linears, by patterns of names; and the file that they are.
 
 Modules have diffusers' names, since files are saved by them: q, k and v are rows of one official Linear. They are
 matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_q` hits single blocks, too.
@@ -11,33 +6,31 @@ matched as PEFT does: a pattern is a whole name or its end behind a dot, so `to_
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.keymaps import swap_halves
 from ..checkpoint.write import write_safetensors
 from ..errors import UsageError, nearest
 from ..files import disk_errors, expand_home
 from ..hooks.layers import layers_of
-from ..linears.frozen import Frozen
 from ..lora.dialects import Table, Target, flat
 from ..lora.file import ADAPTER_METADATA, FILE_NAMES
+from ..lora.ranks import LYCORIS_CONFIG, RankSchedule
 from ..model import Flux
 from ..params import FluxParams
-from .optimizers import Ema
+from .factors import PREFIX, DoraFactors, Factors, Learned, root, weight_of
+from .lokr import LokrFactors, shapes
+from .optimizers import Average
 
-PREFIX = "transformer."
-"""before every key of a file"""
-ENDINGS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-"""of a file's keys, by the parameter's name in `Factors`"""
+T = TypeVar("T")
 BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 """official name -> diffusers'"""
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -55,102 +48,13 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """patterns by name. `attention`: the notebook's four; `blocks`: all Linears of the blocks"""
 
 
-class Factors(nn.Module):
-    """LoRA's factors of one module, in fp32: rows `start` to `stop` of a Linear change by scale * up @ down."""
-
-    def __init__(self, target: Target, columns: int, rank: int, scale: float, device: torch.device) -> None:
-        super().__init__()
-        self.target, self.scale = target, scale
-        rows = target.stop - target.start
-        self.down = nn.Parameter(torch.empty(rank, columns, dtype=torch.float32, device=device))
-        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=torch.float32, device=device))
-
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Uniform numbers below sqrt(1 / columns) in `down`, as PEFT draws them, and zeros in `up`."""
-        bound = 1 / math.sqrt(self.down.shape[1])
-        drawn = torch.empty(self.down.shape, dtype=torch.float32, device="cpu").uniform_(
-            -bound, bound, generator=generator
-        )
-        with torch.no_grad():
-            self.down.copy_(drawn)
-            self.up.zero_()
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        """What of a layer's weight or bias is of these rows."""
-        return x[self.target.start : self.target.stop]
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """These rows' outputs, of the layer's inputs and of its own outputs y. [..., K], [..., N] -> [..., N]"""
-        return y + self.product(x, self.up).to(y.dtype)
-
-    def product(self, x: Tensor, up: Tensor) -> Tensor:
-        """scale * up @ down @ x, in the dtype of x."""
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), up.to(x.dtype))
-
-    @torch.no_grad()
-    def change(self, own: Tensor) -> Tensor:
-        """The difference to these rows of the layer's weight, which are `own`, dense. [N, K] -> [N, K]"""
-        return self.scale * self.up @ self.down
-
-
-class DoraFactors(Factors):
-    """DoRA's factors: those of LoRA, and a magnitude for each row. Before the first step the layer is as it was."""
-
-    def __init__(
-        self, target: Target, columns: int, rank: int, scale: float, device: torch.device, weight: Tensor
-    ) -> None:
-        super().__init__(target, columns, rank, scale, device)
-        self.squares: Tensor
-        """of the weight's rows, summed"""
-        self.register_buffer("squares", self.rows_of(weight).square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(_root(self.squares))
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """`Factors.forward`. A bias is no part of the direction."""
-        gain = self.magnitude / self.norms(base, x.dtype)
-        bias = cast(Tensor | None, base.bias)
-        own = y if bias is None else y - self.rows_of(bias).to(y.dtype)
-        return y + (gain - 1).to(y.dtype) * own + self.product(x, gain[:, None] * self.up).to(y.dtype)
-
-    @torch.no_grad()
-    def norms(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
-        """|V| by rows, fp32 [N], without V: |W|^2 + 2 B (s A W^T) + B (s^2 A A^T) B^T."""
-        weight = self.rows_of(weight_of(base, dtype))
-        mixed = F.linear(self.down.to(dtype), weight).t().float()
-        inner = 2 * self.scale * mixed + self.scale**2 * self.up @ (self.down @ self.down.t())
-        return _root(self.squares + (self.up * inner).sum(1))
-
-    @torch.no_grad()
-    def change(self, own: Tensor) -> Tensor:
-        """`Factors.change`"""
-        trained = own + super().change(own)
-        return trained * (self.magnitude / _root(trained.square().sum(1)))[:, None] - own
-
-
-def _root(x: Tensor) -> Tensor:
-    """sqrt(x), above 0 where rounding leaves nothing."""
-    return x.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-
-
-def weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A layer's weight [N, K] in that dtype, whatever format it is in. UsageError for a layer that cannot say."""
-    if isinstance(layer, Frozen):
-        return layer.widen(dtype)
-    if isinstance(layer, nn.Linear):
-        return layer.weight.detach().to(dtype)
-    raise UsageError(
-        f"{type(layer).__name__} does not tell its weight, which DoRA and the table of changes need. Next: take off "
-        "what is attached to the model, or train without them"
-    )
-
-
 class AdaptedLinear(nn.Module):
     """A layer, and factors for some of its rows, in their order and apart."""
 
-    def __init__(self, base: nn.Module, factors: Iterable[Factors]) -> None:
+    def __init__(self, base: nn.Module, factors: Iterable[Learned]) -> None:
         super().__init__()
         self.base: Any = base
-        in_order: list[Factors] = sorted(factors, key=lambda one: one.target.start)
+        in_order: list[Learned] = sorted(factors, key=lambda one: one.target.start)
         self.factors = nn.ModuleList(in_order)
         self.is_on = True
         self.in_features, self.out_features = self.base.in_features, self.base.out_features
@@ -160,7 +64,7 @@ class AdaptedLinear(nn.Module):
         y, pieces, done = self.base(x), [], 0
         if not self.is_on:
             return y
-        for one in cast(Iterable[Factors], self.factors):
+        for one in cast(Iterable[Learned], self.factors):
             start, stop = one.target.start, one.target.stop
             pieces += [y[..., done:start], one(x, y[..., start:stop], self.base)]
             done = stop
@@ -168,24 +72,116 @@ class AdaptedLinear(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What learns beside each Linear."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    lokr: int = 0
+    """LoKr's factor, -1 for the largest; 0: no LoKr"""
+    schedule: RankSchedule | None = None
+    """of T-LoRA"""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """of modules that have another, by name"""
+
+    def __post_init__(self) -> None:
+        """UsageError for what does not go together."""
+        if self.schedule is not None and self.schedule.least > self.rank:
+            raise UsageError(f"T-LoRA's least rank is {self.schedule.least}, more than the rank {self.rank}")
+        chosen = {"DoRA": self.dora, "LoKr": self.lokr, "T-LoRA": self.schedule}
+        if len(several := [name for name, value in chosen.items() if value]) > 1:
+            raise UsageError(f"{' and '.join(several)} do not go together. Next: leave one out")
+        if self.lokr and self.rslora:
+            raise UsageError("rsLoRA is a scale of LoRA's, and none of LoKr's. Next: leave one out")
+
+    def rank_of(self, name: str) -> int:
+        return self.ranks.get(name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """As much more as its rank, so that alpha / rank is that of all; rsLoRA's scale is by the rank itself."""
+        return self.alpha if self.rslora else self.alpha * (self.rank_of(name) / self.rank)
+
+    def numbers(self, name: str, rows: int, columns: int) -> int:
+        """How many learn beside a Linear of these sizes, but for DoRA's magnitudes."""
+        rank = self.rank_of(name)
+        if not self.lokr:
+            return rank * (rows + columns)
+        return sum(math.prod(size) for size in shapes(rows, columns, rank, self.lokr).values())
+
+    def beside(self, name: str, target: Target, layer: Any) -> Learned:
+        """What learns of that module, on the device of its layer. UsageError."""
+        device = next(x.device for x in (*layer.parameters(), *layer.buffers()))
+        rank, alpha, columns = self.rank_of(name), self.alpha_of(name), layer.in_features
+        if self.lokr:
+            return LokrFactors(target, columns, rank, alpha, self.lokr, device)
+        sizes = target, columns, rank, alpha / (math.sqrt(rank) if self.rslora else rank), device
+        if not self.dora:
+            return Factors(*sizes)
+        if target.spare_rows:
+            raise UsageError(
+                f"{name} has more rows in diffusers than in this model, all zeros, and DoRA divides by their norms. "
+                "Next: leave DoRA out, or name other targets"
+            )
+        return DoraFactors(*sizes, weight_of(layer, torch.float32))
+
+    def config(self, names: Sequence[str]) -> dict[str, Any]:
+        """What is not in the tensors, under the names of PEFT's configurations; patterns only where ranks differ."""
+        if self.lokr:
+            found = {"alpha": self.alpha, "decompose_factor": self.lokr, "peft_type": "LOKR"}
+        else:
+            found = {"lora_alpha": self.alpha, "peft_type": "LORA", "use_dora": self.dora, "use_rslora": self.rslora}
+        found |= {"r": self.rank, "target_modules": sorted(names)}
+        if others := [name for name in sorted(names) if self.rank_of(name) != self.rank]:
+            found["rank_pattern"] = {f"^{name}": self.rank_of(name) for name in others}
+            found["alpha_pattern"] = {f"^{name}": self.alpha_of(name) for name in others if not self.rslora}
+        return found
+
+    def lycoris(self) -> dict[str, Any]:
+        """The configuration for LyCORIS of LoKr and T-LoRA; none for others."""
+        if self.schedule is None and not self.lokr:
+            return {}
+        own = {"algo": "lokr", "factor": self.lokr} if self.schedule is None else self.schedule.config()
+        return {**own, "linear_alpha": self.alpha, "linear_dim": self.rank}
+
+
 class Adapter:
     """The factors beside a model's Linears, by diffusers' names of modules. The model's own weights are frozen."""
 
-    def __init__(self, model: Flux, factors: Mapping[str, Factors], alpha: float, rslora: bool = False) -> None:
-        self.model, self.factors, self.alpha, self.rslora = model, dict(factors), alpha, rslora
+    def __init__(self, model: Flux, factors: Mapping[str, Learned], form: Form) -> None:
+        self.model, self.factors, self.form = model, dict(factors), form
         model.changes = model.changes.next(scales=False)
-        self.average: Ema | None = None
+        self.average: Average | None = None
         """of what learns, if one is kept: what is sampled and saved"""
+        self.rates: dict[str, float] = {}
+        """learning rates of modules that have their own, by name"""
+        self._drawn: dict[int, Tensor] = {}
+        """masks of the step that is drawn, by rank"""
 
     def parameters(self) -> list[nn.Parameter]:
         """All that learns, in the order of names."""
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All that learns, by the module's name and `down`, `up` or `magnitude`, in the order of modules' names."""
+        """All that learns, by the module's name and `down`, `up` or `magnitude`, or LoKr's `w1` …; in the order of
+        modules' names."""
         return {
             f"{name}.{role}": x for name in sorted(self.factors) for role, x in self.factors[name].named_parameters()
         }
+
+    def factors_of_rate(self, lr: float, lora_plus: float = 1.0) -> dict[str, float]:
+        """What the rate `lr` is multiplied by, of the parameters where that is not 1, by name.
+
+        lora_plus: that of the factors that begin at zero.
+        """
+        found: dict[str, float] = {}
+        for name, one in self.factors.items():
+            own = self.rates[name] / lr if name in self.rates and lr else 1.0
+            for role, _ in one.named_parameters():
+                found[f"{name}.{role}"] = own * (lora_plus if role == one.later else 1.0)
+        return {name: factor for name, factor in found.items() if factor != 1}
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the factors are their average, if one is kept."""
@@ -203,21 +199,57 @@ class Adapter:
             for layer in layers:
                 layer.is_on = True
 
-    def config(self) -> dict[str, Any]:
-        """What is not in the tensors, under the names of PEFT's LoraConfig."""
-        some = next(iter(self.factors.values()))
+    # The noise level, by which ranks are active (T-LoRA) ---------------------------------------------------
+
+    def at(self, sigma: Tensor) -> None:
+        """Tell the noise levels [B] of a batch, before its forward; its backward ends before the next are told."""
+        masks = self._masks(sigma)
+        for one in self.factors.values() if masks else ():
+            one.mask = masks[one.rank]
+
+    def set(self, sigma: float) -> None:
+        """Tell the noise level of a step that is drawn: always in the same memory (`model.Adapt`)."""
+        masks = self._masks(torch.tensor([sigma], dtype=torch.float64, device="cpu"))
+        for rank, mask in masks.items():
+            self._drawn.setdefault(rank, mask).copy_(mask)
+        for one in self.factors.values() if masks else ():
+            one.mask = self._drawn[one.rank]
+
+    def group(self, sigma: float) -> tuple[int, ...]:
+        """How many ranks are active at a level, of each rank that there is (`model.Adapt`)."""
+        schedule = self.form.schedule
+        return () if schedule is None else tuple(schedule.active(rank, sigma) for rank in self._ranks)
+
+    @property
+    def _ranks(self) -> list[int]:
+        return sorted({one.rank for one in self.factors.values()})
+
+    def _masks(self, sigma: Tensor) -> dict[int, Tensor]:
+        """The active ranks at these levels as ones [B, rank], by rank; none where all are."""
+        if self.form.schedule is None:
+            return {}
+        active = torch.tensor([self.group(x) for x in sigma.tolist()], dtype=torch.int64, device="cpu")
+        device = self.parameters()[0].device
         return {
-            "lora_alpha": self.alpha,
-            "peft_type": "LORA",
-            "r": len(some.down),
-            "target_modules": sorted(self.factors),
-            "use_dora": isinstance(some, DoraFactors),
-            "use_rslora": self.rslora,
+            rank: (torch.arange(rank, dtype=torch.int64, device="cpu") < of[:, None]).float().to(device)
+            for rank, of in zip(self._ranks, active.t(), strict=True)
         }
 
+    # Its file ----------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """What is not in the tensors, under the names of PEFT's configurations."""
+        return self.form.config(list(self.factors))
+
+    def identity(self) -> dict[str, Any]:
+        """All that it is but for its numbers; of what is left out, nothing."""
+        found = self.config() | self.form.lycoris()
+        return found | ({"rates": self.rates} if self.rates else {})
+
     def state(self) -> dict[str, Tensor]:
-        """The tensors of a file in PEFT's keys, fp32, such as `transformer.NAME.lora_A.weight` (`ENDINGS`)."""
-        return self._in_file(lambda x: x.detach())
+        """The tensors of a file, fp32, in PEFT's keys such as `transformer.NAME.lora_A.weight`, or in LyCORIS'."""
+        beside = {key: x for name, one in self.factors.items() for key, x in one.beside(name).items()}
+        return self._in_file(lambda x: x.detach()) | beside
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients, by the same keys."""
@@ -225,22 +257,27 @@ class Adapter:
 
     def _in_file(self, take: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         return {
-            f"{PREFIX}{name}.{ENDINGS[role]}": _to_diffusers(take(x), role, one.target)
+            one.key(name, role): one.to_file(role, take(x))
             for name, one in self.factors.items()
             for role, x in one.named_parameters()
         }
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write `pytorch_lora_weights.safetensors` as diffusers does, with PEFT's header. Returns its path. DiskError.
+        """Write `pytorch_lora_weights.safetensors`, and return its path. DiskError.
+
+        It is as diffusers writes it, with PEFT's header; T-LoRA with SimpleTuner's, too; LoKr as SimpleTuner does.
 
         The same numbers are the same bytes: there is no date, host or path in it.
         """
-        header = json.dumps({f"{PREFIX}{key}": value for key, value in self.config().items()}, sort_keys=True)
+        config = {f"{PREFIX}{key}": value for key, value in self.config().items()}
+        header = {} if self.form.lokr else {ADAPTER_METADATA: json.dumps(config, sort_keys=True)}
+        if lycoris := self.form.lycoris():
+            header[LYCORIS_CONFIG] = json.dumps(lycoris, sort_keys=True)
         path = folder / f"{FILE_NAMES[0]}.safetensors"
         with disk_errors(folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: x.to("cpu", dtype) for name, x in self.state().items()}
-        write_safetensors(path, tensors, {ADAPTER_METADATA: header})
+        write_safetensors(path, tensors, header)
         return path
 
     @torch.no_grad()
@@ -248,8 +285,7 @@ class Adapter:
         """Take the numbers of a file's tensors, of the same modules and ranks."""
         for name, one in self.factors.items():
             for role, x in one.named_parameters():
-                found = state[f"{PREFIX}{name}.{ENDINGS[role]}"]
-                found = swap_halves(found) if one.target.swapped and role != "down" else found
+                found = one.from_file(role, state[one.key(name, role)])
                 x.copy_(found[tuple(map(slice, x.shape))])  # what only diffusers' wider MLP has meets zeros there
 
     def changes(self) -> list[tuple[str, float]]:
@@ -258,7 +294,7 @@ class Adapter:
         for name, one in self.factors.items():
             layer = cast(AdaptedLinear, self.model.get_submodule(one.target.module))
             own = one.rows_of(weight_of(layer.base, torch.float32))
-            found.append((name, float(one.change(own).norm() / _root(own.square().sum()))))
+            found.append((name, float(one.change(own).norm() / root(own.square().sum()))))
         return sorted(found, key=lambda item: (-item[1], item[0]))
 
     def remove(self) -> None:
@@ -269,14 +305,6 @@ class Adapter:
         self.model.changes = self.model.changes.next(scales=False)
 
 
-def _to_diffusers(x: Tensor, role: str, target: Target) -> Tensor:
-    """A parameter, or its gradient, by diffusers' order of rows, with zeros for what only its wider MLP has."""
-    if role == "down":
-        return F.pad(x, (0, target.spare_columns))
-    x = swap_halves(x) if target.swapped else x
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, target.spare_rows))
-
-
 def adapt(
     model: Flux,
     patterns: Iterable[str],
@@ -285,30 +313,26 @@ def adapt(
     generator: torch.Generator | None = None,
     rslora: bool = False,
     dora: bool = False,
+    lokr: int = 0,
+    schedule: RankSchedule | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Adapter:
     """Factors of that rank beside every module that a pattern matches, on its device; the model is frozen. UsageError.
 
     patterns: as PEFT's `target_modules`, with `*` for any characters. generator: on the CPU, for the first numbers.
+    lokr, schedule, ranks: as in `Form`.
     """
-    table, scale = Table(model.params), alpha / (math.sqrt(rank) if rslora else rank)
+    table, form = Table(model.params), Form(rank, alpha, rslora, dora, lokr, schedule, dict(ranks or {}))
     model.requires_grad_(False)
-    of: dict[str, dict[str, Factors]] = {}
+    of: dict[str, dict[str, Learned]] = {}
     for name in matching(model.params, patterns):
         target = table.linears[flat(name)]
-        layer: Any = model.get_submodule(target.module)
-        device = next(x.device for x in (*layer.parameters(), *layer.buffers()))
-        sizes = target, layer.in_features, rank, scale, device
-        if dora and target.spare_rows:
-            raise UsageError(
-                f"{name} has more rows in diffusers than in this model, all zeros, and DoRA divides by their norms. "
-                "Next: leave DoRA out, or name other targets"
-            )
-        one = DoraFactors(*sizes, weight_of(layer, torch.float32)) if dora else Factors(*sizes)
+        one = form.beside(name, target, model.get_submodule(target.module))
         one.reset(generator)
         of.setdefault(target.module, {})[name] = one
     for module, factors in of.items():
         model.set_submodule(module, AdaptedLinear(model.get_submodule(module), factors.values()))
-    return Adapter(model, {name: one for factors in of.values() for name, one in factors.items()}, alpha, rslora)
+    return Adapter(model, {name: one for factors in of.values() for name, one in factors.items()}, form)
 
 
 def patterns_of(text: str, name: str, params: FluxParams) -> list[str]:
@@ -345,6 +369,25 @@ def matching(params: FluxParams, patterns: Iterable[str]) -> list[str]:
             )
         found |= hits
     return [name for name in names if name in found]
+
+
+def by_pattern(
+    text: str, kind: Callable[[str], T], name: str, params: FluxParams, learns: Iterable[str]
+) -> dict[str, T]:
+    """The values of modules that learn, by name, of "PATTERN=VALUE,…", each over those before. UsageError, FileError.
+
+    A pattern is a part of what `patterns_of` reads. UsageError, too, where it is of nothing that learns.
+    """
+    found: dict[str, T] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pattern, _, value = part.rpartition("=")
+        if not pattern:
+            raise UsageError(f"{part} must be a pattern and its value, as in to_q={value}")
+        hits = set(matching(params, patterns_of(pattern.strip(), name, params))).intersection(learns)
+        if not hits:
+            raise UsageError(f"{part}: nothing that learns is named {pattern}. Next: leave it out, or add --targets")
+        found |= dict.fromkeys(sorted(hits), kind(value))
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

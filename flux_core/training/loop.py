@@ -26,7 +26,7 @@ from ..model.transformer import Fetch
 from .adapter import Adapter
 from .loss import parts
 from .objective import MAPS, on_table, shifted
-from .optimizers import OPTIMIZERS, Ema, restore, state_of
+from .optimizers import OPTIMIZERS, average_of, grouped, restore, set_rate, state_of
 from .recipe import SCHEDULES, Example, Recipe, Source
 from .recompute import differentiable
 
@@ -34,7 +34,9 @@ CHECKPOINT = "step-{:07d}.safetensors"
 SAVED = re.compile(r"step-(\d{7})\.safetensors")
 DRAWN = ("order", "noise", "level", "example", "validation")
 """what is drawn, each from numbers of its own"""
-ADDED = ("takes", "loss", "huber_c", "huber_schedule", "preserve", "preserve_weight", "contrast", "mask_prior")
+ADDED = (
+    "takes", "lora_plus", "loss", "huber_c", "huber_schedule", "preserve", "preserve_weight", "contrast", "mask_prior",
+)  # fmt: skip
 """what recipes had no word for at first: at its default it is no part of a run's identity"""
 VALIDATED = (0.1, 0.3, 0.5, 0.7, 0.9)
 """noise levels at which held-out pictures are judged"""
@@ -107,14 +109,14 @@ class State:
     def __init__(self, adapter: Adapter, recipe: Recipe) -> None:
         self.adapter, self.recipe, self.named = adapter, recipe, adapter.named_parameters()
         self.parameters = list(self.named.values())
-        self.optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, recipe.weight_decay)
-        adapter.average = Ema(self.named, recipe.ema) if recipe.ema else None
+        groups = grouped(self.named, adapter.factors_of_rate(recipe.lr, recipe.lora_plus))
+        self.optimizer = OPTIMIZERS[recipe.optimizer](groups, recipe.lr, recipe.weight_decay)
+        adapter.average = average_of(self.optimizer, self.named, recipe.ema)
         self.scale, self.good = SCALE if recipe.precision == "fp16" else 1.0, 0
 
     def update(self, rate: float, explain: Callable[[str], str], names: Sequence[str]) -> float:
         """Learn from the gradients, and forget them. Returns their norm. NonFiniteError."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         if self.scale != 1:
             for x in self.parameters:
                 if x.grad is not None:
@@ -279,7 +281,7 @@ def identity(recipe: Recipe, sources: Sequence[Source], adapter: Adapter) -> dic
             del told[name]  # as of versions that did not know it
     if recipe.schedule == "constant":
         del told["steps"]  # which nothing hangs on: a run may go on for longer
-    known = {key: json.dumps(value, sort_keys=True) for key, value in (told | adapter.config()).items()}
+    known = {key: json.dumps(value, sort_keys=True) for key, value in (told | adapter.identity()).items()}
     modules = sha256(known.pop("target_modules").encode()).hexdigest()[:8]
     return {**known, "modules": f"{len(adapter.factors)}, {modules}", "pictures": digest.hexdigest()[:16]}
 
@@ -307,11 +309,12 @@ def resume(folder: Path, state: State, run: Mapping[str, str]) -> list[float]:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path}: the checkpoint could not be read: {error}. Next: delete it.") from error
-    for key, value in run.items():
-        if metadata.get(key) != value:
+    for key in {**run, **metadata}:
+        if key != "format" and metadata.get(key) != run.get(key):
+            then, now = metadata.get(key, "unknown"), run.get(key, "unknown")
             raise UsageError(
-                f"{path} was trained with {key} {metadata.get(key, 'unknown')}, not {value}. Next: go on with what it "
-                "was trained with, or name another folder"
+                f"{path} was trained with {key} {then}, not {now}. Next: go on with what it was trained with, or name "
+                "another folder"
             )
     state.load(tensors)
     return tensors["losses"].tolist()

@@ -75,6 +75,7 @@ class Forwards:
         self.device = adapter.parameters()[0].device
         self.latents = torch.stack([one.latents for one in batch]).to(self.device)
         self.noise, self.sigma = noise.to(self.device), sigma.to(self.device)
+        adapter.at(sigma)
 
     def learned(self, texts: Sequence[Encoded]) -> Tensor:
         """The velocity for these texts, packed, fp32 [B, L, 64]."""

@@ -1,7 +1,7 @@
 """What a run will take, from shapes alone: memory of the card, disk, and the least time of a step."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from ..device.plan import GAPS, SLOTS, make_plan
 from ..model import Flux
 from ..params import FluxParams
 from ..variants import Variant
-from .adapter import adapt, matching
+from .adapter import Form, adapt, matching
 from .recompute import WAYS, differentiable
 
-STATES = {"adamw": 16, "adamw8bit": 10}
-"""bytes of a number that learns: itself and its gradient in fp32, and two moments"""
+STATES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adamw_schedulefree": 16}
+"""bytes of a number that learns: itself and its gradient in fp32, and what the optimizer remembers of it"""
 
 
 class Kept(NamedTuple):
@@ -89,14 +89,17 @@ def told(seconds: float) -> str:
 
 def plan_of(
     variant: Variant, size: tuple[int, int], dtype: str, t5_dtype: str | None, patterns: list[str], rank: int,
-    batch: int, accumulation: int, checkpointing: str, optimizer: str,
+    batch: int, accumulation: int, checkpointing: str, optimizer: str, lokr: int = 0,
+    ranks: Mapping[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan of steps of the largest size, width and height. dtype: of the frozen base; UsageError for patterns."""
+    """The plan of steps of the largest size, width and height. dtype: of the frozen base; lokr, ranks: as in `Form`.
+    UsageError for patterns."""
     picture, kind = Picture(*size, batch), torch_dtype(dtype)
     _, transformer, _ = shares(variant, dtype, t5_dtype)
     forward = make_plan(variant, 0, dtype, t5_dtype, picture)
-    numbers = count(variant.params, patterns, rank)
-    kept = kept_of(variant.params, picture.tokens, variant.max_text, batch, kind, checkpointing, patterns, rank)
+    numbers = count(variant.params, patterns, Form(rank, rank, lokr=lokr, ranks=ranks or {}))
+    most = max([rank, *(ranks or {}).values()])
+    kept = kept_of(variant.params, picture.tokens, variant.max_text, batch, kind, checkpointing, patterns, most, lokr)
     way = WAYS[checkpointing]
     again = sum(way.block(i) for i in range(10)) / 10 - (0.2 if way.attention else 0.0) - (0.3 if way.heads else 0.0)
     return Plan(
@@ -112,20 +115,20 @@ def plan_of(
     )
 
 
-def count(params: FluxParams, patterns: list[str], rank: int) -> int:
-    """The numbers of LoRA's factors for these patterns. UsageError."""
+def count(params: FluxParams, patterns: list[str], form: Form) -> int:
+    """The numbers that learn for these patterns, but for DoRA's magnitudes. UsageError."""
     from ..lora.dialects import Table, flat
 
     table, found = Table(params), 0
     for name in matching(params, patterns):
         target = table.linears[flat(name)]
-        found += rank * (table.shapes[f"{target.module}.weight"][1] + target.stop - target.start)
+        found += form.numbers(name, target.stop - target.start, table.shapes[f"{target.module}.weight"][1])
     return found
 
 
 def kept_of(
     params: FluxParams, image: int, text: int, batch: int, kind: torch.dtype, checkpointing: str, patterns: list[str],
-    rank: int,
+    rank: int, lokr: int = 0,
 ) -> Kept:  # fmt: skip
     """What a forward of so many tokens keeps, counted on the meta device, where attention keeps no table of all pairs.
 
@@ -134,7 +137,7 @@ def kept_of(
     names = {re.sub(r"blocks\.\d+\.", "blocks.0.", name) for name in matching(params, patterns)}
     with torch.device("meta"):
         small = Flux(replace(params, depth=1, depth_single_blocks=1)).to(kind)
-    adapt(small, names, rank, rank)
+    adapt(small, names, rank, rank, lokr=lokr)
     dim, tokens = params.hidden_size, image + text
     pe = torch.empty(1, 1, tokens, params.head_dim // 2, 2, 2, dtype=torch.float32, device="meta")
     way, total, largest = WAYS[checkpointing], 0, 0

@@ -36,6 +36,8 @@ class Recipe:
     optimizer: str = "adamw"
     """a name in `OPTIMIZERS`"""
     weight_decay: float = 1e-2
+    lora_plus: float = 1.0
+    """times the rate is that of the factor that begins at zero, B (Hayou et al. 2024, arXiv 2402.12354)"""
     max_grad_norm: float = 1.0
     ema: float = 0.0
     """decay of an average of the factors, which is what is sampled and saved; 0: the factors themselves"""
@@ -81,6 +83,8 @@ class Recipe:
         for name in ("steps", "batch", "accumulation"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
+        if self.optimizer == "adamw_schedulefree" and self.ema:
+            raise UsageError("adamw_schedulefree keeps a mean of its own. Next: leave ema out")
 
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {

@@ -35,18 +35,18 @@ from ..request.generation import GenerationRequest
 from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from . import captions
-from .adapter import Adapter, adapt, patterns_of
+from .adapter import Adapter, adapt, by_pattern, matching, patterns_of
 from .card import SHOWN, Facts, model_card
 from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, sample_sheet
 from .data import Found, Picture, read_folder
 from .hub_data import from_hub
 from .latents import LatentCache, encoding
 from .loop import Progress, checkpoints, factor, train, validate
-from .optimizers import bitsandbytes_optimizers
+from .optimizers import library
 from .plan import Plan, plan_of
 from .recipe import Example
 from .seen import WAYS, condition_of, maker, widen
-from .settings import Settings
+from .settings import BY_NAME, LATER, Settings, parsed
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
 from .texts import Text, TextCache, build, parquet_modules, texts_of
@@ -113,6 +113,7 @@ class Run:
             raise UsageError(f"{self.variant.name} sees pictures already. Next: train a plain model, with --takes")
         if settings.takes:
             self.patterns += [INPUT] if WAYS[settings.takes].widens else []
+        self.ranks, self.rates = (self._by_pattern(name, of) for name, of in (("ranks", "rank"), ("rates", "lr")))
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
         captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
@@ -123,6 +124,12 @@ class Run:
         self.places = ExitStack()
         self.text = lru_cache(KEPT_IN_MEMORY)(self._text)
         self.prompts: list[str] = settings.sample_prompts or []
+
+    def _by_pattern(self, name: str, of: str) -> dict[str, Any]:
+        """A setting's values by modules. of: what each is. UsageError, FileError."""
+        text, params, flag = getattr(self.settings, name) or "", self.variant.params, BY_NAME[name].flag
+        learns = matching(params, self.patterns) if text else ()
+        return by_pattern(text, lambda x: parsed(BY_NAME[of], x, flag), self.variant.name, params, learns)
 
     # Pictures ----------------------------------------------------------------------------------------------
 
@@ -209,7 +216,7 @@ class Run:
             size = Size(size.width, size.height * tokens)
         return plan_of(
             variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
-            settings.accumulation, settings.checkpointing, settings.optimizer,
+            settings.accumulation, settings.checkpointing, settings.optimizer, settings.lokr, self.ranks,
         )  # fmt: skip
 
     def _refuse(self, plan: Plan) -> None:
@@ -296,8 +303,10 @@ class Run:
         if settings.takes:
             widen(model, settings.takes)
         self.adapter: Adapter = adapt(
-            model, self.patterns, settings.rank, settings.alpha, draw, settings.rslora, settings.dora
-        )
+            model, self.patterns, settings.rank, settings.alpha, draw, settings.rslora, settings.dora, settings.lokr,
+            settings.rank_schedule, self.ranks,
+        )  # fmt: skip
+        self.adapter.rates, self.pipeline.loras.also = self.rates, [self.adapter]
         sources = [Cached(self, one, list(self.captions_of(one))) for one in self.learned] * settings.repeats
         self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
         if settings.compile:
@@ -447,6 +456,7 @@ class Run:
             with self.drawing():
                 trained = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         adapter.remove()
+        self.pipeline.loras.also = []
         with self.drawing():
             base = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         write_whole(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
@@ -466,6 +476,7 @@ class Run:
     def facts(self, prompt: str, there: Sequence[str]) -> Facts:
         """What the card tells."""
         left = {"data", "output_dir", "model", "ae", "clip_l", "t5xxl", "device", "threads", "sample_prompts", "name"}
+        left |= {name for name in LATER if getattr(self.settings, name) == BY_NAME[name].default}
         told = {
             name: x for name, x in vars(self.settings).items() if name not in left | {"given"} and x not in (None, "")
         }
@@ -503,8 +514,7 @@ def run(settings: Settings, dry: bool = False) -> Path | None:
 def check_libraries(settings: Settings) -> None:
     """UsageError where one that is needed later is not installed, before anything is loaded."""
     parquet_modules()
-    if settings.optimizer == "adamw8bit":
-        bitsandbytes_optimizers()
+    library(settings.optimizer)
 
 
 def is_finished(folder: Path, steps: int) -> bool:

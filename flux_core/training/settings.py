@@ -14,12 +14,16 @@ from typing import Any
 from ..errors import FileError, UsageError, nearest
 from ..files import user_path
 from ..hub.places import ROOTS
+from ..lora.ranks import RankSchedule
 from ..request.fields import Field
 from ..request.training import SECTIONS, SETTINGS
+from .adapter import Form
 from .objective import MAPS
 from .recipe import Recipe
 
 BY_NAME = {field.name: field for field in SETTINGS}
+LATER = ("rank_min", "rank_curve", "lokr", "lora_plus")
+"""settings that a card does not tell at their defaults, as before there were any"""
 NOTO = "noto"
 """the style that ships, and its trigger"""
 NOTEBOOK: Mapping[str, Any] = MappingProxyType(
@@ -79,12 +83,24 @@ class Settings:
                 raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
         if self.preserve == "differential" and not (self.trigger and self.class_word):
             raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")
+        if "rank_curve" in values and not self.rank_min:
+            raise UsageError(f"{BY_NAME['rank_curve'].flag} goes with {BY_NAME['rank_min'].flag}")
+        if self.optimizer == "prodigy" and (self.rates or self.lora_plus != 1):
+            raise UsageError("prodigy finds one rate for all. Next: leave --lora-plus and --rates out")
+        if self.optimizer == "prodigy" and "lr" not in values:
+            self.lr = 1.0
+        Form(self.rank, self.alpha, self.rslora, self.dora, self.lokr, self.rank_schedule)  # for its errors
         if self.timesteps == "shift" and self.timestep_shift is None:
             raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
         self.recipe  # noqa: B018 - its errors
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+    @property
+    def rank_schedule(self) -> RankSchedule | None:
+        """T-LoRA's, if there is one."""
+        return RankSchedule(self.rank_min, self.rank_curve) if self.rank_min else None
 
     @property
     def recipe(self) -> Recipe:

@@ -142,6 +142,21 @@ def test_another_run_is_refused_and_what_differs_is_named(small, work, capsys, c
     assert digest(Path("out", ADAPTER)) == kept
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ["--rank-min=1", "--ranks=to_k=1", "--rates=to_v=0.001", "--lora-plus=4", "--optimizer=adamw_schedulefree"],
+    ["--lokr=4", "--optimizer=prodigy"],
+])  # fmt: skip
+def test_other_forms_and_optimizers_go_on_to_the_bit(small, work, flags):
+    """Samples, validation and the end included; the adapter draws here by its folder."""
+    more = [flag for flag in MORE if not flag.startswith(("--ema", "--output_dir", "--lr"))]
+    assert train(*more, *flags, "--output_dir=whole") == 0
+    assert train(*more, *flags, "--output_dir=out", "--steps=2") == 0
+    assert train(*more, *flags, "--output_dir=out") == 0
+    assert digest(Path("whole", ADAPTER)) == digest(Path("out", ADAPTER))
+    assert main(["--prompt=x", "--lora", "out", "--num_steps=2", "--width=32", "--height=32", "--force"]) == 0
+
+
 def test_a_plan_writes_nothing(small, work, capsys):
     assert train(*MORE, "--dry-run") == 0
     said = capsys.readouterr().out
@@ -151,7 +166,9 @@ def test_a_plan_writes_nothing(small, work, capsys):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("module, flags", [("pyarrow", []), ("bitsandbytes", ["--optimizer=adamw8bit"])])
+@pytest.mark.parametrize("module, flags", [
+    ("pyarrow", []), ("bitsandbytes", ["--optimizer=adamw8bit"]), ("prodigyopt", ["--optimizer=prodigy"]),
+])  # fmt: skip
 def test_a_library_that_is_missing_is_said_before_anything_is_loaded(small, work, capsys, monkeypatch, module, flags):
     """Row 46."""
     monkeypatch.setitem(sys.modules, module, None)
@@ -190,6 +207,14 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
     (["--data=data", "--timestep-shift=3"], "--timestep-shift goes with --timesteps shift"),
     (["--data=data", "--held-out=12", "--resolution=32x32"], "leaves nothing to train on"),
     (["--data=data", "--memory=8GB"], "--memory streams blocks to a card"),
+    (["--data=data", "--rank=4", "--rank-min=5"], "T-LoRA's least rank is 5, more than the rank 4"),
+    (["--data=data", "--rank-curve=2"], "--rank-curve goes with --rank-min"),
+    (["--data=data", "--lokr=4", "--dora"], "DoRA and LoKr do not go together"),
+    (["--data=data", "--ranks=to_q"], "to_q must be a pattern and its value"),
+    (["--data=data", "--ranks=to_q=x"], "--ranks must be a whole number from 1 to 1024, not 'x'"),
+    (["--data=data", "--rates=ff.net.2=1e-5"], "nothing that learns is named ff.net.2"),
+    (["--data=data", "--optimizer=prodigy", "--lora-plus=2"], "prodigy finds one rate for all"),
+    (["--data=data", "--optimizer=adamw_schedulefree", "--ema=0.9"], "keeps a mean of its own"),
     (["--data=data", "--example=style"], ""),
     (["c.toml", "--example=noto"], "are two ways to begin"),
     (["--data=data", "--resolution=64x64"], "it has 40x32 pixels, fewer than 64x64"),

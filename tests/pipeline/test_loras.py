@@ -13,10 +13,12 @@ from flux_core.errors import FileError, UsageError
 from flux_core.hooks import Lora, Skip
 from flux_core.lora import attach, attached
 from flux_core.lora.merged import MergedLayer
+from flux_core.lora.ranks import RankSchedule
 from flux_core.model import ModulationTable
 from flux_core.pipeline import load_pipeline
 from flux_core.request import GenerationRequest
 from flux_core.sampling import euler, flow_velocity, get_schedule, image_ids
+from flux_core.training import PRESETS, adapt
 
 FAST = {"num_steps": 3, "width": 48, "height": 32, "force": True}
 PARAMS = tiny_pipeline().variant.params
@@ -447,3 +449,61 @@ def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, monkeypatch
         return euler(velocity, x, sigmas, change)
 
     assert torch.equal(sample(True), sample(False)) and len(recorded) == 1
+
+
+# T-LoRA --------------------------------------------------------------------------------------------------------
+
+
+def t_lora(model, least=1):
+    """An adapter that learned in the blocks and in modulation, whose ranks count by the noise level."""
+    draw = torch.Generator().manual_seed(0)
+    targets = (*PRESETS["blocks"], "norm_out.linear")
+    adapter = adapt(model, targets, 3, 6.0, draw, schedule=RankSchedule(least))
+    for one in adapter.factors.values():
+        torch.nn.init.normal_(one.up, std=0.1, generator=draw)
+    return adapter
+
+
+def array(image):
+    return torch.tensor(list(image.tobytes()), dtype=torch.int16)
+
+
+@torch.no_grad()
+def test_a_t_lora_is_drawn_as_it_was_trained_however_it_is_attached(pipeline, tmp_path):
+    """Asked for, loaded, and in the form that learns; at each step with its own ranks, and so as no plain LoRA is."""
+    before = pixels(pipeline)
+    learning = tiny_pipeline()
+    adapter = t_lora(learning.model)
+    learning.loras.also = [adapter]
+    drawn = array(learning.generate("a red apple", 1, **FAST)[0])
+    path = adapter.save(tmp_path)
+
+    asked = pixels(pipeline, plan=[entry(path)])
+    assert pixels(pipeline) == before
+    with pipeline.load_lora(path) as handle:
+        assert pixels(pipeline) == asked
+        handle.scale = 0.0
+        assert pixels(pipeline) == before
+    assert (torch.frombuffer(bytearray(asked), dtype=torch.uint8).short() - drawn).abs().max() <= 1
+
+    constant = t_lora(tiny_pipeline().model, least=3).save(tmp_path / "constant")
+    assert pixels(pipeline, plan=[entry(constant)]) != asked
+
+
+@torch.no_grad()
+def test_two_files_beside_each_other_have_their_own_ranks(pipeline, files, tmp_path):
+    """A T-LoRA and a plain one: at pure noise, and at the end, each has what it has alone."""
+    path = t_lora(tiny_pipeline().model).save(tmp_path)
+    steps = pipeline.loras.prepare([entry(path), entry(files["a"])], (1.0, 0.5, 0.0))
+    by_name = {handle.file.name: handle for handle in attached(pipeline.model)}
+    ranked, plain = by_name[path.name], by_name["a.safetensors"]
+
+    def counted(handle):
+        layer = pipeline.model.double_blocks[0].img_attn.proj
+        ((place, _),) = layer.scales_of(handle.owner)
+        return int(place.count_nonzero()), place.numel()
+
+    for sigma, count in ((1.0, 1), (0.5, 2), (0.0, 3), (1.0, 1)):
+        steps.set(sigma)
+        assert counted(ranked) == (count, 3) and len(set(counted(plain))) == 1
+    assert len({steps.group(sigma) for sigma in (1.0, 0.9, 0.5, 0.4, 0.0)}) == 3
