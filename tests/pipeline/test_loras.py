@@ -407,9 +407,13 @@ def test_euler_knows_no_lora():
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, monkeypatch):
-    """Scales by step, and changed by hand between two steps: replayed or not, the same bits, from one recording."""
+def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, ranked, monkeypatch):
+    """Scales by step, and changed by hand between two steps: replayed or not, the same bits, from one recording.
+
+    ranked: so are the ranks of a T-LoRA.
+    """
     from random_model import small_variant
 
     from flux_core.kernels import install
@@ -424,8 +428,10 @@ def test_a_recorded_step_has_the_scales_of_its_step(tmp_path, dtype, monkeypatch
     if dtype == "fp8":
         quantize(model)
     install(model, "cuda")
+    header = {"lycoris_config": '{"algo": "tlora"}'} if ranked else {}
     steps, by_hand = (
-        attach(model, write(tmp_path / f"{i}.safetensors", factors(params, seed=i, strength=0.3))) for i in range(2)
+        attach(model, write(tmp_path / f"{i}.safetensors", factors(params, seed=i, strength=0.3), **header))
+        for i in range(2)
     )
     sigmas = get_schedule(6, 12)
     adapt = LoraSteps([(steps, [Lora(file="x", scale=0.8, steps="0-2"), Lora(file="x", scale=0.2)])], sigmas)
