@@ -1,11 +1,14 @@
-"""Files of the family at sizes for tests, of random weights: whole models, a control LoRA, SigLIP and its adapter."""
+"""Files of the family at sizes for tests, of random weights: whole models, a control LoRA, SigLIP and its adapter;
+and pictures."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from golden_files import read
+from PIL import Image
 from random_model import random_weights, small_variant, write_model
 from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -15,6 +18,12 @@ from flux_core.variants import Variant
 
 SIGLIP_TOKENS, SIGLIP_WIDTH = 9, 24
 """of a picture, and of a token"""
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Rectangles of noise: a picture with edges."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
 def small_model(folder: Path, name: str, **changes) -> tuple[Variant, dict[str, Path]]:

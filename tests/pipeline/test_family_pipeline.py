@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from family_files import SIGLIP_TOKENS, control_lora, redux_adapter, small_model
+from family_files import SIGLIP_TOKENS, control_lora, noise, redux_adapter, small_model
 from golden_files import read
 from no_float64 import NoFloat64
 from PIL import Image
@@ -62,12 +62,6 @@ FAST = {"width": WIDTH, "height": HEIGHT, "num_steps": STEPS, "force": True}
 SIZES = ((32, 64), (48, 48), (64, 32))
 """at which the tiny Kontext sees references"""
 WAYS = ("fill", "canny", "canny-lora", "kontext", "redux")
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Rectangles of noise: a picture with edges."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
 ROOM, CUP, PHOTO = noise(WIDTH, HEIGHT), noise(70, 112, 1), noise(90, 70, 2)
