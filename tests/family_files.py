@@ -26,10 +26,10 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
-def small_model(folder: Path, name: str, **changes) -> tuple[Variant, dict[str, Path]]:
+def small_model(folder: Path, name: str, dtype=torch.float32, **changes) -> tuple[Variant, dict[str, Path]]:
     """A model's row made small, and its parts in files, by the flags that name them."""
     row = replace(small_variant(name), **changes)
-    write_model(folder, row)
+    write_model(folder, row, dtype)
     parts = {"model": row.flow_file, "ae": row.ae_file, "t5xxl": "t5", "clip_l": "clip"}
     return row, {flag: folder / part for flag, part in parts.items()}
 

@@ -9,7 +9,7 @@ import cv2
 import family_files
 import numpy as np
 import pytest
-from family_files import control_lora, redux_adapter, small_model
+from family_files import control_lora, noise, redux_adapter, small_model
 from PIL import Image
 
 import flux_core.pipeline
@@ -21,12 +21,6 @@ from flux_core.variants import VARIANTS, Takes
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--prompt", "a fox", "--steps", "2", "--seed", "5"]
 SIDES = ["--width", "128", "--height", "128"]
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Rectangles of noise: a picture with edges."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
 ROOM, LARGE, PHOTO = noise(128, 128), noise(300, 200, 1), noise(96, 64, 2)
