@@ -94,9 +94,11 @@ class Editing:
     def inverted(self, photo: Image.Image, nudge: float = NUDGE) -> list[Tensor]:
         """The photograph's tokens at every sigma, up to noise; source prompt, guidance 1 (see `sampling.invert`)."""
         latent = nudge * self.pipeline.codec.encode(photo, *self.size, self.fit)
-        velocity = self._velocity([self.request.prompt], [1.0])(None)
-        what = f"inverting {self.size[0]}x{self.size[1]} pixels"
-        return self.pipeline.fallback.run(what, lambda: invert(velocity, latent, self.sigmas), "offload")
+
+        def work() -> list[Tensor]:
+            return invert(self._velocity([self.request.prompt], [1.0])(None), latent, self.sigmas)
+
+        return self.pipeline.fallback.run(f"inverting {self.size[0]}x{self.size[1]} pixels", work, "offload")
 
     def _velocity(self, prompts: Sequence[str], guidance: Sequence[float]) -> Callable[[HookRun | None], Velocity]:
         """The velocity as a function of the hooks, with the request's LoRAs."""
@@ -106,11 +108,10 @@ class Editing:
 
     def _sample(self, start: Tensor, on_step: OnStep | None) -> Tensor:
         prompts = [self.request.prompt, *self.edits]
-        velocity = self._velocity(prompts, self.guidance)
         x = start.expand(len(self.branches), *start.shape[1:])
 
         def work() -> Tensor:
-            integrate = self.pipeline.denoiser.integrate
+            integrate, velocity = self.pipeline.denoiser.integrate, self._velocity(prompts, self.guidance)
             return integrate(velocity, x, self.sigmas, self.plan, on_step, euler, branches=self.branches)
 
         what = f"drawing {len(x)} pictures of {self.size[0]}x{self.size[1]} pixels"

@@ -175,11 +175,13 @@ def test_steps_are_told_again_and_their_pictures_drawn_once(pipeline, pictures, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"seed_1_step{i}of3.png" for i in (1, 2, 3)]
 
 
-def test_editing_steps_down_too(pipeline, loaded):
+@pytest.mark.parametrize(("part", "name", "call"), [("model", "forward", 1), ("denoiser", "seen", 0)])
+def test_editing_steps_down_too(pipeline, loaded, part, name, call):
+    """Also while references are encoded."""
     request = GenerationRequest(prompt="a red apple", seed=1, **FAST)
     plain = Editing(loaded, request, ["a car"], ["layer.0"]).generated()
     job = Editing(pipeline, request, ["a car"], ["layer.0"])
-    Shortage(pipeline.model, "forward", 1)
+    Shortage(getattr(pipeline, part), name, call)
     assert torch.equal(job.generated(), plain) and pipeline.fallback.offload
 
 
