@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..request.fields import FIT
 from ..request.generation import GenerationRequest
 from ..request.pictures import InitImage
-from .pictures import fitted, layers, open_recorded
+from .pictures import fitted, layers, open_recorded, resampling
 
 BLUR, FADES = 6, 0.02
 """pixels around which a step of tone is measured, and the share of kept pixels there below which it is not mended"""
@@ -145,12 +145,16 @@ def _means(x: np.ndarray) -> np.ndarray:
 
 
 def region(mask: Image.Image, padding: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box around what a mask paints, `padding` pixels wider on each side, of the shape of `size` where it fits."""
+    """The box around what a mask paints, `padding` pixels wider on each side, of the shape of `size` where it fits.
+
+    Where it does not, there is less padding, before what is drawn is stretched.
+    """
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     width, height = right - left + 2 * padding, bottom - top + 2 * padding
     ratio = size[0] / size[1]
     width, height = max(width, round(height * ratio)), max(height, round(width / ratio))
-    width, height = min(width, mask.width), min(height, mask.height)
+    share = min(1, mask.width / width, mask.height / height)
+    width, height = max(right - left, round(width * share)), max(bottom - top, round(height * share))
     x = min(max(0, (left + right - width) // 2), mask.width - width)
     y = min(max(0, (top + bottom - height) // 2), mask.height - height)
     return x, y, x + width, y + height
@@ -172,7 +176,7 @@ def _as_large(image: Image.Image, size: tuple[int, int], request: GenerationRequ
 def _cut(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
     """A part of a picture, resized where it has another size."""
     part = image.crop(box)
-    return part if part.size == size else part.resize(size, Image.Resampling.LANCZOS)
+    return part if part.size == size else part.resize(size, resampling(part))
 
 
 def _to_16(image: Image.Image, request: GenerationRequest) -> Image.Image:

@@ -195,17 +195,22 @@ def open_recorded(path: str | Path) -> tuple[Image.Image, InitImage]:
 # Shapes --------------------------------------------------------------------------------------------
 
 
+def resampling(image: Image.Image) -> Image.Resampling:
+    """How a picture is resized; of a mask, which is in mode L, without Lanczos' waves beside an edge."""
+    return Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
+
+
 def fitted(image: Image.Image, width: int, height: int, how: str = FIT) -> Image.Image:
-    """An RGB picture resized to width x height pixels; `how`, of `request.fields.FITS`, if its shape differs."""
+    """A picture resized to width x height pixels; `how`, of `request.fields.FITS`, if its shape differs."""
     if how == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), resampling(image))
     if how == "pad":
         return _padded(image, width, height)
     scale = min(image.width / width, image.height / height)
     inner = min(width * scale, image.width), min(height * scale, image.height)
     left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
     box = (left, top, min(left + inner[0], image.width), min(top + inner[1], image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box)
+    return image.resize((width, height), resampling(image), box)
 
 
 def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -213,7 +218,7 @@ def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
     scale = min(width / image.width, height / image.height)
     inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     sheet = Image.new("RGB", (width, height))
-    sheet.paste(image.resize(inner, Image.Resampling.LANCZOS), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    sheet.paste(image.resize(inner, resampling(image)), ((width - inner[0]) // 2, (height - inner[1]) // 2))
     return sheet
 
 
