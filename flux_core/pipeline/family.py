@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import repeat
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..images.given import Given
 from ..request.generation import PATCH, GenerationRequest
@@ -73,6 +73,8 @@ class Words(_Inputs):
 
     tokens: Tensor
     """[1, K, D]"""
+    net: nn.Module | None = None
+    """what made them, where it stays on the device"""
 
     @property
     def extra_tokens(self) -> int:
@@ -207,5 +209,7 @@ def conditions_of(
         found.append(references(scene, request.variant))
     if takes.words and redux is not None:
         weights = [record.weight for record in request.reference or ()]
-        found.append(Words(redux.words(list(zip(given.references, weights, strict=True))).bfloat16()))
+        with codec.placement.visit(redux):
+            words = redux.words(list(zip(given.references, weights, strict=True))).bfloat16()
+        found.append(Words(words, None if codec.placement.fallback.offload else redux))
     return found

@@ -213,7 +213,8 @@ def load_pipeline(
         if variant.takes.words:
             from ..vision.redux import load_redux
 
-            pipeline.denoiser.redux = load_redux(variant, adapter, variant.takes.words, place, kind)
+            home = CPU if fallback.offload else place
+            pipeline.denoiser.redux = load_redux(variant, adapter, variant.takes.words, home, kind)
         else:
             pipeline.loras.become(adapter, variant.adapter.scale, bool(variant.takes.channels))
     return pipeline

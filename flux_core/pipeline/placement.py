@@ -53,6 +53,18 @@ class Placement:
         if self.fallback.offload:
             self._exchange(())
 
+    @contextmanager
+    def visit(self, network: nn.Module) -> Iterator[None]:
+        """A context in which a network that is none of the model's parts is on the device; alone, where these take
+        turns, and then it goes home."""
+        self.release()
+        try:
+            network.to(self.device)
+            yield
+        finally:
+            if self.fallback.offload:
+                network.to(CPU)
+
     def free(self, part: Any) -> None:
         """Free the memory of a text encoder, which is loaded again when it is used."""
         part.free()

@@ -30,6 +30,7 @@ from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
 from flux_core.lora import attach
 from flux_core.model import Flux, FluxParams
+from flux_core.pipeline.conditions import bytes_beside
 from flux_core.pipeline.family import behind, beside
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import (
@@ -51,7 +52,7 @@ from flux_core.sampling import (
 from flux_core.sampling.guidance import cfg_velocity, two_passes
 from flux_core.sampling.inpaint import mask_tokens, repaint
 from flux_core.variants import VARIANTS, Takes
-from flux_core.vision.redux import load_redux
+from flux_core.vision.redux import Redux, load_redux
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -243,6 +244,18 @@ def test_every_way_in_every_precision_without_float64(pipeline_of, way, dtype):
 @pytest.mark.parametrize("way", WAYS)
 def test_parts_that_take_turns_draw_the_same(pipeline_of, way):
     assert torch.equal(drawn(pipeline_of(way, offload=True), way)[0], drawn(pipeline_of(way), way)[0])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_makes_words_is_counted_or_goes_home(pipeline_of, monkeypatch, offload):
+    pipeline, moves, move = pipeline_of("redux", offload=offload), [], Redux.to
+    monkeypatch.setattr(Redux, "to", lambda redux, device: moves.append(str(device)) or move(redux, device))
+    pipeline.fallback.device = torch.device("cpu", 0)  # the CPU by another name
+    given, records = open_given(**PICTURES["redux"])
+    request = GenerationRequest(name="flux-dev-redux", prompt=PROMPT, seed=SEED, **records, **FAST)
+    of_all = sum(p.nbytes for p in pipeline.denoiser.redux.parameters())
+    assert bytes_beside(pipeline.denoiser.seen(request, given)) == (0 if offload else of_all)
+    assert moves == ["cpu:0", "cpu"] if offload else ["cpu:0"]
 
 
 def test_kontext_with_one_reference_is_the_official_one_to_the_bit(pipeline_of):
