@@ -98,7 +98,7 @@ def generate(
         variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **loading
     )
     draw = partial(_draw_all, pipeline, pictures, folder, steps_folder, not loop)
-    paths = draw(requests, _model_notes(pipeline, requests[0], old))
+    paths = draw(requests, _model_notes(pipeline, requests[0], pictures, old))
     return paths + _draw_typed_lines(draw, fields) if loop else paths
 
 
@@ -206,9 +206,11 @@ def build_requests(
     return unique
 
 
-def _model_notes(pipeline: "Pipeline", request: GenerationRequest, old: GenerationRequest | None) -> list[str]:
+def _model_notes(
+    pipeline: "Pipeline", request: GenerationRequest, given: Given, old: GenerationRequest | None
+) -> list[str]:
     """The licence, and why a repeated picture may have other pixels, a line each."""
-    request = pipeline.complete(request)
+    request = pipeline.complete(request, given=given)
     lines = [] if request.variant.embedded else [request.variant.licence_line]
     return lines + [f"pixels may differ: {reason}" for reason in (differences(old, request) if old else [])]
 

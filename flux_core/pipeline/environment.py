@@ -12,19 +12,25 @@ from .placement import Placement
 
 
 def environment(
-    placement: Placement, request: GenerationRequest, functions: Sequence[Intervention] = (), branched: bool = False
+    placement: Placement,
+    request: GenerationRequest,
+    functions: Sequence[Intervention] = (),
+    branched: bool = False,
+    behind: int = 0,
 ) -> dict[str, str]:
     """`torch`, `device`, `attention`, `kernels` and `replay`, by name, for a request drawn with this placement.
     `t5_device` is there where T5 encodes elsewhere.
 
     branched: whether LoRAs will be beside layers then (`Loras.branched`); those of the last request still may be.
+    behind: tokens of its references.
     """
+    replayed = not _hooked(functions) and is_replayed(placement, request, branched, behind)
     return {
         "torch": torch.__version__,
         "device": device_name(placement.device),
         **({"t5_device": device_name(home)} if (home := t5_home(placement)) else {}),
         **describe(placement.components.flux),
-        "replay": "graph" if not _hooked(functions) and is_replayed(placement, request, branched) else "none",
+        "replay": "graph" if replayed else "none",
     }
 
 
@@ -46,10 +52,10 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
-def is_replayed(placement: Placement, request: GenerationRequest, branched: bool = False) -> bool:
+def is_replayed(placement: Placement, request: GenerationRequest, branched: bool = False, behind: int = 0) -> bool:
     """Whether the steps of that request are replayed from a CUDA graph (`sampling/graph.py`)."""
     width, height = request.padded_size
-    tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2)
+    tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2 + behind)
     return (
         placement.is_fixed
         and not _hooked(request.hooks)

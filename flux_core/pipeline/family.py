@@ -21,7 +21,7 @@ from ..request.generation import PATCH, GenerationRequest
 from ..sampling import FlowInputs, SampledRun, pack
 from ..sampling.family import mask_channels, mask_of, pixels_of, reference_tokens
 from ..sampling.flow import unpack
-from ..variants import Variant, nearest_size
+from ..variants import nearest_size
 from ..vision.maps import load_map
 from .codec import Codec
 from .conditions import Condition
@@ -187,14 +187,26 @@ CHANNELS: Mapping[str, Callable[[Scene], Tensor]] = MappingProxyType({"kept": ke
 """by the names in `Takes.channels`: tokens [1, L, C] of what is there"""
 
 
-def references(scene: Scene, variant: Variant) -> Behind:
+def references(scene: Scene) -> Behind:
     """Each at the size that the model sees references at."""
     found = []
-    for image in scene.given.references:
-        width, height = nearest_size(image.size, variant.takes.sizes) if variant.takes.sizes else scene.size
-        size = width // PATCH * PATCH, height // PATCH * PATCH
+    for image, size in zip(scene.given.references, reference_sizes(scene.request, scene.given), strict=True):
         found.append(unpack(scene.codec.encode(image, *size, "stretch"), size[1], size[0]))
     return behind(found)
+
+
+def reference_sizes(request: GenerationRequest, given: Given) -> list[tuple[int, int]]:
+    """Width and height at which a model sees each reference as tokens behind the image's."""
+    sizes = request.variant.takes.sizes
+    found = [nearest_size(image.size, sizes) if sizes else request.padded_size for image in given.references]
+    return [(width // PATCH * PATCH, height // PATCH * PATCH) for width, height in found]
+
+
+def tokens_behind(request: GenerationRequest, given: Given, redux: "Redux | None" = None) -> int:
+    """Those that a request's references add to image and text."""
+    if request.variant.takes.references:
+        return sum(width * height // PATCH**2 for width, height in reference_sizes(request, given))
+    return len(given.references) * redux.count if redux else 0
 
 
 def conditions_of(
@@ -206,7 +218,7 @@ def conditions_of(
     if takes.channels:
         found.append(Channels(torch.cat([CHANNELS[name](scene) for name in takes.channels], dim=-1)))
     if takes.references:
-        found.append(references(scene, request.variant))
+        found.append(references(scene))
     if takes.words and redux is not None:
         weights = [record.weight for record in request.reference or ()]
         with codec.placement.visit(redux):

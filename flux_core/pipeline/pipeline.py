@@ -38,6 +38,7 @@ from .components import Components
 from .conditions import Condition
 from .denoiser import Denoiser
 from .environment import environment
+from .family import tokens_behind
 from .kept_embeddings import KeptEmbeddings
 from .loras import Loras, record_of
 from .placement import Placement
@@ -189,10 +190,13 @@ class Pipeline(ByHand):
         notes = getattr(self.t5, "notes", None)  # a plain function has none
         return notes(prompt) if notes else []
 
-    def complete(self, request: GenerationRequest, functions: Sequence[Intervention] = ()) -> GenerationRequest:
+    def complete(
+        self, request: GenerationRequest, functions: Sequence[Intervention] = (), given: Given | None = None
+    ) -> GenerationRequest:
         """The request as this pipeline draws it: its LoRAs by their hashes, with dtype, weights and environment.
 
-        UsageError if it cannot, or if the functions do not fit its plan.
+        given: its pictures, by default the pipeline's. UsageError if it cannot, or if the functions do not fit its
+        plan.
         """
         if functions:
             whole = (*request.hooks, *functions)
@@ -207,7 +211,8 @@ class Pipeline(ByHand):
         request = request.model_copy(update={"plan": plan})
         dtypes = {"dtype": self.precision, "t5_dtype": self.t5_precision}
         drawn_by = {**dtypes, "weights": self.weights, "compiled": self.compiled}
-        found = environment(self.placement, request, functions, self.loras.branched(request.loras))
+        behind = tokens_behind(request, given or self.given, self.denoiser.redux)
+        found = environment(self.placement, request, functions, self.loras.branched(request.loras), behind)
         return request.model_copy(update={**drawn_by, "environment": found})
 
     @torch.no_grad()
@@ -225,8 +230,8 @@ class Pipeline(ByHand):
         `functions` are added to the request's plan, `conditions` to its prompt. `image`: what hooks are told as
         `at.image`.
         """
-        request = self.complete(request, functions)
         given = self.given if source is None else Given.of(source)
+        request = self.complete(request, functions, given)
         given.check(request)
         given, canvas = given.on_canvas(request)
         what = f"drawing {request.width}x{request.height} pixels"
@@ -263,7 +268,8 @@ class Pipeline(ByHand):
         """
         if x.shape[0] != 1:
             raise UsageError(f"a request is for one picture, and these are {x.shape[0]} rows. Next: pipeline.decode(x)")
-        return self._decoded(x, self.complete(request).recorded(), Given.of(source).on_canvas(request)[1])
+        given = self.given if source is None else Given.of(source)
+        return self._decoded(x, self.complete(request, (), given).recorded(), given.on_canvas(request)[1])
 
     def _decoded(self, x: Tensor, request: GenerationRequest, canvas: Canvas | None = None) -> Image.Image:
         image = crop_centre(self.codec.decode(x, *request.padded_size), request.width, request.height)

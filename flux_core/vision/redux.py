@@ -37,6 +37,11 @@ class Redux(nn.Module):
         self.redux_up = nn.Linear(siglip.config.hidden_size, hidden, device="meta", dtype=dtype)
         self.redux_down = nn.Linear(hidden, width, device="meta", dtype=dtype)
 
+    @property
+    def count(self) -> int:
+        """Words of a picture: SigLIP's patches."""
+        return (self.siglip.config.image_size // self.siglip.config.patch_size) ** 2
+
     @torch.no_grad()
     @plain_defaults()
     def forward(self, picture: Image.Image) -> Tensor:

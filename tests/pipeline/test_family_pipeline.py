@@ -31,7 +31,8 @@ from flux_core.images.output import save_picture
 from flux_core.lora import attach
 from flux_core.model import Flux, FluxParams
 from flux_core.pipeline.conditions import bytes_beside
-from flux_core.pipeline.family import behind, beside
+from flux_core.pipeline.environment import is_replayed
+from flux_core.pipeline.family import behind, beside, tokens_behind
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import (
     FlowInputs,
@@ -41,6 +42,7 @@ from flux_core.sampling import (
     flow_velocity,
     get_noise,
     get_schedule,
+    graph,
     pack,
     prepare,
     prepare_control,
@@ -256,6 +258,18 @@ def test_what_makes_words_is_counted_or_goes_home(pipeline_of, monkeypatch, offl
     of_all = sum(p.nbytes for p in pipeline.denoiser.redux.parameters())
     assert bytes_beside(pipeline.denoiser.seen(request, given)) == (0 if offload else of_all)
     assert moves == ["cpu:0", "cpu"] if offload else ["cpu:0"]
+
+
+@pytest.mark.parametrize("way", ["kontext", "redux"])
+def test_references_count_where_it_is_decided_whether_steps_are_replayed(pipeline_of, monkeypatch, way):
+    pipeline, (given, records) = pipeline_of(way), open_given(**PICTURES[way])
+    request = GenerationRequest(name=f"flux-dev-{way}", prompt=PROMPT, seed=SEED, **records, **FAST | {"num_steps": 4})
+    behind = tokens_behind(request, given, pipeline.denoiser.redux)
+    assert behind == sum(one.extra_tokens for one in pipeline.denoiser.seen(request, given)) > 0
+    monkeypatch.setattr(pipeline.fallback, "device", torch.device("cuda"))
+    room = graph.TOKENS - pipeline.variant.max_text - WIDTH * HEIGHT // 256
+    assert is_replayed(pipeline.placement, request, behind=room)
+    assert not is_replayed(pipeline.placement, request, behind=room + 1)
 
 
 def test_kontext_with_one_reference_is_the_official_one_to_the_bit(pipeline_of):
