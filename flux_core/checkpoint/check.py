@@ -1,14 +1,17 @@
 """Check that the files of a model hold exactly its tensors, by their headers, before torch is imported. No torch."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FileError, UsageError
-from ..variants import VARIANTS, Variant, originals
+from ..variants import VARIANTS, Variant, originals, plain
 from .contents import Contents, check_fit, find_contents
+from .controlnet import read_controlnet
 from .files import PARTS, adapter_path, advice_on, ae_path, encoder_config, features_of, flow_path, own_path
 from .identify import Identity, Part
 from .names import Params, network_shapes
+from .redux import UP as REDUX_UP
 from .redux import check_redux
 from .shapes import Shapes, clip_shapes, t5_shapes
 from .source import find_source
@@ -56,8 +59,14 @@ def _check(path: Path, part: Part, variant: Variant) -> None:
 
 
 def fits(path: Path) -> str:
-    """A line with the names of the models that a file or folder fits, or why it does not fit the likeliest."""
-    part = find_source(path).identity().part
+    """A line with the names of the models that a file or folder fits, or goes with; or why not the likeliest."""
+    source = find_source(path)
+    part = source.identity().part
+    if part == "controlnet":
+        return _goes_with(plain(), lambda variant: read_controlnet(path, variant.params))
+    if REDUX_UP in source.shapes:
+        rows = [variant for variant in VARIANTS.values() if variant.takes.words]
+        return _goes_with(rows, lambda variant: check_redux(path, variant))
     if part not in PARTS:
         return "fits: no model, as it is no part of one"
     contents, findings = find_contents(path, part), {}
@@ -72,6 +81,18 @@ def fits(path: Path) -> str:
         if names := [variant.name for variant in some if variant.name not in findings]:
             return f"fits: {', '.join(names)}"
     return f"fits no model: {findings[max(findings, key=lambda name: _alike(contents, VARIANTS[name]))]}"
+
+
+def _goes_with(variants: Sequence[Variant], check: Callable[[Variant], object]) -> str:
+    """A line with the names of those that a check passes, or why the last does not."""
+    names, findings = [], []
+    for variant in variants:
+        try:
+            check(variant)
+            names.append(variant.name)
+        except FileError as error:
+            findings.append(str(error))
+    return f"goes with: {', '.join(names)}" if names else f"goes with no model: {findings[-1]}"
 
 
 def _alike(contents: Contents, variant: Variant) -> int:

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from controlnets import PLAIN, UNION, golden, golden_params, random_net, theirs, xlabs_params
+from controlnets import PLAIN, UNION, golden, golden_params, params_for, random_net, theirs, write_net, xlabs_params
 from safetensors.torch import save_file
 
 from flux_core.checkpoint import check_files, to_diffusers, with_files
 from flux_core.checkpoint.controlnet import load_controlnet
 from flux_core.checkpoint.names import network_shapes
+from flux_core.commands.info import info
 from flux_core.errors import FileError
 from flux_core.lora.file import read_lora
 from flux_core.model import ControlNet
@@ -131,3 +132,15 @@ def test_no_tensor_may_be_lost_or_of_another_shape(file, change):
         for name in state:
             changed = {**state, name: change(state[name])}
             refused(file({name: x for name, x in changed.items() if x is not None}))
+
+
+def test_info_names_the_models_that_it_goes_with(tmp_path):
+    path = write_net(tmp_path / "net.safetensors", params_for(OF))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "flux-schnell", replace(VARIANTS["flux-schnell"], params=OF))
+        said = info(str(path))
+    assert said.startswith(f"{path}: a ControlNet in diffusers' layout\n") and said.endswith(
+        "\ngoes with: flux-schnell"
+    )
+    said = info(str(path))
+    assert "\ngoes with no model: " in said and "for another transformer: hidden size" in said

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 from flux_core.checkpoint.redux import check_redux
+from flux_core.commands.info import info
 from flux_core.errors import FileError
 from flux_core.sampling import prepare_redux
 from flux_core.variants import VARIANTS
@@ -177,3 +178,11 @@ def test_another_siglip_is_told(adapter, siglip, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(FileError, match="holds a 'clip' model; a SigLIP is a siglip, as google/"):
         load_redux(TINY, adapter, str(tmp_path))
+
+
+def test_info_names_the_models_that_it_goes_with(adapter, monkeypatch):
+    said = info(str(adapter))
+    assert said.startswith(f"{adapter}: the FLUX.1 Redux adapter\n")
+    assert "\ngoes with no model: " in said and "whose words have 40 features" in said
+    monkeypatch.setitem(VARIANTS, "flux-dev-redux", replace(VARIANTS["flux-dev-redux"], params=TINY.params))
+    assert "\ngoes with: flux-dev-redux\n" in f"{info(str(adapter))}\n"
