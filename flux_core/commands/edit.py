@@ -117,6 +117,7 @@ def _save(job: "Editing", pictures: list[Image.Image], folder: Path) -> list[Pat
     strip = save_picture(grid(pictures, len(pictures)), folder, f"{stem}_strip")
     named = zip(pictures, job.branches, strict=True)
     paths = [save_picture(picture, folder, f"{stem}_{branch}") for picture, branch in named]
-    for path in (strip, *paths):
+    maps = job.pipeline.denoiser.maps.pictures(job.request, job.pipeline.given)
+    for path in (strip, *paths, *(save_picture(map, folder, f"{stem}_{name}") for name, map in maps)):
         tell(str(path))
     return [strip, *paths]

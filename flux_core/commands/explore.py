@@ -23,6 +23,7 @@ from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import Plan
 from ..images.given import NOTHING, Given, check_same, natural_size, pop_given, with_image
 from ..images.metadata import KEY, png_bytes
+from ..images.output import save_picture
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
 from ..request.fields import FILES, LOADING, MEMORY, PICTURE_FILES, THREADS, pop_fields
@@ -228,6 +229,9 @@ class Work:
             if self.rank == 0:
                 for line in (line for prompt in exploration.prompts for line in pipeline.text_notes(prompt)):
                     note(line)
+                maps = () if self.session.there() else pipeline.denoiser.maps.pictures(first, self.given)
+                for name, map in maps:
+                    save_picture(map, self.session.folder, name)
             self._draw_all(pipeline)
         finally:
             del pipeline

@@ -33,7 +33,7 @@ from ..request.plans import check_given, given_plan
 from ..request.prompt_lines import Line, read_lines
 from ..terminal import no_bars, note, one_line, tell
 from ..variants import Variant, of_ratio
-from ..vision.maps import check_maps, map_picture
+from ..vision.maps import check_maps
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
 
@@ -259,8 +259,7 @@ def _draw_all(
         tell(str(paths[-1]))
         if request.padded_size not in shown:
             shown.append(request.padded_size)
-            for name, source in given.on_canvas(request)[0].maps(request):
-                map = map_picture(pipeline.denoiser.maps.made(name, source, request.padded_size))
+            for name, map in pipeline.denoiser.maps.pictures(request, given):
                 tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{name}")))
     if len(images) > 1:
         tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))

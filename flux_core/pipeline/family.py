@@ -6,7 +6,7 @@ A condition is rounded to bf16, as in the official code (black-forest-labs/flux 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..sampling import FlowInputs, SampledRun, pack
 from ..sampling.family import mask_channels, mask_of, pixels_of, reference_tokens
 from ..sampling.flow import unpack
 from ..variants import nearest_size
-from ..vision.maps import load_map
+from ..vision.maps import load_map, map_picture
 from .codec import Codec
 from .conditions import Condition
 
@@ -131,6 +131,11 @@ class Maps:
         """The map [1, 3, H, W] that a request's model sees; black is -1, white 1. Errors as in `vision.load_map`."""
         assert request.control is not None and given.control is not None
         return self.made(request.control.map, given.control, request.padded_size)
+
+    def pictures(self, request: GenerationRequest, given: Given) -> Iterator[tuple[str, Image.Image]]:
+        """What a request's photographs become, with the maps' names, as people look at it."""
+        for name, source in given.on_canvas(request)[0].maps(request):
+            yield name, map_picture(self.made(name, source, request.padded_size))
 
     def made(self, name: str, picture: Image.Image, size: tuple[int, int]) -> Tensor:
         """A map, likewise, of a picture that is one itself where no name is given. size: width and height.

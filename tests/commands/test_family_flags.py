@@ -17,6 +17,7 @@ from flux_core import load_pipeline
 from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.variants import VARIANTS, Takes
+from flux_core.vision.maps import canny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--prompt", "a fox", "--steps", "2", "--seed", "5"]
@@ -308,6 +309,21 @@ def test_the_picture_of_canny_becomes_its_map_which_is_saved_beside_the_picture(
     assert main([*words, "--control", f"output/{names[1]}"]) == 0  # the map again, as it is: the same picture
     assert np.array_equal(pixels("output/flux-dev-canny_seed5_1.png"), pixels(f"output/{names[0]}"))
     assert len(outputs()) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["explore", "--prompt", "a fox", "--seeds", "5"], "*/canny.png"),
+        (["edit", "--source", "a fox", "--edit", "a car", "--seed", "5"], "flux-dev-canny_seed5_canny.png"),
+    ],
+    ids=["explore", "edit"],
+)
+def test_other_commands_save_the_map_too(family, words, place):
+    typed, _ = family("flux-dev-canny")
+    assert main([*words, *typed[: -len(FAST)], "--steps", "2", "--control", "canny:photo.png"]) == 0
+    (map,) = Path("output").glob(place)
+    assert np.array_equal(pixels(map), canny(PHOTO))
 
 
 def test_the_picture_of_kontext_is_changed_and_decides_the_size(family):
