@@ -13,39 +13,73 @@ from hashlib import sha256
 import torch
 
 from ..errors import UsageError
+from .wildcards import expansions
 
-CAPTION, EMPTY, TRIGGER, SHUFFLE = "caption", "empty", "trigger", "shuffle-"
-"""kinds of texts; of the last, with its number behind it, there may be several"""
+CAPTION, EMPTY, TRIGGER, SHUFFLE, WILDCARD = "caption", "empty", "trigger", "shuffle-", "wildcard-"
+"""kinds of texts; of the last two, with a number behind them, there may be several"""
 CLASS = "class"
 """the caption with the word for a class in place of the trigger word: what is not drawn, but kept as it was"""
 COMMON = (EMPTY, TRIGGER)
-"""kinds whose texts are the same for all pictures"""
+"""kinds whose texts are the same for all pictures, but for those of folders with triggers of their own"""
+PLACE = "[trigger]"
+"""in a caption: where the trigger word goes"""
 
 
-def variants(caption: str, trigger: str = "", shuffles: int = 0, keep: int = 0, seed: int = 0) -> dict[str, str]:
+def with_trigger(caption: str, trigger: str) -> str:
+    """A caption with its trigger word, once."""
+    if PLACE in caption:
+        return caption.replace(PLACE, trigger).strip()
+    return caption if not trigger or trigger in caption else f"{trigger} {caption}".strip()
+
+
+def variants(
+    caption: str,
+    trigger: str = "",
+    shuffles: int = 0,
+    keep: int = 0,
+    seed: int = 0,
+    wildcards: int = 0,
+    separator: str = "",
+) -> dict[str, str]:
     """The texts that may stand for a caption, by kind: `caption`, `shuffle-1` and on, `empty` and `trigger`.
 
     caption: with its trigger word. shuffles: other orders of its tags, drawn from seed and caption alone, no two equal;
     fewer where there are no more. keep: tags in front that stay; the first always stays if the trigger word is in it.
+    wildcards: how many captions are made of one with `{a|b}` (`wildcards.py`), the first of them `caption`, the others
+    `wildcard-1` and on; 0: braces are plain text. separator: a text that divides tags that stay in front from others,
+    and from those that stay behind; where it is, `keep` is not asked, and it is never part of a text.
     """
-    others = _shuffled(caption, trigger, shuffles, keep, seed)
-    numbered = {f"{SHUFFLE}{number}": text for number, text in enumerate(others, 1)}
-    alone = {TRIGGER: trigger} if trigger else {}
-    return {CAPTION: caption, **numbered, EMPTY: "", **alone}
+    texts = [with_trigger(text, trigger) for text in expansions(caption, wildcards, seed)] if wildcards else [caption]
+    found: dict[str, str] = {}
+    for number, text in enumerate(texts):
+        kind, front = (f"{WILDCARD}{number}", f"{WILDCARD}{number}-") if number else (CAPTION, "")
+        others = _shuffled(text, trigger, shuffles, keep, seed, separator)
+        found[kind] = ", ".join(_tags(text.replace(separator, ","))) if separator and separator in text else text
+        found |= {f"{front}{SHUFFLE}{i}": other for i, other in enumerate(others, 1)}
+    return {**found, EMPTY: "", **({TRIGGER: trigger} if trigger else {})}
 
 
-def _shuffled(caption: str, trigger: str, shuffles: int, keep: int, seed: int) -> list[str]:
-    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    if trigger and tags and trigger in tags[0]:
-        keep = max(keep, 1)
-    fixed, movable = tags[:keep], tags[keep:]
+def _tags(text: str) -> list[str]:
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
+
+
+def _shuffled(caption: str, trigger: str, shuffles: int, keep: int, seed: int, separator: str) -> list[str]:
+    if separator and separator in caption:
+        front, middle, *behind = caption.split(separator, 2)
+        fixed, movable = _tags(front), _tags(middle)
+        last = _tags(behind[0].replace(separator, ",")) if behind else []
+    else:
+        tags, last = _tags(caption), []
+        if trigger and tags and trigger in tags[0]:
+            keep = max(keep, 1)
+        fixed, movable = tags[:keep], tags[keep:]
     orders = math.factorial(len(movable)) // math.prod(math.factorial(n) for n in Counter(movable).values())
     found, number = [movable], 0
     while len(found) < min(shuffles + 1, orders):
         order = [movable[i] for i in _order(len(movable), f"{seed} {number} {caption}")]
         found += [] if order in found else [order]
         number += 1
-    return [", ".join(fixed + order) for order in found[1:]]
+    return [", ".join(fixed + order + last) for order in found[1:]]
 
 
 def _order(count: int, text: str) -> list[int]:

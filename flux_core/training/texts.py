@@ -35,7 +35,7 @@ class Text(NamedTuple):
     """A text that a run may draw."""
 
     sha256: str
-    """of the picture's file; empty for the kinds that all pictures have in common"""
+    """of the picture's file; empty for texts that all pictures have in common"""
     kind: str
     caption: str
 
@@ -51,14 +51,20 @@ class Row(NamedTuple):
 
 
 def texts_of(
-    pictures: Iterable[Picture], trigger: str = "", shuffles: int = 0, keep: int = 0, seed: int = 0
+    pictures: Iterable[Picture],
+    trigger: str = "",
+    shuffles: int = 0,
+    keep: int = 0,
+    seed: int = 0,
+    wildcards: int = 0,
+    separator: str = "",
 ) -> list[Text]:
     """All texts that a run with these pictures may draw, as of `variants`: those in common, then each picture's."""
     common = {kind: text for kind, text in variants("", trigger).items() if kind in COMMON}
     found = [Text("", kind, text) for kind, text in common.items()]
     for one in pictures:
-        own = variants(one.caption, trigger, shuffles, keep, seed)
-        found += [Text(one.sha256, kind, text) for kind, text in own.items() if kind not in COMMON]
+        own = variants(one.caption, one.word(trigger), shuffles, keep, seed, wildcards, separator)
+        found += [Text(one.sha256, kind, text) for kind, text in own.items() if common.get(kind) != text]
     return found
 
 
@@ -113,7 +119,8 @@ class TextCache:
 
         KeyError for one that the run of `missing` does not want, or that was not added. FileError.
         """
-        path, number = self._places[self._wanted["" if kind in COMMON else sha256, kind]]
+        key = self._wanted.get((sha256, kind)) or self._wanted["", kind]
+        path, number = self._places[key]
         try:
             return _row(_open(path), number)[1:]
         except _damages() as error:
