@@ -24,6 +24,7 @@ from ..images.pictures import as_rgb, open_picture
 from ..sampling import unpack
 from ..terminal import note
 from .data import Picture
+from .masks import cut_mask, open_mask
 from .seen import seen_of
 from .sizes import Cut, apply
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from ..pipeline.codec import Codec
 
 FORMAT = 1
-DIGEST, SEEN = "sha256", "seen"
-"""names of tensors beside the latents' numbers; the second behind such a number"""
+DIGEST, SEEN, MASK = "sha256", "seen", "mask"
+"""names of tensors beside the latents' numbers; the last two behind such a number"""
 Encode = Callable[[Image.Image], Tensor]
 """latents [16, H/8, W/8] of an RGB picture of H x W pixels, multiples of 16, shifted and scaled for the transformer"""
 
@@ -74,6 +75,9 @@ class LatentCache:
         }
         if self.takes:
             told |= {"takes": self.takes, "beside": [sha256 for _, sha256 in picture.beside]}
+        if picture.mask is not None:
+            file, digest = picture.mask
+            told["mask"] = "alpha" if file == picture.path else digest
         return self.folder / f"{sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.safetensors"
 
     def missing(self) -> list[Picture]:
@@ -90,12 +94,15 @@ class LatentCache:
         if found != picture.sha256:
             raise FileError(f"{picture.path} was changed since it was found. Next: start again")
         image, state = as_rgb(opened, str(picture.path)), {}
+        mask = _mask_of(picture)
         for number, cut in enumerate(self.cuts[picture]):
             part = apply(cut, image)
             state[str(number)] = encode(part).cpu()
             if self.takes:
                 seen = [encode(one) for one in seen_of(self.takes, picture, cut, part, self.device)]
                 state[f"{number}.{SEEN}"] = torch.stack(seen).cpu()
+            if mask is not None:
+                state[f"{number}.{MASK}"] = cut_mask(cut, mask)
         if not all(x.isfinite().all() for x in state.values()):
             raise NonFiniteError(f"the latents of {picture.path} are not finite. Next: encode it in another dtype")
         with disk_errors(self.folder, "folder"):
@@ -105,6 +112,10 @@ class LatentCache:
     def seen(self, picture: Picture, number: int) -> Tensor:
         """The latents [N, 16, H/8, W/8] of what is seen beside a picture's cut. FileError likewise."""
         return self.get(picture, f"{number}.{SEEN}")
+
+    def mask(self, picture: Picture, number: int) -> Tensor:
+        """The mask [H/8, W/8] of a picture's cut, 0..1. FileError likewise."""
+        return self.get(picture, f"{number}.{MASK}")
 
     def get(self, picture: Picture, number: int | str) -> Tensor:
         """The latents [16, H/8, W/8] of a picture's cut, on the CPU. FileError for a file that is damaged or gone."""
@@ -129,6 +140,17 @@ class LatentCache:
             note(f"{path} is damaged, or could not be read: {picture.path.name} is encoded again")
             return False
         return True
+
+
+def _mask_of(picture: Picture) -> Image.Image | None:
+    """A picture's mask; None without one. FileError for one that is not what it was."""
+    if picture.mask is None:
+        return None
+    path, known = picture.mask
+    mask, found = open_mask(path, alpha=path == picture.path)
+    if found != known:
+        raise FileError(f"{path} was changed since it was found. Next: start again")
+    return mask
 
 
 def _digest(state: Mapping[str, Tensor]) -> Tensor:

@@ -140,6 +140,14 @@ def _rounded(side: float) -> int:
 # A resolution --------------------------------------------------------------------------------------------
 
 
+class TooSmall(FileError):
+    """A picture has fewer pixels than each size that it may have."""
+
+    def __init__(self, picture: Size, size: Size) -> None:
+        super().__init__(f"it has {picture} pixels, fewer than {size}")
+        self.picture = picture
+
+
 class Resolution(NamedTuple):
     """What training sizes are chosen by."""
 
@@ -162,7 +170,7 @@ class Resolution(NamedTuple):
             if self.rule != "fixed" and _mismatch(picture, size) > 2:
                 raise FileError(f"it has {picture} pixels, a shape beyond every bucket: the nearest is {size}")
             return size
-        raise FileError(f"it has {picture} pixels, fewer than {size}")
+        raise TooSmall(picture, size)
 
 
 def parse_resolution(text: str, rule: str = "") -> Resolution:
