@@ -266,6 +266,16 @@ def test_on_a_card_a_stopped_run_goes_on_to_the_bit(tmp_path, optimizer):
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
 
+def test_a_mask_and_a_weight_are_told_only_where_they_are():
+    """So examples without them are those of versions that knew of none."""
+    one = examples(1)[0]
+    plain = b"".join(x.numpy().tobytes() for x in (one.latents, one.txt, one.vec))
+    assert one.digest == one._replace(weight=1.0).digest == hashlib.sha256(plain).hexdigest()
+    mask = torch.ones(4, 6)
+    others = [one._replace(mask=mask), one._replace(mask=0 * mask), one._replace(weight=0.5), one._replace(seen=mask)]
+    assert len({one.digest, *(other.digest for other in others)}) == 5
+
+
 @pytest.mark.gpu
 def test_the_fused_optimizer_is_the_plain_one():
     """Twenty updates of equal numbers by equal gradients, in one kernel and one after another."""
