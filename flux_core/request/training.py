@@ -36,8 +36,9 @@ MODEL = (
     THREADS,
 )  # fmt: skip
 DATA = (
-    Field("data", str, "a folder of pictures with captions (NAME.txt, or a metadata.jsonl), or a hub data set's id",
-          metavar="FOLDER", path=True),
+    Field("data", str, "a folder of pictures with captions (NAME.txt, or a metadata.jsonl), or a hub data set's id; "
+          "what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
+          metavar="FOLDER", path=True, repeated=True),
     Field("trigger", str, "a word for what is learned; put in front of captions that lack it, or where they say "
           "[trigger]", metavar="WORD"),
     Field("repeats", int, "how often a picture comes in an epoch", minimum=1, maximum=10_000, default=1),
@@ -57,6 +58,21 @@ DATA = (
           maximum=1000),
     Field("strict", bool, "end where a picture cannot be used, instead of leaving it out", default=False),
 )  # fmt: skip
+MORE_DATA = (
+    Field("regularization", str, "a folder of pictures of the class, as --data: as many of an epoch as others; may be "
+          "repeated", metavar="FOLDER", path=True, repeated=True),
+    Field("prior_weight", float, "of the loss of regularization pictures", minimum=0, maximum=1000, default=1.0),
+    Field("masks", str, "what of a picture is learned from: alpha (its own channel), metadata (files that "
+          "metadata.jsonl names by mask), or a folder of files by the pictures' names", metavar="FOLDER", path=True),
+    Field("mask_floor", float, "how much is learned from where a mask is black", minimum=0, maximum=1, default=0.0),
+    Field("mask_prior", float, "weight of the loss that keeps what the base draws where a mask is black", minimum=0,
+          maximum=1000, default=0.0),
+    Field("wildcards", int, "captions that are made of one with {a|b}; 0: braces are plain text", minimum=0,
+          maximum=100, default=0),
+    Field("keep_separator", str, "a text in captions, as |||: what is before it, or behind a second one, is not "
+          "shuffled", metavar="TEXT"),
+)  # fmt: skip
+"""which a run's card names where they are given"""
 ADAPTER = (
     Field("rank", int, "of the factors", minimum=1, maximum=1024, default=16),
     Field("alpha", float, "their scale is alpha / rank (default: the rank)", minimum=0, maximum=10_000),
@@ -136,8 +152,8 @@ SHOWN = (
     Field("validate_every", int, "steps between validations (default: as --save-every)", minimum=1, maximum=OFTEN),
 )  # fmt: skip
 SECTIONS = {
-    "The frozen model": MODEL, "Pictures and captions": DATA, "What learns": ADAPTER, "How it learns": TRAINING,
-    "What is kept and shown": SHOWN,
+    "The frozen model": MODEL, "Pictures and captions": DATA + MORE_DATA, "What learns": ADAPTER,
+    "How it learns": TRAINING, "What is kept and shown": SHOWN,
 }  # fmt: skip
 """of the file that `--example` prints"""
 SETTINGS = tuple(field for fields in SECTIONS.values() for field in fields)

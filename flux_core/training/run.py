@@ -38,13 +38,14 @@ from . import captions
 from .adapter import Adapter, adapt, by_pattern, matching, patterns_of
 from .card import SHOWN, Facts, model_card
 from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, sample_sheet
-from .data import Found, Picture, read_folder
-from .hub_data import from_hub
+from .data import Found, Picture
+from .folders import epoch_of, read_folders
 from .latents import LatentCache, encoding
 from .loop import Progress, checkpoints, factor, train, validate
 from .optimizers import library
 from .plan import Plan, plan_of
 from .recipe import Example
+from .report import findings
 from .seen import WAYS, condition_of, maker, widen
 from .settings import BY_NAME, LATER, Settings, parsed
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
@@ -78,21 +79,34 @@ class Cached:
         """A hash of all that its examples depend on: the latents' file is named by one."""
         run, settings = self.run, self.run.settings
         texts = [run.texts.key(text) for text in run.captions_of(self.picture).values()]
-        told = [run.latents.path(self.picture).name, texts, settings.caption_dropout, settings.trigger_only]
+        told: list[Any] = [
+            run.latents.path(self.picture).name, texts, settings.caption_dropout, settings.trigger_only,
+        ]  # fmt: skip
+        if self.picture.mask is not None or self.weight != 1:
+            told += [settings.mask_floor, self.weight]
         return sha256(json.dumps(told).encode()).hexdigest()
+
+    @property
+    def weight(self) -> float:
+        """Of its loss."""
+        weight: float = self.run.settings.prior_weight if self.picture.prior else 1.0
+        return weight
 
     def draw(self, generator: torch.Generator | None) -> Example:
         """One of its cuts and captions; without a generator the first cut, and the caption as it is."""
         kind, number, settings = captions.CAPTION, 0, self.run.settings
         if generator is not None:
-            chances = settings.caption_dropout, settings.trigger_only
+            chances = settings.caption_dropout, settings.trigger_only if captions.TRIGGER in self.kinds else 0.0
             kind = captions.draw(self.kinds, generator, *chances)
             drawn = torch.randint(len(self.cuts), (1,), dtype=torch.int64, device="cpu", generator=generator)
             number = int(drawn)
         txt, vec = self.run.text(self.picture.sha256, kind)
         latents = self.run.latents
         seen = latents.seen(self.picture, number).float() if settings.takes else None
-        return Example(self.name, latents.get(self.picture, number).float(), txt, vec, seen)
+        mask, floor = None, settings.mask_floor
+        if self.picture.mask is not None:
+            mask = floor + (1 - floor) * latents.mask(self.picture, number)
+        return Example(self.name, latents.get(self.picture, number).float(), txt, vec, seen, mask, self.weight)
 
 
 class Run:
@@ -116,7 +130,7 @@ class Run:
         self.ranks, self.rates = (self._by_pattern(name, of) for name, of in (("ranks", "rank"), ("rates", "lr")))
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
-        captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
+        captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.triggers))
         if settings.memory and (self.device.type != "cuda" or settings.checkpointing != "blocks"):
             raise UsageError("--memory streams blocks to a card, and needs --checkpointing blocks")
         if settings.precision == "fp16" and settings.compile:
@@ -135,47 +149,53 @@ class Run:
 
     def find(self) -> None:
         """Read the data, and choose training sizes and cuts. What is left out is told. UsageError, FileError."""
-        settings, source = self.settings, user_path(self.settings.data)
-        if not source.is_dir() and settings.data.count("/") == 1 and not settings.data.startswith((".", "/", "~")):
-            source = from_hub(settings.data, self.folder / "data")
+        settings = self.settings
         with tqdm(desc="pictures", unit="picture", disable=no_bars(), leave=False) as bar:
-            key = WAYS[settings.takes].key if settings.takes else ""
-            found: Found = read_folder(source, self.resolution.size_of, settings.trigger or "", bar.update, key)
+            found: Found = read_folders(
+                settings.folders, self.resolution.size_of, self.folder / "data", settings.trigger or "",
+                settings.masks or "", settings.takes, bar.update,
+            )  # fmt: skip
         for path, reason in found.skipped.items():
             note(f"{path}: left out: {reason}")
         if found.skipped and settings.strict:
             raise UsageError(f"{len(found.skipped)} pictures cannot be used. Next: mend them, or leave --strict out")
-        every = found.pictures
+        every, learned = found.pictures, [one for one in found.pictures if not one.prior]
         if settings.takes and WAYS[settings.takes].widens and (several := [x for x in every if len(x.beside) > 1]):
             name, count = several[0].path.name, len(several[0].beside)
             raise UsageError(f"{name} has {count} maps. Next: name one for each picture")
-        held = min(MOST_HELD_OUT, len(every) // 10) if settings.held_out is None else settings.held_out
-        if held >= len(every):
-            raise UsageError(f"--held-out {held} leaves nothing to train on: there are {len(every)} pictures")
-        order = sorted(every, key=lambda one: sha256(f"{settings.seed} {one.sha256}".encode()).digest())
+        held = min(MOST_HELD_OUT, len(learned) // 10) if settings.held_out is None else settings.held_out
+        if held >= len(learned):
+            raise UsageError(f"--held-out {held} leaves nothing to train on: there are {len(learned)} pictures")
+        order = sorted(learned, key=lambda one: sha256(f"{settings.seed} {one.sha256}".encode()).digest())
         judged = {one.sha256 for one in order[:held]}
-        self.learned = [one for one in every if one.sha256 not in judged]
+        self.learned = [one for one in learned if one.sha256 not in judged]
         self.judged = [one for one in every if one.sha256 in judged]
         self.cuts: dict[Picture, list[Cut]] = {}
         for one in every:
             size, count = self.resolution.size_of(one.shape), settings.crops if settings.crop == "random" else 1
             how: Any = (settings.crop, count, settings.flip, settings.seed, one.sha256)
             self.cuts[one] = cuts(one.shape, size, *(() if one.sha256 in judged else how))
-        self.left_out = len(found.skipped)
+        self.left_out, self.findings = len(found.skipped), findings(found)
+        self.priors = [one for one in every if one.prior]
+        self.epoch = epoch_of([*self.learned, *self.priors], settings.repeats)
+
+    @property
+    def spelling(self) -> tuple[Any, ...]:
+        """How texts are made of captions."""
+        settings = self.settings
+        return (
+            settings.shuffles, settings.keep_tags, settings.seed, settings.wildcards, settings.keep_separator or "",
+        )  # fmt: skip
 
     def captions_of(self, one: Picture) -> Mapping[str, str]:
         """The texts of a picture that a step may draw, by kind."""
-        settings = self.settings
-        return captions.variants(
-            one.caption, settings.trigger or "", settings.shuffles, settings.keep_tags, settings.seed
-        )
+        return captions.variants(one.caption, one.word(self.settings.trigger or ""), *self.spelling)
 
     def wanted(self) -> list[Text]:
         """All texts to be encoded: those of the pictures, and the samples' prompts."""
-        settings = self.settings
-        how: Any = (settings.trigger or "", settings.shuffles, settings.keep_tags, settings.seed)
         samples = [Text("", f"{SAMPLE}-{i}", text) for i, text in enumerate(self.prompts)]
-        return [*texts_of([*self.learned, *self.judged], *how), *samples]
+        pictures = [*self.learned, *self.judged, *self.priors]
+        return [*texts_of(pictures, self.settings.trigger or "", *self.spelling), *samples]
 
     # The plan ----------------------------------------------------------------------------------------------
 
@@ -186,10 +206,16 @@ class Run:
         for one in learned:
             sizes[self.cuts[one][0].size] = sizes.get(self.cuts[one][0].size, 0) + 1
         listed = ", ".join(f"{count} of {size}" for size, count in sorted(sizes.items()))
-        seen = settings.steps * settings.batch * settings.accumulation / (len(learned) * settings.repeats)
+        seen = settings.steps * settings.batch * settings.accumulation / len(self.epoch)
         tell(
             f"pictures: {len(learned)} to learn from ({listed}), {len(self.judged)} held out, {self.left_out} left out"
         )
+        if self.priors:
+            tell(f"regularization: {len(self.priors)} pictures: half of an epoch of {len(self.epoch)}")
+        if masked := sum(one.mask is not None for one in self.epoch):
+            tell(f"masks: on {masked} of {len(self.epoch)} pictures of an epoch")
+        for line in self.findings:
+            tell(line)
         tell(f"captions: {len(self.wanted())} texts to encode once; {self._too_long()}")
         tell(f"steps: {settings.steps}, {settings.batch * settings.accumulation} pictures each: {seen:.1f} epochs")
         plan = self._numbers()
@@ -249,7 +275,8 @@ class Run:
         if not self.variant.embedded and own_path(self.variant, "t5") is None:
             return "how many are too long is not known before the model is there"
         tokenizer = load_tokenizer(text_files(self.variant).t5_tokenizer, "T5TokenizerFast", 10**6)
-        found = [one for one in self.learned if len(tokenizer(one.caption).input_ids) > self.variant.max_text]
+        texts = [self.captions_of(one)[captions.CAPTION] for one in self.learned]
+        found = [text for text in texts if len(tokenizer(text).input_ids) > self.variant.max_text]
         return f"{len(found)} are longer than T5's {self.variant.max_text} tokens, and cut"
 
     # Captions and latents ----------------------------------------------------------------------------------
@@ -307,7 +334,8 @@ class Run:
             settings.rank_schedule, self.ranks,
         )  # fmt: skip
         self.adapter.rates, self.pipeline.loras.also = self.rates, [self.adapter]
-        sources = [Cached(self, one, list(self.captions_of(one))) for one in self.learned] * settings.repeats
+        found = {one: Cached(self, one, list(self.captions_of(one))) for one in dict.fromkeys(self.epoch)}
+        sources = [found[one] for one in self.epoch]
         self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
         if settings.compile:
             for block in (*model.double_blocks, *model.single_blocks):
@@ -449,7 +477,7 @@ class Run:
     def finish(self) -> Path:
         """The adapter, its card, the A/B sheet, and how much was changed where. Returns the adapter's path."""
         settings, adapter = self.settings, self.adapter
-        prompts = self.prompts or [self.learned[0].caption]
+        prompts = self.prompts or [self.captions_of(self.learned[0])[captions.CAPTION]]
         with adapter.averaged():
             path = adapter.save(self.folder)
             changed = adapter.changes()
@@ -476,13 +504,14 @@ class Run:
     def facts(self, prompt: str, there: Sequence[str]) -> Facts:
         """What the card tells."""
         left = {"data", "output_dir", "model", "ae", "clip_l", "t5xxl", "device", "threads", "sample_prompts", "name"}
+        left |= {"regularization", "masks"}
         left |= {name for name in LATER if getattr(self.settings, name) == BY_NAME[name].default}
         told = {
             name: x for name, x in vars(self.settings).items() if name not in left | {"given"} and x not in (None, "")
         }
         return Facts(
             variant=self.variant, base=self.base, pictures=[one.sha256 for one in self.learned],
-            trigger=self.settings.trigger or "", prompt=prompt, settings=told,
+            trigger=", ".join(self.settings.triggers), prompt=prompt, settings=told,
             losses=[row.loss or 0.0 for row in self.rows], validated=self.validated, files=there,
         )  # fmt: skip
 

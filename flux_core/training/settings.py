@@ -16,13 +16,17 @@ from ..files import user_path
 from ..hub.places import ROOTS
 from ..lora.ranks import RankSchedule
 from ..request.fields import Field
-from ..request.training import SECTIONS, SETTINGS
+from ..request.training import MORE_DATA, SECTIONS, SETTINGS
 from .adapter import Form
+from .folders import Folder, parse_folders
 from .objective import MAPS
 from .recipe import Recipe
 
 BY_NAME = {field.name: field for field in SETTINGS}
-LATER = ("rank_min", "rank_curve", "lokr", "lora_plus")
+LATER = (
+    *(field.name for field in MORE_DATA), "rank_min", "rank_curve", "lokr", "lora_plus", "loss", "huber_c",
+    "huber_schedule", "preserve_weight", "contrast",
+)  # fmt: skip
 """settings that a card does not tell at their defaults, as before there were any"""
 NOTO = "noto"
 """the style that ships, and its trigger"""
@@ -72,13 +76,16 @@ class Settings:
         for name, ways in options.items():
             if name in values and self.timesteps not in ways.split(", "):
                 raise UsageError(f"{BY_NAME[name].flag} goes with --timesteps {ways}, not {self.timesteps}")
+        masked = bool(self.masks) or any(folder.masks for folder in self.folders)
         for name, other, there in (("crops", "--crop random", self.crop == "random"),
                                    ("keep_tags", "--shuffles", self.shuffles),
                                    ("huber_c", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
                                    ("huber_schedule", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
                                    ("preserve_weight", "--preserve", self.preserve),
                                    ("class_word", "--preserve differential", self.preserve == "differential"),
-                                   ):  # fmt: skip
+                                   ("keep_separator", "--shuffles", self.shuffles),
+                                   ("prior_weight", "--regularization", self.regularization),
+                                   ("mask_floor", "--masks", masked), ("mask_prior", "--masks", masked)):  # fmt: skip
             if name in values and not there:
                 raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
         if self.preserve == "differential" and not (self.trigger and self.class_word):
@@ -101,6 +108,18 @@ class Settings:
     def rank_schedule(self) -> RankSchedule | None:
         """T-LoRA's, if there is one."""
         return RankSchedule(self.rank_min, self.rank_curve) if self.rank_min else None
+
+    @property
+    def folders(self) -> list[Folder]:
+        """What it learns from, and then the regularization sets. UsageError."""
+        priors = parse_folders(self.regularization, "--regularization")
+        return parse_folders(self.data) + [one._replace(prior=True) for one in priors]
+
+    @property
+    def triggers(self) -> list[str]:
+        """The words for what is learned, each once."""
+        words = [self.trigger if one.trigger is None else one.trigger for one in self.folders if not one.prior]
+        return [word for word in dict.fromkeys(words) if word]
 
     @property
     def recipe(self) -> Recipe:
@@ -167,6 +186,11 @@ def read_file(path: Path) -> dict[str, Any]:
 def parsed(field: Field, value: Any, named: str) -> Any:
     """A setting's value, from a file's or a flag's. UsageError. named: for its text."""
     try:
+        if field.repeated and isinstance(value, list):
+            found = [field.parse(one) for one in value if isinstance(one, str)]
+            if len(found) < len(value) or not all(found):
+                raise UsageError(f"{field.flag} must be a text or a list of texts, not {value!a}")
+            return found[0] if len(found) == 1 else found
         if field.multiple:
             if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
                 raise UsageError(f"{field.flag} must be a list of texts, not {value!a}")
