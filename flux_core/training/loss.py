@@ -40,6 +40,11 @@ def others_of(recipe: Recipe) -> set[str]:
     return ({PRESERVED[recipe.preserve]} if recipe.preserve else set()) | ({GUIDED} if recipe.contrast else set())
 
 
+def forwards_of(recipe: Recipe) -> tuple[int, int]:
+    """How many forwards a micro-batch takes: those that are learned from, and those of the frozen model."""
+    return 1 + bool(recipe.preserve), bool(recipe.contrast) + bool(recipe.mask_prior) + bool(recipe.preserve)
+
+
 def parts(
     adapter: Adapter, batch: Sequence[Example], recipe: Recipe, noise: Tensor, sigma: Tensor, fetch: Fetch | None = None
 ) -> Iterator[Tensor]:

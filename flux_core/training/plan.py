@@ -90,10 +90,10 @@ def told(seconds: float) -> str:
 def plan_of(
     variant: Variant, size: tuple[int, int], dtype: str, t5_dtype: str | None, patterns: list[str], rank: int,
     batch: int, accumulation: int, checkpointing: str, optimizer: str, lokr: int = 0,
-    ranks: Mapping[str, int] | None = None,
+    ranks: Mapping[str, int] | None = None, forwards: tuple[int, int] = (1, 0),
 ) -> Plan:  # fmt: skip
-    """The plan of steps of the largest size, width and height. dtype: of the frozen base; lokr, ranks: as in `Form`.
-    UsageError for patterns."""
+    """The plan of steps of the largest size, width and height. dtype: of the frozen base; lokr, ranks: as in `Form`;
+    forwards: of a micro-batch, those that are learned from, and frozen ones. UsageError for patterns."""
     picture, kind = Picture(*size, batch), torch_dtype(dtype)
     _, transformer, _ = shares(variant, dtype, t5_dtype)
     forward = make_plan(variant, 0, dtype, t5_dtype, picture)
@@ -110,7 +110,7 @@ def plan_of(
         learning=STATES[optimizer] * numbers,
         kept=kept.all,
         at_work=GAPS + kept.of_a_block + transformer_at_work(variant.params, variant.max_text, picture, kind),
-        tera=forward.tera * batch * accumulation * (2 + again),
+        tera=forward.tera * batch * accumulation * (forwards[0] * (2 + again) + forwards[1]),
         numbers=numbers,
     )
 

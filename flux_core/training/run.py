@@ -42,12 +42,14 @@ from .data import Found, Picture
 from .folders import epoch_of, read_folders
 from .latents import LatentCache, encoding
 from .loop import Progress, checkpoints, factor, train, validate
+from .loss import forwards_of, others_of
 from .optimizers import library
 from .plan import Plan, plan_of
 from .recipe import Example
 from .report import findings
 from .seen import WAYS, condition_of, maker, widen
 from .settings import BY_NAME, LATER, Settings, parsed
+from .signs import no_effect, overfits, stripes
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
 from .texts import Text, TextCache, build, parquet_modules, texts_of
@@ -84,6 +86,8 @@ class Cached:
         ]  # fmt: skip
         if self.picture.mask is not None or self.weight != 1:
             told += [settings.mask_floor, self.weight]
+        if run.class_word:
+            told.append(run.texts.key(run.of_class(self.picture)))
         return sha256(json.dumps(told).encode()).hexdigest()
 
     @property
@@ -100,13 +104,16 @@ class Cached:
             kind = captions.draw(self.kinds, generator, *chances)
             drawn = torch.randint(len(self.cuts), (1,), dtype=torch.int64, device="cpu", generator=generator)
             number = int(drawn)
-        txt, vec = self.run.text(self.picture.sha256, kind)
-        latents = self.run.latents
+        sha, others = self.picture.sha256, others_of(settings.recipe) if generator is not None else set[str]()
+        latents, text = self.run.latents, self.run.text
         seen = latents.seen(self.picture, number).float() if settings.takes else None
         mask, floor = None, settings.mask_floor
         if self.picture.mask is not None:
             mask = floor + (1 - floor) * latents.mask(self.picture, number)
-        return Example(self.name, latents.get(self.picture, number).float(), txt, vec, seen, mask, self.weight)
+        return Example(
+            self.name, latents.get(self.picture, number).float(), *text(sha, kind), seen, mask, self.weight,
+            {other: text(sha, other) for other in others},
+        )  # fmt: skip
 
 
 class Run:
@@ -191,11 +198,23 @@ class Run:
         """The texts of a picture that a step may draw, by kind."""
         return captions.variants(one.caption, one.word(self.settings.trigger or ""), *self.spelling)
 
+    @property
+    def class_word(self) -> str:
+        """What stands for the trigger word where a class is to stay as it was."""
+        word: str = self.settings.class_word if captions.CLASS in others_of(self.settings.recipe) else ""
+        return word
+
+    def of_class(self, one: Picture) -> str:
+        """A picture's caption with the class in place of the trigger word."""
+        word = one.word(self.settings.trigger or "")
+        return one.caption.replace(word, self.class_word) if word else one.caption
+
     def wanted(self) -> list[Text]:
         """All texts to be encoded: those of the pictures, and the samples' prompts."""
         samples = [Text("", f"{SAMPLE}-{i}", text) for i, text in enumerate(self.prompts)]
         pictures = [*self.learned, *self.judged, *self.priors]
-        return [*texts_of(pictures, self.settings.trigger or "", *self.spelling), *samples]
+        classes = [Text(one.sha256, captions.CLASS, self.of_class(one)) for one in pictures if self.class_word]
+        return [*texts_of(pictures, self.settings.trigger or "", *self.spelling), *classes, *samples]
 
     # The plan ----------------------------------------------------------------------------------------------
 
@@ -243,6 +262,7 @@ class Run:
         return plan_of(
             variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
             settings.accumulation, settings.checkpointing, settings.optimizer, settings.lokr, self.ranks,
+            forwards_of(settings.recipe),
         )  # fmt: skip
 
     def _refuse(self, plan: Plan) -> None:
@@ -401,6 +421,8 @@ class Run:
             value = validate(self.adapter, self.held, settings.recipe, self.fetch)
             if self.rows:
                 self.rows[-1] = self.rows[-1]._replace(validation=value)
+            if line := overfits(self.validated):
+                note(f"step {step}: {line}")
         if step and step % settings.save_every == 0:
             self.write_losses()
         every = settings.sample_every or max(1, settings.steps // 10)
@@ -415,6 +437,12 @@ class Run:
                 path = folder / f"step-{step:07d}-{i}.png"
                 write_whole(path, png_bytes(self.picture(prompt, i)))
         self.write_sheet()
+        before, now = ([Image.open(path) for path in self.samples().get(at, {}).values()] for at in (0, step))
+        if step and before:
+            largest = max((row.rate or 0.0 for row in self.rows), default=0.0)
+            for line in (stripes(before, now), no_effect(before, now, largest)):
+                if line:
+                    note(f"step {step}: {line}")
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -444,13 +472,17 @@ class Run:
         image.info = {"xmp": image.info["xmp"]}  # its request does not name what learns, and would draw another picture
         return image
 
-    def write_sheet(self) -> None:
-        """The growing sheet: a row for each sampled step."""
+    def samples(self) -> dict[int, dict[int, Path]]:
+        """The samples that are there, by step and prompt."""
         found: dict[int, dict[int, Path]] = {}
         for path in sorted((self.folder / "samples").glob("step-*-*.png")):
             _, step, number = path.stem.split("-")
             found.setdefault(int(step), {})[int(number)] = path
-        every = range(len(self.prompts))
+        return found
+
+    def write_sheet(self) -> None:
+        """The growing sheet: a row for each sampled step."""
+        every, found = range(len(self.prompts)), self.samples()
         rows = [
             (str(step), [Image.open(of[i]) for i in every]) for step, of in sorted(found.items()) if len(of) > every[-1]
         ]

@@ -142,3 +142,23 @@ def test_a_list_in_a_file_and_repeated_flags_are_the_same(work):
     flags = read_settings(None, None, {"data": ["a", "b,weight=2"], "regularization": ["class"]})
     assert found.given == flags.given and [one.place for one in found.folders] == ["a", "b", "class"]
     assert read_settings(None, None, {"data": ["a"]}).given == {"data": "a"}  # as of versions that knew of one
+
+
+def test_what_is_preserved_is_encoded_and_counts(small, work):
+    """The class's captions are encoded with the others, and examples carry them; the loss of a step is larger."""
+    plain = made(trigger="zwx", data="class")
+    kept = made(trigger="zwx", data="class", preserve="differential", class_word="pig", contrast=2.0)
+    texts = {text.kind: text.caption for text in kept.wanted() if text.kind == "class"}
+    assert texts == {"class": "pig an animal 3"} and not any(text.kind == "class" for text in plain.wanted())
+    one, other = (Cached(run, run.learned[0], ["caption"]) for run in (plain, kept))
+    assert one.digest != other.digest
+    draw = torch.Generator().manual_seed(1)
+    found = other.draw(draw)
+    assert set(found.others) == {"class", "empty"} and not one.draw(draw).others and not other.draw(None).others
+    assert not torch.equal(found.others["class"][0], found.txt)
+    assert kept._numbers().tera == pytest.approx(plain._numbers().tera * 3, rel=0.01)
+
+
+def test_what_goes_wrong_while_it_learns_is_told(small, work, capsys):
+    assert train("--data=class", "--steps=10", "--lr=1e-9", "--sample-prompts=a pig", "--sample-every=5") == 0
+    assert "samples are as they were without it (rate 1e-09). Next: a higher --lr" in capsys.readouterr().err
