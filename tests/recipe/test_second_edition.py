@@ -1,6 +1,7 @@
 """The later stages: grounds, the way of a student, and the command that runs all."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import all as whole
 import distill_steps
+import train_autoencoder
 import tune_decoder
 from grounds import AROUND, differences
 
+from flux_core.checkpoint import load_autoencoder
 from flux_core.sampling import euler
 from flux_core.variants import VARIANTS
 
@@ -40,6 +43,36 @@ def test_every_stage_is_a_file_and_gets_its_folders_and_its_part():
 def test_all_stages_are_in_it():
     scripts = {path.name for path in RECIPE.glob("*.py") if "Stage " in path.read_text(encoding="utf-8")[:20]}
     assert len(scripts) >= 5 and scripts <= {stage.command.split()[0] for stage in whole.STAGES}
+
+
+def test_latents_are_scaled_and_decode_to_the_same():
+    ae, image = load_autoencoder(VARIANTS["flux-mini"], dtype=torch.float32), torch.rand(1, 3, 48, 32) * 2 - 1
+    with torch.no_grad():
+        ae.shift_factor = 0.0
+        before, logvar = ae.encode(image), ae.encoder(image).chunk(2, dim=1)[1]
+        decoded = ae.decode(before)
+        train_autoencoder.scale_latents(ae, 0.7)
+        torch.testing.assert_close(ae.encode(image), 0.7 * before, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ae.decode(0.7 * before), decoded, rtol=0, atol=1e-4)
+        deviation = (ae.encoder(image).chunk(2, dim=1)[1] / 2).exp() / (logvar / 2).exp()
+        torch.testing.assert_close(deviation, torch.full_like(deviation, 0.7), rtol=1e-3, atol=0)
+
+
+def test_what_was_done_before_a_pause_counts_and_is_not_run_again(tmp_path, monkeypatch):
+    """Stages that are commands of no minutes are done or not; one of minutes that was paused is run again."""
+    script = "import sys, time; time.sleep(0.4); open(sys.argv[1], 'a').write(sys.argv[2])"
+    (tmp_path / "stage.py").write_text(script, encoding="utf-8")
+    log = tmp_path / "log"
+    stages = [whole.Stage(name, f"stage.py {log} {name}", minutes) for name, minutes in (("a", 0), ("b", 1), ("c", 0))]
+    monkeypatch.setattr(whole, "STAGES", stages)
+    monkeypatch.setattr(whole, "HERE", tmp_path)
+    monkeypatch.setattr(whole, "ship", lambda *_: None)
+    for pause, told, names in ((0.005, "a", ["a"]), (0.005, "ab", ["a"]), (1, "abbc", ["a", "b", "c"])):
+        monkeypatch.setattr(sys, "argv", ["all.py", "data", str(tmp_path), "new", "--pause", str(pause)])
+        assert whole.main() == 0
+        found = json.loads((tmp_path / "minutes.json").read_text(encoding="utf-8"))
+        assert log.read_text(encoding="utf-8") == told and found["done"] == names
+    assert found["minutes"]["b"] > 1.5 * found["minutes"]["c"]
 
 
 def test_places_are_smooth_that_are_far_from_steps():

@@ -3,9 +3,6 @@
     python weights/recipe/all.py data work weights           # data: see weights/README.md; an hour of one H200
     python weights/recipe/all.py data work /tmp/weights --part 0.1
 
-A new autoencoder has a normalization of its own, which `assemble.py` prints: it belongs into flux-mini's row in
-`flux_core/variants.py`, before what comes is loaded by anything else, the last stage included.
-
 Stages that are done are in `work/minutes.json` and are not run again; what a stage was in the middle of is lost, unless
 `--pause` stopped it. `--part`: every stage for that part of its minutes, scenes and steps, to see that all fits
 together; with `--batch 4 --device cpu` on a CPU.
@@ -21,7 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 FAST, NOTO = "pytorch_lora_weights.safetensors", "noto/pytorch_lora_weights.safetensors"
@@ -114,8 +111,10 @@ def main() -> int:
     args = parser.parse_args()
 
     began, record = time.monotonic(), args.work / "minutes.json"
-    found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"part": args.part, "minutes": {}}
-    done: dict[str, float] = found["minutes"]
+    found: dict[str, Any] = {"part": args.part, "done": [], "minutes": {}}
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+    done, minutes = found["done"], found["minutes"]
     if found["part"] != args.part:
         parser.error(f"{args.work} holds a run with --part {found['part']}. Next: another folder for this one")
     args.work.mkdir(parents=True, exist_ok=True)
@@ -123,18 +122,23 @@ def main() -> int:
         if stage.name in done:
             continue
         left, started = args.pause - (time.monotonic() - began) / 60, time.monotonic()
+        if left <= 0:
+            print(f"paused before {stage.name}. Next: the same command again.")
+            return 0
         print(f"== {stage.name}", flush=True)
         path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
         if code := subprocess.run(command_of(stage, args, left), env={**os.environ, "PYTHONPATH": path}).returncode:
             print(f"{stage.name} ended with {code}. Next: the same command again, which begins there.", file=sys.stderr)
             return code
-        if time.monotonic() - began >= 60 * args.pause:
+        paused = stage.minutes and time.monotonic() - began >= 60 * args.pause
+        minutes[stage.name] = round(minutes.get(stage.name, 0) + (time.monotonic() - started) / 60, 2)
+        done += [] if paused else [stage.name]
+        record.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        if paused:
             print(f"paused in {stage.name}. Next: the same command again.")
             return 0
-        done[stage.name] = round((time.monotonic() - started) / 60, 2)
-        record.write_text(json.dumps({"part": args.part, "minutes": done}, indent=1), encoding="utf-8")
     ship(args.work, args.weights)
-    print(f"{sum(done.values()):.1f} minutes in all, by stages in {record}")
+    print(f"{sum(minutes.values()):.1f} minutes in all, by stages in {record}")
     return 0
 
 

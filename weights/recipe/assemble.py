@@ -2,8 +2,7 @@
 
     python weights/recipe/assemble.py WORK weights/flux-mini
 
-The autoencoder is the one with the tuned decoder, if there is one. Prints `scale_factor` and `shift_factor`, which
-belong into flux-mini's row in `flux_core/variants.py`.
+The autoencoder is the one with the tuned decoder, if there is one.
 """
 
 import argparse
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import torch
 from networks import CLIP_CONFIG, T5_CONFIG, VARIANT
-from safetensors.torch import load_file
 from torch import nn
 from trainer import read_shards, restore, write
 from transformers import CLIPTextModel, T5EncoderModel
@@ -47,8 +45,6 @@ def main() -> None:
     ship(AutoEncoder(VARIANT.ae_params), args.folder / VARIANT.ae_file, read_shards(args.work, ae))
     ship_text(T5EncoderModel(T5_CONFIG), args.folder / VARIANT.t5, args.work / "t5_tokenizer", parts["t5"])
     ship_text(CLIPTextModel(CLIP_CONFIG), args.folder / VARIANT.clip, args.work / "clip_tokenizer", parts["clip"])
-    for name, value in load_file(args.work / "ae_statistics.safetensors").items():
-        print(f"{name} = {value.item():.4f}")
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())
     print(f"{args.folder}: {size / 2**20:.2f} MiB")
 

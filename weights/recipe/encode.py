@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from render import all_rgba, make_atlas, render
-from safetensors.torch import load_file
 from scenes import SHARES, sample_scenes
 from sprites import load_sprites
 from torch import Tensor
@@ -33,11 +32,9 @@ CLIP_LENGTH = 40
 
 
 def load_autoencoder(work: Path, device: str) -> AutoEncoder:
-    """The autoencoder of stage 1, with its measured normalization."""
+    """The autoencoder of stage 1."""
     ae = AutoEncoder(VARIANT.ae_params)
     restore(ae, read_shards(work, "ae"))
-    statistics = load_file(work / "ae_statistics.safetensors")
-    ae.scale_factor, ae.shift_factor = (statistics[k].item() for k in ("scale_factor", "shift_factor"))
     return ae.to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
 
 

@@ -7,9 +7,11 @@ and a light pull of the latents towards a normal distribution. The decoder sees 
 that it forgives the small errors of a sampled latent. There is no perceptual or adversarial term: both need a second
 network, and at this size the pictures are sharp enough without.
 
-At the end, the mean and the deviation of the latents of fresh scenes become `shift_factor` and `scale_factor`.
+At the end, the latents of fresh scenes get the deviation that `scale_factor` of flux-mini's row makes 1, in the
+weights themselves (`scale_latents`), so that the row is right for whatever this stage learned.
 """
 
+import math
 import os
 
 import torch
@@ -18,7 +20,7 @@ from render import all_rgba, make_atlas, render
 from scenes import sample_scenes
 from sprites import load_sprites
 from torch import Tensor
-from trainer import Trainer, say, stage_arguments, write, write_shards
+from trainer import Trainer, say, stage_arguments, write_shards
 
 from flux_core.model import AutoEncoder
 from flux_core.variants import VARIANTS
@@ -51,17 +53,29 @@ def psnr(mse: Tensor) -> float:
 
 @torch.no_grad()
 def measure(ae: AutoEncoder, batches: list[Tensor]) -> dict[str, float]:
-    """PSNR through the mean, and the statistics that normalize latents."""
-    latents = [ae.encoder(x).chunk(2, dim=1)[0].float() for x in batches]
-    errors = [
-        ((ae.decoder(z).float().clamp(-1, 1) - x) ** 2).mean((1, 2, 3)) for z, x in zip(latents, batches, strict=True)
-    ]
+    """PSNR through the mean, and mean and deviation of normalized latents."""
+    latents = [ae.encode(x) for x in batches]
+    errors = [((ae.decode(z).clamp(-1, 1) - x) ** 2).mean((1, 2, 3)) for z, x in zip(latents, batches, strict=True)]
     z = torch.cat(latents)
     return {
         "psnr": (10 * torch.log10(4 / torch.cat(errors))).mean().item(),
-        "shift_factor": z.mean().item(),
-        "scale_factor": 1 / z.std().item(),
+        "mean": z.mean().item(),
+        "deviation": z.std().item(),
     }
+
+
+@torch.no_grad()
+def scale_latents(ae: AutoEncoder, factor: float) -> None:
+    """Multiply latents by a factor, without a change to what they decode to.
+
+    The encoder's last convolution multiplies, the decoder's first divides. (A shift would not be exact: the decoder
+    pads with zeros.)
+    """
+    mean, logvar = ae.encoder.conv_out.bias.chunk(2)
+    ae.encoder.conv_out.weight.chunk(2)[0].mul_(factor)
+    mean.mul_(factor)
+    logvar.add_(2 * math.log(factor))
+    ae.decoder.conv_in.weight.div_(factor)
 
 
 def main() -> None:
@@ -96,13 +110,14 @@ def main() -> None:
     if trainer.progress < 1:
         return
     trainer.load_average()
-    write_shards(args.work, "ae", trainer.average())
-    for size in (128, 256):
-        batches = [render(fresh[i : i + args.batch], atlas, size) for i in range(0, len(fresh), args.batch)]
-        found = measure(ae, batches)
-        say(f"{size}x{size}: " + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
-    statistics = {k: torch.tensor(found[k]) for k in ("scale_factor", "shift_factor")}
-    write(args.work / "ae_statistics.safetensors", statistics)
+    seen = {
+        size: [render(fresh[i : i + args.batch], atlas, size) for i in range(0, len(fresh), args.batch)]
+        for size in (128, 256)
+    }
+    scale_latents(ae, 1 / measure(ae, seen[256])["deviation"])
+    for size, batches in seen.items():
+        say(f"{size}x{size}: " + " ".join(f"{k} {v:.4f}" for k, v in measure(ae, batches).items()))
+    write_shards(args.work, "ae", {name: x.to(torch.bfloat16).cpu() for name, x in ae.state_dict().items()})
 
 
 if __name__ == "__main__":
