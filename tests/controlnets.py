@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from diffusers import FluxControlNetModel
 from golden_files import Golden, flux_of, read
 from random_model import random_weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_core.checkpoint import from_diffusers, to_diffusers
 from flux_core.model import ControlNet, Flux
@@ -84,12 +83,14 @@ def write_net(path: Path, params: ControlNetParams, std: float = 0.2, seed: int 
     return path
 
 
-def random_net(params: ControlNetParams) -> ControlNet:
-    return random_weights(ControlNet(params), seed=5, std=0.2)
+def random_net(params: ControlNetParams, std: float = 0.2) -> ControlNet:
+    return random_weights(ControlNet(params), seed=5, std=std)
 
 
-def theirs(params: ControlNetParams) -> FluxControlNetModel:
+def theirs(params: ControlNetParams) -> nn.Module:
     """diffusers' network of these sizes."""
+    from diffusers import FluxControlNetModel
+
     pixels = {"conditioning_embedding_channels": params.cond_channels // 4, "patch_size": 2}
     return FluxControlNetModel(
         in_channels=params.in_channels,
