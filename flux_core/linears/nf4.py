@@ -25,7 +25,7 @@ Rounding. Here a number is computed in fp32 and rounded once, to the dtype of th
 the dtype that the weight had before it was quantized, then to that of the product: the same where both are one.
 
 Files are read and written with bitsandbytes' names (`checkpoint/bnb.py`). The codes that `quantize` finds are those of
-its operator for all devices, to the bit; its own kernels may choose the other of two numbers that are about as near.
+its operator for all devices on a CPU, to the bit, wherever the weight is; its own kernels may choose the other of two numbers that are about as near.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), and bitsandbytes 0.50, `backends/default/ops.py`.
 
@@ -189,7 +189,8 @@ def quantize(
     tensors = {"weight": torch.cat(codes)[:, None], "absmax": absmax, "quant_map": numbers}
     details = {"quant_type": quant_type, "blocksize": blocksize, "dtype": ORIGINAL.get(x.dtype, "float32")}
     if double:
-        offset, numbers = absmax.mean(), dynamic_map(x.device)
+        # A card sums in another order, and a mean that differs in its last bit is other codes.
+        offset, numbers = absmax.cpu().mean().to(x.device), dynamic_map(x.device)
         ratios, nested = scaled(absmax - offset, NESTED_BLOCK)
         tensors |= {"absmax": nearest(ratios, numbers), "nested_absmax": nested, "nested_quant_map": numbers}
         details |= {"nested_blocksize": NESTED_BLOCK, "nested_offset": offset.item()}

@@ -204,6 +204,16 @@ def test_blocks_of_zeros_and_of_outliers(double):
         assert torch.equal(wide[0], x[0]) and distance(wide[2:], x[2:]) < 0.12
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("double", [True, False])
+def test_a_card_finds_the_codes_that_the_cpu_finds(double):
+    """Of many weights: a model that is quantized at home, to come in turns, is the one that is there whole."""
+    for seed in range(20):
+        weight = torch.randn(768, 1000, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        (ours, details), (theirs, same) = quantize(weight.cuda(), double=double), quantize(weight, double=double)
+        assert details == same and all(torch.equal(x.cpu(), theirs[role]) for role, x in ours.items())
+
+
 def test_chunks_are_no_part_of_the_result():
     x = torch.randn(CHUNK + 161, generator=torch.Generator().manual_seed(0))
     tensors, details = quantize(x, double=False)

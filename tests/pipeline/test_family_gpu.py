@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*it is stretc
 WIDTH, HEIGHT, STEPS = 128, 96, 5
 SEES = ("flux-mini-canny", "flux-mini-kontext", "controlnet", "controlnet of pixels")
 FORMATS = ("bfloat16", "fp8", "int8", "nf4")
-FAR = {"bfloat16": 0.06, "fp8": 0.2, "int8": 0.2, "nf4": 0.3}
+FAR = {"bfloat16": 0.06, "fp8": 0.1, "int8": 0.06, "nf4": 0.15}
 """a velocity from that of fp32, at most"""
 PARAMS = VARIANTS["flux-mini"].params
 
@@ -109,7 +109,6 @@ def test_kernels_are_as_near_to_fp32_as_the_plain_functions(artist, dtype, monke
     fused = artist.draw(pipeline, num_steps=1).velocity
     assert describe(pipeline.model)["kernels"] != "plain"
     found = distance(fused, truth), distance(plain, truth)
-    print(f"{artist.name} {list(artist.given)} {dtype}: kernels {found[0]:.4f}, plain {found[1]:.4f}")
     assert found[0] < FAR[dtype] and found[0] < 1.2 * found[1], found
 
 

@@ -111,7 +111,9 @@ def test_depth_is_that_of_transformers_at_the_pictures_size(depth_model, resized
 
 
 @pytest.mark.gpu
-def test_on_a_card_depth_is_that_of_the_cpu(depth_model, resized):
+def test_on_a_card_depth_is_that_of_the_cpu(depth_model, resized, monkeypatch):
+    """But for TF32, which cuDNN convolves in unless it is told otherwise, as in the official code."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     found = load_map("depth", "cuda", str(depth_model))(resized)
     assert found.is_cuda
     torch.testing.assert_close(found.cpu(), load_map("depth", model=str(depth_model))(resized), atol=1e-3, rtol=1e-3)
