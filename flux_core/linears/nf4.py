@@ -24,8 +24,9 @@ product reads those again. Little for a picture's thousands of tokens, much for 
 Rounding. Here a number is computed in fp32 and rounded once, to the dtype of the product. bitsandbytes first rounds to
 the dtype that the weight had before it was quantized, then to that of the product: the same where both are one.
 
-Files are read and written with bitsandbytes' names (`checkpoint/bnb.py`). The codes that `quantize` finds are those of
-its operator for all devices on a CPU, to the bit, wherever the weight is; its own kernels may choose the other of two numbers that are about as near.
+Files are read and written with bitsandbytes' names (`checkpoint/bnb.py`). The codes that `quantize` finds, on
+any device, are those of its operator for all devices on a CPU, to the bit; its own kernels may choose the other of two
+numbers that are about as near.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), and bitsandbytes 0.50, `backends/default/ops.py`.
 

@@ -1,11 +1,12 @@
 """The whole recipe by one command: from the two npm packages to every file that ships.
 
-    python weights/recipe/all.py data work weights           # data: see weights/README.md; an hour of one H200
-    python weights/recipe/all.py data work /tmp/weights --part 0.1
+    python weights/recipe/all.py data work weights           # data: see weights/README.md; 1.5 hours of one H200
+    TORCH_COMPILE_DISABLE=1 python weights/recipe/all.py data work /tmp/weights --part 0.1
 
 Stages that are done are in `work/minutes.json` and are not run again; what a stage was in the middle of is lost, unless
 `--pause` stopped it. `--part`: every stage for that part of its minutes, scenes and steps, to see that all fits
-together; with `--batch 4 --device cpu` on a CPU.
+together; with `--batch 4 --device cpu` on a CPU. A small part is better not compiled: that alone takes longer than some
+stages then have.
 """
 
 import argparse
