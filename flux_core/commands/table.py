@@ -247,6 +247,34 @@ TRAIN = (
           "win", metavar="FILE", path=True),
     Field("dry_run", bool, "print the plan, and do nothing", default=False),
 )  # fmt: skip
+CAPTION = (
+    Field("model", str, "what captions: florence2 (Florence-2-large: 0.8 B, 1.6 GB, MIT), qwen3-vl (Qwen3-VL-4B: 9 GB, "
+          "Apache-2.0), joycaption (8 B, 17 GB), sprites (flux-mini's world, ships), a folder, or a hub id of a "
+          "model that transformers asks about pictures", default="florence2", metavar="NAME", path=True),
+    Field("style", str, "what it is asked for: straight (as a prompt), descriptive (a paragraph), tags, short (a "
+          "sentence)", choices=("straight", "descriptive", "tags", "short"), default="straight", metavar="NAME"),
+    Field("prompt", str, "your own question in place of a style's; not for Florence-2"),
+    Field("trigger", str, "a word for what is learned, put in front of captions that lack it, or where they say "
+          "[trigger]", default="", metavar="WORD"),
+    Field("prefix", str, "text in front of each caption", default=""),
+    Field("suffix", str, "text behind each caption", default=""),
+    Field("existing", str, "what happens to a caption that is there: skip (none is made), overwrite, append, prepend",
+          choices=("skip", "overwrite", "append", "prepend"), default="skip", metavar="NAME"),
+    Field("to", str, "where captions go: txt (a file beside each picture), jsonl (metadata.jsonl), parquet "
+          "(metadata.parquet)", choices=("txt", "jsonl", "parquet"), default="txt", metavar="NAME"),
+    Field("batch", int, "pictures at once", minimum=1, maximum=1024, default=1),
+    Field("max_side", int, "pixels to which a picture's longer side is scaled down first", minimum=28, maximum=8192,
+          default=512),
+    Field("max_new_tokens", int, "the longest answer", minimum=1, maximum=4096, default=256),
+    Field("temperature", float, "0: the likeliest answer; above: one that is drawn by --seed", minimum=0, maximum=10,
+          default=0.0),
+    Field("seed", int, "of answers that are drawn", minimum=0, maximum=MAX_SEED, default=0),
+    Field("dtype", str, "of the captioner: bfloat16, float32; int8 or nf4: its language model in few bits (default: "
+          "bfloat16 on CUDA, else float32)", choices=("auto", "bfloat16", "float32", "int8", "nf4"), metavar="NAME"),
+    Field("name", str, "the model to be trained, whose T5 counts tokens (default: flux-dev, for sprites flux-mini)",
+          metavar="NAME"),
+    DEVICE,
+)  # fmt: skip
 SERVE = (
     NAME,
     *FILES,
@@ -376,6 +404,12 @@ COMMANDS = {
         "train:train",
         TRAIN,
         (Field("config", str, "settings as a TOML file; flags win", metavar="CONFIG.toml", path=True, default=""),),
+    ),
+    "caption": Command(
+        "write a caption for each picture of a folder, for train",
+        "caption:caption",
+        CAPTION,
+        (Field("folder", str, "pictures, in folders inside it, too", metavar="DIR", path=True),),
     ),
     "serve": Command("answer other programs on an address of this machine (OpenAI's endpoints)", "serve:serve", SERVE),
     "page": Command("draw and see inside in a page of the browser", "serve:page", PAGE),

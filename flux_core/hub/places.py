@@ -54,17 +54,17 @@ def scorer_folder(name: str) -> Path:
     raise FileError(f"the scorer {SCORER} is not in {looked}. Next: train it (weights/README.md), or name another")
 
 
-def network_folder(name: str, what: str, choice: str) -> Path:
+def network_folder(name: str, what: str, choice: str, files: list[str] = NETWORK_FILES) -> Path:
     """The folder of a network that looks at pictures: one on this disk, or a hub repository's. Errors as in `hub_file`.
 
-    what: a noun, and choice: what else may be given, for the error.
+    what: a noun, and choice: what else may be given, for the error. files: patterns of what a repository has of it.
     """
     folder = user_path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileError(f"there is no {what} {name!a}: give {choice}")
-    return hub_folder(name, NETWORK_FILES, f"the {what}")
+    return hub_folder(name, files, f"the {what}")
 
 
 def hub_file(repo: str, name: str) -> Path:

@@ -326,7 +326,12 @@ def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch
     """A model of transformers, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
     try:
         model, info = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{folder}: the {what} could not be read: {error}") from error

@@ -166,7 +166,7 @@ class _Reader:
 
     def row(self, path: Path) -> Row:
         """What is known of a picture: from metadata.jsonl, or from files of its name. FileError."""
-        row = Row(_beside(path)) if self.rows is None else self.rows[path]
+        row = Row(caption_beside(path)) if self.rows is None else self.rows[path]
         if self.key and not row.beside:
             raise FileError(f"{METADATA} names no {self.key} for it")
         name = path.relative_to(self.folder)
@@ -198,8 +198,8 @@ def _hash_of(path: Path) -> str:
     return sha256
 
 
-def _beside(path: Path) -> str:
-    """The caption in the .txt of a picture's name; empty without one."""
+def caption_beside(path: Path) -> str:
+    """The caption in the .txt of a picture's name; empty without one. FileError where it is no text in UTF-8."""
     file = path.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8-sig") if file.is_file() else ""

@@ -46,17 +46,17 @@ def load_network(
     with quiet():
         import transformers
 
-        with _errors(f"{name}: its image processor"):
+        with reading(f"{name}: its image processor"):
             processor = transformers.AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, backend="pil"
             )
-        with _errors(f"{name}: the {network.what}"):
+        with reading(f"{name}: the {network.what}"):
             model = load_model(getattr(transformers, network.kind), folder, device, dtype, network.what)
     return model, processor
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """A context that turns whatever transformers says of a folder into a FileError."""
     try:
         yield
@@ -69,9 +69,14 @@ def _errors(what: str) -> Iterator[None]:
 def _check(network: Network, name: str, folder: Path) -> None:
     """FileError if a folder holds another network, or none."""
     what, usual = network.what, network.types[0]
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileError(f"{name} holds no model: a {what} is a folder with config.json and model.safetensors") from None
+    kind = read_config(name, folder, what)
     if kind not in network.types:
         raise FileError(f"{name} holds a {str(kind)[:40]!a} model; a {what} is a {usual}, as {network.example}")
+
+
+def read_config(name: str, folder: Path, what: str) -> str:
+    """The `model_type` in a folder's config.json. FileError says that `name` holds no model; what: a noun for it."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileError(f"{name} holds no model: a {what} is a folder with config.json and model.safetensors") from None
