@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..captioning.folder import Captions, only_captioner, pictures_in
-from ..captioning.words import STYLES
 from ..errors import FileError, FluxError, UsageError
 from ..files import prepare_folder
 from ..hub.client import cached
 from ..hub.places import TOKENIZER_FILES, embedded_folder, hub_folder
 from ..terminal import no_bars, note, tell
-from ..training.data import METADATA
 from ..variants import Variant, get_variant
 from .table import CAPTION
 
@@ -44,12 +41,14 @@ def caption(folder: str, **flags: Any) -> None:
     if values["prompt"] and "style" in given:
         raise UsageError("--style and --prompt are two ways to ask. Next: give one of them")
     variant = get_variant(values["name"] or (FLUX_MINI if is_sprites else FLUX))
+
+    from ..captioning.folder import METADATA, Captions, only_captioner, pictures_in  # and with it torch
+    from ..captioning.run import Wording, caption_folder
+
     pictures = pictures_in(place)
     prepare_folder(place, "DIR")
     if values["to"] != "jsonl" and (place / METADATA).is_file():
         note(f"{place} has a {METADATA}, and train reads captions from there alone. Next: --to jsonl, or remove it")
-
-    from ..captioning.run import Wording, caption_folder  # and with it torch
 
     wording = Wording(
         **{key: values[key] for key in ("prefix", "suffix", "trigger", "existing")},
@@ -81,6 +80,7 @@ def _load(values: dict[str, Any]) -> "Captioner":
 
         return load_sprites(device)
     from ..captioning.vision_language import Ask, load_vision_language
+    from ..captioning.words import STYLES
 
     answer = {key: values[key] for key in ("prompt", "max_new_tokens", "temperature", "seed")}
     ask = Ask(style=STYLES[values["style"]], **answer)

@@ -60,6 +60,7 @@ STAGES = (
     ),
     Stage("instructions", "train_family.py ROOT WORK MINI kontext --rank 9", scaled={"steps": 4700, "scenes": 24_000}),
     Stage("scorer", "train_scorer.py ROOT WORK", 12, {"scenes": 200_000}),
+    Stage("features of sprites", "sprite_features.py ROOT WORK/dinov2-mini"),
     Stage(
         "the Noto example",
         "../../cli.py train --example noto --model MINI/flux-mini.safetensors --ae MINI/ae.safetensors "
