@@ -227,7 +227,7 @@ def test_a_captioner_that_answers_nothing(folder, tmp_path, capsys):
 
 def test_captions_that_are_too_long_are_told(folder, tmp_path, capsys):
     model = tiny.qwen(tmp_path / "model")
-    assert main(["caption", str(folder), "--model", str(model), "--name", "flux-mini", "--max-new-tokens", "120"]) == 0
+    assert main(["caption", str(folder), "--model", str(model), "--name", "flux-mini", "--max-new-tokens", "60"]) == 0
     assert "and flux-mini reads 32 of them" in capsys.readouterr().err
 
 

@@ -95,8 +95,7 @@ def test_what_is_drawn_has_the_probabilities_of_the_softmax():
     assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / 2000).sqrt()).all()
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4"])
-@every_kind
+@pytest.mark.parametrize(("kind", "format"), [*((kind, "int8") for kind in KINDS), ("llava", "nf4")])
 def test_only_the_language_model_is_in_few_bits(folders, kind, format, one_thread):
     captioner = load(folders[kind], format)
     found = {name for name, one in captioner.model.named_modules() if isinstance(one, FORMATS[format].kind)}
