@@ -110,7 +110,7 @@ def plan_of(
         learning=STATES[optimizer] * numbers,
         kept=kept.all,
         at_work=GAPS + kept.of_a_block + transformer_at_work(variant.params, variant.max_text, picture, kind),
-        tera=forward.tera * batch * accumulation * (forwards[0] * (2 + again) + forwards[1]),
+        tera=forward.tera * accumulation * (forwards[0] * (2 + again) + forwards[1]),
         numbers=numbers,
     )
 
