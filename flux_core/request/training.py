@@ -31,6 +31,8 @@ MODEL = (
     T5_DEVICE,
     Field("memory", str, "bytes of the card to stay below, as in 8GB: blocks that find no room come when they compute",
           metavar="SIZE"),
+    Field("shard", bool, "spread the frozen base over torchrun's processes: each card has a part of every block",
+          default=False),
     DEVICE,
     next(field for field in MEMORY if field.name == "vae_tiling"),
     THREADS,

@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """SIGINT and SIGTERM as a request, inside `finishing`; outside it they raise KeyboardInterrupt at once."""
 
-    def __init__(self, what: str = "picture") -> None:
-        """what: is finished first."""
-        self.what = what
+    def __init__(self, what: str = "picture", at_once: bool = True) -> None:
+        """what: is finished first. at_once: a second SIGINT ends it; torchrun sends one behind that of the keyboard."""
+        self.what, self.at_once = what, at_once
         self.requested = self._finishing = False
 
     def check(self) -> None:
@@ -47,9 +47,10 @@ class Stop:
             self._finishing = False
 
     def _handle(self, number: int, frame: FrameType | None) -> Any:
-        if not self._finishing or (self.requested and number == signal.SIGINT):
+        if not self._finishing or (self.at_once and self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         if not self.requested:
             with suppress(OSError):  # not `note`: a signal may come while stderr is being written
-                os.write(2, f"\nthis {self.what} is finished first; interrupt again to stop at once\n".encode())
+                again = "; interrupt again to stop at once" if self.at_once else ""
+                os.write(2, f"\nthis {self.what} is finished first{again}\n".encode())
         self.requested = True

@@ -29,6 +29,7 @@ from ..params import FluxParams
 from .factors import PREFIX, DoraFactors, Factors, Learned, root, weight_of
 from .lokr import LokrFactors, shapes
 from .optimizers import Average
+from .sharding import gathered
 
 T = TypeVar("T")
 BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
@@ -293,8 +294,9 @@ class Adapter:
         found = []
         for name, one in self.factors.items():
             layer = cast(AdaptedLinear, self.model.get_submodule(one.target.module))
-            own = one.rows_of(weight_of(layer.base, torch.float32))
-            found.append((name, float(one.change(own).norm() / root(own.square().sum()))))
+            with gathered(self.model, one.target.module):
+                own = one.rows_of(weight_of(layer.base, torch.float32))
+                found.append((name, float(one.change(own).norm() / root(own.square().sum()))))
         return sorted(found, key=lambda item: (-item[1], item[0]))
 
     def remove(self) -> None:

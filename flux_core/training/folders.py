@@ -119,6 +119,11 @@ def read_folders(
     return whole
 
 
+def fetched(folders: Sequence[Folder], hub: Path) -> list[Folder]:
+    """The same folders, all on this disk. Errors of `from_hub`."""
+    return [one._replace(place=str(_there(one.place, hub, number))) for number, one in enumerate(folders)]
+
+
 def _there(place: str, hub: Path, number: int) -> Path:
     """A folder, or that of a data set of the hub, which is fetched once."""
     path = user_path(place)

@@ -27,6 +27,7 @@ from .adapter import Adapter
 from .loss import parts
 from .objective import MAPS, on_table, shifted
 from .optimizers import OPTIMIZERS, average_of, grouped, restore, set_rate, state_of
+from .ranks import ALONE, Ranks
 from .recipe import SCHEDULES, Example, Recipe, Source
 from .recompute import differentiable
 
@@ -40,6 +41,7 @@ ADDED = (
 """what recipes had no word for at first: at its default it is no part of a run's identity"""
 VALIDATED = (0.1, 0.3, 0.5, 0.7, 0.9)
 """noise levels at which held-out pictures are judged"""
+WHOLE = slice(None)
 SCALE, DOUBLED_AFTER = 2.0**16, 2000
 """of the loss at first, and the steps without an overflow after which it doubles (Micikevicius et al. 2018)"""
 
@@ -54,6 +56,7 @@ class Progress(NamedTuple):
     norm: float
     """of the gradient before it is clipped; infinite where fp16 overflowed, and nothing was learned"""
     names: list[str]
+    """of the pictures that this process computed"""
 
 
 @torch.enable_grad()
@@ -67,37 +70,45 @@ def train(
     on_step: Callable[[Progress], bool | None] | None = None,
     about: Mapping[str, str] | None = None,
     fetch: Fetch | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     """Train an adapter in place, and return the loss of each step.
 
     folder: where checkpoints are, from the last of which it goes on; one is written every so many steps and at the end,
     and the newest `keep` stay. on_step: called after each step; when it returns True, the state is saved, and training
     ends. about: what else a run hangs on, by name, such as a hash of the base; it must be the same to go on. fetch: as
-    in `Flux.forward`, instead of the recipe's checkpointing. UsageError where a checkpoint is of another run, FileError
-    for one that cannot be read, DiskError; NonFiniteError names step and pictures, and changes nothing that was saved.
+    in `Flux.forward`, instead of the recipe's checkpointing. ranks: who trains; the first saves, all return the losses.
+    UsageError where a checkpoint is of another run, FileError for one that cannot be read, DiskError; NonFiniteError
+    names step and pictures, and changes nothing that was saved.
     """
     check(sources)
+    share = ranks.share(recipe)
     state, run = State(adapter, recipe), identity(recipe, sources, adapter) | dict(about or {})
     losses = [] if folder is None else resume(folder, state, run)
     with differentiable(adapter.model, recipe.checkpointing):
         for step in range(len(losses), recipe.steps):
             found: list[Tensor] = []
             names: list[str] = []
-            for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation):
+            for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation)[share.micros]:
                 batch = drawn(sources, recipe, micro)
-                for part in parts_of(adapter, batch, recipe, micro, fetch):
-                    (part * (state.scale / recipe.accumulation)).backward()
+                for part in parts_of(adapter, batch, recipe, micro, fetch, share.rows):
+                    (part * (state.scale / recipe.accumulation / share.parts)).backward()
                     found.append(part.detach())  # looked at behind the backward, so that a card need not wait
-                names += [one.name for one in batch]
-            total = float(torch.stack(found).double().sum() / recipe.accumulation)
+                names += [one.name for one in batch[share.rows]]
+            own = float(torch.stack(found).double().sum() / recipe.accumulation / share.parts)
+            total = ranks.total(own)
             if not math.isfinite(total):
+                names = ranks.all_of(names if not math.isfinite(own) else [])
                 raise NonFiniteError(unstable(recipe, f"the loss of {', '.join(names)} is {total}", step))
+            ranks.add_gradients(state.parameters)
             rate = recipe.lr * factor(recipe, step)
             norm = state.update(rate, partial(unstable, recipe, step=step), names)
             losses.append(total)
-            ends = on_step is not None and on_step(Progress(step + 1, total, rate, norm, names)) is True
+            ends = ranks.any(on_step is not None and on_step(Progress(step + 1, total, rate, norm, names)) is True)
             if folder is not None and (ends or len(losses) == recipe.steps or len(losses) % every == 0):
-                save(folder, state, losses, run, keep)
+                ranks.check_equal(state.parameters)
+                if ranks.is_first:
+                    save(folder, state, losses, run, keep)
             if ends:
                 break
     return losses
@@ -177,12 +188,14 @@ def loss_of(
 
 
 def parts_of(
-    adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int, fetch: Fetch | None = None
-) -> Iterator[Tensor]:
-    """Its parts, the mean over the pictures of each: gradients of one are taken before the next is computed."""
+    adapter: Adapter, batch: Sequence[Example], recipe: Recipe, micro: int, fetch: Fetch | None = None,
+    rows: slice = WHOLE,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Its parts, the mean over those pictures of each: gradients of one are taken before the next is computed."""
     noise = noise_like(batch, generator(recipe, "noise", micro))
     tokens = batch[0].latents[0].numel() // 4  # packed two by two
-    for part in parts(adapter, batch, recipe, noise, levels(recipe, micro, len(batch), tokens), fetch):
+    sigma = levels(recipe, micro, len(batch), tokens)
+    for part in parts(adapter, batch[rows], recipe, noise[rows], sigma[rows], fetch):
         yield part.mean()
 
 

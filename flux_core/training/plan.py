@@ -23,6 +23,8 @@ from .recompute import WAYS, differentiable
 
 STATES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adamw_schedulefree": 16}
 """bytes of a number that learns: itself and its gradient in fp32, and what the optimizer remembers of it"""
+WHOLE = 2
+"""blocks of a spread base that are whole at a time: one computes, the next one comes"""
 
 
 class Kept(NamedTuple):
@@ -90,10 +92,11 @@ def told(seconds: float) -> str:
 def plan_of(
     variant: Variant, size: tuple[int, int], dtype: str, t5_dtype: str | None, patterns: list[str], rank: int,
     batch: int, accumulation: int, checkpointing: str, optimizer: str, lokr: int = 0,
-    ranks: Mapping[str, int] | None = None, forwards: tuple[int, int] = (1, 0),
+    ranks: Mapping[str, int] | None = None, forwards: tuple[int, int] = (1, 0), shards: int = 1,
 ) -> Plan:  # fmt: skip
     """The plan of steps of the largest size, width and height. dtype: of the frozen base; lokr, ranks: as in `Form`;
-    forwards: of a micro-batch, those that are learned from, and frozen ones. UsageError for patterns."""
+    forwards: of a micro-batch, those that are learned from, and frozen ones; shards: processes over which the base is
+    spread. UsageError for patterns."""
     picture, kind = Picture(*size, batch), torch_dtype(dtype)
     _, transformer, _ = shares(variant, dtype, t5_dtype)
     forward = make_plan(variant, 0, dtype, t5_dtype, picture)
@@ -104,7 +107,7 @@ def plan_of(
     again = sum(way.block(i) for i in range(10)) / 10 - (0.2 if way.attention else 0.0) - (0.3 if way.heads else 0.0)
     return Plan(
         text=forward.text_least,
-        weights=transformer.weights,
+        weights=transformer.weights if shards == 1 else transformer.weights // shards + WHOLE * max(forward.blocks),
         blocks=sum(forward.blocks),
         largest=max(forward.blocks),
         learning=STATES[optimizer] * numbers,

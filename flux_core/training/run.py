@@ -32,6 +32,7 @@ from ..pipeline import Condition, Pipeline, load_pipeline
 from ..pipeline.load import own_format
 from ..request.fields import FILES
 from ..request.generation import GenerationRequest
+from ..session.sharing import rank_and_world
 from ..session.stopping import Stop
 from ..terminal import no_bars, note, tell
 from . import captions
@@ -39,16 +40,18 @@ from .adapter import Adapter, adapt, by_pattern, matching, patterns_of
 from .card import SHOWN, Facts, model_card
 from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, sample_sheet
 from .data import Found, Picture
-from .folders import epoch_of, read_folders
+from .folders import epoch_of, fetched, read_folders
 from .latents import LatentCache, encoding
 from .loop import Progress, checkpoints, factor, train, validate
 from .loss import forwards_of, others_of
 from .optimizers import library
 from .plan import Plan, plan_of
+from .ranks import Ranks, joined, own_device
 from .recipe import Example
 from .report import findings
 from .seen import WAYS, condition_of, maker, widen
 from .settings import BY_NAME, LATER, Settings, parsed
+from .sharding import shard
 from .signs import no_effect, overfits, stripes
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
@@ -128,18 +131,31 @@ class Run:
         self.settings = settings
         self.variant = with_files(settings.name, **{f.name: getattr(settings, f.name) for f in FILES})
         self.folder = user_path(settings.output_dir)
-        self.device = pick_device(settings.device)
+        self.ranks = Ranks(*rank_and_world())
+        """who works on it: all draw and validate, as a model that is spread needs; the first one writes and speaks"""
+        self.ranks.share(settings.recipe)  # its errors
+        self.device = pick_device(own_device(settings.device))
         self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
         if self.variant.takes.channels or (settings.takes and self.variant.takes):
             raise UsageError(f"{self.variant.name} sees pictures already. Next: train a plain model, with --takes")
         if settings.takes:
             self.patterns += [INPUT] if WAYS[settings.takes].widens else []
-        self.ranks, self.rates = (self._by_pattern(name, of) for name, of in (("ranks", "rank"), ("rates", "lr")))
+        self.own_ranks, self.own_rates = (
+            self._by_pattern(name, of) for name, of in (("ranks", "rank"), ("rates", "lr"))
+        )
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
         captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.triggers))
+        captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
+        if settings.shard and settings.memory:
+            raise UsageError("--shard and --memory are two ways to make room. Next: leave one of them out")
         if settings.memory and (self.device.type != "cuda" or settings.checkpointing != "blocks"):
             raise UsageError("--memory streams blocks to a card, and needs --checkpointing blocks")
+        if settings.shard and self.ranks.world == 1:
+            raise UsageError(
+                "--shard spreads the frozen base over several processes, and this is one. Next: torchrun "
+                "--nproc-per-node 2 cli.py train …, with the number of cards"
+            )
         if settings.precision == "fp16" and settings.compile:
             raise UsageError("--precision fp16 does not go with --compile")
         self.places = ExitStack()
@@ -156,10 +172,12 @@ class Run:
 
     def find(self) -> None:
         """Read the data, and choose training sizes and cuts. What is left out is told. UsageError, FileError."""
-        settings = self.settings
+        settings, hub = self.settings, self.folder / "data"
+        with self.ranks.first_alone():
+            folders = fetched(settings.folders, hub)
         with tqdm(desc="pictures", unit="picture", disable=no_bars(), leave=False) as bar:
             found: Found = read_folders(
-                settings.folders, self.resolution.size_of, self.folder / "data", settings.trigger or "",
+                folders, self.resolution.size_of, hub, settings.trigger or "",
                 settings.masks or "", settings.takes, bar.update,
             )  # fmt: skip
         for path, reason in found.skipped.items():
@@ -254,15 +272,15 @@ class Run:
         return max((every[0].size for every in self.cuts.values()), key=lambda size: size.width * size.height)
 
     def _numbers(self) -> Plan:
-        settings, variant = self.settings, self.variant
+        settings, variant, share = self.settings, self.variant, self.ranks.share(self.settings.recipe)
         precision = settings.dtype or own_format(variant, "transformer") or dtype_name(pick_dtype(None, self.device))
         size, tokens = self.largest, 1 + max((len(one.beside) for one in self.cuts), default=0)
         if settings.takes and not WAYS[settings.takes].widens:  # references are tokens like the picture's
             size = Size(size.width, size.height * tokens)
         return plan_of(
-            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch,
-            settings.accumulation, settings.checkpointing, settings.optimizer, settings.lokr, self.ranks,
-            forwards_of(settings.recipe),
+            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch // share.parts,
+            settings.accumulation // share.micros.step, settings.checkpointing, settings.optimizer, settings.lokr,
+            self.own_ranks, forwards_of(settings.recipe), self.ranks.world if settings.shard else 1,
         )  # fmt: skip
 
     def _refuse(self, plan: Plan) -> None:
@@ -276,8 +294,8 @@ class Run:
         if least > most:
             raise UsageError(
                 f"this takes about {least / 1e9:.1f} GB of {self.device}, and {most / 1e9:.1f} GB are there. Next: "
-                "--checkpointing blocks, a smaller --resolution or --batch, --dtype int8 or nf4, or --memory, with "
-                "which blocks come when they compute"
+                "--checkpointing blocks, a smaller --resolution or --batch, --dtype int8 or nf4, --memory, with "
+                "which blocks come when they compute, or torchrun and --shard, with which each card has a part of them"
             )
 
     def _disk(self, plan: Plan) -> int:
@@ -305,21 +323,20 @@ class Run:
         """Load the model; T5 only when a caption is to be encoded."""
         settings = self.settings
         self.pipeline: Pipeline = load_pipeline(
-            self.variant, self.device, settings.dtype, vae_tiling=settings.vae_tiling, t5_dtype=settings.t5_dtype,
+            self.variant, self.device, settings.dtype, settings.shard, settings.vae_tiling, t5_dtype=settings.t5_dtype,
             t5_device=settings.t5_device, memory=settings.memory or None, keep_embeddings=self.folder / "texts",
         )  # fmt: skip
         hashes = weights_hashes(self.variant)
         self.base, *_ = hashes.values()
-        disk = self.pipeline.prompts.disk
-        assert disk is not None
-        self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
-        self.pipeline.prompts.disk = None  # captions are kept in parquet
         how = f"{list(hashes.values())[1]} {dtype_name(self.pipeline.dtype)} {self.device.type} {torch.__version__}"
         self.latents = LatentCache(self.folder / "latents", how, self.cuts, settings.takes, self.device)
 
     def encode_captions(self) -> None:
         """T5 and CLIP, once. Then T5 is gone."""
-        texts = self.wanted()
+        disk, texts = self.pipeline.prompts.disk, self.wanted()
+        assert disk is not None
+        self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
+        self.pipeline.prompts.disk = None  # captions are kept in parquet
         missing = self.texts.missing(texts)
         with (
             tqdm(total=len(missing), desc="captions", unit="text", disable=no_bars() or not missing) as bar,
@@ -351,9 +368,9 @@ class Run:
             widen(model, settings.takes)
         self.adapter: Adapter = adapt(
             model, self.patterns, settings.rank, settings.alpha, draw, settings.rslora, settings.dora, settings.lokr,
-            settings.rank_schedule, self.ranks,
+            settings.rank_schedule, self.own_ranks,
         )  # fmt: skip
-        self.adapter.rates, self.pipeline.loras.also = self.rates, [self.adapter]
+        self.adapter.rates, self.pipeline.loras.also = self.own_rates, [self.adapter]
         found = {one: Cached(self, one, list(self.captions_of(one))) for one in dict.fromkeys(self.epoch)}
         sources = [found[one] for one in self.epoch]
         self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
@@ -362,7 +379,7 @@ class Run:
                 block.compile()
         done = checkpoints(self.folder / "checkpoints")
         self.rows = self._rows_before(int(done[-1].stem.rpartition("-")[2]) if done else 0)
-        stop = Stop("step")
+        stop = Stop("step", at_once=self.ranks.world == 1)
         bar = tqdm(total=settings.steps, initial=len(self.rows), desc="steps", unit="step", disable=no_bars())
         with bar, stop.listening(), stop.finishing(), self.places:
             self.place()
@@ -379,10 +396,10 @@ class Run:
             about = {"base": self.base, "dtype": self.pipeline.precision}
             train(
                 self.adapter, sources, settings.recipe, self.folder / "checkpoints", settings.save_every,
-                settings.keep, told, about, self.fetch if settings.memory else None,
+                settings.keep, told, about, self.fetch if settings.memory else None, self.ranks,
             )  # fmt: skip
         self.write_losses()
-        if stop.requested and len(self.rows) < settings.steps:
+        if len(self.rows) < settings.steps:  # some rank was asked to stop
             note(f"stopped behind step {len(self.rows)}; the same command goes on")
             raise KeyboardInterrupt
 
@@ -403,6 +420,11 @@ class Run:
         """Put the transformer where it learns: whole on the device, or block by block in a budget. MemoryShortage."""
         pipeline, settings = self.pipeline, self.settings
         pipeline.placement.release()
+        if settings.shard:
+            shard(pipeline.model, self.adapter.parameters(), self.device)
+            pipeline.components.ae.to(self.device)
+            pipeline.fallback.offload = False  # it stays so: nothing takes turns from now on
+            return
         if not settings.memory:
             pipeline.model.to(self.device)
             return
@@ -435,7 +457,7 @@ class Run:
         with self.adapter.averaged(), self.drawing():
             for i, prompt in enumerate(self.prompts):
                 path = folder / f"step-{step:07d}-{i}.png"
-                write_whole(path, png_bytes(self.picture(prompt, i)))
+                self.write(path, png_bytes(self.picture(prompt, i)))
         self.write_sheet()
         before, now = ([Image.open(path) for path in self.samples().get(at, {}).values()] for at in (0, step))
         if step and before:
@@ -443,6 +465,11 @@ class Run:
             for line in (stripes(before, now), no_effect(before, now, largest)):
                 if line:
                     note(f"step {step}: {line}")
+
+    def write(self, path: Path, data: bytes | str) -> None:
+        """Write a file whole, on the first rank."""
+        if self.ranks.is_first:
+            write_whole(path, data)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -487,16 +514,16 @@ class Run:
             (str(step), [Image.open(of[i]) for i in every]) for step, of in sorted(found.items()) if len(of) > every[-1]
         ]
         if rows:
-            write_whole(self.folder / "samples.png", png_bytes(sample_sheet(rows, self.prompts)))
+            self.write(self.folder / "samples.png", png_bytes(sample_sheet(rows, self.prompts)))
 
     def write_losses(self) -> None:
         """The losses as a table and as a picture, which needs matplotlib."""
-        write_whole(self.folder / "loss.csv", loss_csv(self.rows))
+        self.write(self.folder / "loss.csv", loss_csv(self.rows))
         losses = [row.loss or 0.0 for row in self.rows]
         rates = [self.settings.lr * factor(self.settings.recipe, i) for i in range(len(self.rows))]
         try:
             title = f"{self.variant.name}, {len(self.learned)} pictures"
-            write_whole(self.folder / "loss.png", loss_chart(losses, rates, self.validated, title))
+            self.write(self.folder / "loss.png", loss_chart(losses, rates, self.validated, title))
         except ModuleNotFoundError:
             note('no chart without matplotlib: pip install "matplotlib>=3.9"')
 
@@ -511,7 +538,7 @@ class Run:
         settings, adapter = self.settings, self.adapter
         prompts = self.prompts or [self.captions_of(self.learned[0])[captions.CAPTION]]
         with adapter.averaged():
-            path = adapter.save(self.folder)
+            path = adapter.save(self.folder) if self.ranks.is_first else self.folder / ADAPTER
             changed = adapter.changes()
             with self.drawing():
                 trained = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
@@ -519,13 +546,13 @@ class Run:
         self.pipeline.loras.also = []
         with self.drawing():
             base = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
-        write_whole(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
+        self.write(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
         try:
-            write_whole(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
+            self.write(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
         except ModuleNotFoundError:
             note('no chart of changes without matplotlib: pip install "matplotlib>=3.9"')
         there = [name for name in SHOWN if (self.folder / name).exists()]
-        write_whole(self.folder / "README.md", model_card(self.facts(prompts[0], there)))
+        self.write(self.folder / "README.md", model_card(self.facts(prompts[0], there)))
         name, most = changed[0]
         tell(f"most changed: {name}, {most:.1%} of its weight")
         if self.validated:
@@ -552,6 +579,12 @@ def run(settings: Settings, dry: bool = False) -> Path | None:
     """The whole run; returns the adapter's path, None for a dry one. What is there already is not done again."""
     set_threads(settings.threads)
     this = Run(settings)
+    with joined(this.ranks, this.device):
+        return _stages(this, dry)
+
+
+def _stages(this: Run, dry: bool) -> Path | None:
+    settings = this.settings
     record, told = this.folder / "settings.json", json.dumps(settings.given, indent=1, sort_keys=True) + "\n"
     if not dry and is_finished(this.folder, settings.steps) and _read(record) == told:
         tell(f"finished: {this.folder / ADAPTER}")
@@ -563,11 +596,12 @@ def run(settings: Settings, dry: bool = False) -> Path | None:
     check_libraries(settings)
     prepare_folder(this.folder)
     this.load()
-    this.encode_captions()
-    this.encode_pictures()
+    with this.ranks.first_alone():  # the others find the caches full
+        this.encode_captions()
+        this.encode_pictures()
     this.learn()
     path = this.finish()
-    write_whole(record, told)
+    this.write(record, told)
     tell(str(path))
     return path
 

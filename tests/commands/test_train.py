@@ -309,3 +309,29 @@ def test_the_example_is_a_file_that_is_read(small, work, capsys):
     Path("style.toml").write_text(text)
     found = read_settings("style.toml", None, {})
     assert isinstance(found, Settings) and found.schedule == "cosine" and found.sample_prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--shard", "--checkpointing=blocks", "--dtype=int8"]], ids=["whole", "spread"])
+def test_two_processes_make_the_run_of_one(small, small_root, work, more):
+    """From pictures to an adapter: the same files with the same losses, and one of them speaks."""
+    flags = [*MORE, "--batch=2", "--validate-every=2", *more]
+    assert train(*(flag for flag in flags if flag != "--shard")) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    done = subprocess.run(
+        [*torchrun, Path(__file__).parent / "trainer.py", small_root, *flags, "--output_dir=both"], text=True,
+        capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pictures: 11 to learn from") == 1 and done.stdout.splitlines()[-1] == f"both/{ADAPTER}"
+    made = [{path.relative_to(folder) for path in Path(folder).rglob("*")} for folder in ("out", "both")]
+    assert made[0] == made[1]
+    for one, other in zip(rows("out"), rows("both"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def rows(folder):
+    """The table of losses as numbers."""
+    with Path(folder, "loss.csv").open(newline="") as file:
+        return [{key: float(x) for key, x in row.items() if x} for row in csv.DictReader(file)]

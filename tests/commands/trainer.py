@@ -1,5 +1,6 @@
 """`train` in a process of its own, with a small random model in place of flux-mini."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -15,3 +16,7 @@ def main(root, flags):
     places.ROOTS = (Path(root),)
     VARIANTS["flux-mini"] = small_variant()
     return command_line.main(["train", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
