@@ -113,26 +113,36 @@ class Bench:
         model = self.model(row.dtype)
         adapter = adapt(model, PRESETS[row.targets], row.rank, row.rank)
         if compiled:
-            torch._dynamo.reset()
-            for block in (*model.double_blocks, *model.single_blocks):
-                block.compile(dynamic=False)
-        recipe = Recipe(self.args.steps, checkpointing=row.checkpointing, optimizer=row.optimizer)
-        marks, began = [], time.perf_counter()
-
-        def mark(done: Any) -> None:
-            if len(marks) == SETTLING - 1 and self.args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            self.wait()
-            marks.append(time.perf_counter())
-
+            self.compile(model)
         self.release()
         with self.placed(row) as fetch:
-            train(adapter, [self.example(row)], recipe, on_step=mark, fetch=fetch)
+            marks = self.steps(adapter, row, fetch=fetch)
         adapter.remove()
         if compiled:
             for block in (*model.double_blocks, *model.single_blocks):
                 block._compiled_call_impl = None
-        self.say(text, "compiled" if compiled else "eager", [began, *marks])
+        self.say(text, "compiled" if compiled else "eager", marks)
+
+    def compile(self, model: Any) -> None:
+        torch._dynamo.reset()
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.compile(dynamic=False)
+
+    def steps(self, adapter: Any, row: Row, accumulation: int = 1, **options: Any) -> list[float]:
+        """When they begin, and when each has ended. options: of `train`."""
+        recipe = Recipe(
+            self.args.steps, accumulation=accumulation, checkpointing=row.checkpointing, optimizer=row.optimizer
+        )
+        marks = [time.perf_counter()]
+
+        def mark(done: Any) -> None:
+            if len(marks) == SETTLING and self.args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            self.wait()
+            marks.append(time.perf_counter())
+
+        train(adapter, [self.example(row)], recipe, on_step=mark, **options)
+        return marks
 
     @contextmanager
     def placed(self, row: Row) -> Iterator[Any]:
@@ -197,6 +207,10 @@ class Bench:
         self.say(text, "diffusers and PEFT", marks)
 
     def say(self, text: str, what: str, marks: list[float]) -> None:
+        figures = self.figures(marks)
+        print(json.dumps({"benchmark": "training", "row": text, "what": what, **figures}), flush=True)
+
+    def figures(self, marks: list[float]) -> dict[str, Any]:
         seconds = [after - before for before, after in pairwise(marks)]
         step = statistics.median(seconds[SETTLING:])
         figures: dict[str, Any] = {"it_s": round(1 / step, 3), "ms": round(1000 * step, 1)}
@@ -204,7 +218,7 @@ class Bench:
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             figures["peak_gib"] = [round(size / 2**30, 2) for size in peaks]
         figures["first_s"] = round(seconds[0], 1)
-        print(json.dumps({"benchmark": "training", "row": text, "what": what, **figures}), flush=True)
+        return figures
 
     def wait(self) -> None:
         if self.args.device == "cuda":

@@ -1,6 +1,7 @@
 """Each benchmark runs in its smallest form and prints its line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,20 @@ def test_steps_of_training():
     found = lines_of("training.py", "--compile", "none", "--steps", "5", "--elsewhere", "--rows", *rows)
     assert [(one["row"], one["what"]) for one in found] == [(rows[0], "eager"), (rows[1], "eager")]
     assert all(one["it_s"] > 0 for one in found)
+
+
+def test_steps_of_training_by_two_processes():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--tiny", "--device", "cpu", "--compile", "none", "--steps", "4", "--shard", "--rows", "bf16 64x64"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, BENCHMARKS / "training_ranks.py", *flags], capture_output=True, text=True, check=True,
+        env=environment,
+    )  # fmt: skip
+    figures = json.loads(done.stdout)
+    assert figures["cards"] == 2 and figures["speedup"] > 0
+    assert figures["all"]["pictures_s"] == pytest.approx(2 * figures["all"]["it_s"], abs=1e-3)
+    assert figures["sharded"]["it_s"] > 0
 
 
 def test_a_style(tmp_path):
