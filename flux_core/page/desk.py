@@ -3,7 +3,7 @@
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import FluxError
 from ..server import pictures
 from ..server.jobs import Job, Worker
+from ..server.shelf import Shelf
 from ..terminal import note
 from ..variants import Takes
 
@@ -30,9 +31,11 @@ RECENT = 24
 class Desk:
     """The worker's visitors, by gradio's name of their session."""
 
-    def __init__(self, worker: Worker, names: Sequence[str], loras: Mapping[str, Path]) -> None:
-        """names: models that can be drawn with. loras: files by name."""
-        self.worker, self.names, self.loras = worker, tuple(names), dict(loras)
+    def __init__(self, worker: Worker, names: Sequence[str], shelf: Shelf) -> None:
+        """names: models that can be drawn with. shelf: with LoRAs, each of which gets a slider."""
+        self.worker, self.names, self.shelf = worker, tuple(names), shelf
+        self.loras = shelf.files()
+        """which have a slider: those that were there at the start"""
         self.jobs: dict[str | None, Job] = {}
         self.seeds: dict[str | None, int] = {}
         """of what a visitor drew last"""

@@ -1,7 +1,6 @@
 """The controls that all tabs share: prompt, model, fields of the request, LoRAs; what a job says; and how to end it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import FluxError, UsageError
@@ -98,9 +97,21 @@ class Panel:
                 f"the picture was drawn by {request.name}, and {', '.join(self.desk.names)} is loaded here"
             )
         values = values_of(request)
-        scales = {Path(entry.file).stem: entry.scale for entry in request.loras}
+        scales, _ = self._scales(request)
         return [request.prompt, request.name, *(values[name] for name in self.fields),
                 *(scales.get(name, 0) for name in self.desk.loras)]  # fmt: skip
+
+    def _scales(self, request: GenerationRequest) -> tuple[dict[str, float], list[str]]:
+        """The sliders' values for a recorded request's LoRAs, and what is said of those that no slider can show."""
+        scales: dict[str, float] = {}
+        left = []
+        for entry in request.loras:
+            name, narrow = self.desk.shelf.name_of(entry), entry.steps or entry.blocks or entry.partial or entry.merge
+            if name in self.desk.loras and not narrow and abs(scale := scales.get(name, 0) + entry.scale) <= SCALES:
+                scales[name] = scale
+            else:
+                left.append(f"LoRA {entry.settings()}{'' if name else ', whose file is not here'}")
+        return scales, left
 
     def request(
         self,
@@ -130,9 +141,7 @@ class Panel:
     def _beside(self, request: GenerationRequest) -> str:
         """A line on what of a recorded request the controls cannot show."""
         left = [entry.kind for entry in request.hooks]
-        left += [
-            f"LoRA {x.name}" for x in request.loras if Path(x.file).stem not in self.desk.loras or x.steps or x.blocks
-        ]
+        left += self._scales(request)[1]
         left += [label(name) for name in IDLE if getattr(request, name) is not None]
         left += [FIELDS[name].flag for name in PICTURE_FILES if getattr(request, name)]
         left += list(request.functions)

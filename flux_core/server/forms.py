@@ -24,8 +24,10 @@ LORAS = "loras"
 """names of LoRAs with their scales (`shelf.py`)"""
 IDLE = {"user", "response_format", "output_format", "size", "stream", "partial_images", OWN}
 """keys that are read here, or mean nothing to a picture"""
-MINE = {"force", "allow_empty_prompt", "dtype", "t5_dtype"}
-"""permissions of whoever runs the server, and how he loaded the model"""
+LOADED = {"dtype", "t5_dtype"}
+"""how whoever runs the server loaded the model; a record has how another did"""
+MINE = {"force", "allow_empty_prompt", *LOADED}
+"""and his permissions"""
 LONGEST = 20_000
 """characters of a prompt"""
 REACHING = {"file", "fn", "to", "path", *PICTURE_FILES}
@@ -46,11 +48,13 @@ def request_of(
         raise UsageError(f"{OWN} must be an object with a request's fields")
     if own.get("functions"):
         raise UsageError("that picture was drawn with functions, which cannot be sent")
-    fields = {key: value for key, value in own.items() if key not in DRAWN_BY}
+    fields = {key: value for key, value in own.items() if key not in DRAWN_BY | LOADED}
     for name, value in _renamed(body):
         if name in fields:
             raise UsageError(f"{name} is said twice")
         fields[name] = value
+    if any(map(_is_record, entries := _entries(fields.get("plan")))):
+        fields["plan"] = [shelf.recorded(entry) if _is_record(entry) else entry for entry in entries]
     if found := sorted(MINE & fields.keys()):
         raise UsageError(f"{found[0]} cannot be set from outside")
     if found := sorted(set(_keys(fields)) & REACHING):
@@ -128,6 +132,11 @@ def previews_of(body: Mapping[str, Any]) -> int | None:
 
 def _entries(plan: object) -> list[object]:
     return plan if isinstance(plan, list) else [plan]
+
+
+def _is_record(entry: object) -> bool:
+    """Whether an entry of a plan is a LoRA as pictures record it: found by its hash, it names nothing here."""
+    return isinstance(entry, dict) and entry.get("kind") == "lora" and entry.get("sha256") is not None
 
 
 def _keys(value: object) -> Iterator[str]:

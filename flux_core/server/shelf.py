@@ -8,7 +8,7 @@ from ..errors import FileError, UsageError
 from ..hooks import Lora
 from ..hooks.lora import Typed
 from ..hooks.plan import parse_plan
-from ..lora.known import checked
+from ..lora.known import checked, remember
 from ..params import FluxParams
 
 SUFFIX = ".safetensors"
@@ -45,6 +45,26 @@ class Shelf:
             (entry,) = parse_plan([typed | {"file": str(files[name])}])
             found.append(self._checked(entry))  # type: ignore[arg-type]
         return found
+
+    def name_of(self, record: Lora) -> str | None:
+        """The name of the file that a picture's record means: the one with its hash, whatever it is called. None: it is
+        not here. FileError."""
+        files = sorted(self.files().items(), key=lambda x: x[1].name != record.file)  # most are still called so
+        with self._hashed:
+            return next((name for name, path in files if remember(path).sha256 == record.sha256), None)
+
+    def recorded(self, entry: object) -> Lora:
+        """The entry of a plan for a LoRA as a picture records it. UsageError where its file is not here; FileError."""
+        (record,) = parse_plan([entry])
+        if not isinstance(record, Lora) or not record.portable:
+            raise UsageError("a record of a LoRA has its hash and the file's own name")
+        if (name := self.name_of(record)) is None:
+            raise UsageError(
+                f"that picture was drawn with the LoRA {record.name[:60]}, SHA-256 {str(record.sha256)[:16]}…, which "
+                "is not in the folder of LoRAs here. Next: put its file there"
+            )
+        update = {"file": str(self.files()[name]), "sha256": None, "autov3": None}
+        return self._checked(record.model_copy(update=update))
 
     def _checked(self, entry: Lora) -> Lora:
         try:

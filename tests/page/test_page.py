@@ -15,8 +15,8 @@ from visitor import Visitor
 
 from flux_core import load_pipeline
 from flux_core.errors import UsageError
-from flux_core.hooks import Scale, Skip
-from flux_core.images.metadata import read_request
+from flux_core.hooks import Lora, Scale, Skip
+from flux_core.images.metadata import png_bytes, read_request
 from flux_core.main import main
 from flux_core.page import mount
 from flux_core.page.controls import SHOWN, control
@@ -26,6 +26,7 @@ from flux_core.page.layers import blocks_plan
 from flux_core.request.fields import FIELDS
 from flux_core.server.app import make_app
 from flux_core.server.jobs import Worker
+from flux_core.server.shelf import Shelf
 from flux_core.variants import VARIANTS
 
 MINI = VARIANTS["flux-mini"]
@@ -111,8 +112,6 @@ def test_another_model_is_chosen_and_its_defaults_come_with_it(visitor, pipeline
 def test_a_dropped_picture_fills_the_controls(visitor, pipeline):
     fields = {"negative_prompt": "a pig", "true_cfg_scale": 2.0, "cfg_zero": 1, "plan": [Skip(blocks="layer.6")]}
     image = pipeline.generate("a fox", 7, **SAME, **fields)[0]
-    from flux_core.images.metadata import png_bytes
-
     visitor.set(again=visitor.picture(png_bytes(image)))
     told = visitor.last("again", "change")
     assert told["prompt"] == "a fox" and (told["seed"], told["true_cfg_scale"]) == (7, 2)
@@ -129,7 +128,7 @@ def test_a_visitor_reads_no_other_file(visitor, tmp_path, place):
     image.write_bytes(b"x")
     with pytest.raises(AssertionError):
         visitor.last("history", "select", {"value": {"image": {"path": str(image)}}, "index": 0})
-    assert Desk(place[1], [], {}).picture(str(image)) == str(place[1].folder / "secret.png")
+    assert Desk(place[1], [], Shelf(None, MINI.params)).picture(str(image)) == str(place[1].folder / "secret.png")
     visitor.set(init={"path": str(image), "meta": {"_type": "gradio.FileData"}})
     with pytest.raises(AssertionError):
         visitor.last("draw")
@@ -225,6 +224,21 @@ def test_a_lora_has_a_slider(visitor, pipeline, place):
     newest = max(place[1].folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
     (entry,) = read_request(newest).loras
     assert (entry.file, entry.scale) == ("style.safetensors", 1.5)
+
+
+def test_a_dropped_picture_sets_the_slider_of_its_lora_whatever_the_file_was_called(visitor, pipeline, tmp_path):
+    params = MINI.params
+    write(tmp_path / "renamed.safetensors", factors(params))  # the bytes of the page's `style`
+    write(tmp_path / "style.safetensors", factors(params, strength=0.3))
+    names = ("renamed", "style", "renamed")
+    plan = [Lora(file=str(tmp_path / f"{name}.safetensors"), scale=0.5) for name in names]
+    plan[2] = plan[2].model_copy(update={"steps": (0,)})
+    image = pipeline.generate("a fox", 7, plan=plan, **SAME)[0]
+    visitor.set(again=visitor.picture(png_bytes(image)))
+    told = visitor.last("again", "change")
+    slider = next(key for key, props in visitor.components.items() if props.get("label") == "style")
+    assert told[slider] == 0.5
+    assert "but for: LoRA style 0.5, whose file is not here, LoRA renamed 0.5@0" in told["said"]
 
 
 def test_a_job_ends_within_a_step_and_visitors_do_not_mix(visitor, place):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from random_lora import factors, write
 
 from flux_core.hooks import Lora
-from flux_core.images.metadata import read_request
+from flux_core.images.metadata import KEY, read_request, read_texts
+from flux_core.images.output import save_picture
 from flux_core.main import main
 from flux_core.variants import VARIANTS
 
@@ -93,6 +95,28 @@ def test_nothing_but_the_folders_names_is_a_lora(start, shelf):
         assert answer.status_code == 400 and finding in answer.text, prompt
     assert "there is none" in none.client.post("/v1/jobs", json={"prompt": "x", "loras": {"style": 1}}).text
     assert none.client.get("/sdapi/v1/loras").json() == [] and not server.worker.jobs
+
+
+def test_a_picture_with_a_lora_is_drawn_again_from_its_record(start, pipeline, shelf, tmp_path):
+    copy = tmp_path / "loras" / "renamed.safetensors"
+    copy.parent.mkdir()
+    copy.write_bytes((shelf / "style.safetensors").read_bytes())
+    plan = [Lora(file=str(shelf / "style.safetensors"), scale=0.8, blocks=("single_blocks.*",), steps=(1,))]
+    (image,) = pipeline.generate(plan=plan, **FIELDS)
+    own = json.loads(read_texts(save_picture(image, tmp_path, "alone"))[KEY])
+    ask = OpenAI(base_url=f"{start(loras=copy.parent).url}/v1", api_key="any").images
+    answer = ask.generate(prompt=own.pop("prompt"), extra_body={"flux_core": own})
+    assert np.array_equal(picture_of(answer.data[0].b64_json), image)
+    (entry,) = own["plan"]
+    for changes, finding in (
+        ({"sha256": "0" * 64}, "drawn with the LoRA style, SHA-256 0000000000000000…, which is not in the folder"),
+        ({"file": str(copy)}, "the file's own name"), ({"sha256": None}, "names something"),
+        ({"sha256": "x"}, "sha256"),
+    ):  # fmt: skip
+        answer = start(loras=copy.parent).client.post(
+            "/v1/jobs", json={"flux_core": own | {"prompt": "x", "plan": [entry | changes]}}
+        )
+        assert answer.status_code == 400 and finding in answer.text and str(tmp_path) not in answer.text, changes
 
 
 def test_a_folder_that_is_none_is_refused_before_a_model_is_loaded(tmp_path, capsys):
