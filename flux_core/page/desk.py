@@ -20,9 +20,9 @@ from ..variants import Takes
 if TYPE_CHECKING:
     from ..text import TextEncoder
 
-LOOKED = 0.03
+LOOKED = 0.05
 """seconds between two looks at a job"""
-SHOWN = 0.25
+SHOWN = 0.5
 """seconds between two steps that are shown, at least: a browser paints on the cores that draw"""
 RECENT = 24
 """pictures in the history"""

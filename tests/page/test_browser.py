@@ -214,6 +214,17 @@ def test_the_keyboard_reaches_everything_that_draws(page):
     wait(page, "done: ")
 
 
+def test_a_page_at_rest_asks_for_no_frames(page):
+    page.keyboard.type("a fox")
+    page.click("#draw")
+    wait(page, "done: ")
+    time.sleep(4)  # until gradio's own stopwatch is stopped
+    number = "() => { const one = requestAnimationFrame(() => {}); cancelAnimationFrame(one); return one }"
+    before = page.evaluate(number)
+    time.sleep(1)
+    assert page.evaluate(number) == before + 1  # frames are numbered
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
 def test_axe_finds_no_serious_fault_and_nothing_is_too_wide(open_page, width, scheme):
     page = open_page(width, 844, scheme)
