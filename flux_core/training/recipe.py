@@ -127,11 +127,11 @@ class Example(NamedTuple):
     def digest(self) -> str:
         """A hash of all its numbers."""
         found = sha256()
+        if self.mask is not None or self.weight != 1:
+            found.update(f"{self.mask is not None} {self.weight}".encode())
         told = [self.latents, self.txt, self.vec, *(x for x in (self.seen, self.mask) if x is not None)]
         for x in (*told, *(x for kind in sorted(self.others) for x in self.others[kind])):
             found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        if self.weight != 1:
-            found.update(str(self.weight).encode())
         return found.hexdigest()
 
     def draw(self, generator: torch.Generator | None) -> "Example":

@@ -81,7 +81,7 @@ def test_another_data_set_is_another_run(small, work):
     values = {"data": ["a", "b,weight=0.5,masks=masks"], "regularization": "class", "trigger": "noto"}
     changes = [{}, {"prior_weight": 2.0}, {"mask_floor": 0.5}, {"wildcards": 1}, {"data": ["a", "b,masks=masks"]},
                {"data": ["a", "b,weight=0.5"]}, {"data": ["a", "b,weight=0.5,masks=masks,trigger=zwx"]}]  # fmt: skip
-    first, found = made(stages=0, **values), []
+    first, found = made(stages=1, **values), []
     for change in changes:
         run = Run(Settings({"resolution": "32x32", "held_out": 0, **values, **change}))
         run.find()
