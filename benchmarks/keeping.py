@@ -4,7 +4,7 @@
     python benchmarks/keeping.py --formats [--steps 600] [--device cuda]
 
 Zib (`weights/zib`) is trained into flux-mini by every way of `WAYS`, the same steps, pictures and seed. Then 24
-pictures are drawn of what Zib was never seen in ("a zib to the left of a car", "three zibs"), and 24 without it. What
+pictures are drawn of what Zib was never seen in ("a zib to the left of a car", "three zibs"), and 12 without it. What
 is in them is told by the captioner of sprites (`captioning/sprites.py`), which knows Zib from two of its pictures.
 Prints a line of JSON for each way:
 
@@ -79,14 +79,16 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "schedule-free": {"optimizer": "adamw_schedulefree", "schedule": "constant"},
 }
 FORMATS = ("bfloat16", "fp8", "int8", "nf4")
-BATCHES = 2
-"""seeds of each prompt"""
+SEEDS = 2
+"""of each prompt with Zib"""
 
 
-def drawn(pipeline: Pipeline, prompts: tuple[str, ...], steps: int, guidance: float | None = None) -> list[Image.Image]:
+def drawn(
+    pipeline: Pipeline, prompts: tuple[str, ...], steps: int, guidance: float | None = None, seeds: int = 1
+) -> list[Image.Image]:
     """A picture of each prompt at each of its seeds."""
     found = []
-    for seed in range(BATCHES):
+    for seed in range(seeds):
         for i, prompt in enumerate(prompts):
             request = GenerationRequest(
                 name=pipeline.variant.name, prompt=prompt, seed=100 * seed + i, num_steps=steps, guidance=guidance
@@ -142,13 +144,13 @@ class Base:
 
     def figures(self, pipeline: Pipeline) -> tuple[dict[str, float], list[Image.Image]]:
         """How a pipeline with an adapter draws, and its pictures."""
-        new, old = drawn(pipeline, LEARNED, self.steps), drawn(pipeline, (*NEAR, *FAR), self.steps)
-        right = [is_right(said, prompt) for said, prompt in zip(self.tell(new), LEARNED * BATCHES, strict=True)]
-        same = np.array([a == b for a, b in zip(self.tell(old), self.said, strict=True)]).reshape(BATCHES, -1)
+        new, old = drawn(pipeline, LEARNED, self.steps, seeds=SEEDS), drawn(pipeline, (*NEAR, *FAR), self.steps)
+        right = [is_right(said, prompt) for said, prompt in zip(self.tell(new), LEARNED * SEEDS, strict=True)]
+        same = np.array([a == b for a, b in zip(self.tell(old), self.said, strict=True)])
         few = FAR[:4]
         spread = levels(drawn(pipeline, few, self.steps, 6.0), drawn(pipeline, few, self.steps, 1.0))
         found = {
-            "learned": np.mean(right), "kept": same.mean(), "near": same[:, : len(NEAR)].mean(),
+            "learned": np.mean(right), "kept": same.mean(), "near": same[: len(NEAR)].mean(),
             "levels": levels(old, self.kept), "contrast": spread / self.spread,
         }  # fmt: skip
         return {name: round(float(x), 3) for name, x in found.items()}, [*new[:8], *old[:6]]
