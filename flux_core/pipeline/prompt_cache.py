@@ -48,6 +48,10 @@ class PromptCache:
         found = (x[None].to(self.placement.device, self.dtype) for x in (txt, vec))
         self._kept[prompt, self.text_key()] = next(found), next(found)
 
+    def forget(self) -> None:
+        """Drop what is in memory: the encoders are others than those that it was encoded by."""
+        self._kept.clear()
+
     def _found(self, prompt: str, loras: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """From the disk, or encoded; with a LoRA that has no file of its own only the latter."""
         if self.disk is None or not all(isinstance(known, Known) for known, *_ in loras):

@@ -93,6 +93,10 @@ ADAPTER = (
     Field("targets", str, "what learns, with commas: attention (the notebook's four), blocks (all Linears of blocks), "
           "vital or vital:FILE (those of a study's vital blocks), or names as to_q", default="attention",
           metavar="NAMES"),
+    Field("train_text", str, "text encoders that learn, too: clip, t5, or clip,t5; texts are then encoded at each step",
+          default="", metavar="NAMES"),
+    Field("text_rank", int, "of their factors (default: as --rank)", minimum=1, maximum=1024),
+    Field("text_lr", float, "their learning rate (default: as --lr)", minimum=0, maximum=10),
 )  # fmt: skip
 TRAINING = (
     Field("steps", int, "optimizer steps", minimum=1, maximum=OFTEN, default=1000),

@@ -96,8 +96,13 @@ class TextEncoder(nn.Module):
     @plain_defaults()
     def forward(self, prompts: list[str]) -> Tensor:
         """[B, max_length, D] from T5, [B, D] from CLIP, in `dtype`."""
+        return self.encode(self.tokens(prompts))
+
+    @plain_defaults()
+    def encode(self, ids: Tensor) -> Tensor:
+        """`forward` of token ids, int64 [B, max_length]."""
         model = self.ready()
-        ids = self.tokens(prompts).to(next(model.parameters()).device)
+        ids = ids.to(next(model.parameters()).device)
         return getattr(model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
 
     def unread(self, prompt: str) -> tuple[str, list[str]]:

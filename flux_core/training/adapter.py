@@ -188,10 +188,19 @@ class Adapter:
         """A context in which the factors are their average, if one is kept."""
         return nullcontext() if self.average is None else self.average.averaged()
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All that learns: the transformer."""
+        return [self.model]
+
+    def encoded(self, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """The texts of a batch as the model takes them: T5's tokens [B, T, D] and CLIP's vectors [B, V]."""
+        return txt, vec
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """A context in which the model is as it was before it learned."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, AdaptedLinear)]
+        layers = [layer for one in self.networks for layer in one.modules() if isinstance(layer, AdaptedLinear)]
         for layer in layers:
             layer.is_on = False
         try:
@@ -242,6 +251,10 @@ class Adapter:
         """What is not in the tensors, under the names of PEFT's configurations."""
         return self.form.config(list(self.factors))
 
+    def configs(self) -> dict[str, Any]:
+        """The configurations of a file's networks, each under its prefix."""
+        return {f"{PREFIX}{key}": value for key, value in self.config().items()}
+
     def identity(self) -> dict[str, Any]:
         """All that it is but for its numbers; of what is left out, nothing."""
         found = self.config() | self.form.lycoris()
@@ -270,8 +283,7 @@ class Adapter:
 
         The same numbers are the same bytes: there is no date, host or path in it.
         """
-        config = {f"{PREFIX}{key}": value for key, value in self.config().items()}
-        header = {} if self.form.lokr else {ADAPTER_METADATA: json.dumps(config, sort_keys=True)}
+        header = {} if self.form.lokr else {ADAPTER_METADATA: json.dumps(self.configs(), sort_keys=True)}
         if lycoris := self.form.lycoris():
             header[LYCORIS_CONFIG] = json.dumps(lycoris, sort_keys=True)
         path = folder / f"{FILE_NAMES[0]}.safetensors"
@@ -301,9 +313,10 @@ class Adapter:
 
     def remove(self) -> None:
         """The model has its own layers again."""
-        for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, AdaptedLinear):
-                self.model.set_submodule(name, layer.base)
+        for network in self.networks:
+            for name, layer in list(network.named_modules()):
+                if isinstance(layer, AdaptedLinear):
+                    network.set_submodule(name, layer.base)
         self.model.changes = self.model.changes.next(scales=False)
 
 

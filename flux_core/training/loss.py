@@ -86,6 +86,7 @@ class Forwards:
         """The velocity for these texts, packed, fp32 [B, L, 64]."""
         latents, recipe = self.latents, self.recipe
         txt, vec = (torch.stack(part).to(self.device) for part in zip(*texts, strict=True))
+        txt, vec = (x.to(self.device) for x in self.adapter.encoded(txt, vec))
         inputs = FlowInputs(
             img_ids=image_ids(len(latents), latents.shape[2] // 2, latents.shape[3] // 2, self.device),
             txt=txt,

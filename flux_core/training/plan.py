@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..device.alive import torch_dtype, transformer_at_work
@@ -148,7 +148,7 @@ def kept_of(
     def inputs(*lengths: int) -> list[Tensor]:
         return [torch.empty(batch, n, dim, dtype=kind, device="meta", requires_grad=True) for n in lengths]
 
-    with torch.device("meta"), differentiable(small, "none"), _Attention():
+    with torch.device("meta"), differentiable(small, "none"), KeptAttention():
         vec = torch.empty(batch, dim, dtype=kind, device="meta")
         for blocks, depth, given in (
             (small.double_blocks, params.depth, inputs(image, text)),
@@ -164,7 +164,7 @@ def kept_of(
     return Kept(total, largest)
 
 
-def saved_by(compute: Callable[[], object], model: Flux) -> int:
+def saved_by(compute: Callable[[], object], model: nn.Module) -> int:
     """Bytes of tensors that autograd keeps of a computation, but for a model's own."""
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     found: dict[int, Tensor] = {}
@@ -180,7 +180,7 @@ def saved_by(compute: Callable[[], object], model: Flux) -> int:
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
 
-class _Attention(TorchFunctionMode):
+class KeptAttention(TorchFunctionMode):
     """Keeps what the kernels keep: q, k, v and the output."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

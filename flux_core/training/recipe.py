@@ -95,7 +95,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 
 
 Encoded = tuple[Tensor, Tensor]
-"""a text: T5's tokens [T, D], in the dtype that the model computes in, and CLIP's vector [V]"""
+"""a text: T5's tokens [T, D], in the dtype that the model computes in, and CLIP's vector [V]; or the token ids, int64
+[length], of an encoder that learns"""
 
 
 class Example(NamedTuple):
@@ -105,9 +106,9 @@ class Example(NamedTuple):
     latents: Tensor
     """[16, H/8, W/8], as the transformer takes them"""
     txt: Tensor
-    """[T, D], in the dtype that the model computes in"""
+    """[T, D], in the dtype that the model computes in; or T5's ids (`Encoded`)"""
     vec: Tensor
-    """[V]"""
+    """[V]; or CLIP's ids"""
     seen: Tensor | None = None
     """latents [N, 16, H/8, W/8] of what the model sees besides: a map, or references (`Recipe.takes`)"""
 

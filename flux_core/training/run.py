@@ -8,7 +8,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..images.metadata import png_bytes
 from ..lora.file import FILE_NAMES
 from ..pipeline import Condition, Pipeline, load_pipeline
 from ..pipeline.load import own_format
+from ..pipeline.placement import move
 from ..request.fields import FILES
 from ..request.generation import GenerationRequest
 from ..session.sharing import rank_and_world
@@ -55,6 +56,8 @@ from .sharding import shard
 from .signs import no_effect, overfits, stripes
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
+from .text_encoders import adapt_text, encoders_of, read_live
+from .text_plan import TextCost, cost_of, with_text
 from .texts import Text, TextCache, build, parquet_modules, texts_of
 
 ADAPTER = f"{FILE_NAMES[0]}.safetensors"
@@ -158,6 +161,10 @@ class Run:
             )
         if settings.precision == "fp16" and settings.compile:
             raise UsageError("--precision fp16 does not go with --compile")
+        self.teaches = encoders_of(settings.train_text)
+        self.live = read_live(self.teaches)
+        if self.live and settings.memory:
+            raise UsageError("--train-text keeps text encoders on the card. Next: leave --memory out, or --train-text")
         self.places = ExitStack()
         self.text = lru_cache(KEPT_IN_MEMORY)(self._text)
         self.prompts: list[str] = settings.sample_prompts or []
@@ -253,9 +260,12 @@ class Run:
             tell(f"masks: on {masked} of {len(self.epoch)} pictures of an epoch")
         for line in self.findings:
             tell(line)
-        tell(f"captions: {len(self.wanted())} texts to encode once; {self._too_long()}")
+        when = "once" if "t5" not in self.live else "at each step"
+        tell(f"captions: {len(self.wanted())} texts to encode {when}; {self._too_long()}")
         tell(f"steps: {settings.steps}, {settings.batch * settings.accumulation} pictures each: {seen:.1f} epochs")
         plan = self._numbers()
+        if self.live:
+            tell(self._text_cost.line(self.live, plan.tera))
         rates = measured(self.device)
         for line in plan.lines(self.device.type, plan.tera / rates.tera if rates else None, settings.steps):
             tell(line)
@@ -271,17 +281,32 @@ class Run:
         """Of the training sizes."""
         return max((every[0].size for every in self.cuts.values()), key=lambda size: size.width * size.height)
 
+    @property
+    def _precision(self) -> str:
+        """Of the frozen base."""
+        own = own_format(self.variant, "transformer")
+        return self.settings.dtype or own or dtype_name(pick_dtype(None, self.device))
+
+    @cached_property
+    def _text_cost(self) -> TextCost:
+        settings = self.settings
+        return cost_of(
+            self.variant, self._precision, settings.t5_dtype, self.live, self.teaches,
+            settings.text_rank or settings.rank, settings.batch, settings.accumulation,
+        )  # fmt: skip
+
     def _numbers(self) -> Plan:
         settings, variant, share = self.settings, self.variant, self.ranks.share(self.settings.recipe)
-        precision = settings.dtype or own_format(variant, "transformer") or dtype_name(pick_dtype(None, self.device))
         size, tokens = self.largest, 1 + max((len(one.beside) for one in self.cuts), default=0)
         if settings.takes and not WAYS[settings.takes].widens:  # references are tokens like the picture's
             size = Size(size.width, size.height * tokens)
-        return plan_of(
-            variant, size, precision, settings.t5_dtype, self.patterns, settings.rank, settings.batch // share.parts,
-            settings.accumulation // share.micros.step, settings.checkpointing, settings.optimizer, settings.lokr,
-            self.own_ranks, forwards_of(settings.recipe), self.ranks.world if settings.shard else 1,
+        plan = plan_of(
+            variant, size, self._precision, settings.t5_dtype, self.patterns, settings.rank,
+            settings.batch // share.parts, settings.accumulation // share.micros.step, settings.checkpointing,
+            settings.optimizer, settings.lokr, self.own_ranks, forwards_of(settings.recipe),
+            self.ranks.world if settings.shard else 1,
         )  # fmt: skip
+        return with_text(plan, self._text_cost, settings.optimizer) if self.live else plan
 
     def _refuse(self, plan: Plan) -> None:
         """UsageError where a card is too small, with what would fit."""
@@ -332,11 +357,14 @@ class Run:
         self.latents = LatentCache(self.folder / "latents", how, self.cuts, settings.takes, self.device)
 
     def encode_captions(self) -> None:
-        """T5 and CLIP, once. Then T5 is gone."""
+        """T5 and CLIP, once. Then T5 is gone. Where T5 learns, nothing is encoded here."""
         disk, texts = self.pipeline.prompts.disk, self.wanted()
         assert disk is not None
         self.texts = TextCache(self.folder / "texts", json.dumps(disk.facts(), sort_keys=True))
         self.pipeline.prompts.disk = None  # captions are kept in parquet
+        self.said = {(text.sha256, text.kind): text.caption for text in texts}
+        if "t5" in self.live:
+            return
         missing = self.texts.missing(texts)
         with (
             tqdm(total=len(missing), desc="captions", unit="text", disable=no_bars() or not missing) as bar,
@@ -356,7 +384,12 @@ class Run:
         maker.cache_clear()
 
     def _text(self, sha256: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.texts.get(sha256, kind)
+        """A text as examples have it: encoded, or the token ids of encoders that read at each step."""
+        if not self.live:
+            return self.texts.get(sha256, kind)
+        text = self.said[(sha256, kind) if (sha256, kind) in self.said else ("", kind)]
+        clip, t5 = self.pipeline.clip.tokens([text])[0], self.pipeline.t5
+        return t5.tokens([text])[0] if "t5" in self.live else self.texts.get(sha256, kind)[0], clip
 
     # Steps -------------------------------------------------------------------------------------------------
 
@@ -371,6 +404,10 @@ class Run:
             settings.rank_schedule, self.own_ranks,
         )  # fmt: skip
         self.adapter.rates, self.pipeline.loras.also = self.own_rates, [self.adapter]
+        if self.live:
+            encoders = {name: getattr(self.pipeline, name) for name in self.live}
+            rank = settings.text_rank or settings.rank
+            self.adapter = adapt_text(self.adapter, encoders, self.teaches, rank, settings.text_lr, draw)
         found = {one: Cached(self, one, list(self.captions_of(one))) for one in dict.fromkeys(self.epoch)}
         sources = [found[one] for one in self.epoch]
         self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
@@ -427,6 +464,8 @@ class Run:
             return
         if not settings.memory:
             pipeline.model.to(self.device)
+            for name in self.live:
+                move(getattr(pipeline, name), self.device)
             return
         plan, budget = self._numbers(), bytes_for(settings.memory, None, self.device)
         at_work = plan.kept + plan.at_work + plan.learning
@@ -477,9 +516,20 @@ class Run:
         self.places.close()
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
         with eager, torch.no_grad():
+            if self.live:
+                self.read_prompts()
             yield
         if self.pipeline.fallback.offload or self.settings.memory:
             self.place()
+
+    def read_prompts(self) -> None:
+        """Encode the samples' prompts by the encoders as they are now."""
+        prompts = self.pipeline.prompts
+        prompts.forget()
+        for i, prompt in enumerate(self.prompts):
+            txt, vec = (x[None] for x in self.text("", f"{SAMPLE}-{i}"))
+            txt, vec = self.adapter.encoded(txt, vec)
+            prompts.remember(prompt, txt[0], vec[0])
 
     def picture(self, prompt: str, number: int = 0) -> Image.Image:
         """A sample of a prompt; always of the same seed. number: of the prompt, by which it sees a held-out picture's

@@ -82,6 +82,8 @@ class Settings:
                                    ("huber_c", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
                                    ("huber_schedule", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
                                    ("preserve_weight", "--preserve", self.preserve),
+                                   ("text_rank", "--train-text", self.train_text),
+                                   ("text_lr", "--train-text", self.train_text),
                                    ("class_word", "--preserve differential", self.preserve == "differential"),
                                    ("keep_separator", "--shuffles", self.shuffles),
                                    ("prior_weight", "--regularization", self.regularization),

@@ -1,0 +1,102 @@
+"""What text encoders that learn add to a run's plan: they stay on the card, and read every text again at each step."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..checkpoint.files import embedded_folder, encoder_config
+from ..device.alive import torch_dtype
+from ..device.memory import gb, shares
+from ..text.encoders import CLIP_TOKENS
+from ..variants import Variant
+from .plan import STATES, KeptAttention, Plan, saved_by
+from .text_encoders import beside
+
+WORDS = {"clip": "CLIP", "t5": "T5"}
+
+
+class TextCost(NamedTuple):
+    """Of text encoders at each step; bytes, and 10^12 floating point operations."""
+
+    weights: int
+    """of the encoders that read"""
+    kept: int
+    """for gradients"""
+    tera: float
+    numbers: int
+    """that learn"""
+
+    def line(self, live: Sequence[str], tera: float) -> str:
+        """For people. live: the encoders; tera: of a whole step."""
+        readers = " and ".join(WORDS[name] for name in live)
+        return (
+            f"texts are read at each step, by {readers}: weights {gb(self.weights)} and kept for gradients "
+            f"{gb(self.kept)} of the memory, {self.tera / tera:.1%} of a step's operations"
+        )
+
+
+def cost_of(
+    variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[str], learns: Sequence[str], rank: int,
+    batch: int, accumulation: int,
+) -> TextCost:  # fmt: skip
+    """The cost of a step. dtype, batch, accumulation: as in `plan_of`; live: encoders that read ids."""
+    found, kind = TextCost(_weights(variant, dtype, t5_dtype, live), 0, 0.0, 0), torch_dtype(dtype)
+    for name in live:
+        length = CLIP_TOKENS if name == "clip" else variant.max_text
+        size = variant.clip_size if name == "clip" else variant.t5_size
+        passes = 2 if name in learns else 1  # a backward to the inputs costs what a forward does
+        found = found._replace(tera=found.tera + passes * 2 * size.of_linears * length * batch * accumulation / 1e12)
+        if name in learns:
+            kept, numbers = _learned(variant, name, kind, rank, length, batch)
+            found = found._replace(kept=found.kept + kept, numbers=found.numbers + numbers)
+    return found
+
+
+def _weights(variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[str]) -> int:
+    text, _, _ = shares(variant, dtype, t5_dtype)
+    return text.weights if "t5" in live else torch_dtype(dtype).itemsize * variant.clip_size.all
+
+
+def _learned(variant: Variant, name: str, kind: torch.dtype, rank: int, length: int, batch: int) -> tuple[int, int]:
+    """Bytes that a forward of an encoder keeps, and numbers that learn: of one layer and of two, counted on the meta
+    device, and what the second adds for each other layer."""
+    key = "num_hidden_layers" if name == "clip" else "num_layers"
+    config = _config(variant, name)
+    counted = []
+    for layers in (1, 2):
+        with torch.device("meta"), KeptAttention(), torch.enable_grad():
+            model = _model(name, config | {key: layers}).to(kind).eval().requires_grad_(False)
+            factors = beside(model, name, rank, 1.0)
+            ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+            kept = saved_by(partial(model, input_ids=ids, attention_mask=None), model)
+        counted.append((kept, sum(x.numel() for one in factors.values() for x in one.parameters())))
+    (one, first), (two, second) = counted
+    others = config[key] - 1
+    return one + others * (two - one), first + others * (second - first)
+
+
+def _config(variant: Variant, name: str) -> dict[str, Any]:
+    own = variant.clip_config if name == "clip" else variant.t5_config
+    return dict(own) or encoder_config(variant, name, embedded_folder(variant))  # type: ignore[arg-type]
+
+
+def _model(name: str, config: dict[str, Any]) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    if name == "clip":
+        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    return T5EncoderModel(T5Config.from_dict(config))
+
+
+def with_text(plan: Plan, cost: TextCost, optimizer: str) -> Plan:
+    """A plan of steps in which text encoders learn, too."""
+    return plan._replace(
+        weights=plan.weights + cost.weights,
+        kept=plan.kept + cost.kept,
+        tera=plan.tera + cost.tera,
+        numbers=plan.numbers + cost.numbers,
+        learning=plan.learning + STATES[optimizer] * cost.numbers,
+    )

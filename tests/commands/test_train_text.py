@@ -1,0 +1,56 @@
+"""`train --train-text`: texts that are encoded at each step, from flags to a file that `--lora` reads."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from test_train import ADAPTER, FEW, digest, losses, pictures, train
+
+from flux_core import load_pipeline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = [*FEW, "--train-text=clip,t5", "--text-rank=3", "--text-lr=0.02", "--trigger=noto", "--caption-dropout=0.3",
+        "--sample-prompts", "a red apple", "--sample-steps=1", "--sample-every=2", "--ema=0.5"]  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    pictures(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_samples_are_what_the_file_draws(small, work, capsys):
+    assert train(*TEXT) == 0
+    said = capsys.readouterr().out
+    assert "captions: 15 texts to encode at each step" in said and "texts are read at each step, by CLIP and T5" in said
+    assert not list((work / "out/texts").glob("*.parquet"))
+    assert sum("text_encoder_2." in key for key in load_file(work / "out" / ADAPTER)) == 2 * 4 * len(
+        load_pipeline("flux-mini").t5.model.encoder.block
+    )
+    pipeline = load_pipeline("flux-mini")
+    with pipeline.load_lora("out"):
+        drawn = pipeline.generate("a red apple", 1, width=32, height=32, num_steps=1, force=True)[0]
+    with Image.open(work / "out/samples/step-0000004-0.png") as sample:
+        assert np.abs(np.asarray(sample, np.int16) - np.asarray(drawn, np.int16)).max() <= 1
+
+
+@pytest.mark.slow
+def test_clip_alone_takes_t5s_tokens_from_the_cache_and_equal_runs_are_equal(small, work, capsys):
+    clip = [x for x in TEXT if "train-text" not in x] + ["--train-text=clip"]
+    assert train(*clip) == train(*clip, "--output_dir=other") == 0
+    assert digest(work / "out" / ADAPTER) == digest(work / "other" / ADAPTER)
+    assert losses(work / "out") == losses(work / "other")
+    assert {key.partition(".")[0] for key in load_file(work / "out" / ADAPTER)} == {"transformer", "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--text-rank=3"], "--text-rank goes with --train-text"),
+        (["--train-text=clip_l"], "--train-text is clip or t5, or both with a comma between them, not 'clip_l'"),
+    ],
+)
+def test_what_does_not_go_together(small, work, capsys, flags, text):
+    assert train(*FEW, *flags) == 2
+    assert text in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""Text encoders that learn with a transformer: flux-mini's own, in front of a small one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from golden_files import distance
+from safetensors.torch import load_file
+from small import PARAMS
+
+from flux_core.errors import UsageError
+from flux_core.lora import attach
+from flux_core.model import Flux
+from flux_core.text import load_text_encoders
+from flux_core.training import Example, Recipe, adapt, train
+from flux_core.training.loop import identity, loss_of
+from flux_core.training.text_encoders import NAMES, adapt_text, encoders_of, read_live
+from flux_core.training.text_plan import cost_of
+from flux_core.variants import VARIANTS
+
+MINI = VARIANTS["flux-mini"]
+RECIPE = Recipe(steps=4, lr=1e-2, batch=2, seed=5, ema=0.5)
+TEXTS = ("a red apple", "two green pigs")
+WAYS = [["clip"], ["t5"], ["clip", "t5"]]
+
+
+def encoders():
+    t5, clip = load_text_encoders(MINI, dtype=torch.float32)
+    return {"clip": clip, "t5": t5}
+
+
+def transformer():
+    draw = torch.Generator().manual_seed(0)
+    model = Flux(replace(PARAMS, vec_in_dim=128, context_in_dim=256))
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(0.2 * torch.randn(x.shape, generator=draw))
+    return model
+
+
+def adapter_of(learns, rate=None, rank=3, **how):
+    draw, every = torch.Generator().manual_seed(1), encoders()
+    own = adapt(transformer(), ["to_q"], 2, 2, draw, **how)
+    return adapt_text(own, {name: every[name] for name in read_live(learns)}, learns, rank, rate, draw)
+
+
+def examples(live):
+    """Two pictures, whose texts are ids for encoders that read, and encoded for the others."""
+    draw, found = torch.Generator().manual_seed(2), []
+    every = encoders()
+    for i, text in enumerate(TEXTS):
+        read = [every[key].tokens([text]) if key in live else every[key]([text]) for key in ("t5", "clip")]
+        found.append(Example(f"{i}.png", torch.randn(16, 4, 6, generator=draw), *(x[0].detach() for x in read)))
+    return found
+
+
+@torch.no_grad()
+def embedded(every):
+    """What the encoders make of a text that was not trained on."""
+    return {name: encoder(["a photo of a red pig"]) for name, encoder in every.items()}
+
+
+@pytest.mark.parametrize("learns", WAYS)
+def test_before_the_first_step_a_step_is_that_of_texts_encoded_once(learns):
+    adapter, plain = adapter_of(learns), adapt(transformer(), ["to_q"], 2, 2, torch.Generator().manual_seed(1))
+    losses = [
+        loss_of(one, some, RECIPE, 0) for one, some in ((adapter, examples(adapter.encoders)), (plain, examples([])))
+    ]
+    assert distance(*(x.detach() for x in losses)) <= 1e-6  # of a batch, and one by one
+    before = embedded(encoders())
+    assert all(torch.equal(x, before[name]) for name, x in embedded(adapter.encoders).items())
+
+
+@pytest.mark.parametrize("learns", WAYS)
+def test_the_file_gives_the_embeddings_that_training_saw(learns, tmp_path):
+    adapter, every = adapter_of(learns), encoders()
+    plain = embedded(every)
+    train(adapter, examples(adapter.encoders), RECIPE)
+    with adapter.averaged():
+        path, learned = adapter.save(tmp_path), embedded(adapter.encoders)
+    assert {name for name, x in learned.items() if not torch.equal(x, plain[name])} == set(learns)
+    assert {key.partition(".")[0] for key in load_file(path)} == {"transformer", *(NAMES[x].prefix for x in learns)}
+    with adapter.off():
+        assert all(torch.equal(x, plain[name]) for name, x in embedded(adapter.encoders).items())
+    attach(transformer(), path, text={name: encoder.model for name, encoder in every.items()})
+    assert all(distance(embedded(every)[name], x) <= 1e-6 for name, x in learned.items())
+    other = adapter_of(learns)
+    other.load(load_file(path))
+    with adapter.averaged():
+        assert all(torch.equal(x, other.named_parameters()[name]) for name, x in adapter.named_parameters().items())
+    adapter.remove()
+    assert all(torch.equal(x, plain[name]) for name, x in embedded(adapter.encoders).items())
+
+
+def test_a_gradient_reaches_every_factor_and_is_the_difference_quotient():
+    adapter = adapter_of(["clip", "t5"])
+    some, text = examples(adapter.encoders), {x: p for x, p in adapter.named_parameters().items() if "text" in x}
+    loss_of(adapter, some, RECIPE, 0).backward()
+    assert all(p.grad.abs().max() > 0 for name, p in text.items() if name.endswith(".up"))
+    assert len(text) == 2 * 4 * (2 + 3)
+    for prefix in ("text_encoder.", "text_encoder_2."):
+        name = max((x for x in text if x.startswith(prefix)), key=lambda x: text[x].grad.norm())
+        x, way = text[name], text[name].grad / text[name].grad.norm()
+        with torch.no_grad():
+            ends = []
+            for step in (1e-2, -2e-2):
+                x += step * way
+                ends.append(loss_of(adapter, some, RECIPE, 0))
+            x += 1e-2 * way
+        assert float((ends[0] - ends[1]) / 2e-2) == pytest.approx(float(x.grad.norm()), rel=2e-2)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit_with_a_rate_of_its_own(tmp_path):
+    some, states = examples(["clip", "t5"]), []
+    for folder, stops in (("whole", ()), ("parts", (1, 3))):
+        for stop in (*stops, RECIPE.steps):
+            adapter = adapter_of(["clip", "t5"], 3e-3)
+            train(adapter, some, RECIPE, tmp_path / folder, on_step=lambda done, stop=stop: done.step == stop)
+        states.append(adapter.state())
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    with pytest.raises(UsageError, match="was trained with text"):
+        train(adapter_of(["clip"], 3e-3), examples(["clip"]), RECIPE, tmp_path / "whole")
+
+
+def test_text_lr_is_the_step_of_the_text_encoders():
+    """Adam's first step is the rate, whatever the gradient."""
+    adapter = adapter_of(["clip", "t5"], 3e-3)
+    train(adapter, examples(adapter.encoders), replace(RECIPE, steps=1, ema=0.0, max_grad_norm=1e9))
+    for name, x in adapter.named_parameters().items():
+        if name.endswith(".up"):
+            assert float(x.detach().abs().max()) == pytest.approx(3e-3 if name.startswith("text") else 1e-2, rel=1e-2), name
+    plain = adapt(transformer(), ["to_q"], 2, 2)
+    assert plain.factors_of_rate(1e-2) == {} and "text" not in identity(RECIPE, [], plain)
+
+
+@torch.no_grad()
+def test_diffusers_reads_clips_factors(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    adapter = adapter_of(["clip", "t5"], rslora=True)
+    for x in adapter.parameters():
+        x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
+    path, learned, clip = adapter.save(tmp_path), embedded(adapter.encoders)["clip"], encoders()["clip"]
+    adapter.remove()
+    state, metadata = diffusers.FluxPipeline.lora_state_dict(path, return_lora_metadata=True)
+    diffusers.FluxPipeline.load_lora_into_text_encoder(state, None, clip.model, "text_encoder", metadata=metadata)
+    assert distance(embedded({"clip": clip})["clip"], learned) <= 1e-6
+
+
+def test_names_of_encoders():
+    assert encoders_of(" t5, clip ") == ["clip", "t5"] and encoders_of("") == []
+    assert [read_live(x) for x in ([], *WAYS)] == [[], ["clip"], ["clip", "t5"], ["clip", "t5"]]
+    with pytest.raises(UsageError, match="--train-text is clip or t5, or both with a comma between them, not 'clipl'"):
+        encoders_of("t5,clipl")
+
+
+def test_the_plan_counts_what_learns_and_what_is_kept():
+    adapter = adapter_of(["clip", "t5"], rank=5)
+    cost = cost_of(MINI, "float32", None, ["clip", "t5"], ["clip", "t5"], 5, 2, 1)
+    assert cost.numbers == sum(x.numel() for name, x in adapter.named_parameters().items() if "text" in name)
+    assert cost.weights == sum(x.nbytes for encoder in encoders().values() for x in encoder.parameters())
+    some, kept = examples(adapter.encoders), {}
+
+    def pack(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    own = {x.untyped_storage()._cdata for e in adapter.encoders.values() for x in e.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = adapter.encoded(torch.stack([x.txt for x in some]), torch.stack([x.vec for x in some]))
+    seen = sum(x.nbytes() for key, x in kept.items() if key not in own)
+    assert len(found) == 2 and cost.kept == pytest.approx(seen, rel=0.05)
