@@ -227,7 +227,8 @@ class Work:
                 Drawn(dtype=pipeline.precision, t5_dtype=pipeline.t5_precision, weights=pipeline.weights)
             )
             if self.rank == 0:
-                for line in (line for prompt in exploration.prompts for line in pipeline.text_notes(prompt)):
+                loras = exploration.request_of(next(iter(exploration.places))).loras
+                for line in (line for prompt in exploration.prompts for line in pipeline.text_notes(prompt, loras)):
                     note(line)
                 maps = () if self.session.there() else pipeline.denoiser.maps.pictures(first, self.given)
                 for name, map in maps:

@@ -275,8 +275,8 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
     others = len({item.settings() for item in requests}) - 1
     more = f" (and {others} other settings)" if others else ""
     tell(f"{request.settings()}{more}{several}, seed {shown}, {request.dtype} on {pipeline.device}")
-    texts = dict.fromkeys(chain(*(item.texts for item in requests)))
-    dropped = chain(*(pipeline.text_notes(text) for text in texts))
+    texts = dict.fromkeys((text, item.loras) for item in requests for text in item.texts)
+    dropped = chain(*(pipeline.text_notes(text, loras) for text, loras in texts))
     for line in dict.fromkeys([*notes, *dropped]):
         note(line)
 

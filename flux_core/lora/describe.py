@@ -10,7 +10,7 @@ from ..checkpoint.source import Source, find_source
 from ..errors import FileError
 from ..variants import DEFAULT, VARIANTS, Variant, originals
 from .dialects import TEXT, other_algebra, other_model
-from .file import LoraFile, Misfit, check_shapes, find_lora, read_names, widened_input
+from .file import LoraFile, Misfit, check_shapes, check_tokens, find_lora, read_names, widened_input
 
 MOST = 200
 """characters of a header's value that are printed"""
@@ -25,9 +25,11 @@ def best_fit(path: str | Path) -> tuple[LoraFile, list[Variant], str]:
     others: list[tuple[int, LoraFile, str]] = []
     for variant in originals():
         lora = read_names(path, variant.params)
-        count = len(lora.of("transformer")) + len(lora.norms)
+        count = len(lora.named_tokens) if lora.is_tokens else len(lora.of("transformer")) + len(lora.norms)
         try:
             check_shapes(lora, variant.params)
+            if lora.is_tokens:
+                check_tokens(lora, variant.params)
             fits.append((count, lora, variant))
         except Misfit as error:
             finding = str(error).partition(" Next:")[0].replace("the model has", f"{variant.name} has")
@@ -62,6 +64,8 @@ def describe(path: str | Path) -> list[str]:
 def _lines(path: str | Path, lora: LoraFile) -> list[str]:
     from .handle import summary  # and with it torch
 
+    if lora.is_tokens:
+        return [f"{path}: vectors of trained tokens", summary(lora), _tensors(lora.source)]
     linears = {x.target.module for x in lora.of("transformer") if not x.target.module.endswith(".scale")}
     counts = [f"transformer {len(linears)} of {lora.total} Linears"]
     counts += [f"{len(lora.norms)} norms"] if lora.norms else []
@@ -80,7 +84,7 @@ def _lines(path: str | Path, lora: LoraFile) -> list[str]:
     if (width := widened_input(lora, params)) > params.in_channels:
         lines.append(f"for a control model: img_in takes {width} features")
     lines += [f"words: {lora.words[:MOST]}"] if lora.words else []
-    lines += [listing("trained tokens, which are not used", list(lora.tokens))] if lora.tokens else []
+    lines += [listing("trained tokens, which are not used", lora.unused_tokens)] if lora.unused_tokens else []
     lines += [listing("modules that name nothing in the model", list(lora.unmatched))] if lora.unmatched else []
     return lines
 

@@ -49,7 +49,7 @@ PREFIXES: tuple[tuple[str, Network, str], ...] = (
 _GOES_ON = ("text_model.", "encoder.block.")
 
 TOKENS = ("bundle_emb.", "emb_params", "clip_l_emb", "t5_emb")
-"""what keys of trained tokens begin with; prompts cannot name these tokens yet"""
+"""what keys of trained tokens begin with; prompts can name those of `tokens.py`"""
 
 FAMILIES: tuple[tuple[str, str], ...] = (
     (r"double_stream_modulation|single_stream_modulation|context_refiner", "FLUX.2"),

@@ -38,6 +38,7 @@ from .dialects import (
     split_key,
 )
 from .ranks import RankSchedule
+from .tokens import KEYS, are_tokens, tokens_of
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """a header's key under which diffusers keeps PEFT's configuration"""
@@ -45,7 +46,7 @@ WHOLE_ALPHAS = tuple(f".alpha is {kind}" for kind in ("I8", "U8", "I16", "I32", 
 """the numbers in files that may be whole, as the error would name them"""
 BIASES = ("diff_b", "up_bias")
 """roles of differences to a bias"""
-FILE_NAMES = ("pytorch_lora_weights", "adapter_model", "lora")
+FILE_NAMES = ("pytorch_lora_weights", "adapter_model", "lora", "learned_embeds")
 """names of the file to use in a folder of several, the first that is there"""
 
 
@@ -114,7 +115,7 @@ class LoraFile:
     unmatched: tuple[str, ...] = ()
     """modules that name nothing in the model"""
     tokens: tuple[str, ...] = ()
-    """trained tokens, which are not used"""
+    """the tensors of trained tokens"""
     total: int = 0
     """trained Linears that a transformer of this size has"""
     notes: tuple[str, ...] = field(default=())
@@ -140,6 +141,22 @@ class LoraFile:
         schedule = self.schedule
         ranks = {module.rank for module in self.modules if module.schedule is not None and module.rank}
         return {} if schedule is None else {rank: schedule.active(rank, sigma) for rank in sorted(ranks)}
+
+    @cached_property
+    def named_tokens(self) -> Mapping[str, Mapping[Network, str]]:
+        """Trained tokens that prompts can name: the word -> its vectors' tensor for an encoder."""
+        return tokens_of(self.source.shapes, self.header.metadata, self.header.path.stem)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether there are vectors of trained tokens, and nothing else."""
+        return bool(self.named_tokens) and not self.modules and not self.norms
+
+    @property
+    def unused_tokens(self) -> list[str]:
+        """Tensors of trained tokens that nothing here uses."""
+        used = {name for of in self.named_tokens.values() for name in of.values()}
+        return [name for name in self.tokens if name not in used and name not in KEYS]
 
     @cached_property
     def dialect(self) -> str:
@@ -207,10 +224,10 @@ def read_names(path: str | Path, params: FluxParams) -> LoraFile:
     source = find_source(file)
     keys = {name: split_key(name) for name in source.shapes}
     _refuse_others(file, source)
-    if not any(key.role for key in keys.values()):
+    tokens = tuple(keys) if are_tokens(keys) else tuple(name for name in keys if name.startswith(TOKENS))
+    if not tokens and not any(key.role for key in keys.values()):
         _refuse_model(file, source)
     _check_dtypes(file, source)
-    tokens = tuple(name for name in keys if name.startswith(TOKENS))
     table = Table(params)
     norms, rest = _norms(file, {name: key for name, key in keys.items() if name not in tokens}, table)
     configs = _peft_configs(file, source.headers[0].metadata)
@@ -279,7 +296,7 @@ def check_matched(lora: LoraFile, allow_partial: bool, flag: str = "--lora-allow
     flag: the one that allows the latter, for the error.
     """
     path = lora.path
-    if not lora.of("transformer") and not lora.norms:
+    if not lora.of("transformer") and not lora.norms and not lora.named_tokens:
         text = lora.of("clip") + lora.of("t5")
         if lora.unmatched:
             found = f"none of its {len(lora.unmatched)} modules is in the transformer: {_first(lora.unmatched)}"
@@ -446,6 +463,18 @@ def check_control(lora: LoraFile, params: FluxParams) -> None:
             f"{lora.path} is no control LoRA: with it the model takes no features of a control picture. Next: give one "
             "that does, or take this one with --lora"
         )
+
+
+def check_tokens(lora: LoraFile, params: FluxParams) -> None:
+    """FileError where vectors of trained tokens have not the widths of the text encoders of a model of these sizes."""
+    widths: dict[Network, int] = {"clip": params.vec_in_dim, "t5": params.context_in_dim}
+    for word, of in lora.named_tokens.items():
+        for network, name in of.items():
+            if (shape := lora.source.shapes[name])[-1:] != (widths[network],):
+                raise Misfit(
+                    f"{lora.path}: {name}, of the token {word}, has the shape {list(shape)}, and the text encoder "
+                    f"vectors of {widths[network]} numbers. Next: give a file for this model."
+                )
 
 
 def _matrix(shape: Shape) -> Shape:

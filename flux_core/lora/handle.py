@@ -29,7 +29,7 @@ from .delta import Delta
 from .dialects import TEXT, Network
 from .file import LoraFile, Module, check_drawable, check_matched, read_lora, resolve_text, widened_input
 from .merged import MergedLayer, Written, check_mergeable
-from .tensors import NUMBERS, alphas_of, read_factors
+from .tensors import NUMBERS, alphas_of, read_factors, read_tokens
 
 Scales = float | Mapping[str, float]
 """a scale for all layers, or for each by name"""
@@ -50,6 +50,8 @@ class Handle:
         """what layers know it by. A model that is dropped is freed at once: nothing here holds it, or is held by it"""
         self.places = _no_places(networks)
         """layers with a branch of this file, or with it in their weights, by network and name"""
+        self.tokens: Mapping[Network, Mapping[str, Tensor]] = {}
+        """trained tokens: words' vectors [n, D], on the CPU, for each encoder; prompts of a pipeline name them"""
         self.alphas: Mapping[str, float] = {}
         """of its modules, where the file has them"""
         self._scale = 1.0
@@ -179,7 +181,7 @@ class Handle:
         found.owner = deepcopy(self.owner, memo)
         for name in copied:
             found.places[name].update((x, deepcopy(layer, memo)) for x, layer in self.places[name].items())
-        found.alphas, found._scale = self.alphas, self._scale
+        found.tokens, found.alphas, found._scale = self.tokens, self.alphas, self._scale
         found._written, found._ranks, found._is_whole = self._written, self._ranks, self._is_whole
         return found
 
@@ -208,6 +210,8 @@ def summary(file: LoraFile, networks: Networks | None = None, alphas: Mapping[st
 
     networks: those that it is attached to; without, its modules are not called left out. alphas: of its modules.
     """
+    if file.is_tokens:
+        return one_line(f"{file.name}: {_tokens(file)}")
     matched, all_modules = len(file.of("transformer")) + len(file.norms), len(file.unmatched)
     parts = [
         f"{file.name}: {file.dialect}",
@@ -221,13 +225,24 @@ def summary(file: LoraFile, networks: Networks | None = None, alphas: Mapping[st
             parts.append(f"{count} of {name}{' left out: no text encoder is loaded' if left_out else ''}")
     if file.schedule is not None:
         parts.append(f"T-LoRA from rank {file.schedule.least}, curve {file.schedule.curve:g}")
-    if file.tokens:
-        parts.append(f"{len(file.tokens)} trained tokens not used")
+    if file.named_tokens:
+        parts.append(_tokens(file))
+    if file.unused_tokens:
+        parts.append(f"{len(file.unused_tokens)} trained tokens not used")
     if file.unmatched:
         parts.append(f"without {', '.join(file.unmatched[:5])}{', …' if len(file.unmatched) > 5 else ''}")
     if file.words:
         parts.append(f"words: {file.words[:200]}")
     return one_line(", ".join(parts))
+
+
+def _tokens(file: LoraFile) -> str:
+    """Trained tokens, and of how many vectors they are."""
+    counts = [
+        max(math.prod(file.source.shapes[name][:-1]) for name in of.values()) for of in file.named_tokens.values()
+    ]
+    listed = ", ".join(f"{word} ({count})" for word, count in zip(file.named_tokens, counts, strict=True))
+    return f"trained tokens of prompts: {listed}"
 
 
 def _alpha(file: LoraFile, alphas: Mapping[str, float]) -> str:
@@ -282,6 +297,7 @@ def attach_file(
     else:
         _check_input(file, networks["transformer"])
     handle, found = Handle(file, networks, merge), _read(file, networks)
+    handle.tokens = read_tokens(file)
     try:
         _add(handle, found)
         handle.scale = scale

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.tensors import opened
 from ..errors import FileError, NonFiniteError
+from .dialects import TEXT, Network
 from .file import LoraFile
 
 NUMBERS = ("alpha", "reshape_weight")
@@ -43,6 +44,17 @@ def read_factors(file: LoraFile, names: Iterable[str], device: torch.device) -> 
         sound = torch.stack(torch._foreach_norm(list(found.values()), ord=math.inf, dtype=torch.float32)).isfinite()
         if not sound.all():
             raise NonFiniteError(_not_finite(file, order[int(sound.int().argmin())]))
+    return found
+
+
+def read_tokens(file: LoraFile) -> dict[Network, dict[str, Tensor]]:
+    """The vectors of trained tokens [n, D], by encoder and word. NonFiniteError."""
+    names = [name for of in file.named_tokens.values() for name in of.values()]
+    read = read_factors(file, names, torch.device("cpu")) if names else {}
+    found = {network: dict[str, Tensor]() for network in TEXT}
+    for word, of in file.named_tokens.items():
+        for network, name in of.items():
+            found[network][word] = read[name].reshape(-1, read[name].shape[-1])
     return found
 
 

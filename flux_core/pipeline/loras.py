@@ -14,16 +14,19 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..errors import UsageError
 from ..hooks import Lora
 from ..hooks.sites import match_blocks, split
 from ..lora import Handle, attach_file, attached, read_lora
-from ..lora.file import check_control, check_drawable
+from ..lora.dialects import Network
+from ..lora.file import check_control, check_drawable, check_tokens
 from ..lora.handle import Networks, Scales, checked_scale, own_params
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
+from ..lora.tensors import read_tokens
 from ..model import Adapt
 from ..strength import step_of
 from ..terminal import note
-from ..text import TextEncoder
+from ..text import TextEncoder, TrainedWords
 from .components import Components
 
 
@@ -35,6 +38,8 @@ class Loras:
         self._known: WeakKeyDictionary[Handle, Known] = WeakKeyDictionary()
         self._asked: dict[tuple[str, bool, bool], Handle] = {}
         """files that the last request asked for, by hash and way"""
+        self._naming: list[Handle] = []
+        """files whose trained tokens the text encoders know"""
         self._of_model: Handle | None = None
         """a LoRA that makes the transformer another model, as a row of `variants` says"""
         self.also: list[Adapt] = []
@@ -66,6 +71,7 @@ class Loras:
         params = own_params(self.components.flux)
         file = read_lora(path, params)
         (check_control if control else check_drawable)(file, params)
+        check_tokens(file, params)
         known = remember(path)  # before anything is attached: it may not be readable
         if file.of("t5") and isinstance(self.components.t5, TextEncoder):
             self.components.t5.ready()
@@ -131,8 +137,29 @@ class Loras:
         return tuple(
             (self._known.get(handle, handle), handle.is_merged, handle.text_scale)
             for handle in handles
-            if handle.file.of("clip") or handle.file.of("t5")
+            if handle.file.of("clip") or handle.file.of("t5") or handle.file.named_tokens
         )
+
+    def words(self, entries: Sequence[Lora]) -> TrainedWords:
+        """The trained tokens that T5 knows while a request with these entries is drawn. FileError, NonFiniteError."""
+        params, asked = own_params(self.components.flux), self.recorded(entries)
+        files = [read_lora(find_recorded(x.file, x.sha256), params) for x in asked if x.sha256 is not None]
+        every = [*(handle.tokens for handle in self.own), *map(read_tokens, files)]
+        return TrainedWords({word: x for of in every for word, x in of.get("t5", {}).items()})
+
+    def name_tokens(self) -> None:
+        """Give the text encoders the trained tokens of the files that are attached. UsageError where two have one."""
+        handles = [handle for handle in attached(self.components.flux) if handle.file.named_tokens]
+        if handles == self._naming:
+            return
+        words = [word for handle in handles for word in handle.file.named_tokens]
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise UsageError(f"two files have vectors for {twice!a}. Next: leave one of them out")
+        encoders: dict[Network, Any] = {"clip": self.components.clip, "t5": self.components.t5}
+        for network, encoder in encoders.items():
+            vectors = {word: x for handle in handles for word, x in handle.tokens.get(network, {}).items()}
+            encoder.trained = TrainedWords(vectors)
+        self._naming = handles
 
 
 class LoraSteps:

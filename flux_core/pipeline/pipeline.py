@@ -81,7 +81,7 @@ class Pipeline(ByHand):
         streams = budget is not None and device != CPU
         self.placement = (Streamed if streams else Placement)(components, self.fallback, budget)  # type: ignore[arg-type]
         self.loras, self.codec = Loras(components), Codec(self.placement, dtype)
-        self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, kept)
+        self.prompts = PromptCache(self.placement, dtype, self.loras.text_key, self.loras.name_tokens, kept)
         self.denoiser = Denoiser(variant, self.prompts, self.codec, self.loras, dtype)
         if compile:
             for block in (*self.model.double_blocks, *self.model.single_blocks):
@@ -138,7 +138,7 @@ class Pipeline(ByHand):
         changes = {key: value for key, value in fields.items() if value is not None}
         fields = {"name": self.variant.name, **given, **changes}
         request = GenerationRequest(**natural_size(fields, pictures, self.variant), **fields)
-        texts = [line for text in request.texts for line in self.text_notes(text)]
+        texts = [line for text in request.texts for line in self.text_notes(text, request.loras)]
         for line in [*request.notes(), *size_notes(request, pictures), *texts]:
             warnings.warn(line, stacklevel=2)
         images = enumerate(request.images())
@@ -185,10 +185,19 @@ class Pipeline(ByHand):
         if isinstance(self.t5, TextEncoder) and model is not None and not attached(model):
             self.placement.free(self.t5)
 
-    def text_notes(self, prompt: str) -> list[str]:
-        """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all."""
+    def text_notes(self, prompt: str, loras: Sequence[Lora] = ()) -> list[str]:
+        """Lines for people on what T5 drops of a prompt or cannot read; none when it reads all.
+
+        loras: of the request, whose trained tokens it can read. FileError.
+        """
         notes = getattr(self.t5, "notes", None)  # a plain function has none
-        return notes(prompt) if notes else []
+        if notes is None:
+            return []
+        before, self.t5.trained = getattr(self.t5, "trained", None), self.loras.words(loras)
+        try:
+            return list(notes(prompt))
+        finally:
+            self.t5.trained = before
 
     def complete(
         self, request: GenerationRequest, functions: Sequence[Intervention] = (), given: Given | None = None

@@ -28,10 +28,13 @@ class PromptCache:
         placement: Placement,
         dtype: torch.dtype,
         text_key: Callable[[], tuple[Any, ...]],
+        name_tokens: Callable[[], None],
         disk: KeptEmbeddings | None = None,
     ) -> None:
-        """text_key: what beside a prompt its encoding depends on, as in `Loras.text_key`."""
+        """text_key: what beside a prompt its encoding depends on, as in `Loras.text_key`; name_tokens: called before
+        the encoders are, as in `Loras.name_tokens`."""
         self.placement, self.dtype, self.text_key, self.disk = placement, dtype, text_key, disk
+        self.name_tokens = name_tokens
         self._kept: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -66,6 +69,7 @@ class PromptCache:
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         encoders = {"T5": self.placement.components.t5, "CLIP": self.placement.components.clip}
+        self.name_tokens()
 
         def work() -> list[Tensor]:
             with self.placement.using(*encoders.values()):

@@ -91,12 +91,17 @@ ADAPTER = (
           "control (maps that metadata.jsonl names), reference (pictures there that captions change)",
           choices=(*MAPS, "control", "reference"), default="", metavar="NAME"),
     Field("targets", str, "what learns, with commas: attention (the notebook's four), blocks (all Linears of blocks), "
-          "vital or vital:FILE (those of a study's vital blocks), or names as to_q", default="attention",
-          metavar="NAMES"),
+          "vital or vital:FILE (those of a study's vital blocks), names as to_q, or none, with --token",
+          default="attention", metavar="NAMES"),
     Field("train_text", str, "text encoders that learn, too: clip, t5, or clip,t5; texts are then encoded at each step",
           default="", metavar="NAMES"),
     Field("text_rank", int, "of their factors (default: as --rank)", minimum=1, maximum=1024),
     Field("text_lr", float, "their learning rate (default: as --lr)", minimum=0, maximum=10),
+    Field("token", str, "a new word that learns vectors in front of CLIP and T5 (textual inversion); the trigger, if "
+          "there is none", metavar="WORD"),
+    Field("token_init", str, "words that its vectors begin as (default: its own letters)", metavar="TEXT"),
+    Field("token_vectors", int, "how many it has for each (default: 1)", minimum=1, maximum=64),
+    Field("token_lr", float, "their learning rate (default: as --lr)", minimum=0, maximum=10),
 )  # fmt: skip
 TRAINING = (
     Field("steps", int, "optimizer steps", minimum=1, maximum=OFTEN, default=1000),

@@ -80,7 +80,7 @@ class Job:
         """Draw and save all pictures, in the worker's thread. Cancelled, and a picture's errors."""
         first, before = self.requests[0], 0
         self.notes += [*first.notes(), *size_notes(first, self.source)]
-        self.notes += [*(line for text in first.texts for line in pipeline.text_notes(text))]
+        self.notes += [*(line for text in first.texts for line in pipeline.text_notes(text, first.loras))]
         for number, request in enumerate(self.requests):
             image = self.draw(pipeline, request, partial(self.after, pipeline, before=before), number)
             self.save(image, folder, f"{request.name}_seed{request.seed}")

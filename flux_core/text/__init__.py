@@ -1,5 +1,6 @@
 """The text encoders T5 and CLIP, loaded from any layout and run by transformers."""
 
 from .encoders import T5Choice, TextEncoder, load_text_encoders
+from .trained import TrainedWords
 
-__all__ = ["T5Choice", "TextEncoder", "load_text_encoders"]
+__all__ = ["T5Choice", "TextEncoder", "TrainedWords", "load_text_encoders"]

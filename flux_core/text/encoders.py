@@ -34,6 +34,7 @@ from ..linears.formats import FORMATS
 from ..linears.mapped import MappedLinear
 from ..terminal import note
 from ..variants import Variant
+from .trained import TrainedWords
 
 CLIP_TOKENS = 77
 SLOW = 2.0
@@ -68,6 +69,8 @@ class TextEncoder(nn.Module):
         self.tokenizer, self.output, self.max_length, self.dtype = tokenizer, output, max_length, dtype
         self.model, self.load, self.precision, self.home = model, load, precision, home
         self.was_there = model is not None
+        self.trained = TrainedWords({})
+        """words of prompts with vectors of their own"""
 
     def ready(self) -> nn.Module:
         """The model, loaded if it is not there. Errors as in `load_encoder`."""
@@ -91,7 +94,17 @@ class TextEncoder(nn.Module):
         padded = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
+        rows = [self._padded(prompt) if self.trained.names(prompt) else None for prompt in prompts]
+        for i, row in enumerate(rows):
+            if row is not None:
+                padded.input_ids[i] = torch.tensor(row, dtype=torch.int64, device="cpu")
         return padded.input_ids
+
+    def _padded(self, prompt: str) -> list[int]:
+        """As many token ids, with those of trained words."""
+        ids = [token for token, *_ in self.pieces(prompt)]
+        ids = ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+        return ids + [self.tokenizer.pad_token_id] * (self.max_length - len(ids))
 
     @plain_defaults()
     def forward(self, prompts: list[str]) -> Tensor:
@@ -100,10 +113,11 @@ class TextEncoder(nn.Module):
 
     @plain_defaults()
     def encode(self, ids: Tensor) -> Tensor:
-        """`forward` of token ids, int64 [B, max_length]."""
+        """`forward` of token ids, int64 [B, max_length], those of trained words included."""
         model = self.ready()
         ids = ids.to(next(model.parameters()).device)
-        return getattr(model(input_ids=ids, attention_mask=None), self.output).to(self.dtype)
+        with self.trained.embedded(model, ids) as known:
+            return getattr(model(input_ids=known, attention_mask=None), self.output).to(self.dtype)
 
     def unread(self, prompt: str) -> tuple[str, list[str]]:
         """The parts of a prompt that do not reach the model, as written: the end that does not fit, and unknown words.
@@ -133,7 +147,20 @@ class TextEncoder(nn.Module):
 
     def pieces(self, prompt: str) -> list[tuple[int, int, int]]:
         """Token id, start and end in the prompt, for all tokens of the prompt without padding."""
-        found = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        if not self.trained.names(prompt):
+            return self._pieces(prompt)
+        *begin, end = self._pieces("")
+        found = [*begin]
+        for text, start, ids in self.trained.split(prompt):
+            if ids is not None:
+                found += [(i, start, start + len(text)) for i in ids]
+            else:
+                inner = self._pieces(text)[len(begin) : -1]
+                found += [(token, start + first, start + last) for token, first, last in inner]
+        return [*found, end]
+
+    def _pieces(self, text: str) -> list[tuple[int, int, int]]:
+        found = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         return [(token, *place) for token, place in zip(found.input_ids, found["offset_mapping"], strict=True)]
 
 

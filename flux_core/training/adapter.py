@@ -37,6 +37,7 @@ BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transf
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        "none": (),
         "attention": ATTENTION,
         "blocks": (
             *(f"attn.{name}" for name in (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")),
@@ -46,7 +47,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""patterns by name. `attention`: the notebook's four; `blocks`: all Linears of the blocks"""
+"""patterns by name. `attention`: the notebook's four; `blocks`: all Linears of the blocks; `none`: of none"""
 
 
 class AdaptedLinear(nn.Module):
@@ -252,8 +253,8 @@ class Adapter:
         return self.form.config(list(self.factors))
 
     def configs(self) -> dict[str, Any]:
-        """The configurations of a file's networks, each under its prefix."""
-        return {f"{PREFIX}{key}": value for key, value in self.config().items()}
+        """PEFT's configurations of a file's networks, each under its prefix; LoKr has none."""
+        return {} if self.form.lokr else {f"{PREFIX}{key}": value for key, value in self.config().items()}
 
     def identity(self) -> dict[str, Any]:
         """All that it is but for its numbers; of what is left out, nothing."""
@@ -283,7 +284,8 @@ class Adapter:
 
         The same numbers are the same bytes: there is no date, host or path in it.
         """
-        header = {} if self.form.lokr else {ADAPTER_METADATA: json.dumps(self.configs(), sort_keys=True)}
+        configs = self.configs()
+        header = {ADAPTER_METADATA: json.dumps(configs, sort_keys=True)} if configs else {}
         if lycoris := self.form.lycoris():
             header[LYCORIS_CONFIG] = json.dumps(lycoris, sort_keys=True)
         path = folder / f"{FILE_NAMES[0]}.safetensors"

@@ -56,7 +56,7 @@ from .sharding import shard
 from .signs import no_effect, overfits, stripes
 from .sizes import Cut, Resolution, Size, cuts, parse_resolution
 from .streaming import RoundTrip, streaming
-from .text_encoders import adapt_text, encoders_of, read_live
+from .text_encoders import TextForm, adapt_text, encoders_of, read_live, token_of
 from .text_plan import TextCost, cost_of, with_text
 from .texts import Text, TextCache, build, parquet_modules, texts_of
 
@@ -162,9 +162,13 @@ class Run:
         if settings.precision == "fp16" and settings.compile:
             raise UsageError("--precision fp16 does not go with --compile")
         self.teaches = encoders_of(settings.train_text)
-        self.live = read_live(self.teaches)
-        if self.live and settings.memory:
-            raise UsageError("--train-text keeps text encoders on the card. Next: leave --memory out, or --train-text")
+        self.live = read_live(self.teaches, settings.token)
+        if self.live and (settings.memory or settings.shard):
+            raise UsageError("text encoders that learn stay whole on each card. Next: leave --memory and --shard out")
+        rank, text_rank = settings.rank, settings.text_rank or settings.rank
+        alpha = settings.alpha if settings.rslora else settings.alpha * text_rank / rank
+        self.text_form = TextForm(text_rank, alpha, settings.rslora, settings.text_lr, settings.token_lr)
+        self.vectors = (settings.token_vectors or 1) if settings.token else 0
         self.places = ExitStack()
         self.text = lru_cache(KEPT_IN_MEMORY)(self._text)
         self.prompts: list[str] = settings.sample_prompts or []
@@ -291,8 +295,8 @@ class Run:
     def _text_cost(self) -> TextCost:
         settings = self.settings
         return cost_of(
-            self.variant, self._precision, settings.t5_dtype, self.live, self.teaches,
-            settings.text_rank or settings.rank, settings.batch, settings.accumulation,
+            self.variant, self._precision, settings.t5_dtype, self.live, self.teaches, self.text_form.rank,
+            self.vectors, settings.batch, settings.accumulation,
         )  # fmt: skip
 
     def _numbers(self) -> Plan:
@@ -326,7 +330,9 @@ class Run:
     def _disk(self, plan: Plan) -> int:
         """Bytes of caches, checkpoints and the adapter, at most."""
         params, texts = self.variant.params, len({text.caption for text in self.wanted()})
-        of_texts = texts * 4 * (self.variant.max_text * params.context_in_dim + params.vec_in_dim)
+        of_texts = (
+            0 if "t5" in self.live else texts * 4 * (self.variant.max_text * params.context_in_dim + params.vec_in_dim)
+        )
         of_latents = sum(4 * len(all) * all[0].size.width * all[0].size.height // 4 for all in self.cuts.values())
         return of_texts + of_latents + 4 * plan.numbers * (3 * (self.settings.keep + 1) + 1)
 
@@ -405,9 +411,11 @@ class Run:
         )  # fmt: skip
         self.adapter.rates, self.pipeline.loras.also = self.own_rates, [self.adapter]
         if self.live:
-            encoders = {name: getattr(self.pipeline, name) for name in self.live}
-            rank = settings.text_rank or settings.rank
-            self.adapter = adapt_text(self.adapter, encoders, self.teaches, rank, settings.text_lr, draw)
+            encoders, word = {name: getattr(self.pipeline, name) for name in self.live}, settings.token
+            start = settings.token_init or (word or "").strip("<>")
+            token = token_of(encoders, word, start, self.vectors) if word else None
+            self.adapter = adapt_text(self.adapter, encoders, self.teaches, self.text_form, draw, token)
+            self.pipeline.loras.also = [self.adapter]
         found = {one: Cached(self, one, list(self.captions_of(one))) for one in dict.fromkeys(self.epoch)}
         sources = [found[one] for one in self.epoch]
         self.held = [Cached(self, one, [captions.CAPTION]) for one in self.judged]
@@ -526,9 +534,9 @@ class Run:
         """Encode the samples' prompts by the encoders as they are now."""
         prompts = self.pipeline.prompts
         prompts.forget()
-        for i, prompt in enumerate(self.prompts):
-            txt, vec = (x[None] for x in self.text("", f"{SAMPLE}-{i}"))
-            txt, vec = self.adapter.encoded(txt, vec)
+        drawn = {prompt: ("", f"{SAMPLE}-{i}") for i, prompt in enumerate(self.prompts)}
+        for prompt, place in (drawn or {self.learned[0].caption: (self.learned[0].sha256, captions.CAPTION)}).items():
+            txt, vec = self.adapter.encoded(*(x[None] for x in self.text(*place)))
             prompts.remember(prompt, txt[0], vec[0])
 
     def picture(self, prompt: str, number: int = 0) -> Image.Image:
@@ -594,17 +602,20 @@ class Run:
                 trained = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         adapter.remove()
         self.pipeline.loras.also = []
+        self.text.cache_clear()  # token ids are others without a word that was learned
         with self.drawing():
             base = [self.picture(prompt, i) for i, prompt in enumerate(prompts)]
         self.write(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
         try:
-            self.write(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
+            if changed:
+                self.write(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))
         except ModuleNotFoundError:
             note('no chart of changes without matplotlib: pip install "matplotlib>=3.9"')
         there = [name for name in SHOWN if (self.folder / name).exists()]
         self.write(self.folder / "README.md", model_card(self.facts(prompts[0], there)))
-        name, most = changed[0]
-        tell(f"most changed: {name}, {most:.1%} of its weight")
+        if changed:
+            name, most = changed[0]
+            tell(f"most changed: {name}, {most:.1%} of its weight")
         if self.validated:
             best = best_step(self.validated)
             tell(f"least validation loss: {self.validated[best]:.4f} behind step {best} of {settings.steps}")

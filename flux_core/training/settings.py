@@ -60,6 +60,7 @@ class Settings:
     """A run's settings, an attribute for each of `SETTINGS`."""
 
     alpha: Any
+    trigger: Any
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """values: parsed, those that are given. UsageError for what does not go together."""
@@ -70,6 +71,7 @@ class Settings:
             self.alpha = float(self.rank)
         if not self.data:
             raise UsageError("there is no --data. Next: name a folder of pictures with captions, or --example noto")
+        self._check_token()
         options = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal",
                    "timestep_shift": "shift, uniform, mode, beta, mixflow",
                    "timestep_scale": "sigmoid, shift, flux_shift, mode"}  # fmt: skip
@@ -84,6 +86,9 @@ class Settings:
                                    ("preserve_weight", "--preserve", self.preserve),
                                    ("text_rank", "--train-text", self.train_text),
                                    ("text_lr", "--train-text", self.train_text),
+                                   ("token_init", "--token", self.token),
+                                   ("token_vectors", "--token", self.token),
+                                   ("token_lr", "--token", self.token),
                                    ("class_word", "--preserve differential", self.preserve == "differential"),
                                    ("keep_separator", "--shuffles", self.shuffles),
                                    ("prior_weight", "--regularization", self.regularization),
@@ -102,6 +107,17 @@ class Settings:
         if self.timesteps == "shift" and self.timestep_shift is None:
             raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
         self.recipe  # noqa: B018 - its errors
+
+    def _check_token(self) -> None:
+        """The token is the trigger, if there is no other. UsageError."""
+        if self.token:
+            if self.token.split() != [self.token]:
+                raise UsageError(f"--token is one word without spaces, as in <thing>, not {self.token!a}")
+            self.trigger = self.trigger or self.token
+            if self.token not in self.trigger:
+                raise UsageError(f"--trigger {self.trigger!a} does not say {self.token}, so no picture would teach it")
+        elif self.targets == "none":
+            raise UsageError("--targets none goes with --token. Next: name other targets, or a token that learns")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)

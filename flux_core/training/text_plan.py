@@ -10,12 +10,14 @@ from torch import nn
 from ..checkpoint.files import embedded_folder, encoder_config
 from ..device.alive import torch_dtype
 from ..device.memory import gb, shares
+from ..lora.dialects import Network
 from ..text.encoders import CLIP_TOKENS
+from ..text.trained import embedding_of
 from ..variants import Variant
 from .plan import STATES, KeptAttention, Plan, saved_by
 from .text_encoders import beside
 
-WORDS = {"clip": "CLIP", "t5": "T5"}
+WORDS: dict[Network, str] = {"clip": "CLIP", "t5": "T5"}
 
 
 class TextCost(NamedTuple):
@@ -29,7 +31,7 @@ class TextCost(NamedTuple):
     numbers: int
     """that learn"""
 
-    def line(self, live: Sequence[str], tera: float) -> str:
+    def line(self, live: Sequence[Network], tera: float) -> str:
         """For people. live: the encoders; tera: of a whole step."""
         readers = " and ".join(WORDS[name] for name in live)
         return (
@@ -39,28 +41,32 @@ class TextCost(NamedTuple):
 
 
 def cost_of(
-    variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[str], learns: Sequence[str], rank: int,
-    batch: int, accumulation: int,
+    variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[Network], learns: Sequence[Network], rank: int,
+    vectors: int, batch: int, accumulation: int,
 ) -> TextCost:  # fmt: skip
-    """The cost of a step. dtype, batch, accumulation: as in `plan_of`; live: encoders that read ids."""
+    """The cost of a step. dtype, batch, accumulation: as in `plan_of`; live: encoders that read ids; rank: of factors
+    in those that learn; vectors: of a word, in all."""
     found, kind = TextCost(_weights(variant, dtype, t5_dtype, live), 0, 0.0, 0), torch_dtype(dtype)
     for name in live:
         length = CLIP_TOKENS if name == "clip" else variant.max_text
         size = variant.clip_size if name == "clip" else variant.t5_size
-        passes = 2 if name in learns else 1  # a backward to the inputs costs what a forward does
+        passes = 2 if name in learns or vectors else 1  # a backward to the inputs costs what a forward does
         found = found._replace(tera=found.tera + passes * 2 * size.of_linears * length * batch * accumulation / 1e12)
-        if name in learns:
-            kept, numbers = _learned(variant, name, kind, rank, length, batch)
+        if name in learns or vectors:
+            ranks = rank if name in learns else 0
+            kept, numbers = _learned(variant, name, kind, ranks, vectors, (batch, length))
             found = found._replace(kept=found.kept + kept, numbers=found.numbers + numbers)
     return found
 
 
-def _weights(variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[str]) -> int:
+def _weights(variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[Network]) -> int:
     text, _, _ = shares(variant, dtype, t5_dtype)
     return text.weights if "t5" in live else torch_dtype(dtype).itemsize * variant.clip_size.all
 
 
-def _learned(variant: Variant, name: str, kind: torch.dtype, rank: int, length: int, batch: int) -> tuple[int, int]:
+def _learned(
+    variant: Variant, name: Network, kind: torch.dtype, rank: int, vectors: int, size: tuple[int, int]
+) -> tuple[int, int]:
     """Bytes that a forward of an encoder keeps, and numbers that learn: of one layer and of two, counted on the meta
     device, and what the second adds for each other layer."""
     key = "num_hidden_layers" if name == "clip" else "num_layers"
@@ -69,21 +75,25 @@ def _learned(variant: Variant, name: str, kind: torch.dtype, rank: int, length: 
     for layers in (1, 2):
         with torch.device("meta"), KeptAttention(), torch.enable_grad():
             model = _model(name, config | {key: layers}).to(kind).eval().requires_grad_(False)
-            factors = beside(model, name, rank, 1.0)
-            ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+            factors = beside(model, name, rank, 1.0) if rank else {}
+            embedding = embedding_of(model)
+            if vectors:
+                embedding.register_forward_hook(lambda module, ids, y: y.requires_grad_())
+            ids = torch.zeros(size, dtype=torch.int64, device="meta")
             kept = saved_by(partial(model, input_ids=ids, attention_mask=None), model)
-        counted.append((kept, sum(x.numel() for one in factors.values() for x in one.parameters())))
+        own = vectors * embedding.embedding_dim
+        counted.append((kept, own + sum(x.numel() for one in factors.values() for x in one.parameters())))
     (one, first), (two, second) = counted
     others = config[key] - 1
     return one + others * (two - one), first + others * (second - first)
 
 
-def _config(variant: Variant, name: str) -> dict[str, Any]:
+def _config(variant: Variant, name: Network) -> dict[str, Any]:
     own = variant.clip_config if name == "clip" else variant.t5_config
-    return dict(own) or encoder_config(variant, name, embedded_folder(variant))  # type: ignore[arg-type]
+    return dict(own) or encoder_config(variant, name, embedded_folder(variant))
 
 
-def _model(name: str, config: dict[str, Any]) -> nn.Module:
+def _model(name: Network, config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     if name == "clip":

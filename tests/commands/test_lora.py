@@ -66,7 +66,7 @@ def test_info_takes_a_trainers_folder(style, capsys):
         ("refuse_flux2", "a LoRA for FLUX.2, not for FLUX.1"),
         ("refuse_wan", "a LoRA for Wan, not for FLUX.1"),
         ("bfl_control", "for a control model: img_in takes 128 features"),
-        ("onetrainer", "2 trained tokens, which are not used (bundle_emb.<tiny>.clip_l, bundle_emb.<tiny>.t5)"),
+        ("onetrainer", "trained tokens of prompts: <tiny> (2)"),
         ("half_unmatched", "modules that name nothing in the model (lora_unet_double_blocks_0_img_attn_gate"),
         ("aitoolkit_lokr", "dialect: diffusers/PEFT (lokr)"),
         ("peft_rslora", "alphas: 6 by the header (5)"),

@@ -1,4 +1,4 @@
-"""`train --train-text`: texts that are encoded at each step, from flags to a file that `--lora` reads."""
+"""`train --train-text` and `--token`: texts that are encoded at each step, from flags to a file that `--lora` reads."""
 
 import numpy as np
 import pytest
@@ -28,11 +28,28 @@ def test_samples_are_what_the_file_draws(small, work, capsys):
     assert sum("text_encoder_2." in key for key in load_file(work / "out" / ADAPTER)) == 2 * 4 * len(
         load_pipeline("flux-mini").t5.model.encoder.block
     )
+    assert farthest(work / "out/samples/step-0000004-0.png", "a red apple", "out") <= 1
+
+
+def farthest(sample, prompt, file):
+    """Between a sample and what is drawn with the file, in levels."""
     pipeline = load_pipeline("flux-mini")
-    with pipeline.load_lora("out"):
-        drawn = pipeline.generate("a red apple", 1, width=32, height=32, num_steps=1, force=True)[0]
-    with Image.open(work / "out/samples/step-0000004-0.png") as sample:
-        assert np.abs(np.asarray(sample, np.int16) - np.asarray(drawn, np.int16)).max() <= 1
+    with pipeline.load_lora(file), Image.open(sample) as image:
+        drawn = pipeline.generate(prompt, 1, width=32, height=32, num_steps=1, force=True)[0]
+        return int(np.abs(np.asarray(image, np.int16) - np.asarray(drawn, np.int16)).max())
+
+
+def test_a_word_alone_is_learned_and_drawn_from_either_file(small, work, capsys):
+    word = ["--token=<zwx>", "--token-init=red pig", "--token-vectors=2", "--token-lr=0.1", "--targets=none"]
+    few = [x for x in FEW if not x.startswith("--rank")]
+    assert train(*few, *word, "--sample-prompts", "a <zwx>", "--sample-steps=1", "--sample-every=4") == 0
+    assert {key.partition(".")[0] for key in load_file(work / "out" / ADAPTER)} == {"bundle_emb"}
+    for file in ("out", "out/learned_embeds.safetensors"):
+        assert farthest(work / "out/samples/step-0000004-0.png", "a <zwx>", file) == 0
+    text = (work / "out/README.md").read_text(encoding="utf-8")
+    assert "zwx" in text and "changes.png" not in text
+    assert train(*few, *word, "--sample-prompts", "a <zwx>", "--sample-steps=1", "--sample-every=4") == 0
+    assert capsys.readouterr().out.endswith(f"finished: out/{ADAPTER}\n")
 
 
 @pytest.mark.slow
@@ -48,6 +65,10 @@ def test_clip_alone_takes_t5s_tokens_from_the_cache_and_equal_runs_are_equal(sma
     ("flags", "text"),
     [
         (["--text-rank=3"], "--text-rank goes with --train-text"),
+        (["--token-init=a dog"], "--token-init goes with --token"),
+        (["--token=my dog"], "--token is one word without spaces, as in <thing>, not 'my dog'"),
+        (["--token=<a>", "--trigger=dog"], "--trigger 'dog' does not say <a>, so no picture would teach it"),
+        (["--targets=none"], "--targets none goes with --token"),
         (["--train-text=clip_l"], "--train-text is clip or t5, or both with a comma between them, not 'clip_l'"),
     ],
 )

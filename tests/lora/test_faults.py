@@ -106,7 +106,7 @@ def glora(*shapes):
         (only("img_in", **{f"lokr_w{i}": shape for i, shape in ((1, (4, 4)), (2, (4, 32)))}), "the model has [16, 64]"),
         (put(f"{PREFIX}double_blocks.0.img_attn.norm.query_norm.scale", torch.ones(5)), "shape [5]"),
         (lambda tensors: text_factors(), "none of the transformer"),
-        (lambda tensors: {"bundle_emb.x.t5": torch.zeros(2, 8)}, "no LoRA"),
+        (lambda tensors: {"bundle_emb.x.t5_out": torch.zeros(2, 8)}, "no LoRA"),
         (lambda tensors: {f"{PREFIX}{QKV}.alpha": torch.tensor(1.0)}, "half of a pair"),
         (lambda tensors: {"a": torch.zeros(2)}, "is no LoRA"),
         (lambda tensors: {"img_in.weight": torch.zeros(16, 64)}, "and no LoRA"),

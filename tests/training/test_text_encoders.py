@@ -11,10 +11,10 @@ from small import PARAMS
 from flux_core.errors import UsageError
 from flux_core.lora import attach
 from flux_core.model import Flux
-from flux_core.text import load_text_encoders
+from flux_core.text import TrainedWords, load_text_encoders
 from flux_core.training import Example, Recipe, adapt, train
 from flux_core.training.loop import identity, loss_of
-from flux_core.training.text_encoders import NAMES, adapt_text, encoders_of, read_live
+from flux_core.training.text_encoders import NAMES, TextForm, adapt_text, encoders_of, read_live, token_of
 from flux_core.training.text_plan import cost_of
 from flux_core.variants import VARIANTS
 
@@ -38,10 +38,12 @@ def transformer():
     return model
 
 
-def adapter_of(learns, rate=None, rank=3, **how):
+def adapter_of(learns, rate=None, rank=3, token=None, **how):
     draw, every = torch.Generator().manual_seed(1), encoders()
     own = adapt(transformer(), ["to_q"], 2, 2, draw, **how)
-    return adapt_text(own, {name: every[name] for name in read_live(learns)}, learns, rank, rate, draw)
+    read = {name: every[name] for name in read_live(learns, token)}
+    word = None if token is None else token_of(read, token, "red apple", 2)
+    return adapt_text(own, read, learns, TextForm(rank, rank, how.get("rslora", False), rate), draw, word)
 
 
 def examples(live):
@@ -96,7 +98,7 @@ def test_a_gradient_reaches_every_factor_and_is_the_difference_quotient():
     adapter = adapter_of(["clip", "t5"])
     some, text = examples(adapter.encoders), {x: p for x, p in adapter.named_parameters().items() if "text" in x}
     loss_of(adapter, some, RECIPE, 0).backward()
-    assert all(p.grad.abs().max() > 0 for name, p in text.items() if name.endswith(".up"))
+    assert all(p.grad.abs().max() > 0 for name, p in text.items() if name.endswith((".up", "lora_B.weight")))
     assert len(text) == 2 * 4 * (2 + 3)
     for prefix in ("text_encoder.", "text_encoder_2."):
         name = max((x for x in text if x.startswith(prefix)), key=lambda x: text[x].grad.norm())
@@ -127,8 +129,10 @@ def test_text_lr_is_the_step_of_the_text_encoders():
     adapter = adapter_of(["clip", "t5"], 3e-3)
     train(adapter, examples(adapter.encoders), replace(RECIPE, steps=1, ema=0.0, max_grad_norm=1e9))
     for name, x in adapter.named_parameters().items():
-        if name.endswith(".up"):
-            assert float(x.detach().abs().max()) == pytest.approx(3e-3 if name.startswith("text") else 1e-2, rel=1e-2), name
+        if name.endswith((".up", "lora_B.weight")):
+            assert float(x.detach().abs().max()) == pytest.approx(
+                3e-3 if name.startswith("text") else 1e-2, rel=1e-2
+            ), name
     plain = adapt(transformer(), ["to_q"], 2, 2)
     assert plain.factors_of_rate(1e-2) == {} and "text" not in identity(RECIPE, [], plain)
 
@@ -156,9 +160,11 @@ def test_names_of_encoders():
 
 def test_the_plan_counts_what_learns_and_what_is_kept():
     adapter = adapter_of(["clip", "t5"], rank=5)
-    cost = cost_of(MINI, "float32", None, ["clip", "t5"], ["clip", "t5"], 5, 2, 1)
+    cost = cost_of(MINI, "float32", None, ["clip", "t5"], ["clip", "t5"], 5, 0, 2, 1)
     assert cost.numbers == sum(x.numel() for name, x in adapter.named_parameters().items() if "text" in name)
     assert cost.weights == sum(x.nbytes for encoder in encoders().values() for x in encoder.parameters())
+    word = cost_of(MINI, "float32", None, ["clip", "t5"], [], 5, 3, 2, 1)
+    assert word.numbers == 3 * (128 + 256) and word.weights == cost.weights and word.tera == cost.tera
     some, kept = examples(adapter.encoders), {}
 
     def pack(x):
@@ -170,3 +176,87 @@ def test_the_plan_counts_what_learns_and_what_is_kept():
         found = adapter.encoded(torch.stack([x.txt for x in some]), torch.stack([x.vec for x in some]))
     seen = sum(x.nbytes() for key, x in kept.items() if key not in own)
     assert len(found) == 2 and cost.kept == pytest.approx(seen, rel=0.05)
+
+
+# Textual inversion -------------------------------------------------------------------------------------
+
+
+WORD = "<zwx>"
+
+
+def learned_word(learns=(), **how):
+    """An adapter whose word has learned, and what its pictures say."""
+    adapter, every, draw = adapter_of(learns, token=WORD, **how), encoders(), torch.Generator().manual_seed(2)
+    for name, encoder in every.items():
+        encoder.trained = TrainedWords({WORD: torch.empty(2, adapter.token.vectors[name].shape[1])})
+    read = [(every["t5"].tokens([text])[0], every["clip"].tokens([text])[0]) for text in (WORD, f"a {WORD} on grass")]
+    return adapter, [Example(f"{i}.png", torch.randn(16, 4, 6, generator=draw), *ids) for i, ids in enumerate(read)]
+
+
+@torch.no_grad()
+def said(every, text):
+    return {name: encoder([text]) for name, encoder in every.items()}
+
+
+def test_a_word_begins_as_the_words_that_it_is_said_to_be():
+    adapter, _ = learned_word()
+    named, plain = said(adapter.encoders, f"a {WORD} on grass"), said(encoders(), "a red apple on grass")
+    assert all(torch.equal(x, plain[name]) for name, x in named.items())
+    with pytest.raises(UsageError, match="--token-init ' ' has no words"):
+        token_of(encoders(), WORD, " ", 1)
+
+
+@pytest.mark.parametrize("learns", [[], ["clip"]])
+def test_the_file_of_a_word_gives_what_training_saw(learns, tmp_path):
+    adapter, some = learned_word(learns)
+    first = said(adapter.encoders, f"big {WORD}")
+    train(adapter, some, replace(RECIPE, ema=0.0))
+    path, learned = adapter.save(tmp_path), said(adapter.encoders, f"big {WORD}")
+    assert not any(torch.equal(x, first[name]) for name, x in learned.items())
+    with adapter.off():
+        assert all(torch.equal(x, first[name]) for name, x in said(adapter.encoders, f"big {WORD}").items())
+    bundle, alone = load_file(path), load_file(tmp_path / "learned_embeds.safetensors")
+    assert {x for x in bundle if "emb" in x} == {f"bundle_emb.{WORD}.clip_l", f"bundle_emb.{WORD}.t5"}
+    assert alone.keys() == {"clip_l", "t5", "t5xxl"} and torch.equal(alone["t5"], alone["t5xxl"])
+    assert all(torch.equal(alone[key], bundle[f"bundle_emb.{WORD}.{key}"]) for key in ("clip_l", "t5"))
+    for file in (path, tmp_path / "learned_embeds.safetensors")[: 1 if learns else 2]:
+        every = encoders()
+        handle = attach(transformer(), file, text={name: encoder.model for name, encoder in every.items()})
+        for name, encoder in every.items():
+            encoder.trained = TrainedWords(handle.tokens[name])
+        assert all(distance(said(every, f"big {WORD}")[name], x) <= 1e-6 for name, x in learned.items())
+
+
+def test_a_word_that_was_stopped_goes_on_to_the_bit(tmp_path):
+    states = []
+    for folder, stops in (("whole", ()), ("parts", (2,))):
+        for stop in (*stops, RECIPE.steps):
+            adapter, some = learned_word()
+            train(adapter, some, RECIPE, tmp_path / folder, on_step=lambda done, stop=stop: done.step == stop)
+        states.append(adapter.state())
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+@torch.no_grad()
+def test_diffusers_reads_a_words_vectors(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    adapter, _ = learned_word(["clip"])
+    for x in adapter.parameters():
+        x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
+    adapter.save(tmp_path)
+    every = encoders()
+    nothing = dict.fromkeys(("scheduler", "vae", "transformer"))
+    pipeline = diffusers.FluxPipeline(
+        text_encoder=every["clip"].model, tokenizer=every["clip"].tokenizer, text_encoder_2=every["t5"].model,
+        tokenizer_2=every["t5"].tokenizer, **nothing,
+    )  # fmt: skip
+    state, metadata = pipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+    pipeline.load_lora_into_text_encoder(state, None, every["clip"].model, "text_encoder", metadata=metadata)
+    found = load_file(tmp_path / "learned_embeds.safetensors")
+    for key, name in (("clip_l", "clip"), ("t5", "t5")):
+        pipeline.load_textual_inversion(
+            found[key], token=["<s0>", "<s1>"], text_encoder=every[name].model, tokenizer=every[name].tokenizer
+        )
+    ids = every["t5"].tokenizer("big <s0><s1>", padding="max_length", max_length=32, return_tensors="pt").input_ids
+    theirs = every["t5"].model(ids).last_hidden_state
+    assert distance(theirs, said(adapter.encoders, f"big {WORD}")["t5"]) <= 1e-6
