@@ -37,7 +37,6 @@ BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transf
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "none": (),
         "attention": ATTENTION,
         "blocks": (
             *(f"attn.{name}" for name in (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")),
@@ -47,7 +46,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""patterns by name. `attention`: the notebook's four; `blocks`: all Linears of the blocks; `none`: of none"""
+"""patterns by name. `attention`: the notebook's four; `blocks`: all Linears of the blocks"""
 
 
 class AdaptedLinear(nn.Module):
@@ -353,13 +352,13 @@ def adapt(
 
 
 def patterns_of(text: str, name: str, params: FluxParams) -> list[str]:
-    """The patterns that a text means, with commas between its parts. UsageError, FileError.
+    """The patterns that a text means, with commas between its parts; none of "none". UsageError, FileError.
 
     A part is a pattern, a preset's name, `vital` for the vital blocks that are known of the model of that name, or
     `vital:FILE` for those in the `vital.json` that `importance` wrote: all Linears of those blocks.
     """
     found: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
+    for part in (part.strip() for part in text.split(",") if text != "none"):
         if part == "vital" or part.startswith("vital:"):
             blocks = layers_of(expand_home(part.removeprefix("vital:")), name, params)
             found += [f"{BLOCKS[kind]}.{number}.*" for kind, _, number in (x.partition(".") for x in blocks)]
