@@ -118,7 +118,8 @@ TRAINING = (
     Field("optimizer", str, "adamw; adamw8bit (with bitsandbytes), prodigy (prodigyopt), adamw_schedulefree "
           "(schedulefree)", choices=OPTIMIZERS, default="adamw", metavar="NAME"),
     Field("weight_decay", float, "of AdamW", minimum=0, maximum=10, default=1e-2),
-    Field("max_grad_norm", float, "gradients are clipped to it", minimum=0, maximum=1_000_000, default=1.0),
+    Field("max_grad_norm", float, "gradients are clipped to it; 0: not at all", minimum=0, maximum=1_000_000,
+          default=1.0),
     Field("ema", float, "decay of an average of the factors, which is then saved; 0: none", minimum=0, maximum=1,
           default=0.0),
     Field("precision", str, "auto: as the model computes; fp16: half precision with a scale of the loss",

@@ -132,7 +132,7 @@ class State:
             for x in self.parameters:
                 if x.grad is not None:
                     x.grad.div_(self.scale)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm or math.inf))
         if math.isfinite(norm):
             self.optimizer.step()
             if self.adapter.average is not None:

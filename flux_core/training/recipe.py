@@ -39,6 +39,7 @@ class Recipe:
     lora_plus: float = 1.0
     """times the rate is that of the factor that begins at zero, B (Hayou et al. 2024, arXiv 2402.12354)"""
     max_grad_norm: float = 1.0
+    """to which gradients are clipped; 0: they are not"""
     ema: float = 0.0
     """decay of an average of the factors, which is what is sampled and saved; 0: the factors themselves"""
     timesteps: str = "logit_normal"

@@ -52,6 +52,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, stops):
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
 
+def test_a_norm_of_0_is_none():
+    """Gradients are not clipped, as far above all of them; at 1e-3 they are."""
+    free, wide, tight = (run(recipe=replace(RECIPE, max_grad_norm=x))[1] for x in (0.0, 1e6, 1e-3))
+    assert all(torch.equal(x, wide[name]) for name, x in free.items())
+    assert any(not torch.equal(x, tight[name]) for name, x in free.items())
+
+
 def test_a_finished_run_computes_nothing(tmp_path):
     losses, state = run(tmp_path)
     again = run(tmp_path, on_step=lambda done: pytest.fail("a step"))
