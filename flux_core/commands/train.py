@@ -51,6 +51,6 @@ def _of_another(path: str, flags: Mapping[str, Any], dry_run: bool) -> "Settings
     for line in found.lines() if dry_run else [str(fate) for fate in found.fates if fate.lacks]:
         (tell if dry_run else note)(line)
     settings = read_settings(None, None, flags, found.values)
-    for line in settings_lines(settings) if dry_run else []:
+    for line in ("", "# settings, as a TOML file has them", *settings_lines(settings), "") if dry_run else ():
         tell(line)
     return settings

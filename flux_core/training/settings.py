@@ -28,6 +28,8 @@ LATER = (
     "huber_schedule", "preserve_weight", "contrast",
 )  # fmt: skip
 """settings that a card does not tell at their defaults, as before there were any"""
+TOLD = ("name", "rank", "alpha", "steps", "lr", "resolution")
+"""settings that are told even at their defaults"""
 NOTO = "noto"
 """the style that ships, and its trigger"""
 NOTEBOOK: Mapping[str, Any] = MappingProxyType(
@@ -247,9 +249,10 @@ def _setting(field: Field, values: Mapping[str, Any], notebook: Mapping[str, Any
 
 
 def settings_lines(settings: Settings) -> list[str]:
-    """Every setting that has a value, given or by default, as TOML: for people to look at."""
-    found = {field.name: getattr(settings, field.name) for field in SETTINGS}
-    return [f"{name} = {_toml(value)}" for name, value in found.items() if value not in (None, "", [])]
+    """The settings that are given and no defaults, and `TOLD`, as the lines of a TOML file that gives them again."""
+    given = {name: value for name, value in settings.given.items() if value != BY_NAME[name].default}
+    told = {name: getattr(settings, name) for name in TOLD} | given
+    return [f"{field.name} = {_toml(told[field.name])}" for field in SETTINGS if told.get(field.name) is not None]
 
 
 def _blank(field: Field) -> Any:

@@ -1,22 +1,31 @@
 """Configs of other trainers: what their classes read (golden/train/configs.json), what it is here, and every key."""
 
 import json
+import math
 import shutil
 import sys
 import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from flux_core.errors import FileError, UsageError
 from flux_core.main import main
+from flux_core.training.adapter import by_pattern, matching, patterns_of
 from flux_core.training.configs import aitoolkit, kohya, read_config, read_document, simpletuner
-from flux_core.training.configs.keys import Key, flatten, settle
-from flux_core.training.settings import BY_NAME, Settings
+from flux_core.training.configs.keys import NO_TEXT, flatten, settle
+from flux_core.training.lokr import shapes
+from flux_core.training.loop import levels
+from flux_core.training.settings import BY_NAME, Settings, read_settings
+from flux_core.variants import VARIANTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train"
 EXPECTED = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))
+TIMESTEPS = json.loads((GOLDEN / "timesteps.json").read_text(encoding="utf-8"))["maps"]
 
 
 @pytest.fixture
@@ -32,6 +41,37 @@ def pictures(folder, count, caption=""):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(Path(folder, f"{i}.png"))
         if caption:
             Path(folder, f"{i}.txt").write_text(caption, encoding="utf-8")
+
+
+KNOWN = {"epoch": None, "steps": None, "is_reg": False}
+TABLES = (kohya.TRAIN, (*kohya.DATASET, *kohya.SUBSET), aitoolkit.PROCESS, aitoolkit.DATASET,
+          simpletuner.CONFIG, simpletuner.BACKEND, simpletuner.LYCORIS)  # fmt: skip
+
+
+def fates_of(table, given):
+    """Of a table's keys and of the tool's defaults, by their names."""
+    return {fate.key: fate for fate in settle(table, given, "tool", known=KNOWN)}
+
+
+def trained(given):
+    """The settings of a training file of kohya's."""
+    found = fates_of(kohya.TRAIN, kohya._expanded(given)).values()
+    return {name: value for fate in found for name, value in fate.settings.items()}
+
+
+def toolkit(datasets=({"folder_path": "a"},), **process):
+    """The settings of a job of ai-toolkit's."""
+    process = {"type": "sd_trainer", "datasets": list(datasets), **process}
+    Path("c.json").write_text(json.dumps({"job": "extension", "config": {"name": "x", "process": [process]}}))
+    return Settings(read_config("c.json").values)
+
+
+def tuner(**config):
+    """The settings of a config of SimpleTuner's."""
+    Path("c.json").write_text(
+        json.dumps({"model_family": "flux", "grad_clip_method": "norm", "mixflow_gamma": 0.0} | config)
+    )
+    return Settings({"data": "x"} | read_config("c.json").values)
 
 
 def fates(path):
@@ -152,36 +192,177 @@ def test_defaults_of_the_tools_are_set_and_said(work, name):
 
 @pytest.mark.parametrize("given, expected", [
     ({"timestep_sampling": "flux_shift", "sigmoid_scale": 2.0}, {"timesteps": "flux_shift", "timestep_scale": 2.0}),
-    ({"weighting_scheme": "logit_normal", "logit_std": 1.5},
-     {"timesteps": "shift", "timestep_shift": 3.0, "timestep_scale": 1.5}),
-    ({"weighting_scheme": "logit_normal", "logit_mean": 1.0, "discrete_flow_shift": 1.0},
-     {"timesteps": "logit_normal", "timestep_mean": 1.0, "timestep_std": 1.0}),
-    ({"weighting_scheme": "logit_normal", "logit_mean": 1.0}, None),
-    ({"discrete_flow_shift": 1.0}, {"timesteps": "uniform"}),
-    ({}, None),
-    ({"timestep_sampling": "qinglong_flux"}, None),
+    ({"timestep_sampling": "uniform"}, {"timesteps": "uniform"}),
+    ({"timestep_sampling": "qinglong_flux"}, {}),
 ])  # fmt: skip
 def test_kohyas_noise_levels(given, expected):
-    """golden/train/timesteps.json; what is not there is left out."""
-    known = {"epoch": None, "steps": None}
-    found = {name: value for fate in settle(kohya.TRAIN, given, "kohya", known=known)
-             for name, value in fate.settings.items() if name.startswith("timestep")}  # fmt: skip
-    if expected is None:
-        assert not found
-    else:  # defaults of both are not set
-        assert {"timestep_scale": 1.0, "timesteps": "logit_normal"} | found == (
-            {"timestep_scale": 1.0, "timesteps": "logit_normal"} | expected
-        )
+    """What is not there is left out."""
+    found = {name: value for name, value in trained(given).items() if name.startswith("timestep")}
+    assert found == expected
+
+
+@pytest.mark.parametrize("row", [row for row in TIMESTEPS if row["name"].startswith("sigma/")],
+                         ids=lambda row: "-".join(map(str, [row["name"], *row["params"].values()])))  # fmt: skip
+def test_kohyas_default_levels_are_drawn(row):
+    """golden/train/timesteps.json: `sigma`, whose table is shifted: ours have its quantiles."""
+    settings = Settings({"data": "x", **trained({**row["params"], "timestep_sampling": "sigma"})})
+    ours = levels(settings.recipe, 0, 40_000).double().sort().values
+    kind, draws = row["draw"]["kind"], torch.linspace(0, 1, 40_002, dtype=torch.float64)[1:-1]
+    u = torch.special.ndtri(draws) if kind == "normal" else draws
+    scheme = row["params"]["weighting_scheme"]
+    if scheme == "logit_normal":
+        u = torch.sigmoid(row["params"]["logit_mean"] + row["params"]["logit_std"] * u)
+    elif scheme == "mode":
+        u = 1 - u - row["params"]["mode_scale"] * (torch.cos(math.pi * u / 2).square() - 1 + u)
+    shift, t = row["params"]["discrete_flow_shift"], (1000 - (1000 * u).floor().clamp(max=999)) / 1000
+    theirs = (shift * t / (1 + (shift - 1) * t)).sort().values
+    assert float((ours - theirs).abs().max()) < 0.02
+    if scheme == "logit_normal" and shift != 1:  # the shift is in the mean, and to the other side it is not the same
+        wrong = replace(settings.recipe, timestep_options={"mean": math.log(shift), "std": 1.0})
+        assert float((levels(wrong, 0, 40_000).double().sort().values - theirs).abs().max()) > 0.2
 
 
 def test_blocks_and_ranks_of_kohyas_network_args():
     given = kohya._expanded({"network_args": ["train_double_block_indices=0-1,5", "single_dim=8", "verbose=True"]})
-    found = {fate.key: fate for fate in settle(kohya.TRAIN, given, "kohya", known={"epoch": None, "steps": None})}
+    found = {fate.key: fate for fate in settle(kohya.TRAIN, given, "kohya", known=KNOWN)}
     targets = found["network_args.train_blocks"].settings["targets"]
     assert targets == (
         "transformer_blocks.0.*,transformer_blocks.1.*,transformer_blocks.5.*,single_transformer_blocks.*"
     )
     assert found["network_args.verbose"].lacks and "known here" in found["network_args.verbose"].why
+
+
+def test_kohyas_names_by_regular_expressions():
+    """Each is looked for in kohya's names; the first that is found counts, above a part's own rank."""
+    args = ["single_dim=2", "network_reg_dims=double_blocks_(0|18)_.*qkv=32,img_attn=16",
+            "network_reg_lrs=single_blocks_.*_linear2=2e-5", "loraplus_unet_lr_ratio=4"]  # fmt: skip
+    found = trained({"network_args": args})
+    settings, params = Settings({"data": "x", **found}), VARIANTS["flux-dev"].params
+    assert settings.targets == "blocks" and settings.lora_plus == "4"
+    names = matching(params, patterns_of(settings.targets, "flux-dev", params))
+    ranks = by_pattern(settings.ranks, int, "flux-dev", params, names)
+    rates = by_pattern(settings.rates, float, "flux-dev", params, names)
+    assert {ranks[f"transformer_blocks.{i}.attn.{x}"] for i in (0, 18) for x in ("to_q", "add_v_proj")} == {32}
+    assert ranks["transformer_blocks.1.attn.to_q"] == ranks["transformer_blocks.0.attn.to_out.0"] == 16
+    assert ranks["single_transformer_blocks.3.attn.to_k"] == 2
+    assert not {"transformer_blocks.1.attn.add_q_proj", "single_transformer_blocks.0.norm.linear"} & ranks.keys()
+    assert rates == {f"single_transformer_blocks.{i}.proj_out": 2e-5 for i in range(38)}
+    assert settings.rates == "single_transformer_blocks.*.proj_out=2e-5"  # not 38 of them
+    lost = fates_of(kohya.TRAIN, kohya._expanded({"network_args": args, "optimizer_type": "prodigy"}))
+    assert lost["network_args.network_reg_lrs"].lacks and lost["network_args.loraplus_unet_lr_ratio"].lacks
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"loss_type": "l1", "huber_c": 0.2}, {"loss": "l1"}),
+    ({"loss_type": "smooth_l1", "huber_c": 0.2, "huber_schedule": "exponential"},
+     {"loss": "smooth_l1", "huber_c": 0.2, "huber_schedule": "exponential"}),
+    ({"loss_type": "huber"}, {"loss": "huber"}),  # with 0.1, as here
+    ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0}),
+    ({"prior_loss_weight": 0.5}, {}),  # without regularization pictures
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=8"]}, {"lokr": "8"}),
+    ({"optimizer_type": "AdamWScheduleFree"}, {"optimizer": "adamw_schedulefree"}),
+])  # fmt: skip
+def test_kohyas_losses_and_optimizers(given, expected):
+    names = ("loss", "huber_c", "huber_schedule", "max_grad_norm", "prior_weight", "lokr", "optimizer")
+    found = trained(given)
+    defaults = {"loss": "l2", "huber_c": 0.1, "max_grad_norm": 1.0, "optimizer": "adamw"}
+    assert {x: found[x] for x in names if x in found and found[x] != defaults.get(x)} == expected
+    assert fates_of(kohya.TRAIN, {"loss_type": "huber"})["huber_schedule"].lacks  # snr, by default
+
+
+def test_kohyas_masks_and_sets(work):
+    pictures("a", 2, "one ||| two, three")
+    pictures("b", 2, "x")
+    pictures("reg", 3, "y")
+    Path("c.toml").write_text("""
+network_dim = 4
+masked_loss = true
+prior_loss_weight = 0.5
+dataset_config = "d.toml"
+""")
+    Path("d.toml").write_text("""
+[general]
+resolution = 64
+enable_bucket = true
+shuffle_caption = true
+keep_tokens_separator = "|||"
+enable_wildcard = true
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "a"
+num_repeats = 300
+conditioning_data_dir = "masks"
+[[datasets.subsets]]
+image_dir = "b"
+num_repeats = 200
+alpha_mask = true
+[[datasets.subsets]]
+image_dir = "reg"
+num_repeats = 5
+is_reg = true
+""")
+    found = read_config("c.toml").values
+    assert found["data"] == ["./a,weight=3,masks=masks", "./b,weight=2,masks=alpha"] and found["repeats"] == 100
+    assert found["regularization"] == "./reg" and found["prior_weight"] == 0.5 and "masks" not in found
+    assert found["keep_separator"] == "|||" and found["shuffles"] == found["wildcards"] == 8
+    assert [x.masks for x in Settings(found).folders] == ["masks", "alpha", ""]
+    Path("c.toml").write_text(Path("c.toml").read_text().replace("masked_loss = true", ""))
+    assert read_config("c.toml").values["data"] == ["./a,weight=3", "./b,weight=2,masks=alpha"]
+
+
+def test_what_ai_toolkits_losses_are(work):
+    found = toolkit(
+        network={"type": "lokr", "linear": 8, "lokr_factor": 16}, trigger_word="zwx",
+        train={"optimizer": "prodigy", "lr": 1e-4, "content_or_style": "content", "do_guidance_loss": True,
+               "inverted_mask_prior": True, "reg_weight": 0.3, "diff_output_preservation": True, "loss_type": "mae",
+               "diff_output_preservation_class": "dog", "diff_output_preservation_multiplier": 2.0},
+        datasets=[{"folder_path": "a", "mask_path": "m", "mask_min_value": 0.1},
+                  {"folder_path": "b", "alpha_mask": True}, {"folder_path": "r", "is_reg": True}],
+    )  # fmt: skip
+    expected = {
+        "lokr": 16, "rank": 8, "alpha": 1.0, "optimizer": "prodigy", "lr": 1.0, "timesteps": "content", "contrast": 3.0,
+        "mask_prior": 0.5, "mask_floor": 0.1, "prior_weight": 0.3, "preserve": "differential", "class_word": "dog",
+        "preserve_weight": 2.0, "loss": "l1", "regularization": "./r", "data": ["./a,masks=m", "./b,masks=alpha"],
+    }  # fmt: skip
+    assert expected.items() <= {name: getattr(found, name) for name in expected}.items()
+    whole = toolkit(network={"type": "lokr", "lokr_full_rank": True})
+    assert "w2" in shapes(3072, 12288, whole.rank, whole.lokr) and whole.alpha == whole.rank
+    linear = toolkit(train={"linear_timesteps2": True, "timestep_type": "weighted", "max_grad_norm": 0})
+    assert linear.timesteps == "linear_timesteps2" and linear.max_grad_norm == 0
+    blank = toolkit(train={"blank_prompt_preservation": True, "inverted_mask_prior": True, "reg_weight": 2.0})
+    assert (blank.preserve, blank.mask_prior, blank.prior_weight) == ("blank", 0.0, 1.0)  # no masks, no set
+
+
+def test_what_simpletuners_options_are(work):
+    Path("lycoris.json").write_text(json.dumps({
+        "algo": "tlora", "linear_dim": 32, "linear_alpha": 16, "tlora_min_rank": 4, "tlora_alpha": 2.0,
+        "apply_preset": {"target_module": ["Attention", "FeedForward"]},
+    }))  # fmt: skip
+    own = {"lora_type": "lycoris", "lycoris_config": "lycoris.json"}
+    found = tuner(**own, loss_type="huber", huber_c=0.3, huber_schedule="constant", mixflow_enabled=True)
+    assert (found.rank, found.alpha, found.rank_min, found.rank_curve) == (32, 16.0, 4, 2.0)
+    assert found.targets == "attn.*,ff.net.*,ff_context.net.*" and found.huber_c == 0.3 and found.loss == "huber"
+    assert (found.timesteps, found.timestep_shift) == ("mixflow", 3.0)
+    Path("lycoris.json").write_text('{"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 16, "odd": 1}')
+    found = tuner(**own, flow_use_beta_schedule=True, flow_schedule_shift=1.5, optimizer="prodigy", max_grad_norm=0.0)
+    assert (found.lokr, found.timesteps, found.timestep_shift) == (16, "beta", 1.5) and found.max_grad_norm == 0
+    assert "w2" in shapes(3072, 12288, found.rank, found.lokr) and found.optimizer == "prodigy"
+    lost = {fate.key for fate in read_config("c.json").fates if fate.lacks}
+    assert "(lycoris_config).odd" in lost and "mixflow_gamma" not in lost
+
+
+def test_simpletuners_backends(work):
+    masks = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
+    Path("b.json").write_text(json.dumps([
+        {"id": "a", "type": "local", "instance_data_dir": "a", "conditioning_data": "m", "crop": False}, masks,
+        {"id": "h", "type": "huggingface", "dataset_name": "user/set", "repeats": 1},
+        {"id": "r", "type": "local", "instance_data_dir": "r", "is_regularization_data": True},
+    ]))  # fmt: skip
+    config = read_config("b.json")
+    assert config.values["data"] == ["./a,masks=masks", "user/set,weight=2"]
+    assert config.values["regularization"] == "./r"
+    said = {fate.key: str(fate) for fate in config.fates}
+    assert "keeps to what the base draws" in said["[3].is_regularisation_data"]
 
 
 # Every key ------------------------------------------------------------------------------------------------
@@ -202,13 +383,8 @@ def test_no_key_is_ignored_in_silence(work, name):
         assert not line.rstrip().endswith(":"), line
 
 
-@pytest.mark.parametrize("tool, tables", [
-    ("kohya", [kohya.TRAIN, [*kohya.DATASET, *kohya.SUBSET]]),
-    ("ai-toolkit", [aitoolkit.PROCESS, aitoolkit.DATASET]),
-    ("SimpleTuner", [simpletuner.CONFIG, simpletuner.BACKEND]),
-])  # fmt: skip
-def test_a_table_has_each_key_once_and_each_row_says_something(tool, tables):
-    for table in tables:
+def test_a_table_has_each_key_once_and_each_row_says_something():
+    for table in TABLES:
         names = [row.name for row in table]
         assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
         assert all(row.setting or row.turn or row.why or row.lacks for row in table if row.default != {})
@@ -224,16 +400,15 @@ def test_keys_of_a_newer_version_are_named(work):
     assert "hf_abc" not in str(found["huggingface_token"]) and found["huggingface_token"].lacks
 
 
-def test_what_has_no_setting_is_left_out():
-    """A row's setting that `SETTINGS` has not, and one of its values that is no choice."""
-    rows = [Key("a", "no_such_setting"), Key("b", "optimizer"), Key("c", "rank")]
-    a, b, c = settle(rows, {"a": 3, "b": "no_such_one", "c": 4}, "tool")
-    assert a.lacks and b.lacks and "no_such_setting = 3" in a.why and c.settings == {"rank": 4}
-
-
-def test_settings_that_rows_name_are_ours(work):
-    for name in ("kohya_train_1.toml", "aitoolkit_1.yaml", "simpletuner_config_1.json"):
-        assert read_config(name).values.keys() <= BY_NAME.keys()
+def test_settings_that_rows_name_are_ours():
+    """And their values are choices of those; but for what text encoders will have."""
+    for row in (x for table in TABLES for x in table if x.setting and not x.lacks):
+        field = BY_NAME[row.setting]
+        values = row.turn.values() if isinstance(row.turn, Mapping) else ()
+        assert all(x is None or not field.choices or x in field.choices for x in values), row.name
+    waiting = {row.name for table in TABLES for row in table if row.lacks is NO_TEXT}
+    assert waiting == {"text_encoder_lr", "train_text_encoder", "train.train_text_encoder", "train.text_encoder_lr"}
+    assert fates_of(kohya.TRAIN, {"network_train_unet_only": False})["network_train_unet_only"].why == NO_TEXT
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -246,6 +421,25 @@ def test_flags_win_and_a_dry_run_tells_all(work, capsys):
     lost = 'lr_scheduler = "polynomial": left out: there are constant, constant_with_warmup, cosine'
     for line in (lost, "rank = 3", 'name = "flux-mini"', "lora_rank = 16: rank = 16", "alpha = 16.0", "steps = 2000"):
         assert line in said.out.splitlines()
+
+
+def test_settings_that_are_told_give_the_same_run(work, capsys):
+    """What a dry run prints below its comment is a file of settings: the same ones, defaults included."""
+    for name in ("kohya_train_1.toml", "aitoolkit_1.yaml", "simpletuner_config_1.json"):
+        assert main(["train", f"--from-config={name}", "--dry-run", "--lr=3e-5"]) == 2  # there are no pictures
+        _, told = capsys.readouterr().out.split("# settings, as a TOML file has them\n")
+        Path("again.toml").write_text(told.partition("\n\n")[0])
+        first = read_settings(None, None, {"lr": "3e-5"}, read_config(name).values)
+        again = read_settings("again.toml", None, {})
+        assert all(getattr(first, x) == getattr(again, x) for x in BY_NAME) and first.recipe == again.recipe
+        assert {
+            "name",
+            "rank",
+            "alpha",
+            "steps",
+            "lr",
+            "resolution",
+        } <= again.given.keys() and "crops" not in again.given
 
 
 def test_a_run_tells_what_is_left_out(work, capsys):

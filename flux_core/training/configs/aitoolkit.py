@@ -13,6 +13,8 @@ from typing import Any
 from ...errors import UsageError
 from .keys import (
     HELD_OUT,
+    MOST_RANK,
+    NO_TEXT,
     Fate,
     Folder,
     Key,
@@ -28,6 +30,7 @@ from .keys import (
     only,
     other,
     settle,
+    when,
 )
 
 NAME = "ai-toolkit"
@@ -44,19 +47,57 @@ def _out(value: Any, of: Values) -> str:
 
 
 def _network(value: Any, of: Values) -> Any:
-    if value == "lokr":
+    if value.lower() == "lokr":
         return {"lokr": of["network.lokr_factor"]}
-    if value != "lora":
-        raise LeftOut("a LoRA is trained")
+    if value.lower() != "lora":
+        raise LeftOut("there are lora, lokr")
     return {}
 
 
-def _alpha(value: Any, of: Values) -> Any:
-    raise Needless("ai-toolkit ignores it for FLUX.1, where alpha is the rank")
+def _is_lokr(of: Values) -> bool:
+    return str(of["network.type"]).lower() == "lokr"
 
 
 def _rank(value: Any, of: Values) -> dict[str, Any]:
-    return {"rank": value, "alpha": value}
+    if not _is_lokr(of):
+        return {"rank": value, "alpha": value}
+    return {"rank": MOST_RANK, "alpha": MOST_RANK} if of["network.lokr_full_rank"] else {"rank": value}
+
+
+def _alpha(value: Any, of: Values) -> Any:
+    if not _is_lokr(of):
+        raise Needless("ai-toolkit ignores it for FLUX.1, where a LoRA's alpha is the rank")
+    if of["network.lokr_full_rank"]:
+        raise Needless("lokr_full_rank counts")
+    return value
+
+
+def _rate(value: Any, of: Values) -> Any:
+    rate = value if of["train.unet_lr"] is None else of["train.unet_lr"]
+    return 1.0 if of["train.optimizer"].lower() == "prodigy" and rate < 0.1 else rate
+
+
+def _timesteps(value: Any, of: Values) -> str:
+    if of["train.linear_timesteps"] or of["train.linear_timesteps2"]:
+        raise Needless("linear_timesteps counts")
+    if of["train.content_or_style"] in BIASES:
+        raise Needless("content_or_style counts")
+    return _named_in(TIMESTEPS, value, "timesteps")
+
+
+def _bias(value: Any, of: Values) -> str:
+    if value == "balanced":
+        raise Needless("as here")
+    if of["train.linear_timesteps"] or of["train.linear_timesteps2"]:
+        raise LeftOut("linear_timesteps counts")
+    return _named_in(BIASES, value, "timesteps")
+
+
+def _contrast(value: Any, of: Values) -> Any:
+    target = of["train.guidance_loss_target"]
+    if value and not isinstance(target, int | float):
+        raise LeftOut("guidance_loss_target is a range, and --contrast takes one number")
+    return target if value else 0.0
 
 
 def _targets(value: Any, of: Values) -> str:
@@ -80,9 +121,9 @@ def _quantize(value: Any, of: Values) -> dict[str, Any]:
     return {"dtype": _named_in(QTYPES, of["model.qtype"])} if value else {}
 
 
-def _named_in(names: Mapping[str, str], kind: str) -> str:
+def _named_in(names: Mapping[str, str], kind: str, setting: str = "dtype") -> str:
     if kind not in names:
-        raise LeftOut(f"--dtype has no {kind}; there are {', '.join(names)}")
+        raise LeftOut(f"--{setting} has no {kind}; there are {', '.join(names)}")
     return names[kind]
 
 
@@ -96,17 +137,6 @@ def _architecture(value: Any, of: Values) -> Any:
     if value != "flux":
         raise UsageError(f"it trains {value}, and this is FLUX.1. Next: give a config whose arch is flux")
     return {}
-
-
-def _if(switch: str, setting: str) -> Any:
-    """A `turn` for a number that counts where another key is on."""
-
-    def turn(value: Any, of: Values) -> Any:
-        if not of[switch]:
-            raise Needless(f"{switch} is off")
-        return {setting: value}
-
-    return turn
 
 
 def _prompts(value: Any, of: Values) -> list[str]:
@@ -130,18 +160,22 @@ def _extension(value: Any, of: Values) -> Any:
 
 QTYPES = {"qfloat8": "fp8", "float8": "fp8", "qint8": "int8", "int8": "int8", "convrot8": "int8"}
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32", "float": "float32"}
+TIMESTEPS = {"sigmoid": "sigmoid", "linear": "uniform"}
+BIASES = {name: name for name in ("content", "style")}
+DOP, BLANK = "train.diff_output_preservation", "train.blank_prompt_preservation"
 PROCESS = (
     Key("type", why="the process that trains"),
     Key("training_folder", "output_dir", _out, default="output"),
     Key("device", "device"),
     Key("trigger_word", "trigger"),
     Key("network.type", turn=_network, default="lora"),
-    Key("network.linear", turn=_rank, default=4, why="ai-toolkit's alpha is the rank for FLUX.1"),
-    Key("network.linear_alpha", turn=_alpha),
+    Key("network.linear", turn=_rank, default=4, why="ai-toolkit's alpha is the rank for FLUX.1's LoRAs"),
+    Key("network.linear_alpha", "alpha", _alpha, default=1.0),
     Key("network.transformer_only", "targets", _targets, default=True),
     Key("network.network_kwargs", default={}),
     Key("network.network_kwargs.only_if_contains", why="read with network.transformer_only"),
     Key("network.lokr_factor", default=-1, why="read with network.type"),
+    Key("network.lokr_full_rank", default=False, why="read with network.linear"),
     Key("save.save_every", "save_every", default=1000),
     Key("save.max_step_saves_to_keep", "keep", default=5),
     Key("save.dtype", default="float16", lacks="the adapter is saved in fp32"),
@@ -152,7 +186,7 @@ PROCESS = (
         default=1, why="gradients are averaged, where ai-toolkit sums them"),
     Key("train.gradient_accumulation", default=1, why="read with train.gradient_accumulation_steps"),
     Key("train.gradient_checkpointing", "checkpointing", {"true": "blocks", "false": "none"}, default=True),
-    Key("train.lr", "lr", lambda x, of: x if of["train.unet_lr"] is None else of["train.unet_lr"], default=1e-6),
+    Key("train.lr", "lr", _rate, default=1e-6),
     Key("train.unet_lr", why="read with train.lr"),
     Key("train.optimizer", "optimizer", {"adamw": "adamw", "adamw8": "adamw8bit", "adamw8bit": "adamw8bit",
         "prodigy": "prodigy"}, default="adamw", why="with an eps of 1e-8, where ai-toolkit has 1e-6"),
@@ -162,31 +196,32 @@ PROCESS = (
     Key("train.lr_scheduler_params", default={}),
     Key("train.max_grad_norm", "max_grad_norm", default=1.0),
     Key("train.noise_scheduler", turn=only("flowmatch", "a rectified flow is trained"), default="ddpm"),
-    Key("train.timestep_type", "timesteps", {"sigmoid": "sigmoid", "linear": "uniform"}, default="sigmoid"),
-    Key("train.content_or_style", turn=only("balanced", "noise levels are drawn by --timesteps"), default="balanced"),
-    Key("train.linear_timesteps", default=False, lacks="there is no such weighting"),
-    Key("train.linear_timesteps2", default=False, lacks="there is no such weighting"),
+    Key("train.timestep_type", "timesteps", _timesteps, default="sigmoid"),
+    Key("train.content_or_style", "timesteps", _bias, default="balanced",
+        why="of evenly spread levels, where ai-toolkit's are spread by timestep_type"),
+    Key("train.linear_timesteps", "timesteps", {"true": "linear_timesteps", "false": None}, default=False),
+    Key("train.linear_timesteps2", "timesteps", {"true": "linear_timesteps2", "false": None}, default=False),
     Key("train.min_denoising_steps", turn=only(0, "all noise levels are drawn"), default=0),
     Key("train.max_denoising_steps", turn=_levels, default=999),
-    Key("train.loss_type", "loss", {"mse": None}, default="mse"),
+    Key("train.loss_type", "loss", {"mse": "l2", "mae": "l1"}, default="mse"),
     Key("train.cfg_scale", "guidance", default=1.0),
     Key("train.bypass_guidance_embedding", default=False, lacks="guidance is told to the model"),
     Key("train.dtype", "dtype", _dtype, default="fp32"),
     Key("train.train_unet", turn=only(True, "the transformer learns"), default=True),
-    Key("train.train_text_encoder", "train_text", {"true": "clip,t5", "false": None}, default=False),
-    Key("train.text_encoder_lr", "text_lr"),
-    Key("train.diff_output_preservation", "preserve", {"true": "differential", "false": None}, default=False),
-    Key("train.diff_output_preservation_multiplier",
-        turn=_if("train.diff_output_preservation", "preserve_weight"), default=1.0),
-    Key("train.diff_output_preservation_class", turn=_if("train.diff_output_preservation", "class_word")),
-    Key("train.blank_prompt_preservation", "preserve", {"true": "blank", "false": None}),
-    Key("train.blank_prompt_preservation_multiplier",
-        turn=_if("train.blank_prompt_preservation", "preserve_weight"), default=1.0),
-    Key("train.do_guidance_loss", "contrast", lambda x, of: of["train.guidance_loss_target"] if x else 0.0),
+    Key("train.train_text_encoder", "train_text", {"true": "clip,t5", "false": None}, default=False, lacks=NO_TEXT),
+    Key("train.text_encoder_lr", turn=when("train.train_text_encoder", "text_lr"), lacks=NO_TEXT),
+    Key(DOP, "preserve", {"true": "differential", "false": None}, default=False),
+    Key(f"{DOP}_multiplier", turn=when(DOP, "preserve_weight"), default=1.0),
+    Key(f"{DOP}_class", turn=when(DOP, "class_word")),
+    Key(BLANK, "preserve", {"true": "blank", "false": None}, default=False),
+    Key(f"{BLANK}_multiplier", turn=when(BLANK, "preserve_weight"), default=1.0),
+    Key("train.do_guidance_loss", "contrast", _contrast, default=False),
     Key("train.guidance_loss_target", default=3.0, why="read with train.do_guidance_loss"),
-    Key("train.inverted_mask_prior", "mask_prior",
-        lambda x, of: of["train.inverted_mask_prior_multiplier"] if x else 0.0),
+    Key("train.inverted_mask_prior", turn=lambda x, of: when("masks", "mask_prior")(
+        of["train.inverted_mask_prior_multiplier"] if x else 0.0, of), default=False,
+        why="a picture's loss is not divided by the mean of its mask, as ai-toolkit's is"),
     Key("train.inverted_mask_prior_multiplier", default=0.5, why="read with train.inverted_mask_prior"),
+    Key("train.reg_weight", turn=when("is_reg", "prior_weight"), default=1.0),
     Key("train.noise_offset", default=0.0, lacks="noise is plain"),
     Key("train.min_snr_gamma", lacks="it is not defined for a rectified flow"),
     Key("train.ema_config.use_ema", "ema", lambda x, of: of["train.ema_config.ema_decay"] if x else 0.0),
@@ -216,7 +251,8 @@ PROCESS = (
         "--memory SIZE lets blocks come when they compute": "model.low_vram model.layer_offloading",
         "every factor learns at every step": "network.dropout",
         "--targets names what learns": "network.network_kwargs.ignore_if_contains",
-        "a LoRA has Linears alone": "network.conv network.conv_alpha network.lokr_full_rank network.old_lokr_format",
+        "a LoRA has Linears alone": "network.conv network.conv_alpha",
+        "a LoKr has LyCORIS' keys": "network.old_lokr_format",
         "one model is trained, and nothing is merged into it": "model.assistant_lora_path model.lora_path "
         "model.inference_lora_path model.unet_path model.model_kwargs",
         "the average is saved": "train.ema_config.use_feedback train.ema_config.param_multiplier",
@@ -240,8 +276,8 @@ DATASET = (
     Key("is_reg", default=False, why="read with folder_path"),
     Key("trigger_word", why="read with folder_path"),
     Key("mask_path", why="read with folder_path"),
-    Key("mask_min_value", "mask_floor"),
-    Key("alpha_mask", "masks", {"true": "alpha", "false": None}, default=False),
+    Key("mask_min_value", turn=when("masks", "mask_floor"), default=0.0),
+    Key("alpha_mask", default=False, why="read with folder_path"),
     Key("shuffle_tokens", "shuffles", {"true": 8, "false": 0}, default=False, why="encoded once, as they are"),
     Key("keep_tokens", turn=only(0, "ai-toolkit does not keep them in front when it shuffles"), default=0),
     Key("flip_x", "flip", default=False),
@@ -265,7 +301,8 @@ DATASET = (
         "captions have one form": "random_triggers use_short_captions",
     }),
 )  # fmt: skip
-FOLDERS = {"folder_path", "dataset_path", "num_repeats", "is_reg", "trigger_word", "mask_path", "resolution"}
+FOLDERS = {"folder_path", "dataset_path", "num_repeats", "is_reg", "trigger_word", "mask_path", "alpha_mask",
+           "resolution"}  # fmt: skip
 """of which each data set's counts"""
 
 
@@ -298,9 +335,15 @@ def read(document: Any, read_other: Any) -> Iterator[Fate]:
     datasets = process.pop("datasets")
     yield Fate("config.name", config["name"], why="the folder in training_folder")
     where = "config.process[0]."
-    given, known = flatten(process), {"name": config["name"]}
+    given = flatten(process)
+    known = {
+        "name": config["name"],
+        "trigger_word": process.get("trigger_word"),
+        "masks": any(_folder(one).masks for one in datasets),
+        "is_reg": any(one.get("is_reg") for one in datasets),
+    }
     yield from settle((*PROCESS, HELD_OUT), given, NAME, {name: where + name for name in given}, known)
-    yield from _data_fates(datasets, process.get("trigger_word"), f"{where}datasets")
+    yield from _data_fates(datasets, known, f"{where}datasets")
     for i in range(len(others)):
         yield Fate(f"config.process[{i + 1}]", others[i].get("type"), why="one process is run", lacks=True)
     rest = {name: value for name, value in document.items() if name != "config"}
@@ -317,7 +360,7 @@ def _named(value: Any, name: str) -> Any:
     return value.replace("[name]", name) if isinstance(value, str) else value
 
 
-def _data_fates(datasets: list[dict[str, Any]], trigger: str | None, where: str) -> Iterator[Fate]:
+def _data_fates(datasets: list[dict[str, Any]], above: Values, where: str) -> Iterator[Fate]:
     """What becomes of the keys of data sets: the first's that is learned from count for all, but for its folder's."""
     first = next((i for i, one in enumerate(datasets) if not one.get("is_reg")), None)
     if first is None:
@@ -329,7 +372,7 @@ def _data_fates(datasets: list[dict[str, Any]], trigger: str | None, where: str)
     }
     given = datasets[first]
     places = {name: f"{where}[{first}].{name}" for name in given}
-    yield from settle(DATASET, given, NAME, places, known | {"trigger_word": trigger})
+    yield from settle(DATASET, given, NAME, places, {**above, **known})
     for i, dataset in enumerate(datasets):
         for name, value in dataset.items() if i != first else []:
             again = name != "resolution" and _folder(dataset).path in [_folder(one).path for one in datasets[:i]]
@@ -338,9 +381,8 @@ def _data_fates(datasets: list[dict[str, Any]], trigger: str | None, where: str)
 
 def _folder(dataset: Values) -> Folder:
     path = dataset.get("folder_path") or dataset["dataset_path"]
-    return Folder(
-        here(path), dataset.get("num_repeats", 1), dataset.get("trigger_word") or "", dataset.get("mask_path") or ""
-    )
+    masks = "alpha" if dataset.get("alpha_mask") else dataset.get("mask_path") or ""
+    return Folder(here(path), dataset.get("num_repeats", 1), dataset.get("trigger_word") or "", masks)
 
 
 def _list(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ tool that the file leaves to it.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
 """values by which a key asks for nothing"""
 SECRET = re.compile(r"(_token|api_key|secret|password)$")
 """keys whose values are not shown"""
+NO_TEXT = "text encoders do not learn"
+"""why rows of `train_text` and `text_lr` have no counterpart yet; empty: they have"""
+MOST_RANK = BY_NAME["rank"].maximum or 0
+"""for a LoKr whose second factor is whole: that of all Linears with at most twice as many rows and columns, once cut"""
+HUBER = ("huber", "smooth_l1")
+"""losses that `huber_c` is of"""
 MOST_NODES, SHOWN = 100_000, 100
 """of a file; characters of a value that are shown"""
 Values = Mapping[str, Any]
@@ -102,29 +109,22 @@ def settle(
             why = f"{tool} has no such key that is known here.{nearest(name, rows)}"
             yield Fate(key, value, why=why, lacks=True)
         else:
-            yield from [Fate(key, value, why="not set")] if value is None else _fates(rows[name], key, value, values)
+            yield Fate(key, value, why="not set") if value is None else _fate(rows[name], key, value, values)
     for name in rows:
         if name not in written and rows[name].default is not None:
-            for fate in _fates(rows[name], name, rows[name].default, values):
-                if fate.lacks or any(BY_NAME[one].default != value for one, value in fate.settings.items()):
-                    yield fate._replace(is_default=True)
+            fate = _fate(rows[name], name, rows[name].default, values)
+            if fate.lacks or any(BY_NAME[one].default != value for one, value in fate.settings.items()):
+                yield fate._replace(is_default=True)
 
 
-def _fates(row: Key, key: str, value: Any, values: Values) -> Iterator[Fate]:
-    """What becomes of a value: one fate, and one more for each of its settings that is not there."""
+def _fate(row: Key, key: str, value: Any, values: Values) -> Fate:
+    """What becomes of a value."""
     try:
-        found, lacking = {}, []
-        for name, one in _turned(row, value, values).items():
-            try:
-                found[name] = counterpart(name, one)
-            except LeftOut as error:
-                lacking.append(Fate(key, value, why=str(error), lacks=True))
-        yield from [Fate(key, value, found, row.why)] if found or not lacking else []
-        yield from lacking
+        return Fate(key, value, _turned(row, value, values), row.why)
     except LeftOut as error:
-        yield Fate(key, value, why=str(error), lacks=True)
+        return Fate(key, value, why=str(error), lacks=True)
     except Needless as error:
-        yield Fate(key, value, why=str(error))
+        return Fate(key, value, why=str(error))
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise UsageError(f"{key} = {shown(key, value)} is no value of {row.name}. Next: mend that line") from None
 
@@ -147,18 +147,6 @@ def _turned(row: Key, value: Any, values: Values) -> Values:
     return found
 
 
-def counterpart(name: str, value: Any) -> Any:
-    """The value as our setting takes it. LeftOut where there is no such setting, or it does not take that value."""
-    field = BY_NAME.get(name)
-    if field is None or (field.choices and value not in field.choices):
-        raise LeftOut(f"it would be {name} = {shown(name, value)}, which is not there")
-    if isinstance(value, list) and not field.multiple:
-        if len(value) > 1 or "," in value[0]:
-            raise LeftOut(f"it would be {name} = {shown(name, value)}, and {name} takes one folder")
-        return value[0]
-    return value
-
-
 # What several tools have ---------------------------------------------------------------------------------
 
 
@@ -170,21 +158,25 @@ class Folder(NamedTuple):
     """how often its pictures come, against those of others"""
     trigger: str = ""
     masks: str = ""
-    """a folder"""
+    """a folder, or `alpha`"""
 
 
 def data_of(learned: Iterable[Folder], regular: Iterable[Folder] = ()) -> dict[str, Any]:
     """The settings of folders to learn from, and of others for regularization. A path counts once.
 
     What is equal for all folders to learn from is `repeats`, `trigger`, `masks`; else it stands behind their paths, as
-    in `PATH,weight=2,trigger=zwx,masks=FOLDER`.
+    in `PATH,weight=2,trigger=zwx,masks=FOLDER`. Pictures of regularization sets come equally often: they are half of an
+    epoch.
     """
-    folders, others = _once(learned), _once(regular)
+    folders, others = _once(learned), [one._replace(repeats=1) for one in _once(regular)]
+    every = math.gcd(*(one.repeats for one in folders))
+    folders = [one._replace(repeats=one.repeats // every) for one in folders]
     alike = {
-        name: values.pop() for name in Folder._fields[1:] if len(values := {getattr(x, name) for x in folders}) == 1
+        name: values.pop() for name in ("trigger", "masks") if len(values := {getattr(x, name) for x in folders}) == 1
     }
-    found = {"data": [_text(one, alike) for one in folders]} | {name: one for name, one in alike.items() if one}
-    return found | ({"regularization": [_text(one, {"repeats": 1}) for one in others]} if others else {})
+    found = {"data": [_text(one, alike) for one in folders], "repeats": every}
+    found |= {name: value for name, value in alike.items() if value}
+    return found | ({"regularization": [_text(one, {}) for one in others]} if others else {})
 
 
 def here(path: str) -> str:
@@ -200,10 +192,10 @@ def _once(folders: Iterable[Folder]) -> list[Folder]:
 
 
 def _text(folder: Folder, alike: Values) -> str:
-    told = {"weight": folder.repeats, "trigger": folder.trigger, "masks": folder.masks}
-    said = [f"{option}={value}" for (option, value), name in zip(told.items(), Folder._fields[1:], strict=True)
-            if value and name not in alike]  # fmt: skip
-    return ",".join([folder.path, *said])
+    """As `--data` has it."""
+    weight = folder.repeats if folder.repeats != 1 else ""
+    told = {"weight": weight, "trigger": folder.trigger, "masks": folder.masks}
+    return ",".join([folder.path, *(f"{key}={value}" for key, value in told.items() if value and key not in alike)])
 
 
 def count(folder: str) -> int | None:
@@ -242,6 +234,26 @@ def only(value: Any, why: str) -> Callable[[Any, Values], Any]:
         raise (Needless if given == value else LeftOut)(why)
 
     return turn
+
+
+def when(switch: str, setting: str, *among: Any) -> Callable[[Any, Values], Any]:
+    """A `turn` for a key that counts where another is on, or has one of these values."""
+
+    def turn(value: Any, values: Values) -> Any:
+        if not (values[switch] in among if among else values[switch]):
+            raise Needless(f"it counts with {switch} {' or '.join(among)}".rstrip())
+        return {setting: value}
+
+    return turn
+
+
+def huber_schedule(value: Any, values: Values) -> dict[str, Any]:
+    """A `turn` for the schedule of `huber_c`."""
+    if values["loss_type"] not in HUBER:
+        raise Needless("the loss is not huber or smooth_l1")
+    if value == "snr":
+        raise LeftOut("it is not defined for a rectified flow; huber_c is one number for all noise levels")
+    return {"huber_schedule": value}
 
 
 def folders(value: Any, values: Values) -> dict[str, Any]:

@@ -5,15 +5,22 @@ folder that one calls from. The sections of the first file only group its keys. 
 dataset's, else that of `[general]`, else the first file's, else the default.
 """
 
+import fnmatch
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
 from ...files import user_path
+from ...lora.dialects import Table, flat
+from ...request.training import LOSSES
+from ...variants import VARIANTS
+from ..adapter import matching
 from .keys import (
+    HUBER,
+    NO_TEXT,
     Fate,
     Folder,
     Key,
@@ -24,12 +31,14 @@ from .keys import (
     epochs,
     folders,
     here,
+    huber_schedule,
     left_out,
     model_of,
     needless,
     only,
     other,
     settle,
+    when,
 )
 
 NAME = "kohya"
@@ -51,16 +60,15 @@ def _timesteps(value: Any, of: Values) -> dict[str, Any]:
         return {"timesteps": value, "timestep_shift": shift, "timestep_scale": scale}
     if value == "uniform":
         return {"timesteps": value}
-    scheme, mean, std = of["weighting_scheme"], of["logit_mean"], of["logit_std"]
-    if value == "sigma" and scheme == "logit_normal" and shift == 1:
-        return {"timesteps": scheme, "timestep_mean": mean, "timestep_std": std}
-    if value == "sigma" and scheme == "logit_normal" and mean == 0:  # the same in law
-        return {"timesteps": "shift", "timestep_shift": shift, "timestep_scale": std}
-    if value == "sigma" and scheme not in ("logit_normal", "mode") and shift == 1:
-        return {"timesteps": "uniform"}
-    if value == "sigma":
-        raise LeftOut(f"levels by {scheme}, shifted by {shift}, are not there; --timesteps has the others")
-    raise LeftOut("there are uniform, sigmoid, shift, flux_shift")
+    if value != "sigma":
+        raise LeftOut("there are sigma, uniform, sigmoid, shift, flux_shift")
+    if of["weighting_scheme"] == "logit_normal":  # a shift of levels is one of their logit
+        mean = of["logit_mean"] - math.log(shift)
+        return {"timesteps": "logit_normal", "timestep_mean": mean, "timestep_std": of["logit_std"]}
+    moved = {} if shift == 1 else {"timestep_shift": shift}
+    if of["weighting_scheme"] == "mode":
+        return {"timesteps": "mode", "timestep_scale": of["mode_scale"], **moved}
+    return {"timesteps": "uniform", **moved}
 
 
 def _prediction(value: Any, of: Values) -> dict[str, Any]:
@@ -113,7 +121,25 @@ def _text(value: Any, of: Values) -> Any:
     """CLIP learns unless one says that the transformer alone does; T5 if one asks for it."""
     if value:
         return {}
+    if NO_TEXT:
+        raise LeftOut(NO_TEXT)
     return {"train_text": "clip,t5" if str(of["network_args.train_t5xxl"]).lower() == "true" else "clip"}
+
+
+def _text_lr(value: Any, of: Values) -> Any:
+    if of["network_train_unet_only"]:
+        raise Needless("network_train_unet_only is on")
+    return value[0] if isinstance(value, list) else value
+
+
+def _plus(value: Any, of: Values) -> Any:
+    if _is_prodigy(of):
+        raise LeftOut("prodigy finds one rate for all")
+    return value
+
+
+def _is_prodigy(of: Values) -> bool:
+    return OPTIMIZERS.get(of["optimizer_type"].lower()) == "prodigy"
 
 
 BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
@@ -148,16 +174,52 @@ PARTS = {
     "single_mod_dim": ("single", ("norm.linear",)),
 }
 """network_args with a rank of their own: the kind of block, and diffusers' names of the Linears"""
+NO_RANK = "a rank of 0 is no rank. Next: name what learns with --targets"
+OF_RANKS = "alpha / rank is that of all, where kohya's alpha is"
 
 
 def _ranks(value: Mapping[str, Any], of: Values) -> str:
     if "0" in map(str, value.values()):
-        raise LeftOut("a rank of 0 is no rank. Next: name what learns with --targets")
+        raise LeftOut(NO_RANK)
     return ",".join(
         f"{BLOCKS[kind]}.*.{name}={rank}"
         for (kind, names), rank in ((PARTS[part], rank) for part, rank in value.items())
         for name in names
     )
+
+
+def _reg_ranks(value: str, of: Values) -> str:
+    """Above those of parts."""
+    if re.search(r"=0*(,|$)", value):
+        raise LeftOut(NO_RANK)
+    parts = of["network_args.dims"]
+    return ",".join([*([_ranks(parts, of)] if parts else []), *_by_regex(value, of)])
+
+
+def _reg_rates(value: str, of: Values) -> str:
+    return _plus(",".join(_by_regex(value, of)), of)
+
+
+def _by_regex(text: str, of: Values) -> list[str]:
+    """`REGEX=VALUE,…` of kohya's names, the first that is found in one counts, by diffusers' names of what learns."""
+    regexes = [(regex.strip(), value.strip()) for regex, _, value in (one.partition("=") for one in text.split(","))]
+    params, which = VARIANTS["flux-dev"].params, of["network_args.train_blocks"]
+    linears, found = Table(params).linears, dict[str, str]()
+    names = matching(params, [f"{name}.*" for kind, name in BLOCKS.items() if which in ("all", kind)])
+    for name in names:
+        own = f"lora_unet_{flat(linears[flat(name)].module)}"
+        found |= next(({name: value} for regex, value in regexes if re.search(regex, own)), {})
+    if not found:
+        raise LeftOut("nothing that learns has such a name")
+    return _in_patterns(found, names)
+
+
+def _in_patterns(values: Mapping[str, str], names: Collection[str]) -> list[str]:
+    """`NAME=VALUE` of each name, with `*` for the number of a block where all blocks have the value."""
+    return list(dict.fromkeys(
+        f"{pattern if all(values.get(one) == value for one in fnmatch.filter(names, pattern)) else name}={value}"
+        for name, value in values.items() for pattern in [re.sub(r"(blocks)\.\d+\.", r"\1.*.", name)]
+    ))  # fmt: skip
 
 
 def _out(value: Any, of: Values) -> str:
@@ -197,14 +259,17 @@ TRAIN = (
     Key("network_args.train_blocks", "targets", _targets, default="all"),
     Key("network_args.train_double_block_indices", default="all", why="read with train_blocks"),
     Key("network_args.train_single_block_indices", default="all", why="read with train_blocks"),
-    Key("network_args.dims", "ranks", _ranks),
-    Key("network_args.loraplus_lr_ratio", "lora_plus"),
+    Key("network_args.dims", "ranks", _ranks, why=OF_RANKS),
+    Key("network_args.network_reg_dims", "ranks", _reg_ranks, why=OF_RANKS),
+    Key("network_args.network_reg_lrs", "rates", _reg_rates),
+    Key("network_args.loraplus_lr_ratio", "lora_plus", _plus),
+    Key("network_args.loraplus_unet_lr_ratio", "lora_plus", _plus),
     Key("network_args.algo", why="read with network_module"),
     Key("network_args.factor", default=-1, why="read with network_module"),
     Key("network_args.train_t5xxl", why="read with network_train_unet_only"),
     Key("learning_rate", "lr", _rate, default=2e-6),
     Key("unet_lr", "lr"),
-    Key("text_encoder_lr", "text_lr", lambda x, of: x[0] if isinstance(x, list) else x),
+    Key("text_encoder_lr", "text_lr", _text_lr, lacks=NO_TEXT),
     Key("optimizer_type", "optimizer", OPTIMIZERS, default=""),
     Key("use_8bit_adam", "optimizer", {"true": "adamw8bit", "false": "adamw"}),
     Key("optimizer_args.weight_decay", "weight_decay"),
@@ -214,7 +279,7 @@ TRAIN = (
     Key("max_train_steps", "steps", _steps, default=1600),
     Key("max_train_epochs", turn=epochs("steps"), why="batches are counted without the remainders of buckets"),
     Key("gradient_accumulation_steps", "accumulation", default=1),
-    Key("max_grad_norm", "max_grad_norm", lambda x, of: x or 1e6, default=1.0),
+    Key("max_grad_norm", "max_grad_norm", default=1.0),
     Key("gradient_checkpointing", "checkpointing", {"true": "blocks", "false": "none"}, default=False),
     Key("mixed_precision", turn=_precision, default="no"),
     Key("fp8_base", "dtype", {"true": "fp8", "false": None}),
@@ -229,11 +294,12 @@ TRAIN = (
     Key("mode_scale", default=1.29, why="read with timestep_sampling"),
     Key("weighting_scheme", default="uniform", why="read with timestep_sampling and model_prediction_type"),
     Key("model_prediction_type", turn=_prediction, default="sigma_scaled"),
-    Key("loss_type", "loss", {"l2": None, "huber": "huber"}, default="l2"),
-    Key("huber_c", "huber_c", default=None),
-    Key("huber_schedule", turn=only("constant", "huber_c is one number for all noise levels")),
-    Key("prior_loss_weight", "prior_weight"),
-    Key("masked_loss", "masks", {"true": "alpha", "false": None}),
+    Key("loss_type", "loss", {name: name for name in LOSSES}, default="l2"),
+    Key("huber_c", turn=when("loss_type", "huber_c", *HUBER), default=0.1),
+    Key("huber_schedule", turn=huber_schedule, default="snr"),
+    Key("huber_scale", turn=only(1, "huber_c is the size itself"), default=1.0),
+    Key("prior_loss_weight", turn=when("is_reg", "prior_weight"), default=1.0),
+    Key("masked_loss", why="read with image_dir"),
     Key("output_dir", "output_dir", _out),
     Key("output_name", default="last", why="the folder in output_dir"),
     Key("save_every_n_steps", "save_every"),
@@ -263,7 +329,7 @@ TRAIN = (
         "an adapter starts from nothing": "network_weights dim_from_weights base_weights base_weights_multiplier",
         "every factor learns at every step": "network_dropout network_args.rank_dropout network_args.module_dropout "
         "network_args.network_dropout scale_weight_norms",
-        "--ranks has other patterns": "network_args.network_reg_dims network_args.network_reg_lrs network_args.in_dims",
+        "--ranks has no inputs": "network_args.in_dims",
         "noise is plain": "noise_offset ip_noise_gamma multires_noise_iterations adaptive_noise_scale",
         "T5's padding is seen, as in FLUX.1": "apply_t5_attn_mask",
         "nothing is sent anywhere": "huggingface_repo_id huggingface_token huggingface_path_in_repo "
@@ -274,8 +340,7 @@ TRAIN = (
         "AdamW has diffusers' numbers": "optimizer_args.betas optimizer_args.eps optimizer_args.d_coef",
         "the schedules are constant and cosine": "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args "
         "lr_scheduler_type lr_scheduler_min_lr_ratio lr_scheduler_timescale lr_decay_steps",
-        "there is no such loss": "huber_scale debiased_estimation_loss scale_v_pred_loss_like_noise_pred "
-        "zero_terminal_snr",
+        "there is no such loss": "debiased_estimation_loss scale_v_pred_loss_like_noise_pred zero_terminal_snr",
         "metadata.jsonl is read in Hugging Face's form": "in_json",
     }),
 )  # fmt: skip
@@ -320,6 +385,16 @@ def _keep(value: Any, of: Values) -> Any:
     return {"keep_tags": value} if value else {}
 
 
+def _separator(value: Any, of: Values) -> Any:
+    if not value or not of["shuffle_caption"]:
+        raise Needless("kohya uses it only with shuffle_caption")
+    return value
+
+
+def _masks(value: Any, of: Values) -> Any:
+    raise Needless("masks, read with image_dir" if of["masked"] else "without masked_loss")
+
+
 DATASET = (
     Key("resolution", turn=_resolution,
         why="a picture is trained at the largest that it fills, and left out where it fills none"),
@@ -338,7 +413,8 @@ SUBSET = (
     Key("num_repeats", default=1, why="read with image_dir"),
     Key("is_reg", default=False, why="read with image_dir"),
     Key("class_tokens", turn=_words, why="read with image_dir"),
-    Key("conditioning_data_dir", why="read with image_dir"),
+    Key("conditioning_data_dir", turn=_masks),
+    Key("alpha_mask", default=False, why="read with image_dir"),
     Key("caption_extension", turn=only(".txt", "captions are in NAME.txt"), default=".caption"),
     Key("shuffle_caption", "shuffles", {"true": ORDERS, "false": 0}, default=False, why="encoded once, as they are"),
     Key("keep_tokens", turn=_keep, default=0),
@@ -348,8 +424,7 @@ SUBSET = (
     Key("caption_dropout_rate", "caption_dropout", default=0.0),
     Key("flip_aug", "flip", default=False),
     Key("random_crop", "crop", {"true": "random", "false": "centre"}, default=False),
-    Key("alpha_mask", "masks", {"true": "alpha", "false": None}, default=False),
-    Key("keep_tokens_separator", default="", lacks="--keep-tags counts tags"),
+    Key("keep_tokens_separator", "keep_separator", _separator, default=""),
     Key("token_warmup_min", turn=only(1, "captions are whole from the first step"), default=1),
     Key("caption_dropout_every_n_epochs", default=0, lacks="--caption-dropout is a chance"),
     Key("caption_tag_dropout_rate", default=0.0, lacks="captions have all their tags"),
@@ -366,7 +441,7 @@ SUBSET = (
 """of subsets, and of all above them"""
 INSIDE = {row.name for row in (*DATASET, *SUBSET)}
 OF_DATASET = {row.name for row in DATASET}
-FOLDERS = {"image_dir", "num_repeats", "is_reg", "class_tokens", "conditioning_data_dir", "resolution"}
+FOLDERS = {"image_dir", "num_repeats", "is_reg", "class_tokens", "conditioning_data_dir", "alpha_mask", "resolution"}
 """of which each folder's counts"""
 
 
@@ -393,7 +468,8 @@ def read(document: Any, read_other: Any) -> Iterator[Fate]:
     total = own.get("max_train_steps", 1600) if "max_train_epochs" not in own else None
     if total is None and steps is not None:
         total = steps * own["max_train_epochs"]
-    yield from settle(TRAIN, own, NAME, known={"epoch": steps, "steps": total})
+    is_reg = any(one["is_reg"] for dataset in resolved(data, train) for one in dataset["subsets"])
+    yield from settle(TRAIN, own, NAME, known={"epoch": steps, "steps": total, "is_reg": is_reg})
     yield from _data_fates(data, train)
 
 
@@ -494,11 +570,13 @@ def _data_fates(data: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[F
     options = {**datasets[first[0]], **subsets[first]}
     given = {name: options[name] for name in where if name in INSIDE}
     unknown = {name: dict(levels)[prefix][name] for name, prefix in where.items() if name not in INSIDE}
-    learned = [_folder(one) for one in subsets.values() if not one["is_reg"]]
+    masked = bool(train.get("masked_loss", not train))  # a data set alone has no other use for them
+    learned = [_folder(one, masked) for one in subsets.values() if not one["is_reg"]]
     counts = [count(one.path) for one in learned]
     known = {
         "learned": learned,
-        "regular": [_folder(one) for one in subsets.values() if one["is_reg"]],
+        "regular": [_folder(one, masked) for one in subsets.values() if one["is_reg"]],
+        "masked": masked,
         "edges": sorted({math.isqrt(math.prod(one["resolution"])) for one in datasets if one["resolution"]}),
         "count": None if None in counts else sum(x or 0 for x in counts),
     }
@@ -517,9 +595,13 @@ def _data_fates(data: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[F
                 yield other(prefix + name, value, options.get(name), name in FOLDERS, again)
 
 
-def _folder(subset: Values) -> Folder:
-    """Its class tokens are a picture's caption where it has none: a trigger word, where no picture has one."""
+def _folder(subset: Values, masked: bool) -> Folder:
+    """Its class tokens are a picture's caption where it has none: a trigger word, where no picture has one.
+
+    masked: whether masks that are files count, before alpha channels.
+    """
     name, words = str(subset["image_dir"]), subset["class_tokens"] or ""
     captions = any(user_path(name).rglob("*.txt"))
     trigger = words if count(name) and not captions and "," not in words else ""
-    return Folder(here(name), subset["num_repeats"], trigger, subset.get("conditioning_data_dir") or "")
+    masks = (masked and subset.get("conditioning_data_dir")) or ("alpha" if subset["alpha_mask"] else "")
+    return Folder(here(name), subset["num_repeats"], trigger, masks)

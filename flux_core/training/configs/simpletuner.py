@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import UsageError
+from ...request.training import LOSSES
 from .keys import (
     HELD_OUT,
+    HUBER,
+    MOST_RANK,
+    NO_TEXT,
     Fate,
     Folder,
     Key,
@@ -21,12 +25,14 @@ from .keys import (
     epochs,
     folders,
     here,
+    huber_schedule,
     left_out,
     model_of,
     needless,
     only,
     other,
     settle,
+    when,
 )
 
 NAME = "SimpleTuner"
@@ -67,50 +73,71 @@ def _kind(value: Any, of: Values) -> Any:
     return {}
 
 
-def _lycoris(value: Any, of: Values) -> dict[str, Any]:
-    """What its JSON says of LoKr or T-LoRA."""
-    if of["lora_type"] != "lycoris":
-        raise Needless("lora_type is standard")
-    found = of["lycoris"]
-    factors = {"rank": found["linear_dim"], "alpha": found.get("linear_alpha", found["linear_dim"])}
-    if found["algo"] == "lokr":
-        return {"lokr": found.get("factor", -1)}
-    if found["algo"] == "tlora":
-        return factors | {"rank_min": found.get("tlora_min_rank", 1), "rank_curve": found.get("tlora_alpha", 1.0)}
-    if found["algo"] in ("lora", "locon"):
-        return factors
-    raise LeftOut(f"an adapter by {found['algo']}: LoRA, LoKr and T-LoRA are there")
+def _lycoris(value: Any, of: Values) -> Any:
+    raise Needless("its keys follow" if of["lora_type"] == "lycoris" else "lora_type is standard")
 
 
-def _rank(setting: str) -> Any:
-    """A `turn` for lora_rank and lora_alpha."""
+def _algo(value: Any, of: Values) -> Any:
+    known = "lora", "locon", "lokr", "tlora"
+    raise (Needless if value in known else LeftOut)(f"there are {', '.join(known)}")
 
-    def turn(value: Any, of: Values) -> Any:
-        if of["lora_type"] == "lycoris":
-            raise Needless("lycoris_config counts")
-        return {setting: value}
 
-    return turn
+def _is_whole(of: Values) -> bool:
+    """Whether it is a LoKr with a whole second factor, as any number above all ranks says, too."""
+    return of["algo"] == "lokr" and (of["linear_dim"] > MOST_RANK or of["full_matrix"])
+
+
+def _dim(value: Any, of: Values) -> dict[str, Any]:
+    return {"rank": MOST_RANK, "alpha": MOST_RANK} if _is_whole(of) else {"rank": value}
+
+
+def _alpha(value: Any, of: Values) -> Any:
+    if _is_whole(of):
+        raise Needless("LyCORIS uses it only for a second factor that is a product")
+    return value
+
+
+def _classes(value: Any, of: Values) -> str:
+    """The Linears of diffusers' classes of modules."""
+    if unknown := [one for one in value if one not in CLASSES]:
+        raise LeftOut(f"--targets has no name for {', '.join(unknown)}; there are {', '.join(CLASSES)}")
+    return ",".join(CLASSES[one] for one in value)
 
 
 def _schedule(value: Any, of: Values) -> dict[str, Any]:
-    """golden/train/timesteps.json: a sigmoid of a normal number, or uniform, and then a shift."""
-    if of["flow_use_beta_schedule"]:
-        raise LeftOut("levels by a beta distribution are not there; --timesteps has the others")
-    shifted, scale = (value or 0) > 0, of["flow_sigmoid_scale"]
-    if of["flow_use_uniform_schedule"]:
-        if shifted or of["flow_schedule_auto_shift"]:
-            raise LeftOut("uniform levels that are shifted are not there; --timesteps has the others")
-        return {"timesteps": "uniform"}
-    if shifted:
-        return {"timesteps": "shift", "timestep_shift": value, "timestep_scale": scale}
+    """golden/train/timesteps.json: a sigmoid of a normal number, or another way, and then a shift."""
+    shift = value or 0
+    way = next((way for switch, way in SCHEDULES.items() if of[switch]), "")
+    if way == "beta" and (of["flow_beta_schedule_alpha"], of["flow_beta_schedule_beta"]) != (2, 2):
+        raise LeftOut("there is the beta distribution of 2 and 2")
+    if way and shift <= 0 and of["flow_schedule_auto_shift"]:
+        raise LeftOut(f"levels by {way} are shifted by one number, flow_schedule_shift")
+    if way:
+        return {"timesteps": way, **({"timestep_shift": shift} if shift > 0 else {})}
+    scale = of["flow_sigmoid_scale"]
+    if shift > 0:
+        return {"timesteps": "shift", "timestep_shift": shift, "timestep_scale": scale}
     return {"timesteps": "flux_shift" if of["flow_schedule_auto_shift"] else "sigmoid", "timestep_scale": scale}
 
 
+def _slowed(value: Any, of: Values) -> Any:
+    if not of["mixflow_enabled"]:
+        raise Needless("mixflow_enabled is off")
+    raise (LeftOut if value else Needless)("pictures have the noise of their level, and no more")
+
+
+def _targets(value: Any, of: Values) -> str:
+    if of["lora_type"] == "lycoris":
+        raise Needless("lycoris_config counts")
+    if value not in TARGETS:
+        raise LeftOut(f"there are {', '.join(TARGETS)}")
+    return ",".join(TARGETS[value])
+
+
 def _clip(value: Any, of: Values) -> Any:
-    if of["grad_clip_method"] != "norm":
+    if value and of["grad_clip_method"] != "norm":
         raise LeftOut("values are clipped there one by one; here all by their norm, at --max-grad-norm")
-    return value or 1e6
+    return value
 
 
 def _steps(value: Any, of: Values) -> Any:
@@ -151,7 +178,14 @@ def _checkpointing(value: Any, of: Values) -> str:
 
 
 def _ema(value: Any, of: Values) -> float:
+    if value and of["optimizer"] == "adamw_schedulefree":
+        raise LeftOut("adamw_schedulefree keeps a mean of its own")
     return of["ema_decay"] if value else 0.0
+
+
+def _type(value: Any, of: Values) -> Any:
+    hub = value == "huggingface" and of["dataset_name"]
+    raise (Needless if hub or value == "local" else LeftOut)("a folder is read, or a data set of the hub")
 
 
 def _prompt(value: Any, of: Values) -> list[str]:
@@ -163,18 +197,41 @@ def _prompt(value: Any, of: Values) -> list[str]:
 OPTIMIZERS = {"adamw_bf16": "adamw", "optimi-adamw": "adamw", "torch-adamw": "adamw", "bnb-adamw8bit": "adamw8bit",
               "bnb-adamw8bit-paged": "adamw8bit", "ao-adamw8bit": "adamw8bit", "prodigy": "prodigy",
               "adamw_schedulefree": "adamw_schedulefree"}  # fmt: skip
+SCHEDULES = {"mixflow_enabled": "mixflow", "flow_use_uniform_schedule": "uniform", "flow_use_beta_schedule": "beta"}
+LYCORIS = (
+    Key("algo", turn=_algo, default="lora"),
+    Key("linear_dim", "rank", _dim, default=4),
+    Key("linear_alpha", "alpha", _alpha, default=1),
+    Key("factor", turn=when("algo", "lokr", "lokr"), default=-1),
+    Key("full_matrix", default=False, why="read with linear_dim"),
+    Key("tlora_min_rank", turn=when("algo", "rank_min", "tlora"), default=1),
+    Key("tlora_alpha", turn=when("algo", "rank_curve", "tlora"), default=1.0),
+    Key("multiplier", turn=only(1, "an adapter is trained at the scale 1"), default=1.0),
+    Key("apply_preset", default={}),
+    Key("apply_preset.target_module", "targets", _classes),
+    *left_out({
+        "one factor and one rank are for all; --ranks has others": "apply_preset.module_algo_map "
+        "apply_preset.name_algo_map",
+        "--targets names what learns": "apply_preset.target_name apply_preset.exclude_name",
+        "every factor learns at every step": "dropout rank_dropout module_dropout",
+        "a LoKr has one form": "decompose_both use_tucker use_scalar weight_decompose dora_wd "
+        "rs_lora unbalanced_factorization",
+    }),
+)  # fmt: skip
+"""of the file that lycoris_config names"""
+CLASSES = {"Attention": "attn.*", "FeedForward": "ff.net.*,ff_context.net.*"}
 CONFIG = (
     Key("model_family", turn=_family),
     Key("model_type", turn=_kind),
     Key("model_flavour", why="pretrained_model_name_or_path names the model"),
     Key("pretrained_model_name_or_path", turn=model_of),
     Key("lora_type", default="standard", why="read with lora_rank"),
-    Key("lora_rank", turn=_rank("rank"), default=16),
-    Key("lora_alpha", turn=_rank("alpha")),
+    Key("lora_rank", turn=when("lora_type", "rank", "standard"), default=16),
+    Key("lora_alpha", turn=when("lora_type", "alpha", "standard")),
     Key("lora_dropout", lacks="every factor learns at every step"),
     Key("use_dora", "dora"),
     Key("lycoris_config", turn=_lycoris),
-    Key("flux_lora_target", "targets", {name: ",".join(names) for name, names in TARGETS.items()}, default="all"),
+    Key("flux_lora_target", "targets", _targets, default="all"),
     Key("flux_guidance_mode", turn=only("constant", "guidance is one number"), default="constant"),
     Key("flux_guidance_value", "guidance", default=1.0),
     Key("flow_schedule_shift", turn=_schedule, default=3.0),
@@ -182,6 +239,14 @@ CONFIG = (
     Key("flow_sigmoid_scale", default=1.0, why="read with flow_schedule_shift"),
     Key("flow_use_uniform_schedule", default=False, why="read with flow_schedule_shift"),
     Key("flow_use_beta_schedule", default=False, why="read with flow_schedule_shift"),
+    Key("flow_beta_schedule_alpha", default=2.0, why="read with flow_schedule_shift"),
+    Key("flow_beta_schedule_beta", default=2.0, why="read with flow_schedule_shift"),
+    Key("mixflow_enabled", default=False, why="read with flow_schedule_shift"),
+    Key("mixflow_gamma", turn=_slowed, default=0.8),
+    Key("loss_type", "loss", {name: name for name in LOSSES}, default="l2"),
+    Key("huber_c", turn=when("loss_type", "huber_c", *HUBER), default=0.1),
+    Key("huber_schedule", turn=huber_schedule, default="snr"),
+    Key("masked_loss_probability", turn=only(1, "masks count at every step"), default=1.0),
     Key("output_dir", "output_dir"),
     Key("caption_dropout_probability", "caption_dropout", default=0.1),
     Key("train_batch_size", "batch"),
@@ -192,7 +257,7 @@ CONFIG = (
     Key("num_train_epochs", turn=_epochs),
     Key("optimizer", "optimizer", OPTIMIZERS, why="its numbers are in fp32"),
     Key("learning_rate", "lr"),
-    Key("text_encoder_lr", "text_lr"),
+    Key("text_encoder_lr", turn=when("train_text_encoder", "text_lr"), lacks=NO_TEXT),
     Key("lr_scheduler", "schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"}),
     Key("lr_warmup_steps", "warmup"),
     Key("max_grad_norm", "max_grad_norm", _clip, default=2.0),
@@ -210,7 +275,7 @@ CONFIG = (
     Key("validation_num_inference_steps", "sample_steps"),
     Key("aspect_bucket_rounding", turn=only(2, "a bucket is the nearest in shape"), default=2),
     Key("aspect_bucket_alignment", turn=only(64, "sides of buckets are multiples of 64"), default=64),
-    Key("train_text_encoder", "train_text", {"true": "clip", "false": None}),
+    Key("train_text_encoder", "train_text", {"true": "clip", "false": None}, lacks=NO_TEXT),
     HELD_OUT,
     *needless({
         "read with the backends": "data_backend_config resolution resolution_type",
@@ -268,7 +333,7 @@ def _captions(value: Any, of: Values) -> Any:
 
 BACKEND = (
     Key("id", why="a name"),
-    Key("type", turn=only("local", "a folder is read"), default="local"),
+    Key("type", turn=_type, default="local"),
     Key("dataset_type", why="pictures to learn from"),
     Key("instance_data_dir", turn=folders),
     Key("repeats", default=0, why="read with instance_data_dir: one more pass than that"),
@@ -304,6 +369,8 @@ FOLDERS = {"id", "instance_data_dir", "repeats", "instance_prompt", "prepend_ins
            "conditioning_data", "is_regularisation_data", "resolution", "resolution_type", "dataset_name",
            "cache_dir_vae"}  # fmt: skip
 """of which each backend's counts"""
+REGULAR = "is_regularisation_data"
+LEARNED = "half of an epoch, and learned as they are, where SimpleTuner keeps to what the base draws"
 ALWAYS = {"id", "resolution", "resolution_type", "cache_dir_vae"}
 """even of a folder that was named before"""
 
@@ -318,13 +385,14 @@ def recognises(document: Any) -> bool:
 def read(document: Any, read_other: Any) -> Iterator[Fate]:
     """What becomes of each key. read_other: a document by its path. UsageError, FileError."""
     if isinstance(document, list):
-        yield from _data_fates(document, {})
+        yield from _data_fates(_spelled(document), {})
         return
     config = _plain(document)
-    backends = read_other(config["data_backend_config"]) if "data_backend_config" in config else []
-    lycoris = read_other(config["lycoris_config"]) if config.get("lora_type") == "lycoris" else {}
-    known = {"lycoris": lycoris, "epoch": _steps_of_epoch(backends, config)}
-    yield from settle(CONFIG, config, NAME, known=known)
+    backends = _spelled(read_other(config["data_backend_config"])) if "data_backend_config" in config else []
+    yield from settle(CONFIG, config, NAME, known={"epoch": _steps_of_epoch(backends, config)})
+    if config.get("lora_type") == "lycoris":
+        lycoris = _opened(read_other(config["lycoris_config"]))
+        yield from settle(LYCORIS, lycoris, NAME, {name: f"(lycoris_config).{name}" for name in lycoris})
     if backends:
         yield from _data_fates(backends, config)
 
@@ -347,6 +415,18 @@ def _number(text: str) -> Any:
         except ValueError:
             pass
     return text
+
+
+def _spelled(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Backends, with an s in `is_regularisation_data`."""
+    return [{name.replace("regularization", "regularisation"): x for name, x in one.items()} for one in backends]
+
+
+def _opened(lycoris: dict[str, Any]) -> dict[str, Any]:
+    """With a key for each of `apply_preset`."""
+    preset = lycoris.get("apply_preset") or {}
+    others = {name: value for name, value in lycoris.items() if name != "apply_preset"}
+    return others | {f"apply_preset.{name}": value for name, value in preset.items()}
 
 
 def _is_image(backend: Values) -> bool:
@@ -385,8 +465,10 @@ def _data_fates(backends: list[dict[str, Any]], config: Values) -> Iterator[Fate
         elif backend in images:
             before = [one.get("instance_data_dir") for one in backends[:i]]
             for name, value in backend.items():
-                again = name not in ALWAYS and backend.get("instance_data_dir") in before
-                yield other(f"[{i}].{name}", value, first.get(name), name in FOLDERS, again)
+                key, again = f"[{i}].{name}", name not in ALWAYS and backend.get("instance_data_dir") in before
+                is_prior = name == REGULAR and value
+                fate = other(key, value, first.get(name), name in FOLDERS, again)
+                yield Fate(key, value, why=LEARNED) if is_prior else fate
         else:
             yield _unused(f"[{i}]", backend, masks)
 
