@@ -2,8 +2,9 @@
 
 Two kinds. `load` attaches a file until its handle is removed, at the handle's scale. A request's LoRAs (entries of its
 plan) are attached when it is drawn, and stay until a request without them comes; entries that name the same file share
-its branches, and where several are active their scales add up. Text encoders read a prompt once, so they have the
-largest of a file's scales at all steps.
+its branches, and where several are active their scales add up. Entries that name the file which makes the transformer
+another model say how strong that is. Text encoders read a prompt once, so they have the largest of a file's scales at
+all steps.
 """
 
 from collections.abc import Hashable, Sequence
@@ -107,7 +108,9 @@ class Loras:
         sigmas: the schedule, by which steps are counted.
         """
         groups: dict[tuple[str, bool, bool], list[Lora]] = {}
-        for entry in self.recorded(entries):
+        recorded, of_model = self.recorded(entries), self._of_model
+        its_own = [entry for entry in recorded if of_model and entry.sha256 == self._known[of_model].sha256]
+        for entry in (one for one in recorded if one not in its_own):
             assert entry.sha256 is not None
             groups.setdefault((entry.sha256, entry.partial, entry.merge), []).append(entry)
         wanted, there = sorted(groups), list(self._asked)  # in one order, whatever was drawn before: sums round by it
@@ -119,11 +122,16 @@ class Loras:
             scale = first.scale if first.merge else 1.0  # weights are summed once, at their scale
             self._asked[key] = self._attach(find_recorded(first.file, key[0]), scale, first.partial, first.merge)
             note(self._asked[key].summary)
-        asked = list(self._asked.values())
+        uses: list[tuple[Handle, Sequence[Lora]]] = [(self._asked[key], groups[key]) for key in wanted]
+        if of_model and its_own:
+            uses.append((of_model, its_own))
+        elif of_model:
+            of_model.write(of_model.scale)  # that of its row
+        asked = [handle for handle, _ in uses]
         ranked = [x for x in attached(self.components.flux) if x.file.schedule is not None and x not in asked]
-        if not (groups or ranked or self.also):
+        if not (uses or ranked or self.also):
             return None
-        steps = LoraSteps([(self._asked[key], groups[key]) for key in wanted], sigmas, [*ranked, *self.also])
+        steps = LoraSteps(uses, sigmas, [*ranked, *self.also])
         steps.set(sigmas[0])
         return steps
 

@@ -311,7 +311,7 @@ LORAS = (
     Field(
         "lora_scale",
         float,
-        "scale of each --lora without one of its own (default: 1)",
+        "scale of each --lora without one of its own (default: 1); without --lora that of the model's own LoRA",
         minimum=-1000,
         maximum=1000,
     ),

@@ -258,6 +258,24 @@ def test_the_models_that_ship_take_a_picture(name, field):
     assert not np.array_equal(pixels(f"output/{name}_seed5.png"), pixels(f"output/{name}_seed5_1.png"))
 
 
+def test_the_scale_of_the_models_own_lora_is_typed_and_recorded(monkeypatch, capsys):
+    """The official demo's --lora_scale: the record draws it again, also where the file was never named."""
+    flags = [*FAST, *SIDES, "--name", "flux-mini-canny", "--control", "photo.png"]
+    assert main(flags) == main([*flags, "--lora_scale", "0.4"]) == 0
+    plain, weak, again, from_plain = (f"output/flux-mini-canny_seed5{end}.png" for end in ("", "_1", "_2", "_3"))
+    assert not np.array_equal(pixels(weak), pixels(plain))
+    (entry,) = read_request(weak).loras
+    assert (entry.file, entry.scale, read_request(plain).loras) == ("flux-mini-canny.safetensors", 0.4, ())
+    monkeypatch.setattr("flux_core.lora.known._place", lambda: Path("nothing.json"))
+    monkeypatch.setattr("flux_core.lora.known._NAMED", {})
+    assert main(["--from-image", weak, "--control", "photo.png"]) == 0
+    assert np.array_equal(pixels(again), pixels(weak))
+    assert main(["--from-image", plain, "--control", "photo.png", "--lora-scale", "0.4"]) == 0
+    assert np.array_equal(pixels(from_plain), pixels(weak))
+    assert main([*flags, "--lora-merge", "--lora-scale", "0.4"]) == 2
+    assert "--lora-merge does nothing without --lora" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["save", "lora merge lora.safetensors"])
 @pytest.mark.parametrize(("name", "base"), [("flux-mini-canny", "flux-mini"), ("flux-schnell-redux", "flux-schnell")])
 def test_what_is_written_lacks_no_adapter(words, name, base, capsys):

@@ -23,12 +23,12 @@ from tiny import CONTEXT, tiny_pipeline, tiny_variant
 
 from flux_core import load_pipeline
 from flux_core.errors import FileError, UsageError
-from flux_core.hooks import Capture, Skip
+from flux_core.hooks import Capture, Lora, Skip
 from flux_core.images.given import open_given
 from flux_core.images.masks import Canvas, without_step
 from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
-from flux_core.lora import attach
+from flux_core.lora import attach, attached
 from flux_core.model import Flux, FluxParams
 from flux_core.pipeline.conditions import bytes_beside
 from flux_core.pipeline.environment import is_replayed
@@ -420,6 +420,22 @@ def test_a_lora_works_on_top_of_a_control_lora(pipeline_of, tmp_path):
     with pipeline.load_lora(style, 0.7):
         assert torch.equal(drawn(pipeline, "canny-lora")[0], expected)
     assert torch.equal(drawn(pipeline, "canny-lora")[0], before)
+
+
+def test_an_entry_that_names_the_models_own_lora_says_its_scale(pipeline_of, tmp_path):
+    """As where it became the model's at that scale; a request without one draws at the row's."""
+    pipeline, weak = pipeline_of("canny-lora"), pipeline_of("canny-lora")
+    file = tmp_path / "control.safetensors"
+    weak.loras._of_model.remove()
+    weak.loras.become(file, 0.3)
+
+    def drawn(pipeline, *scales):
+        plan = [Lora(file=str(file), scale=scale) for scale in scales]
+        return pipeline.generate(PROMPT, SEED, plan=plan, **FAST, **PICTURES["canny-lora"])[0].tobytes()
+
+    plain = drawn(pipeline)
+    assert drawn(pipeline, 0.3) == drawn(weak) != plain == drawn(pipeline)
+    assert drawn(pipeline, 0.85) == drawn(weak, 0.85) == plain and len(attached(pipeline.model)) == 1
 
 
 def test_a_control_lora_counts_as_a_lora_beside_the_layers_and_two_are_one_too_many(pipeline_of, tmp_path):
