@@ -31,9 +31,9 @@ def train(
     if len(ways) > 1:
         raise UsageError(f"{' and '.join(ways)} are two ways to begin. Next: give one of them")
     from ..training.run import run
-    from ..training.settings import NOTO, example_file, read_settings
+    from ..training.settings import NOTO, ZIB, example_file, read_settings
 
-    if example in EXAMPLES and example != NOTO:
+    if example in EXAMPLES and example not in (NOTO, ZIB):
         tell(example_file(example))
         return
     assert flags.keys() <= {field.name for field in SETTINGS}

@@ -169,5 +169,5 @@ SECTIONS = {
 }  # fmt: skip
 """of the file that `--example` prints"""
 SETTINGS = tuple(field for fields in SECTIONS.values() for field in fields)
-EXAMPLES = ("style", "noto")
+EXAMPLES = ("style", "noto", "zib")
 """configurations that ship"""

@@ -143,13 +143,10 @@ class Run:
             raise UsageError(f"{self.variant.name} sees pictures already. Next: train a plain model, with --takes")
         if settings.takes:
             self.patterns += [INPUT] if WAYS[settings.takes].widens else []
-        self.own_ranks, self.own_rates = (
-            self._by_pattern(name, of) for name, of in (("ranks", "rank"), ("rates", "lr"))
-        )
+        self.own_ranks, self.own_rates = self._by_pattern("ranks", "rank"), self._by_pattern("rates", "lr")
         side = settings.resolution or f"{self.variant.width}x{self.variant.height}"
         self.resolution: Resolution = parse_resolution(side, settings.rule or "")
         captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.triggers))
-        captions.check_chances(settings.caption_dropout, settings.trigger_only, bool(settings.trigger))
         if settings.shard and settings.memory:
             raise UsageError("--shard and --memory are two ways to make room. Next: leave one of them out")
         if settings.memory and (self.device.type != "cuda" or settings.checkpointing != "blocks"):

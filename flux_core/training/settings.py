@@ -30,8 +30,8 @@ LATER = (
 """settings that a card does not tell at their defaults, as before there were any"""
 TOLD = ("name", "rank", "alpha", "steps", "lr", "resolution")
 """settings that are told even at their defaults"""
-NOTO = "noto"
-"""the style that ships, and its trigger"""
+NOTO, ZIB = "noto", "zib"
+"""a style and a character that ship, and their triggers"""
 NOTEBOOK: Mapping[str, Any] = MappingProxyType(
     {
         "dtype": "nf4", "rank": 4, "alpha": 4, "targets": "attention", "optimizer": "adamw8bit",
@@ -52,6 +52,13 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "targets": "blocks", "steps": 1200, "lr": 1e-3, "batch": 2, "warmup": 20, "schedule": "cosine",
             "timesteps": "flux_shift", "guidance": 1.0, "seed": 1, "sample_every": 300,
             "sample_prompts": ["a noto hamburger", "a noto dog", "a noto robot", "a noto strawberry"],
+        },
+        "zib": {
+            "name": "flux-mini", "trigger": ZIB, "output_dir": "output/zib", "resolution": "256x256", "rank": 2,
+            "targets": "blocks", "steps": 400, "lr": 2e-3, "lora_plus": 8.0, "batch": 4, "warmup": 20,
+            "schedule": "cosine", "timesteps": "flux_shift", "guidance": 1.0, "flip": True, "held_out": 0, "seed": 1,
+            "preserve": "differential", "class_word": "alien", "sample_every": 400,
+            "sample_prompts": ["a zib on a green background", "a zib to the left of a red apple", "two zibs", "a robot"],
         },
     }
 )  # fmt: skip
@@ -170,8 +177,8 @@ def read_settings(
 def example_values(name: str) -> dict[str, Any]:
     """What an example sets. FileError where its pictures are not there."""
     values = dict(EXAMPLES[name])
-    if name == NOTO:
-        folders = [root / NOTO / "pictures" for root in ROOTS]
+    if name in (NOTO, ZIB):
+        folders = [root / name / "pictures" for root in ROOTS]
         found = next((folder for folder in folders if folder.is_dir()), None)
         if found is None:
             raise FileError(

@@ -17,7 +17,7 @@ from flux_core.errors import FileError, UsageError
 from flux_core.main import main
 from flux_core.training.adapter import by_pattern, matching, patterns_of
 from flux_core.training.configs import aitoolkit, kohya, read_config, read_document, simpletuner
-from flux_core.training.configs.keys import NO_TEXT, flatten, settle
+from flux_core.training.configs.keys import flatten, settle
 from flux_core.training.lokr import shapes
 from flux_core.training.loop import levels
 from flux_core.training.settings import BY_NAME, Settings, read_settings
@@ -401,14 +401,11 @@ def test_keys_of_a_newer_version_are_named(work):
 
 
 def test_settings_that_rows_name_are_ours():
-    """And their values are choices of those; but for what text encoders will have."""
+    """And their values are choices of those."""
     for row in (x for table in TABLES for x in table if x.setting and not x.lacks):
         field = BY_NAME[row.setting]
         values = row.turn.values() if isinstance(row.turn, Mapping) else ()
         assert all(x is None or not field.choices or x in field.choices for x in values), row.name
-    waiting = {row.name for table in TABLES for row in table if row.lacks is NO_TEXT}
-    assert waiting == {"text_encoder_lr", "train_text_encoder", "train.train_text_encoder", "train.text_encoder_lr"}
-    assert fates_of(kohya.TRAIN, {"network_train_unet_only": False})["network_train_unet_only"].why == NO_TEXT
 
 
 # The command ----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from ...errors import UsageError
 from .keys import (
     HELD_OUT,
     MOST_RANK,
-    NO_TEXT,
     Fate,
     Folder,
     Key,
@@ -208,8 +207,8 @@ PROCESS = (
     Key("train.bypass_guidance_embedding", default=False, lacks="guidance is told to the model"),
     Key("train.dtype", "dtype", _dtype, default="fp32"),
     Key("train.train_unet", turn=only(True, "the transformer learns"), default=True),
-    Key("train.train_text_encoder", "train_text", {"true": "clip,t5", "false": None}, default=False, lacks=NO_TEXT),
-    Key("train.text_encoder_lr", turn=when("train.train_text_encoder", "text_lr"), lacks=NO_TEXT),
+    Key("train.train_text_encoder", "train_text", {"true": "clip,t5", "false": None}, default=False),
+    Key("train.text_encoder_lr", turn=when("train.train_text_encoder", "text_lr")),
     Key(DOP, "preserve", {"true": "differential", "false": None}, default=False),
     Key(f"{DOP}_multiplier", turn=when(DOP, "preserve_weight"), default=1.0),
     Key(f"{DOP}_class", turn=when(DOP, "class_word")),

@@ -20,8 +20,6 @@ OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
 """values by which a key asks for nothing"""
 SECRET = re.compile(r"(_token|api_key|secret|password)$")
 """keys whose values are not shown"""
-NO_TEXT = "text encoders do not learn"
-"""why rows of `train_text` and `text_lr` have no counterpart yet; empty: they have"""
 MOST_RANK = BY_NAME["rank"].maximum or 0
 """for a LoKr whose second factor is whole: that of all Linears with at most twice as many rows and columns, once cut"""
 HUBER = ("huber", "smooth_l1")

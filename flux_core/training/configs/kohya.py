@@ -20,7 +20,6 @@ from ...variants import VARIANTS
 from ..adapter import matching
 from .keys import (
     HUBER,
-    NO_TEXT,
     Fate,
     Folder,
     Key,
@@ -121,8 +120,6 @@ def _text(value: Any, of: Values) -> Any:
     """CLIP learns unless one says that the transformer alone does; T5 if one asks for it."""
     if value:
         return {}
-    if NO_TEXT:
-        raise LeftOut(NO_TEXT)
     return {"train_text": "clip,t5" if str(of["network_args.train_t5xxl"]).lower() == "true" else "clip"}
 
 
@@ -269,7 +266,7 @@ TRAIN = (
     Key("network_args.train_t5xxl", why="read with network_train_unet_only"),
     Key("learning_rate", "lr", _rate, default=2e-6),
     Key("unet_lr", "lr"),
-    Key("text_encoder_lr", "text_lr", _text_lr, lacks=NO_TEXT),
+    Key("text_encoder_lr", "text_lr", _text_lr),
     Key("optimizer_type", "optimizer", OPTIMIZERS, default=""),
     Key("use_8bit_adam", "optimizer", {"true": "adamw8bit", "false": "adamw"}),
     Key("optimizer_args.weight_decay", "weight_decay"),
