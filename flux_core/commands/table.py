@@ -241,7 +241,7 @@ SAVE = (
 )
 TRAIN = (
     *SETTINGS,
-    Field("example", str, "noto, zib: train a style, or a character, that ships; style: print a file of settings to fill in",
+    Field("example", str, "noto, zib: train a style, a character, that ships; style: print a file of settings to fill in",
           choices=EXAMPLES, metavar="NAME"),
     Field("from_config", str, "settings of another trainer: kohya's TOML, ai-toolkit's YAML, SimpleTuner's JSON; flags "
           "win", metavar="FILE", path=True),

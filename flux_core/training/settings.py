@@ -58,7 +58,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "targets": "blocks", "steps": 400, "lr": 2e-3, "lora_plus": 8.0, "batch": 4, "warmup": 20,
             "schedule": "cosine", "timesteps": "flux_shift", "guidance": 1.0, "flip": True, "held_out": 0, "seed": 1,
             "preserve": "differential", "class_word": "alien", "sample_every": 400,
-            "sample_prompts": ["a zib on a green background", "a zib to the left of a red apple", "two zibs", "a robot"],
+            "sample_prompts": ["a zib on a green background", "a zib to the left of an apple", "two zibs", "a robot"],
         },
     }
 )  # fmt: skip
