@@ -241,8 +241,8 @@ SAVE = (
 )
 TRAIN = (
     *SETTINGS,
-    Field("example", str, "noto, zib: train a style, a character, that ships; style: print a file of settings to fill in",
-          choices=EXAMPLES, metavar="NAME"),
+    Field("example", str, "noto, zib: train a style, a character, that ship; style: print a file of settings to fill "
+          "in", choices=EXAMPLES, metavar="NAME"),
     Field("from_config", str, "settings of another trainer: kohya's TOML, ai-toolkit's YAML, SimpleTuner's JSON; flags "
           "win", metavar="FILE", path=True),
     Field("dry_run", bool, "print the plan, and do nothing", default=False),
