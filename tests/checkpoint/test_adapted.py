@@ -46,6 +46,7 @@ def test_it_is_written_once_and_again_to_the_byte(own_cache):
     assert flow_path(FAST).read_bytes() == data
 
 
+@pytest.mark.slow
 def test_four_steps_are_nearer_to_28_than_those_of_the_other(own_cache):
     far = {"flux-mini": [], "flux-mini-fast": []}
     pipelines = {name: load_pipeline(name, "cpu") for name in far}

@@ -55,14 +55,6 @@ def tiny_models(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def light_collections():
-    """A session ends with `gc.collect`, which need not look at all that pytest and torch keep."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def workshop():
     shop = Workshop()

@@ -116,16 +116,20 @@ def test_sharing_keys_and_values_compiles_one_graph_for_each_kind_of_block(compi
         assert compiled(ShareKV(blocks=other, source="edit"), branches=branches) == 0
 
 
+def slow(*args):
+    return pytest.param(*args, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        lambda blocks: Capture(sites=[f"{blocks}.img.q"], into={}),
+        slow(lambda blocks: Capture(sites=[f"{blocks}.img.q"], into={})),
         lambda blocks: Capture(sites=[f"{blocks}.*"], into={}),
         lambda blocks: AttentionMaps(blocks=[blocks], into={}),
         lambda blocks: AttentionMask(blocks=[blocks], value=torch.rand(1, 1, 1, 1) > 2),
-        lambda blocks: Scale(sites=[f"{blocks}.head.1"], value=len(blocks)),
-        lambda blocks: Scale(sites=[f"{blocks}.img.attn"], value=len(blocks)),
-        lambda blocks: Custom(sites=[f"{blocks}.img.v"], fn=half),
+        slow(lambda blocks: Scale(sites=[f"{blocks}.head.1"], value=len(blocks))),
+        slow(lambda blocks: Scale(sites=[f"{blocks}.img.attn"], value=len(blocks))),
+        slow(lambda blocks: Custom(sites=[f"{blocks}.img.v"], fn=half)),
         lambda blocks: Custom(sites=[f"{blocks}.attend"], fn=half_attention),
     ],
     ids=["capture one", "capture all", "maps", "mask", "head", "scale", "function", "attention"],

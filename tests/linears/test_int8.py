@@ -136,6 +136,7 @@ def plainly(weight, group):
     return (rotated / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
+@pytest.mark.slow
 def test_codes_of_a_models_weights_to_the_bit():
     """All of flux-mini's: the order of fp32 sums decides about no code, and about the last bit of some scales."""
     model = load_pipeline("flux-mini", "cpu", "bfloat16").model

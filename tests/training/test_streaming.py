@@ -80,11 +80,11 @@ def streamed(budget, recipe=SHORT, format=None, at_work=0, look=None, **fields):
     ("format", "patterns"),
     [
         (None, "attention"),
-        (None, "everything"),
+        pytest.param(None, "everything", marks=pytest.mark.slow),
         (None, "one"),
         ("bf16", "everything"),
         ("int8", "everything"),
-        ("nf4", "attention"),
+        pytest.param("nf4", "attention", marks=pytest.mark.slow),
         ("nf4", "everything"),
     ],
 )
@@ -270,6 +270,7 @@ def test_factors_beside_modulation_learn_where_they_are():
 # Compiled, and on a card -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_blocks_come_and_go():
     found, recipe = [], replace(SHORT, steps=1)
     for budget in (2 * max(sizes()), 10**9):
