@@ -370,7 +370,7 @@ class Run:
             return
         missing = self.texts.missing(texts)
         with (
-            tqdm(total=len(missing), desc="captions", unit="text", disable=no_bars() or not missing) as bar,
+            tqdm(total=len(missing), desc="captions", unit="text", disable=no_bars() if missing else True) as bar,
             torch.no_grad(),
         ):
             build(self.texts, texts, self.pipeline.prompts, lambda text: bar.update())
@@ -382,7 +382,7 @@ class Run:
         """The autoencoder, once."""
         missing = self.latents.missing()
         encode = encoding(self.pipeline.codec)
-        for picture in tqdm(missing, desc="latents", unit="picture", disable=no_bars() or not missing):
+        for picture in tqdm(missing, desc="latents", unit="picture", disable=no_bars() if missing else True):
             self.latents.add(picture, encode)
         maker.cache_clear()
 
