@@ -1,6 +1,7 @@
 """What ways of training keep and what they cost: one character, learned from six pictures, by each of them.
 
     python benchmarks/keeping.py [--only plain,class,…] [--steps 600] [--device cuda] [--sheet FOLDER]
+    python benchmarks/keeping.py --adapter weights/zib            # one that is there
     python benchmarks/keeping.py --formats [--steps 600] [--device cuda]
 
 Zib (`weights/zib`) is trained into flux-mini by every way of `WAYS`, the same steps, pictures and seed. Then 24
@@ -218,6 +219,16 @@ def compare(args: argparse.Namespace) -> None:
                 run.adapter.save(args.sheet / name)
 
 
+def judge(args: argparse.Namespace) -> None:
+    """A line for an adapter that is there."""
+    device = torch.device(args.device)
+    pipeline = load_pipeline("flux-mini", device)
+    base = Base(pipeline, captioner(device), args.draw_steps)
+    pipeline.loras.load(args.adapter, 1.0, False, False)
+    found, _ = base.figures(pipeline)
+    print(json.dumps({"adapter": args.adapter, **found}))
+
+
 def formats(args: argparse.Namespace) -> None:
     """A line for each pair of formats, alone and with another adapter."""
     device = torch.device(args.device)
@@ -248,13 +259,14 @@ def formats(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="ways, with commas; plain first")
+    parser.add_argument("--adapter", help="a file or folder of a LoRA")
     parser.add_argument("--formats", action="store_true")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--draw-steps", type=int, default=28)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sheet", type=Path, help="a folder for pictures and adapters")
     args = parser.parse_args()
-    (formats if args.formats else compare)(args)
+    (formats if args.formats else judge if args.adapter else compare)(args)
 
 
 if __name__ == "__main__":

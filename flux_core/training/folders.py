@@ -119,9 +119,10 @@ def read_folders(
     return whole
 
 
-def fetched(folders: Sequence[Folder], hub: Path) -> list[Folder]:
-    """The same folders, all on this disk. Errors of `from_hub`."""
-    return [one._replace(place=str(_there(one.place, hub, number))) for number, one in enumerate(folders)]
+def fetch(folders: Sequence[Folder], hub: Path) -> None:
+    """Fetch those that are data sets of the hub, once. hub: as in `read_folders`. Errors of `from_hub`."""
+    for number, one in enumerate(folders):
+        _there(one.place, hub, number)
 
 
 def _there(place: str, hub: Path, number: int) -> Path:

@@ -41,7 +41,7 @@ from .adapter import Adapter, adapt, by_pattern, matching, patterns_of
 from .card import SHOWN, Facts, model_card
 from .charts import LossRow, best_step, change_chart, loss_chart, loss_csv, sample_sheet
 from .data import Found, Picture
-from .folders import epoch_of, fetched, read_folders
+from .folders import epoch_of, fetch, read_folders
 from .latents import LatentCache, encoding
 from .loop import Progress, checkpoints, factor, train, validate
 from .loss import forwards_of, others_of
@@ -182,10 +182,10 @@ class Run:
         """Read the data, and choose training sizes and cuts. What is left out is told. UsageError, FileError."""
         settings, hub = self.settings, self.folder / "data"
         with self.ranks.first_alone():
-            folders = fetched(settings.folders, hub)
+            fetch(settings.folders, hub)
         with tqdm(desc="pictures", unit="picture", disable=no_bars(), leave=False) as bar:
             found: Found = read_folders(
-                folders, self.resolution.size_of, hub, settings.trigger or "",
+                settings.folders, self.resolution.size_of, hub, settings.trigger or "",
                 settings.masks or "", settings.takes, bar.update,
             )  # fmt: skip
         for path, reason in found.skipped.items():
