@@ -143,11 +143,23 @@ def _lines(journal: Path) -> Iterator[Row]:
     for line in journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []:
         try:
             row = json.loads(line)
-            if not line.endswith(b"\n") or not ("settings" in row or {"file_name", "text", "sha256"} <= row.keys()):
-                return
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, RecursionError):
+            return
+        if not line.endswith(b"\n") or not (_is_row(row, journal.parent) or _is_first(row)):
             return
         yield row
+
+
+def _is_first(row: Any) -> bool:
+    """Whether it is as the first line of a journal: the settings."""
+    return isinstance(row, dict) and isinstance(row.get("settings"), dict)
+
+
+def _is_row(row: Any, folder: Path) -> bool:
+    """Whether it is as other lines: of a picture in that folder, so that nothing is ever written beside it."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text", "sha256")):
+        return False
+    return (folder / row["file_name"]).parent.resolve().is_relative_to(folder.resolve())
 
 
 def _read_table(folder: Path, to: str) -> dict[str, Row]:
@@ -159,6 +171,9 @@ def _read_table(folder: Path, to: str) -> dict[str, Row]:
             rows = parquet_modules()[1].read_table(file).to_pylist()
         else:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        for row in rows:
+            if not all(isinstance(row[key], str) for key in ("file_name", *CAPTIONS) if row.get(key) is not None):
+                raise ValueError(f"{row['file_name']!a} has a caption that is no text")
         return {row["file_name"]: {key: x for key, x in row.items() if x is not None} for row in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(

@@ -171,11 +171,22 @@ def test_what_fails_is_told_and_alone(folder):
     assert (folder / "a.txt").read_bytes() == b"\xff\xfe\x00"
 
 
-def test_a_damaged_table_is_left_as_it_is(folder):
-    (folder / "metadata.jsonl").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize("table", ["{", '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "a"}'])
+def test_a_damaged_table_is_left_as_it_is(folder, table):
+    (folder / "metadata.jsonl").write_text(table, encoding="utf-8")
     with pytest.raises(FileError, match="could not be read, and is left as it is"):
-        caption(folder, "jsonl")
-    assert (folder / "metadata.jsonl").read_text(encoding="utf-8") == "{"
+        caption(folder, "jsonl", "append")
+    assert (folder / "metadata.jsonl").read_text(encoding="utf-8") == table
+
+
+@pytest.mark.parametrize("first", [{"settings": {}}, {"settings": []}, {"settings": {"to": 1}}])
+@pytest.mark.parametrize("name", ["../out.png", "/no/such/out.png", 5])
+def test_a_journal_that_came_with_the_pictures_writes_nothing_beside_them(folder, first, name):
+    row = {"file_name": name, "text": "x", "sha256": ""}
+    (folder / JOURNAL).write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n", encoding="utf-8")
+    caption(folder)
+    assert texts(folder) == ALL
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name}
 
 
 def test_one_process_at_a_time(folder):
