@@ -231,9 +231,9 @@ class Run:
         return word
 
     def of_class(self, one: Picture) -> str:
-        """A picture's caption with the class in place of the trigger word."""
-        word = one.word(self.settings.trigger or "")
-        return one.caption.replace(word, self.class_word) if word else one.caption
+        """A picture's caption, the first that wildcards make, with the class in place of the trigger word."""
+        word, caption = one.word(self.settings.trigger or ""), self.captions_of(one)[captions.CAPTION]
+        return caption.replace(word, self.class_word) if word else caption
 
     def wanted(self) -> list[Text]:
         """All texts to be encoded: those of the pictures, and the samples' prompts."""
@@ -241,6 +241,14 @@ class Run:
         pictures = [*self.learned, *self.judged, *self.priors]
         classes = [Text(one.sha256, captions.CLASS, self.of_class(one)) for one in pictures if self.class_word]
         return [*texts_of(pictures, self.settings.trigger or "", *self.spelling), *classes, *samples]
+
+    @property
+    def shown(self) -> dict[str, tuple[str, str]]:
+        """The prompts that are drawn, each with its picture and kind among the texts: the samples', or a caption."""
+        if self.prompts:
+            return {prompt: ("", f"{SAMPLE}-{i}") for i, prompt in enumerate(self.prompts)}
+        first = self.learned[0]
+        return {self.captions_of(first)[captions.CAPTION]: (first.sha256, captions.CAPTION)}
 
     # The plan ----------------------------------------------------------------------------------------------
 
@@ -374,8 +382,8 @@ class Run:
             torch.no_grad(),
         ):
             build(self.texts, texts, self.pipeline.prompts, lambda text: bar.update())
-        for i, prompt in enumerate(self.prompts):
-            self.pipeline.prompts.remember(prompt, *self.texts.get("", f"{SAMPLE}-{i}"))
+        for prompt, place in self.shown.items():
+            self.pipeline.prompts.remember(prompt, *self.texts.get(*place))
         self.pipeline.free_t5()
 
     def encode_pictures(self) -> None:
@@ -531,8 +539,7 @@ class Run:
         """Encode the samples' prompts by the encoders as they are now."""
         prompts = self.pipeline.prompts
         prompts.forget()
-        drawn = {prompt: ("", f"{SAMPLE}-{i}") for i, prompt in enumerate(self.prompts)}
-        for prompt, place in (drawn or {self.learned[0].caption: (self.learned[0].sha256, captions.CAPTION)}).items():
+        for prompt, place in self.shown.items():
             txt, vec = self.adapter.encoded(*(x[None] for x in self.text(*place)))
             prompts.remember(prompt, txt[0], vec[0])
 
@@ -591,7 +598,7 @@ class Run:
     def finish(self) -> Path:
         """The adapter, its card, the A/B sheet, and how much was changed where. Returns the adapter's path."""
         settings, adapter = self.settings, self.adapter
-        prompts = self.prompts or [self.captions_of(self.learned[0])[captions.CAPTION]]
+        prompts = self.prompts or [*self.shown]
         with adapter.averaged():
             path = adapter.save(self.folder) if self.ranks.is_first else self.folder / ADAPTER
             changed = adapter.changes()

@@ -159,6 +159,24 @@ def test_what_is_preserved_is_encoded_and_counts(small, work):
     assert kept._numbers().tera == pytest.approx(plain._numbers().tera * 3, rel=0.01)
 
 
+def test_what_is_preserved_has_no_marks_of_wildcards(small, work):
+    for path in Path("class").glob("*.txt"):
+        path.write_text("a {zwx|zwx} ||| b, c", encoding="utf-8")
+    marked = {"wildcards": 1, "keep_separator": "|||", "shuffles": 1}
+    kept = made(trigger="zwx", data="class", preserve="differential", class_word="pig", **marked)
+    assert {text.caption for text in kept.wanted() if text.kind == "class"} == {"a pig, b, c"}
+
+
+def test_what_is_drawn_at_the_end_needs_no_t5_again(small, work, monkeypatch):
+    """Without prompts of its own a run draws a caption, which it has encoded."""
+    run = made(trigger="zwx", data="class", wildcards=2)
+    run.load()
+    run.encode_captions()
+    (prompt,) = run.shown
+    monkeypatch.setattr(type(run.pipeline.t5), "encode", None)
+    assert torch.equal(run.pipeline.prompts(prompt)[0][0], run.text(*run.shown[prompt])[0])
+
+
 def test_what_goes_wrong_while_it_learns_is_told(small, work, capsys):
     assert train("--data=class", "--steps=10", "--lr=1e-9", "--sample-prompts=a pig", "--sample-every=5") == 0
     assert "samples are as they were without it (rate 1e-09). Next: a higher --lr" in capsys.readouterr().err
