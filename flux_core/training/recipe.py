@@ -84,6 +84,8 @@ class Recipe:
         for name in ("steps", "batch", "accumulation"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
+        if self.loss == "huber" and self.huber_c <= 0:
+            raise UsageError("huber's loss is 0 with a huber_c of 0, and nothing would learn. Next: 0.1, or loss l1")
         if self.optimizer == "adamw_schedulefree" and self.ema:
             raise UsageError("adamw_schedulefree keeps a mean of its own. Next: leave ema out")
 

@@ -104,8 +104,14 @@ class Settings:
                                    ("mask_floor", "--masks", masked), ("mask_prior", "--masks", masked)):  # fmt: skip
             if name in values and not there:
                 raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
-        if self.preserve == "differential" and not (self.trigger and self.class_word):
-            raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")
+        if self.preserve == "differential":
+            if not (self.triggers and self.class_word):
+                raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")
+            if self.class_word in self.triggers:
+                raise UsageError(
+                    f"--class-word {self.class_word!a} is the trigger, so what is learned would be kept as it was. "
+                    "Next: say what it is one of, as in dog"
+                )
         if "rank_curve" in values and not self.rank_min:
             raise UsageError(f"{BY_NAME['rank_curve'].flag} goes with {BY_NAME['rank_min'].flag}")
         if self.optimizer == "prodigy" and (self.rates or self.lora_plus != 1):
@@ -123,8 +129,9 @@ class Settings:
             if self.token.split() != [self.token]:
                 raise UsageError(f"--token is one word without spaces, as in <thing>, not {self.token!a}")
             self.trigger = self.trigger or self.token
-            if self.token not in self.trigger:
-                raise UsageError(f"--trigger {self.trigger!a} does not say {self.token}, so no picture would teach it")
+            if not any(self.token in word for word in self.triggers):
+                words = ", ".join(map(ascii, self.triggers)) or "''"
+                raise UsageError(f"--trigger {words} does not say {self.token}, so no picture would teach it")
         elif self.targets == "none":
             raise UsageError("--targets none goes with --token. Next: name other targets, or a token that learns")
 

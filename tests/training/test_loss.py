@@ -184,7 +184,10 @@ def test_what_is_not_asked_for_is_no_part_of_a_run():
     ("given", "said"),
     [
         ({"preserve": "differential", "trigger": "zwx"}, "--preserve differential needs --trigger and --class-word"),
+        ({"preserve": "differential", "trigger": "zwx", "class_word": "zwx"}, "--class-word 'zwx' is the trigger"),
         ({"class_word": "dog"}, "--class-word goes with --preserve differential"),
+        ({"loss": "huber", "huber_c": 0.0}, "nothing would learn"),
+        ({"token": "<a>", "data": "x,trigger=zwx"}, "--trigger 'zwx' does not say <a>"),
         ({"huber_c": 0.2}, "--huber-c goes with --loss huber or smooth_l1"),
         ({"preserve_weight": 2.0}, "--preserve-weight goes with --preserve"),
         ({"timesteps": "flux_shift", "timestep_shift": 3.0}, "--timestep-shift goes with --timesteps"),
@@ -193,6 +196,11 @@ def test_what_is_not_asked_for_is_no_part_of_a_run():
 def test_what_does_not_go_together_is_said(given, said):
     with pytest.raises(UsageError, match=said):
         Settings({"data": "x", **given})
+
+
+def test_triggers_may_be_the_folders_own():
+    given = {"data": ["x,trigger=<a>", "y,trigger=zwx"], "token": "<a>", "preserve": "differential", "class_word": "pig"}
+    assert Settings(given).triggers == ["<a>", "zwx"]
 
 
 def test_weightings_are_still_those_of_diffusers():
