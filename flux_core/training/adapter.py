@@ -398,7 +398,7 @@ def by_pattern(
     for part in filter(None, (part.strip() for part in text.split(","))):
         pattern, _, value = part.rpartition("=")
         if not pattern:
-            raise UsageError(f"{part!a} has no value. Next: write NAME=VALUE, as in --ranks to_q=4 or --rates to_q=1e-5")
+            raise UsageError(f"{part!a} has no value. Next: NAME=VALUE, as in --ranks to_q=4 or --rates to_q=1e-5")
         hits = set(matching(params, patterns_of(pattern.strip(), name, params))).intersection(learns)
         if not hits:
             raise UsageError(f"{part}: nothing that learns is named {pattern}. Next: leave it out, or add --targets")

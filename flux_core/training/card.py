@@ -64,10 +64,7 @@ def model_card(facts: Facts) -> str:
         *([f"Trigger: {plain(facts.trigger)}"] if facts.trigger else []),
         *(f"![{text}]({name})" for name, text in shown.items()),
         "## Use",
-        "`OUT` is this folder, or its id on the hub. With flux_core:",
-        fenced("bash", f"python cli.py --name {facts.variant.name} --lora OUT --prompt {_in_shell(facts.prompt)}"),
-        "With diffusers:",
-        fenced("python", diffusers_example(facts)),
+        *_use(facts),
         "## Settings",
         table(("setting", "value"), facts.settings),
         "## Data and base",
@@ -76,6 +73,29 @@ def model_card(facts: Facts) -> str:
         table(("", ""), _results(facts)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(facts: Facts) -> list[str]:
+    """How pictures are drawn with it: here, and with diffusers where that reads all of its file."""
+    get = facts.settings.get
+    if takes := get("takes"):
+        what = "pictures" if takes == "reference" else "a map of the picture"
+        return [
+            f"With it the model sees {what}, too. With flux_core: `FLUX_LORA=OUT/pytorch_lora_weights.safetensors`, "
+            f"where `OUT` is this folder, and the `--name` of a model of this kind that takes {what}."
+        ]
+    parts = [
+        "`OUT` is this folder, or its id on the hub. With flux_core:",
+        fenced("bash", f"python cli.py --name {facts.variant.name} --lora OUT --prompt {_in_shell(facts.prompt)}"),
+    ]
+    if get("lokr"):
+        return [*parts, "It is a LoKr, in LyCORIS' keys."]
+    parts += ["With diffusers:", fenced("python", diffusers_example(facts))]
+    if get("rank_min"):
+        parts.append("It is a T-LoRA: fewer ranks count where there is more noise. diffusers draws with all of them.")
+    if "t5" in str(get("train_text", "")):
+        parts.append("It has factors of T5's, which diffusers leaves out.")
+    return parts
 
 
 def front_matter(facts: Facts) -> str:
@@ -109,13 +129,14 @@ def diffusers_example(facts: Facts) -> str:
     """A program that draws a picture with diffusers."""
     variant = facts.variant
     base = variant.repo or f"output/{variant.name}-diffusers-bf16"
+    tensors = "from safetensors.torch import load_file\n" if facts.settings.get("token") else ""
     made = "" if variant.repo else f"# the folder that this makes: python cli.py save --name {variant.name}\n"
     return f"""\
 import torch
 from diffusers import FluxPipeline
-
+{tensors}
 {made}pipe = FluxPipeline.from_pretrained({quoted(base)}, torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("OUT")
+{_loaded(facts)}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 picture = pipe(
     {quoted(_one_line(facts.prompt))},
@@ -126,6 +147,20 @@ picture = pipe(
     max_sequence_length={variant.max_text},
 ).images[0]
 picture.save("picture.png")"""
+
+
+def _loaded(facts: Facts) -> str:
+    """The lines of a program that load it into diffusers' pipeline."""
+    lines, get = ['pipe.load_lora_weights("OUT")'], facts.settings.get
+    if token := get("token"):
+        lines = [] if get("targets") == "none" and not get("train_text") else lines
+        word = f"token={quoted(token)}, text_encoder=pipe.text_encoder"
+        lines += [
+            'vectors = load_file("OUT/learned_embeds.safetensors")',
+            f'pipe.load_textual_inversion(vectors["clip_l"], {word}, tokenizer=pipe.tokenizer)',
+            f'pipe.load_textual_inversion(vectors["t5"], {word}_2, tokenizer=pipe.tokenizer_2)',
+        ]
+    return "\n".join(lines)
 
 
 def _origins(facts: Facts) -> dict[str, object]:

@@ -153,3 +153,31 @@ def test_pictures_that_are_there_are_shown():
 
 def test_order_of_pictures_does_not_count():
     assert model_card(FACTS) == model_card(replace(FACTS, pictures=FACTS.pictures[::-1]))
+
+
+def uses(**settings):
+    """A card, and the lines of its program for diffusers that load something; none where it has no program."""
+    card = model_card(replace(FACTS, settings=settings))
+    found = re.search("```python", card) and code(card, "python")
+    if found:
+        ast.parse(found)
+    return card, [line for line in (found or "").splitlines() if line.startswith("pipe.load")]
+
+
+def test_diffusers_loads_what_it_can():
+    lora, program = 'pipe.load_lora_weights("OUT")', uses()[1]
+    assert program == [lora]
+    card, program = uses(lokr=8)
+    assert not program and "--lora OUT" in card and "LyCORIS" in card
+    assert "diffusers draws with all of them" in uses(rank_min=1)[0]
+    assert "which diffusers leaves out" in uses(train_text="clip,t5")[0]
+    words = [line for line in uses(token="<zwx>")[1] if line != lora]
+    assert [line.count('token="<zwx>"') for line in words] == [1, 1]
+    assert uses(token="<zwx>", targets="none")[1] == words
+    assert uses(token="<zwx>", targets="none", train_text="clip")[1] == [lora, *words]
+
+
+@pytest.mark.parametrize("takes", ["reference", "canny", "control"])
+def test_what_sees_pictures_is_drawn_otherwise(takes):
+    card, program = uses(takes=takes)
+    assert not program and "--lora OUT" not in card and "FLUX_LORA=OUT/pytorch_lora_weights.safetensors" in card

@@ -353,7 +353,7 @@ def test_prodigy_has_one_rate():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("to_q", "'to_q' has no value. Next: write NAME=VALUE, as in --ranks to_q=4"),
+    ("to_q", "'to_q' has no value. Next: NAME=VALUE, as in --ranks to_q=4"),
     ("to_x=3", "no Linear of the transformer is named 'to_x'"),
     ("ff.net.2=3", "nothing that learns is named ff.net.2"),
 ])  # fmt: skip

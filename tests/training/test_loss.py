@@ -199,7 +199,8 @@ def test_what_does_not_go_together_is_said(given, said):
 
 
 def test_triggers_may_be_the_folders_own():
-    given = {"data": ["x,trigger=<a>", "y,trigger=zwx"], "token": "<a>", "preserve": "differential", "class_word": "pig"}
+    kept = {"preserve": "differential", "class_word": "pig"}
+    given = {"data": ["x,trigger=<a>", "y,trigger=zwx"], "token": "<a>", **kept}
     assert Settings(given).triggers == ["<a>", "zwx"]
 
 
