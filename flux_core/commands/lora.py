@@ -53,6 +53,8 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, allow
     found = converted(lora, variants[0].params, dialect)
     if found.left_out:
         what = listing(f"modules that the dialect {to} cannot say", found.left_out)
+        if lora.is_tokens:
+            raise UsageError(f"{source} has trained tokens alone, which have no dialects. Next: leave it as it is")
         if not found.tensors:
             raise UsageError(f"{source} has only {what}. Next: name another dialect with --to.")
         if not allow_partial:
@@ -127,6 +129,8 @@ def _scales(given: float | Sequence[str | float], count: int) -> list[float]:
 def _read_to_merge(path: str | Path, variant: Variant) -> LoraFile:
     """The file, which fits the model. FileError, UsageError."""
     lora = read_lora(path, variant.params)
+    if lora.is_tokens:
+        raise UsageError(f"{path} has trained tokens alone, which no weight has room for. Next: draw with --lora")
     if (width := widened_input(lora, variant.params)) > variant.params.in_channels:
         raise UsageError(
             f"{path} is for a control model: its img_in takes {width} features, and that of {variant.name} "

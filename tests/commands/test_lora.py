@@ -141,6 +141,8 @@ EXTRACT = ["extract", "--base=flux-mini", "--tuned=flux-mini", "--output=new.saf
         (["merge", "style.safetensors", "--output", "full"], 2, "exists already"),
         (["merge", "style.safetensors", "--scale", "1", "2", "--output", "new"], 2, "2 values for 1 files"),
         (["merge", "style.safetensors", "--dtype", "fp8", "--output", "new"], 2, "not 'fp8'"),
+        (["merge", "words.safetensors", "--output", "new"], 2, "trained tokens alone, which no weight has room for"),
+        (["convert", "words.safetensors", "new.safetensors", "--to", "kohya"], 2, "which have no dialects"),
         (EXTRACT, 2, "--rank is missing"),
         ([*EXTRACT, "--rank=0"], 2, "--rank must be a whole number from 1"),
         ([*EXTRACT, "--rank=4"], 2, "are the same"),
@@ -151,6 +153,8 @@ EXTRACT = ["extract", "--base=flux-mini", "--tuned=flux-mini", "--output=new.saf
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(words, code, finding, style, capsys):
     Path("there.safetensors").write_text("not a header")
+    clip, t5 = VARIANTS["flux-mini"].params.vec_in_dim, VARIANTS["flux-mini"].params.context_in_dim
+    save_file({"clip_l": torch.ones(1, clip), "t5xxl": torch.ones(1, t5)}, "words.safetensors")
     Path("full").mkdir()
     Path("full/file").touch()
     before = sorted(Path().rglob("*"))
