@@ -98,7 +98,8 @@ def read_folder(
         try:
             picture = reader.picture(path)
             if (twin := known.setdefault(picture.sha256, path)) is not path:
-                raise FileError(f"it is the same file as {twin.name}")
+                where = twin.name if folder in twin.parents else twin
+                raise FileError("its folder is named twice" if twin == path else f"it is the same file as {where}")
             found.pictures.append(picture)
         except FileError as error:
             found.skipped[path] = str(error)
@@ -133,8 +134,9 @@ class _Reader:
         self.key, mask_key = "" if beside else key, MASK if masks == LISTED else ""
         self.rows = _listed(folder, self.key, mask_key)
         if self.rows is None and (missing := self.key or mask_key):
+            other = f", or name a folder: {folder},{missing}=FOLDER" if self.key else ""
             raise UsageError(
-                f"{folder} has no {METADATA}, whose lines name a {missing} for each picture. Next: write one"
+                f"{folder} has no {METADATA}, whose lines name a {missing} for each picture. Next: write one{other}"
             )
         self.mask_folder = None if masks in ("", ALPHA, LISTED) else user_path(masks)
         others = [*beside, *([self.mask_folder] if self.mask_folder else [])]

@@ -324,13 +324,21 @@ def resume(folder: Path, state: State, run: Mapping[str, str]) -> list[float]:
         raise FileError(f"{path}: the checkpoint could not be read: {error}. Next: delete it.") from error
     for key in {**run, **metadata}:
         if key != "format" and metadata.get(key) != run.get(key):
-            then, now = metadata.get(key, "unknown"), run.get(key, "unknown")
             raise UsageError(
-                f"{path} was trained with {key} {then}, not {now}. Next: go on with what it was trained with, or name "
+                f"{path} was trained {_unlike(key, metadata, run)}. Next: go on with what it was trained with, or name "
                 "another folder"
             )
     state.load(tensors)
     return tensors["losses"].tolist()
+
+
+def _unlike(key: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """How runs differ in an entry of their identities, from which what had its default may be missing."""
+    default = json.dumps(Recipe.__dataclass_fields__[key].default) if key in ADDED else None
+    one, other = then.get(key, default), now.get(key, default)
+    if one is None:
+        return f"without {key}, not with {other}"
+    return f"with {key} {one}, not {'without' if other is None else other}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -210,7 +210,10 @@ def read_file(path: Path) -> dict[str, Any]:
         for name, one in value.items() if isinstance(value, dict) else [(key, value)]:
             name = name.replace("-", "_")
             if name not in BY_NAME:
-                raise UsageError(f"{path}: there is no setting {name!a}.{nearest(name, BY_NAME)}")
+                raise UsageError(
+                    f"{path}: there is no setting {name!a}.{nearest(name, BY_NAME)} Next: leave it out, or train with "
+                    "the version that the file is of"
+                )
             if name in found:
                 raise UsageError(f"{path}: {name} is set twice")
             found[name] = parsed(BY_NAME[name], one, f"{path}: {name}")

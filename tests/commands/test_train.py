@@ -184,7 +184,7 @@ def test_settings_come_from_a_file_and_flags_win(work):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("rnak = 3", "there is no setting 'rnak'. Did you mean rank"),
+    ("rnak = 3", "there is no setting 'rnak'. Did you mean rank? Next: leave it out"),
     ("rank = 'x'", "c.toml: rank must be a whole number from 1 to 1024, not 'x'"),
     ("flip = 1", "c.toml: flip must be true or false, not 1"),
     ("rank = 3\n[a]\nrank = 4", "rank is set twice"),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -54,7 +55,7 @@ def test_what_is_wrong_with_a_folder_is_said(work, text, said):
 @pytest.mark.parametrize(("text", "said"), [
     ("none", "none is no folder"), ("a,weight,2", "is no folder"), ("a,masks=none", "none is no folder"),
     ("a,masks=a", "the pictures' own folder"), ("a,reference=b", "reference= goes with --takes reference"),
-    ("a,masks=metadata", "whose lines name a mask"),
+    ("a,masks=metadata", "whose lines name a mask for each picture. Next: write one$"),
 ])  # fmt: skip
 def test_what_is_not_there_is_said(work, text, said):
     with pytest.raises(UsageError, match=said):
@@ -71,7 +72,10 @@ def test_triggers_are_a_folders_own(work):
 def test_a_picture_is_in_one_folder(work):
     (work / "b" / "0.png").write_bytes((work / "a" / "1.png").read_bytes())
     found = read(work, "a", "b")
-    assert len(found.pictures) == 4 and list(found.skipped.values()) == ["it is the same file as 1.png"]
+    (reason,) = found.skipped.values()
+    assert len(found.pictures) == 4 and reason == f"it is the same file as {Path('a', '1.png')}"
+    with pytest.raises(UsageError, match="its folder is named twice"):
+        read(work, "a", "a")
 
 
 def shares(work, *texts, priors=(), repeats=1):

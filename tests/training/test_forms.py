@@ -334,9 +334,19 @@ def test_with_rates_a_run_goes_on_to_the_bit_and_says_what_differs(tmp_path):
     assert same(run(tmp_path / "parts", **options), whole)
     ends = [checkpoints(tmp_path / name)[-1].read_bytes() for name in ("whole", "parts")]
     assert ends[0] == ends[1]
-    for changed, key in ((options | {"rates": {}}, "rates"), (options | {"recipe": RECIPE}, "lora_plus")):
-        with pytest.raises(UsageError, match=f"was trained with {key} "):
+    without = options | {"recipe": RECIPE}
+    for changed, said in (
+        (options | {"rates": {}}, "with rates .*, not without"), (without, r"with lora_plus 4\.0, not 1\.0\."),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"was trained {said}"):
             run(tmp_path / "parts", **changed)
+    run(tmp_path / "plain")
+    for changed, said in (
+        (options, r"with lora_plus 1\.0, not 4\.0\."),
+        ({"rates": options["rates"]}, "without rates, not with"),
+    ):
+        with pytest.raises(UsageError, match=f"was trained {said}"):
+            run(tmp_path / "plain", **changed)
 
 
 def test_the_identity_of_a_plain_run_is_as_it_was(tmp_path):
