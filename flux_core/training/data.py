@@ -134,9 +134,9 @@ class _Reader:
         self.key, mask_key = "" if beside else key, MASK if masks == LISTED else ""
         self.rows = _listed(folder, self.key, mask_key)
         if self.rows is None and (missing := self.key or mask_key):
-            other = f", or name a folder: {folder},{missing}=FOLDER" if self.key else ""
+            instead = f", or name a folder: {folder},{missing}=FOLDER" if self.key else ""
             raise UsageError(
-                f"{folder} has no {METADATA}, whose lines name a {missing} for each picture. Next: write one{other}"
+                f"{folder} has no {METADATA}, whose lines name a {missing} for each picture. Next: write one{instead}"
             )
         self.mask_folder = None if masks in ("", ALPHA, LISTED) else user_path(masks)
         others = [*beside, *([self.mask_folder] if self.mask_folder else [])]
