@@ -510,8 +510,15 @@ class Run:
             for i, prompt in enumerate(self.prompts):
                 path = folder / f"step-{step:07d}-{i}.png"
                 self.write(path, png_bytes(self.picture(prompt, i)))
-        self.write_sheet()
-        before, now = ([Image.open(path) for path in self.samples().get(at, {}).values()] for at in (0, step))
+        if self.ranks.is_first:  # others may be here before its files are
+            self.write_sheet()
+            self.tell_signs(step)
+
+    def tell_signs(self, step: int) -> None:
+        """Say what the samples of a step show of trouble, beside those of the same prompts before the first step."""
+        first, last = (self.samples().get(at, {}) for at in (0, step))
+        both = sorted(first.keys() & last.keys())  # a run may have got other prompts since
+        before, now = ([Image.open(of[i]) for i in both] for of in (first, last))
         if step and before:
             largest = max((row.rate or 0.0 for row in self.rows), default=0.0)
             for line in (stripes(before, now), no_effect(before, now, largest)):

@@ -177,6 +177,13 @@ def test_what_is_drawn_at_the_end_needs_no_t5_again(small, work, monkeypatch):
     assert torch.equal(run.pipeline.prompts(prompt)[0][0], run.text(*run.shown[prompt])[0])
 
 
+def test_a_run_goes_on_with_more_prompts_than_it_began_with(small, work, capsys):
+    flags = ["--data=class", "--lr=0.01", "--sample-every=1", "--sample-steps=1", "--sample-prompts", "a pig"]
+    assert train(*flags, "--steps=1") == 0
+    assert train(*flags, "a dog", "--steps=2") == 0, capsys.readouterr().err
+    assert len(list(Path("out/samples").iterdir())) == 4
+
+
 def test_what_goes_wrong_while_it_learns_is_told(small, work, capsys):
     assert train("--data=class", "--steps=10", "--lr=1e-9", "--sample-prompts=a pig", "--sample-every=5") == 0
     assert "samples are as they were without it (rate 1e-09). Next: a higher --lr" in capsys.readouterr().err
