@@ -211,7 +211,7 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
     (["--data=data", "--rank=4", "--rank-min=5"], "T-LoRA's least rank is 5, more than the rank 4"),
     (["--data=data", "--rank-curve=2"], "--rank-curve goes with --rank-min"),
     (["--data=data", "--lokr=4", "--dora"], "DoRA and LoKr do not go together"),
-    (["--data=data", "--ranks=to_q"], "to_q must be a pattern and its value"),
+    (["--data=data", "--ranks=to_q"], "'to_q' has no value. Next: NAME=VALUE"),
     (["--data=data", "--ranks=to_q=x"], "--ranks must be a whole number from 1 to 1024, not 'x'"),
     (["--data=data", "--rates=ff.net.2=1e-5"], "nothing that learns is named ff.net.2"),
     (["--data=data", "--optimizer=prodigy", "--lora-plus=2"], "prodigy finds one rate for all"),
