@@ -75,7 +75,7 @@ def _add(parser: Parser, field: Field) -> None:
     if field.kind is bool:
         parser.add_argument(*flags, dest=field.name, action="store_true", default=None, help=text)
     else:
-        count: dict[str, Any] = {"nargs": "+", "action": "extend"} if field.multiple else {}  # uses add up
+        count: dict[str, Any] = {"nargs": "+"} if field.multiple else {}
         count |= {"action": "append"} if field.repeated else {}
         count |= {"nargs": "?", "const": field.const} if field.const else {}
         parser.add_argument(*flags, dest=field.name, metavar=field.value_name, help=text, **count)

@@ -60,15 +60,6 @@ def test_every_flag_takes_dashes_and_underscores(field):
             assert parse([f"{flag}=7"])[1] == expected
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_uses_of_a_flag_with_several_values_add_up(command):
-    for field in COMMANDS[command].fields:
-        if field.multiple and not field.repeated:
-            words = [*command.split(), *(["x"] * len(COMMANDS[command].positional))]
-            values = parse([*words, field.flag, "1", "2", field.flag, "3"])[1]
-            assert values[field.name] == ["1", "2", "3"], field.flag
-
-
 def test_values_keep_their_underscores():
     assert parse(["--prompt", "--snake_case in words", "--output_dir=a_b"])[1] == {
         "prompt": "--snake_case in words",

@@ -20,7 +20,7 @@ from ..variants import Takes
 if TYPE_CHECKING:
     from ..text import TextEncoder
 
-LOOKED = 0.05
+LOOKED = 0.01
 """seconds between two looks at a job"""
 SHOWN = 0.5
 """seconds between two steps that are shown, at least: a browser paints on the cores that draw"""

@@ -177,8 +177,14 @@ def read_settings(
     values = {**other, **(example_values(example) if example else {})}
     if config:
         values |= read_file(user_path(config))
-    values |= {name: parsed(BY_NAME[name], value, BY_NAME[name].flag) for name, value in flags.items()}
+    values |= {name: parsed(BY_NAME[name], _joined(value), BY_NAME[name].flag) for name, value in flags.items()}
     return Settings({name: value for name, value in values.items() if value not in ("", [])})
+
+
+def _joined(value: Any) -> Any:
+    """The values of all uses of a flag that takes several."""
+    nested = isinstance(value, list) and any(isinstance(one, list) for one in value)
+    return [text for one in value for text in one] if nested else value
 
 
 def example_values(name: str) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def parsed(field: Field, value: Any, named: str) -> Any:
     """A setting's value, from a file's or a flag's. UsageError. named: for its text."""
     try:
-        if field.repeated and isinstance(value, list):
+        if field.repeated and not field.multiple and isinstance(value, list):
             found = [field.parse(one) for one in value if isinstance(one, str)]
             if len(found) < len(value) or not all(found):
                 raise UsageError(f"{field.flag} must be a text or a list of texts, not {value!a}")

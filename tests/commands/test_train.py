@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from flux_core import load_pipeline
-from flux_core.main import main
+from flux_core.main import main, parse
 from flux_core.request.training import CHECKPOINTING, OPTIMIZERS, RULES, SETTINGS, TIMESTEPS, WEIGHTINGS
 from flux_core.training.objective import MAPS
 from flux_core.training.objective import WEIGHTINGS as KNOWN_WEIGHTINGS
@@ -336,3 +336,8 @@ def rows(folder):
     """The table of losses as numbers."""
     with Path(folder, "loss.csv").open(newline="") as file:
         return [{key: float(x) for key, x in row.items() if x} for row in csv.DictReader(file)]
+
+
+def test_uses_of_sample_prompts_add_up():
+    _, flags = parse(["train", "--data=x", "--sample-prompts", "a pig", "a dog", "--sample-prompts", "a cat"])
+    assert read_settings(None, None, flags).sample_prompts == ["a pig", "a dog", "a cat"]
