@@ -17,8 +17,8 @@ contrast  how far pictures at guidance 6 are from those at 1, over the base's: 1
 cost      time of a step over plain training's, in this process
 numbers   that learn, in thousands
 
-`--formats`: trained on bf16, fp8, int8 and NF4, each drawn on all four by flux-mini-fast in 4 steps, alone and with the
-Noto style beside it: learned, kept, and the levels between its pictures and those of the bf16 adapter on bf16.
+`--formats`: trained on bf16, fp8, int8 and NF4 by LoRA+, each drawn on all four by flux-mini-fast in 4 steps, alone and
+with the Noto style beside it: learned, kept, and the levels between its pictures and those of the bf16 adapter on bf16.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def formats(args: argparse.Namespace) -> None:
     tell, first, prompts = captioner(device), dict[bool, list[Image.Image]](), (*NEAR, *FAR)
     with tempfile.TemporaryDirectory() as scratch:
         for learned in FORMATS:
-            run, _ = trained({"dtype": learned}, Path(scratch) / learned, args)
+            run, _ = trained({"dtype": learned, **WAYS["LoRA+"]}, Path(scratch) / learned, args)
             run.adapter.save(Path(scratch) / learned)
             del run
         for on in FORMATS:

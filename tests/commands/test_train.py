@@ -284,7 +284,7 @@ def reached(folder):
 @pytest.mark.slow
 def test_a_command_that_is_killed_goes_on_to_the_bit(small_root, work):
     """Row 50: kill -9 in every stage."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", "import sys, trainer; sys.exit(trainer.main(sys.argv[1], sys.argv[2:]))"]
     flags, random = [str(small_root), *MORE, "--steps=60", "--sample-every=20"], Random(0)
     assert subprocess.run([*command, *flags], env=env).returncode == 0
@@ -319,7 +319,7 @@ def test_two_processes_make_the_run_of_one(small, small_root, work, more):
     flags = [*MORE, "--batch=2", "--validate-every=2", *more]
     assert train(*(flag for flag in flags if flag != "--shard")) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [*torchrun, Path(__file__).parent / "trainer.py", small_root, *flags, "--output_dir=both"], text=True,
         capture_output=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
