@@ -23,9 +23,6 @@ from .table import SERVE
 _FIELDS = {field.name: field for field in SERVE}
 KEY = "FLUX_CORE_KEY"
 """environment variable with the key that clients must send"""
-WAITING = "OMP_WAIT_POLICY"
-"""how torch's threads wait for each other, read when it is loaded: by themselves they spin, on the cores that the
-browser needs to let them go on"""
 SHOWN = "GRADIO_TEMP_DIR"
 """and with the folder in which gradio keeps what it shows"""
 
@@ -33,7 +30,6 @@ SHOWN = "GRADIO_TEMP_DIR"
 def page(no_browser: bool = False, **flags: Any) -> None:
     """`serve`, and open a page on it. UsageError."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault(WAITING, "passive")
     try:
         import_module("gradio")
     except ImportError:
