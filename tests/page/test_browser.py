@@ -96,12 +96,20 @@ def page(open_page):
 
 def to(page, tab):
     page.get_by_role("tab", name=tab, exact=True).click()
+    settle(page)
+
+
+def settle(page):
+    """Wait as a person's hand does: a frame after gradio first shows controls it sets their values once more."""
+    frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+    page.evaluate(f"new Promise(done => setTimeout(() => {frames}, 300))")
 
 
 def fill(page, **values):
     """Values of the settings, by elem_id."""
     if not page.locator("#seed input").is_visible():
         page.get_by_role("button", name="Settings").click()
+        settle(page)
     for name, value in values.items():
         page.locator(f"#{name} input[type=number]").first.fill(str(value))
         page.keyboard.press("Tab")
