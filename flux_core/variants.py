@@ -7,6 +7,7 @@ as most users run it, instead of the official command's 50; every run prints its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from .errors import UsageError
@@ -88,6 +89,10 @@ KONTEXT_SIZES = (
 """width and height of the pictures that Kontext was trained on"""
 
 
+UNNAMED = "diffusion_pytorch_model"
+"""what diffusers calls any network's file"""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A file that a variant adds to another one's transformer."""
@@ -98,6 +103,13 @@ class Adapter:
     variables: tuple[str, ...]
     """environment variables for the file; the first that is set is used"""
     scale: float = 1.0
+
+    def is_called(self, path: PurePath) -> bool:
+        """Whether a file, or its folder where files have no names of their own, is called as this one is on the hub."""
+        name = PurePath(self.file).stem
+        if name == UNNAMED:
+            name = self.repo.rpartition("/")[2]
+        return name in path.name or (path.name == self.file and name in str(path.parent))
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ class Variant:
     adapter: Adapter | None = None
     """a LoRA on the transformer, or the adapter of `takes.words`"""
     base: str = ""
-    """a variant that ships, whose parts these are; without an `adapter` the transformer has a LoRA in it, from the
+    """a variant whose parts these are; without an `adapter` it ships, and the transformer has a LoRA in it, from the
     folder of this name"""
     variables: tuple[str, ...] = ("FLUX_MODEL",)
     """environment variables for the transformer's file; the first that is set is used"""
@@ -147,6 +159,12 @@ class Variant:
     @property
     def embedded(self) -> bool:
         return self.repo is None
+
+    @property
+    def settings(self) -> str:
+        """What its own LoRA is drawn with, in words."""
+        scale = f"scale {self.adapter.scale:g}, " if self.adapter else ""
+        return f"{scale}{self.num_steps} steps, guidance {self.guidance:g}"
 
     @property
     def licence_line(self) -> str:
@@ -337,6 +355,26 @@ def _control(kind: str, guidance: float) -> list[Variant]:
     return [model, lora]
 
 
+def _few_steps(name: str, repo: str, file: str, num_steps: int, scale: float, **changes: Any) -> Variant:
+    """dev with a LoRA that makes it draw in few steps, at what the card of its repository says."""
+    adapter = Adapter(repo, file, ("FLUX_LORA",), scale)
+    return replace(_DEV, name=name, base=_DEV.name, num_steps=num_steps, adapter=adapter, **changes)
+
+
+_FEW_STEPS = (
+    # the card's example has 8 steps, lora_scale=0.125 and guidance_scale=3.5; LICENSE.md: dev's for what is made of dev
+    _few_steps("flux-dev-hyper-8", "ByteDance/Hyper-SD", "Hyper-FLUX.1-dev-8steps-lora.safetensors", 8, 0.125),
+    _few_steps("flux-dev-hyper-16", "ByteDance/Hyper-SD", "Hyper-FLUX.1-dev-16steps-lora.safetensors", 16, 0.125),
+    # the card recommends guidance_scale=3.5 and lora_scale=1, and has 8 steps; under dev's licence
+    _few_steps("flux-dev-turbo", "alimama-creative/FLUX.1-Turbo-Alpha", f"{UNNAMED}.safetensors", 8, 1.0),
+    # the card's example, which has all of these; the LoRA itself is under Apache-2.0
+    _few_steps(
+        "flux-dev-tdd", "RED-AIGC/TDD", "FLUX.1-dev_tdd_adv_lora_weights.safetensors", 8, 0.125, guidance=2.0,
+        max_text=256,
+    ),
+)  # fmt: skip
+"""cards: https://huggingface.co/REPO, the adapter's"""
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -367,6 +405,7 @@ VARIANTS: dict[str, Variant] = {
             guidance=2.5,
             variables=("FLUX_MODEL",),
         ),
+        *_FEW_STEPS,
         _SCHNELL,
         replace(
             _DEV,
@@ -411,6 +450,12 @@ def originals() -> list[Variant]:
 def plain() -> list[Variant]:
     """Of these, the variants that take nothing besides a prompt."""
     return [variant for variant in originals() if not variant.takes]
+
+
+def named_like(path: PurePath) -> Variant | None:
+    """The variant whose own LoRA has a file's name; None for any other file."""
+    rows = (row for row in VARIANTS.values() if not row.takes.words)
+    return next((row for row in rows if row.adapter and row.adapter.is_called(path)), None)
 
 
 def get_variant(name: str) -> Variant:

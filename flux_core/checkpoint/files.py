@@ -294,7 +294,8 @@ def weights_hashes(variant: Variant) -> dict[str, str]:
     flow, ae = resolve(variant)
     files = {flow.name: flow, ae.name: ae}
     if (adapter := adapter_path(variant)) is not None:
-        files[adapter.name] = adapter
+        # diffusers calls any network's file the same
+        files[f"lora/{adapter.name}" if adapter.name in files else adapter.name] = adapter
     encoders: dict[Part, str] = {"t5": variant.t5, "clip": variant.clip}
     for part, folder in encoders.items():
         if (own := own_path(variant, part)) is not None:

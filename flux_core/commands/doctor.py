@@ -21,7 +21,7 @@ from ..hub import client as hub
 from ..hub.places import embedded_folder, shipped_folder
 from ..request.generation import GenerationRequest
 from ..terminal import tell
-from ..variants import AE_VARIABLES, VARIANTS, Variant
+from ..variants import AE_VARIABLES, VARIANTS, Variant, plain
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _fits() -> list[str]:
 
     devices, here = [torch.device(name) for name in available_devices()], ram()
     lines = ["text encoders + transformer + autoencoder in bf16; a picture of a megapixel:"]
-    for variant in (variant for variant in VARIANTS.values() if not variant.embedded and not variant.takes):
+    for variant in (variant for variant in plain() if not variant.embedded):
         parts = shares(variant)
         verdicts = [
             f"{device} {verdict(variant, device.type, _size(device, here), _dtypes(device))}" for device in devices
@@ -163,6 +163,9 @@ def _files(variant: Variant) -> list[str]:
     if variant.repo is None:
         adapter = [f"with the LoRA in {shipped_folder(variant.name)}"] if variant.base else []
         return [f"ships with the package: {embedded_folder(variant)}", *adapter]
+    if (lora := variant.adapter) is not None:
+        there = _named(lora.variables) or _cached(hub.cached(lora.repo, lora.file))
+        return [f"{variant.base} with {lora.repo}/{lora.file}: {there}"]
     t5 = hub.cached(variant.repo, "text_encoder_2/*.safetensors") or hub.cached(variant.t5, "*.safetensors")
     clip = hub.cached(variant.clip, "*.safetensors")
     flow, ae = (hub.cached(variant.repo, file) for file in (variant.flow_file, variant.ae_file))
@@ -175,15 +178,26 @@ def _files(variant: Variant) -> list[str]:
 
 def _origin(variant: Variant, part: Part, variables: tuple[str, ...], in_cache: list[Path]) -> str:
     """Where a part would come from: a file that a variable names, the user's own, the cache, or nowhere."""
-    for name in variables:
-        if value := os.environ.get(name):
-            missing = "" if user_path(value).exists() else ", which does not exist"
-            return f"{name}={value}{missing}"
+    if named := _named(variables):
+        return named
     try:
         own = own_path(variant, part)  # a folder in FLUX_MODEL may hold the other parts too
     except FluxError:  # FLUX_MODEL names a file that does not exist: the transformer's line says so
         own = None
-    return str(own) if own else "in the cache" if in_cache else "not on this disk"
+    return str(own) if own else _cached(in_cache)
+
+
+def _named(variables: tuple[str, ...]) -> str:
+    """The file that the first of these variables names, if any is set."""
+    for name in variables:
+        if value := os.environ.get(name):
+            missing = "" if user_path(value).exists() else ", which does not exist"
+            return f"{name}={value}{missing}"
+    return ""
+
+
+def _cached(found: list[Path]) -> str:
+    return "in the cache" if found else "not on this disk"
 
 
 def _gb(count: int) -> str:

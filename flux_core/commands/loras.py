@@ -11,8 +11,8 @@ from ..hooks.lora import Typed
 from ..hooks.plan import parse_plan
 from ..lora.known import checked, find_recorded, locate, record, remember
 from ..request.fields import FIELDS, LORAS, pop_fields
-from ..terminal import one_line
-from ..variants import Variant
+from ..terminal import note, one_line
+from ..variants import Variant, named_like
 
 
 def entries_of(fields: dict[str, Any], variant: Variant) -> list[Lora]:
@@ -31,10 +31,19 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
         return [(own, Typed(own.file, f"{own.scale:g}"))]
     if typed and flags.get("lora_scale") is not None and all(one.scale is not None for one in typed):
         raise UsageError(_idle_scale("every --lora has a scale of its own"))
+    if flags.get("lora_scale") is None:
+        _note_settings(typed)
     scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     entries = parse_plan([one.entry(scale, *options) for one in typed])
     return [(checked(entry, variant.params), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
+
+
+def _note_settings(typed: Sequence[Typed]) -> None:
+    """Say what files without a scale are made to be drawn with, where their names tell: some with an eighth of it."""
+    for one in typed:
+        if one.scale is None and (row := named_like(Path(one.file))):
+            note(f"{one_line(one.file)} is named like the LoRA of --name {row.name}, which sets {row.settings}")
 
 
 def _own_at(flags: dict[str, Any], variant: Variant) -> Lora | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.contents import listing
 from ..checkpoint.source import Source, find_source
 from ..errors import FileError
-from ..variants import DEFAULT, VARIANTS, Variant, originals
+from ..variants import DEFAULT, VARIANTS, Variant, named_like, originals
 from .dialects import TEXT, other_algebra, other_model
 from .file import LoraFile, Misfit, check_shapes, check_tokens, find_lora, read_names, widened_input
 
@@ -58,6 +58,8 @@ def describe(path: str | Path) -> list[str]:
         lora, variants, reason = best_fit(path)
         names = ", ".join(variant.name for variant in variants)
         lines = [*_lines(path, lora), f"fits: {names}" if names else f"fits no model: {reason}"]
+        if row := named_like(lora.path):
+            lines.append(f"named like that of --name {row.name}: {row.settings}")
     return lines + [f"{key}: {value[:MOST]}" for key, value in sorted(metadata.items())]
 
 
