@@ -362,7 +362,8 @@ def _few_steps(name: str, repo: str, file: str, num_steps: int, scale: float, **
 
 
 _FEW_STEPS = (
-    # the card's example has 8 steps, lora_scale=0.125 and guidance_scale=3.5; LICENSE.md: dev's for what is made of dev
+    # 8 steps, 0.125 and 3.5 as those write it who quote the card's example, 16 steps as loaders have it; LICENSE.md:
+    # dev's for what is made of dev
     _few_steps("flux-dev-hyper-8", "ByteDance/Hyper-SD", "Hyper-FLUX.1-dev-8steps-lora.safetensors", 8, 0.125),
     _few_steps("flux-dev-hyper-16", "ByteDance/Hyper-SD", "Hyper-FLUX.1-dev-16steps-lora.safetensors", 16, 0.125),
     # the card recommends guidance_scale=3.5 and lora_scale=1, and has 8 steps; under dev's licence
