@@ -6,13 +6,14 @@ measure that is on stays on.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 
-from ..errors import is_out_of_memory
+from ..errors import MemoryShortage, is_out_of_memory
 from ..request.fields import MEMORY
 from ..terminal import note
 from .choice import empty_device_cache, memory_errors
@@ -62,6 +63,15 @@ class OomFallback:
     def _can_add(self, measure: Measure) -> bool:
         """Whether a measure is off and would free memory: on a CPU, offloading to the CPU would not."""
         return not getattr(self, measure) and not (measure == "offload" and self.device == CPU)
+
+
+@contextmanager
+def fewer_rows(rows: int) -> Iterator[None]:
+    """A context in which a MemoryShortage also says that a batch of fewer rows takes less."""
+    try:
+        yield
+    except MemoryShortage as error:
+        raise MemoryShortage(f"{error}, or --batch {rows // 2}") from error
 
 
 def retried(work: Callable[[], T], free: Callable[[], bool]) -> T:

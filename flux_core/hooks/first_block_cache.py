@@ -49,6 +49,10 @@ class FirstBlockCache(Intervention):
     schedule: Steps = None
     """steps that are cached, whatever the threshold"""
 
+    @property
+    def mixes_rows(self) -> bool:
+        return self.schedule is None and self.threshold > 0
+
     def check_steps(self, num_steps: int) -> None:
         super().check_steps(num_steps)
         self._check_last(self.schedule, num_steps)

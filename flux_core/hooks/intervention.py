@@ -76,6 +76,11 @@ class Intervention(BaseModel):
         return True
 
     @property
+    def mixes_rows(self) -> bool:
+        """Whether what it does to a picture depends on the others that are rows of the same batch."""
+        return False
+
+    @property
     def label(self) -> str:
         """Its description in metadata, if it is not portable."""
         return self.kind

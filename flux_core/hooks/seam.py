@@ -40,7 +40,7 @@ class At:
     num_steps: int = 1
     """of the schedule; `step` counts from 0 to the last of them"""
     image: int = 0
-    """pictures of the request before the current"""
+    """pictures of the request before the current, or before the first of a batch's"""
     run: object = field(default=None, repr=False, compare=False)
     """the same in all calls of one run"""
 

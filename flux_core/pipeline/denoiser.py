@@ -102,7 +102,9 @@ class Denoiser:
         """
         model, placement = self.placement.components.flux, self.placement
         placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None, bytes_beside(conditions))
-        seen = self.inputs(positive, guidance[: len(positive)], size) if conditions and positive is not None else None
+        seen = None
+        if conditions and positive is not None:
+            seen = self.inputs(positive, guidance[:: len(prompts) // len(positive)], size)
         inputs, run = conditioned(self.inputs(prompts, guidance, size), conditions, size, run, seen)
         if self.variant.takes.channels and inputs.img_cond is None:
             raise UsageError(
@@ -132,7 +134,7 @@ class Denoiser:
         conditions: Sequence[Condition] = (),
         image: int = 0,
     ) -> Tensor:
-        """The finished pictures' tokens, [B, L, 64], a row for each request; they differ in prompt and seed alone.
+        """The finished pictures' tokens, [B, L, 64], a row for each request; what they share is of `request.batch`.
 
         source: the requests' pictures; what is painted in is as large as it is drawn. functions: interventions beside
         those of the requests' plan. image: the number that these are told.
@@ -229,9 +231,10 @@ class Denoiser:
         first, positive = requests[0], [request.prompt for request in requests]
 
         def of(*prompts: str) -> Velocity:
-            strengths, steps = [first.guidance or 0.0] * len(prompts), sigmas[:-1]
+            each = len(prompts) // len(requests)  # of a request's texts
+            strengths = [request.guidance or 0.0 for request in requests for _ in range(each)]
             seen = positive if first.uses_true_cfg else None
-            return self.velocity(prompts, strengths, first.padded_size, run, steps, conditions, adapt, seen)
+            return self.velocity(prompts, strengths, first.padded_size, run, sigmas[:-1], conditions, adapt, seen)
 
         if not first.uses_true_cfg:
             return of(*positive)
@@ -268,6 +271,18 @@ def both(first: OnStep, second: OnStep | None) -> OnStep:
             return changed
         last = second(step if changed is None else replace(step, x=changed))
         return changed if last is None else last
+
+    return called
+
+
+def row_by_row(callbacks: Sequence[OnStep | None]) -> OnStep:
+    """A callback for a batch, which gives each row's step to its own callback."""
+
+    def called(step: Step) -> Tensor:
+        tokens = zip(*(x.split(1) for x in (step.x, step.velocity, step.before)), strict=True)
+        rows = [Step(step.index, step.sigma, step.sigma_next, *of_row) for of_row in tokens]
+        told = [None if call is None else call(row) for call, row in zip(callbacks, rows, strict=True)]
+        return torch.cat([row.x if changed is None else changed for row, changed in zip(rows, told, strict=True)])
 
     return called
 

@@ -55,7 +55,8 @@ def device_name(device: torch.device) -> str:
 def is_replayed(placement: Placement, request: GenerationRequest, branched: bool = False, behind: int = 0) -> bool:
     """Whether the steps of that request are replayed from a CUDA graph (`sampling/graph.py`)."""
     width, height = request.padded_size
-    tokens = len(request.texts) * (request.variant.max_text + width * height // PATCH**2 + behind)
+    rows = len(request.texts) * (request.batch.rows if request.batch else 1)
+    tokens = rows * (request.variant.max_text + width * height // PATCH**2 + behind)
     return (
         placement.is_fixed
         and not _hooked(request.hooks)

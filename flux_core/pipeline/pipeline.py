@@ -1,7 +1,8 @@
 """A loaded model that draws: text -> noise -> denoising -> picture.
 
-Images are drawn one at a time, never as rows of one batch: a batch of four and four batches of one differ in their
-last bits, and a request must give the same pixels however many images it is drawn with.
+Images are drawn one at a time, unless `draw_rows` is asked for: a batch of four and four batches of one differ in their
+last bits, and a request must give the same pixels however many images it is drawn with. A row's request says how many
+rows there were.
 """
 
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..device.budget import Budget
 from ..device.choice import dtype_name
 from ..device.memory import CACHED_PROMPTS
-from ..device.oom import CPU, OomFallback
+from ..device.oom import CPU, OomFallback, fewer_rows
 from ..errors import UsageError
 from ..hooks import Intervention, Lora, check_plan
 from ..hooks.plan import listed
@@ -28,6 +29,7 @@ from ..linears.formats import format_of
 from ..lora import Handle, attached
 from ..model import AutoEncoder, Flux
 from ..model.tiny import TinyDecoder
+from ..request.batch import check_rows, numbered
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
 from ..text import TextEncoder
@@ -36,7 +38,7 @@ from .by_hand import ByHand
 from .codec import Codec
 from .components import Components
 from .conditions import Condition
-from .denoiser import Denoiser
+from .denoiser import Denoiser, row_by_row
 from .environment import environment
 from .family import tokens_behind
 from .kept_embeddings import KeptEmbeddings
@@ -237,37 +239,64 @@ class Pipeline(ByHand):
         """The picture of a request for a single image. `source`: its init image, RGB, of any size, or all its pictures.
 
         `functions` are added to the request's plan, `conditions` to its prompt. `image`: what hooks are told as
-        `at.image`.
+        `at.image`. A request that was a row of a batch is drawn as that row again, and the others are copies of it.
         """
-        given = self.given if source is None else Given.of(source)
-        request = self.complete(request, functions, given)
-        given.check(request)
-        given, canvas = given.on_canvas(request)
-        what = f"drawing {request.width}x{request.height} pixels"
-
-        def work() -> Tensor:
-            return self.denoiser.denoise([request], given, on_step, functions, conditions, image)
-
-        own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
-        x = self.fallback.run(what, work, "offload")
-        return self._decoded(x, request.recorded([*functions, *own]), canvas)
+        batch = request.batch
+        if batch is None:
+            return self._drawn([request], source, on_step, functions, conditions, image)[0]
+        told = [on_step if row == batch.row else None for row in range(batch.rows)]
+        copies = [request] * batch.rows
+        return self._drawn(copies, source, row_by_row(told), functions, conditions, image, batch.row)[0]
 
     @torch.no_grad()
-    def draw_rows(self, requests: Sequence[GenerationRequest]) -> list[Image.Image]:
-        """The pictures of requests that differ in prompt and seed alone, drawn as rows of one batch.
+    def draw_rows(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | Given | None = None,
+        on_steps: Sequence[OnStep | None] = (),
+        functions: Sequence[Intervention] = (),
+        image: int = 0,
+    ) -> list[Image.Image]:
+        """The pictures of requests that differ in prompt, seed and guidance alone, drawn as rows of one batch.
 
-        Faster where one row leaves the device idle; the last bits differ from those of a picture drawn alone.
+        on_steps: of each request. The others as for `draw`. Faster where one row leaves the device idle. Last bits
+        differ from those of a picture drawn alone, so each records its batch. UsageError for what cannot share one.
         """
-        first = self.complete(requests[0])
-        if len({x.model_copy(update={"prompt": "", "seed": 0}).model_dump_json() for x in requests}) > 1:
-            raise UsageError("rows of one batch differ in prompt and seed alone")
-        if first.init_image is not None:
-            raise UsageError("rows of one batch start from noise. Next: draw pictures of an init image one by one")
-        self.given.check(first)
-        what = f"drawing {len(requests)} pictures of {first.width}x{first.height} pixels"
-        own = self.loras.own_entries()
-        rows = self.fallback.run(what, lambda: self.denoiser.denoise(requests, self.given), "offload")
-        return [self.picture(x[None], request.recorded(own)) for x, request in zip(rows, requests, strict=True)]
+        if len(requests) == 1:
+            return [self.draw(requests[0], source, next(iter(on_steps), None), functions, (), image)]
+        check_rows((*requests[0].hooks, *functions), self.variant.params)
+        on_step = row_by_row(on_steps) if on_steps else None
+        with fewer_rows(len(requests)):
+            return self._drawn(numbered(requests), source, on_step, functions, (), image)
+
+    def _drawn(
+        self,
+        requests: Sequence[GenerationRequest],
+        source: Image.Image | Given | None,
+        on_step: OnStep | None,
+        functions: Sequence[Intervention],
+        conditions: Sequence[Condition],
+        image: int,
+        only: int | None = None,
+    ) -> list[Image.Image]:
+        """The pictures of the rows of one batch; `only`: that of one row."""
+        given = self.given if source is None else Given.of(source)
+        requests = [self.complete(request, functions, given) for request in requests]
+        first, several = requests[0], "" if len(requests) == 1 else f"{len(requests)} pictures of "
+        given.check(first)
+        given, canvas = given.on_canvas(first)
+        what = f"drawing {several}{first.width}x{first.height} pixels"
+
+        def work() -> Tensor:
+            return self.denoiser.denoise(requests, given, on_step, functions, conditions, image)
+
+        own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
+        rows = zip(self.fallback.run(what, work, "offload").split(1), requests, strict=True)
+        return [
+            self._decoded(x, request.recorded([*functions, *own]), canvas)
+            for row, (x, request) in enumerate(rows)
+            if only in (None, row)
+        ]
 
     @torch.no_grad()
     def picture(self, x: Tensor, request: GenerationRequest, source: Image.Image | Given | None = None) -> Image.Image:

@@ -26,6 +26,7 @@ from ..strength import highest_strength, skipped_steps
 from ..terminal import one_line
 from ..variants import VARIANTS, Variant, get_variant
 from ..version import __version__
+from .batch import Batch
 from .fields import (
     DTYPES,
     FIELDS,
@@ -147,6 +148,8 @@ class GenerationRequest(BaseModel):
     """whether the pipeline's blocks are compiled, which changes last bits; filled when it draws"""
     environment: dict[str, str] | None = None
     """what else changes last bits, filled when the pipeline draws: torch, device, attention, kernels, replay"""
+    batch: Batch | None = None
+    """None: drawn alone. Filled when rows are drawn; a request that has one is drawn among copies of itself"""
     version: str = __version__
     weights: dict[str, str] = pydantic.Field(default_factory=dict)
     """short hash of every weight file, filled when the pipeline draws"""

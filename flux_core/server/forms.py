@@ -24,8 +24,8 @@ LORAS = "loras"
 """names of LoRAs with their scales (`shelf.py`)"""
 IDLE = {"user", "response_format", "output_format", "size", "stream", "partial_images", OWN}
 """keys that are read here, or mean nothing to a picture"""
-LOADED = {"dtype", "t5_dtype"}
-"""how whoever runs the server loaded the model; a record has how another did"""
+LOADED = {"dtype", "t5_dtype", "batch"}
+"""how whoever runs the server loaded the model and draws; a record has how another did"""
 MINE = {"force", "allow_empty_prompt", *LOADED}
 """and his permissions"""
 LONGEST = 20_000

@@ -11,7 +11,6 @@ from tiny import tiny_pipeline
 from torch import nn
 
 from flux_core.device.memory import CACHED_PROMPTS, prompt_cache
-from flux_core.errors import UsageError
 from flux_core.hooks import HookRun, Skip
 from flux_core.images.metadata import differences, parse_request
 from flux_core.model import MODULATION
@@ -78,12 +77,6 @@ def test_encoders_may_be_plain_functions(pipeline, offload):
     other = Pipeline(pipeline.variant, components, pipeline.device, pipeline.dtype, offload=offload)
     pictures = [one.generate("a red apple", 3, **FAST)[0].tobytes() for one in (pipeline, other)]
     assert pictures[0] == pictures[1]
-
-
-def test_rows_of_a_batch_start_from_noise(pipeline):
-    given = {"init_image": {"file": "x.png", "sha256": "0" * 64}, "strength": 0.5}
-    with pytest.raises(UsageError, match=r"start from noise. Next: draw pictures of an init image one by one"):
-        pipeline.draw_rows([request(**given), request(**given, seed=4)])
 
 
 # Placement -------------------------------------------------------------------------------------------

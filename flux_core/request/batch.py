@@ -1,0 +1,76 @@
+"""Pictures that are drawn at once, as rows of one batch: which may be, and what each records of it.
+
+Rows share all but prompt, negative prompt, seed and guidance. What a row shows does not depend on the others, but its
+last bits depend on how many there are, since kernels choose their tiles by it. So a picture records the number of
+rows and its own, and is drawn again among copies of itself.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import UsageError
+from ..hooks import Intervention
+from ..hooks.plan import expanded
+from ..params import FluxParams
+
+if TYPE_CHECKING:
+    from .generation import GenerationRequest
+
+T = TypeVar("T")
+MOST_ROWS = 1024
+_OF_A_ROW = {"prompt", "negative_prompt", "seed", "guidance"}
+
+
+class Batch(BaseModel):
+    """The batch that a picture was drawn in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int = Field(ge=2, le=MOST_ROWS)
+    row: int = Field(ge=0)
+    """the picture's own, counted from 0"""
+
+    @model_validator(mode="after")
+    def _check_row(self) -> Self:
+        if self.row >= self.rows:
+            raise ValueError(f"there is no row {self.row} of {self.rows}")
+        return self
+
+
+def batches(items: Iterable[T], size: int, key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items in batches of at most `size`, each of items with equal keys, in the order of the batches' first."""
+    found: list[list[T]] = []
+    open_batches: dict[Hashable, list[T]] = {}
+    for item in items:
+        batch = open_batches.get(key(item))
+        if batch is None or len(batch) == size:
+            batch = open_batches[key(item)] = []
+            found.append(batch)
+        batch.append(item)
+    return found
+
+
+def shared(request: "GenerationRequest") -> str:
+    """What requests must have in common to be rows of one batch, as JSON."""
+    return request.model_dump_json(exclude={*_OF_A_ROW, "batch"})
+
+
+def numbered(requests: Sequence["GenerationRequest"]) -> list["GenerationRequest"]:
+    """Requests that record that they are the rows of one batch. UsageError where they cannot be."""
+    if len({shared(request) for request in requests}) > 1:
+        raise UsageError("rows of one batch differ in prompt, seed and guidance alone")
+    rows = len(requests)
+    return [one.model_copy(update={"batch": Batch(rows=rows, row=row)}) for row, one in enumerate(requests)]
+
+
+def mixing(plan: Iterable[Intervention], params: FluxParams) -> str | None:
+    """The kind of an intervention by which a picture would depend on the other rows of its batch, if there is one."""
+    return next((entry.kind for entry in expanded(plan, params) if entry.mixes_rows), None)
+
+
+def check_rows(plan: Iterable[Intervention], params: FluxParams) -> None:
+    """UsageError where there is one."""
+    if kind := mixing(plan, params):
+        raise UsageError(f"{kind} decides for all rows of a batch by one number. Next: leave --batch out")
