@@ -6,9 +6,10 @@ torchrun, every process draws the next picture that no other process is drawing.
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +27,9 @@ from ..images.metadata import KEY, png_bytes
 from ..images.output import save_picture
 from ..images.pictures import as_rgb, open_picture
 from ..methods.charts import labelled_grid
+from ..request.batch import check_rows
 from ..request.fields import FILES, LOADING, MEMORY, PICTURE_FILES, THREADS, pop_fields
+from ..request.generation import GenerationRequest
 from ..request.plans import given_plan, load_again
 from ..request.prompt_lines import read_lines
 from ..session.exploration import AXES, Drawn, Exploration, Point, Sheet, plan_exploration
@@ -45,6 +48,7 @@ from .table import EXPLORE
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
     from ..sampling import Step
+    from ..session.latents import Latents
 
 _FIELDS = {field.name: field for field in EXPLORE}
 WITH_RESUME = {
@@ -106,7 +110,8 @@ def explore(resume: str | None = None, **flags: Any) -> Path:
             stack.callback(lambda: store)  # kept, while other processes may still read from it
             folder = Path(resume) if resume else Path(parent, name)
             exploration = wait_for_manifest(folder)
-        session, stop = Session(folder, exploration), stack.enter_context(Stop().listening())
+        session, unit = Session(folder, exploration), "picture" if exploration.batch == 1 else "batch"
+        stop = stack.enter_context(Stop(unit).listening())
         work = Work(session, stop, rank, Path(steps_dir, folder.name) if steps_dir else None, beside, pictures)
         try:
             set_threads(threads)
@@ -135,6 +140,7 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan
         "cross": flags.pop("cross", False),
         "save_latents": _FIELDS["save_latents"].parse(flags.pop("save_latents", None)),
         "metadata": not flags.pop("no_metadata", False),
+        "batch": _FIELDS["batch"].parse(flags.pop("batch", None), 1),
     }
     if lists["lora_scales"] and flags.get("lora_scale") is not None:
         raise UsageError("--lora-scale and --lora-scales both say the scales. Next: leave --lora-scale out")
@@ -150,6 +156,7 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan
     for point in found.places:  # also with what no manifest holds
         request = found.request_of(point)
         check_plan([*request.hooks, *beside], variant.params, request.num_forward_steps, request.branches)
+    check_rows((*found.hooks, *beside) if found.batch > 1 else (), variant.params)
     return found
 
 
@@ -217,6 +224,7 @@ class Work:
     def _draw_with(self, variant: Variant, device: str, memory: dict[str, Any]) -> None:
         """Load the model, draw with it, and free its memory."""
         from ..device.choice import empty_device_cache, pick_device  # and with it torch
+        from ..device.rows import tell_idle_rows
         from ..pipeline import load_pipeline
 
         place, exploration = pick_device(own_gpu(device)), self.session.exploration
@@ -227,6 +235,7 @@ class Work:
                 Drawn(dtype=pipeline.precision, t5_dtype=pipeline.t5_precision, weights=pipeline.weights)
             )
             if self.rank == 0:
+                tell_idle_rows(place, first, exploration.batch)
                 loras = exploration.request_of(next(iter(exploration.places))).loras
                 for line in (line for prompt in exploration.prompts for line in pipeline.text_notes(prompt, loras)):
                     note(line)
@@ -244,33 +253,38 @@ class Work:
         bar = tqdm(total=_count_steps(points), initial=_count_steps(there), unit="step", disable=quiet)
         with self.stop.finishing(), bar:
             while len(there) < len(points):
-                if not self._draw_free(pipeline, [point for point in points if point not in there], bar):
+                todo = [batch for batch in self.session.exploration.batches if not there.issuperset(batch)]
+                if not self._draw_free(pipeline, todo, bar):
                     if self.rank > 0:
                         return
                     time.sleep(0.5)
                 self.stop.check()
                 there = self._look(bar)
 
-    def _draw_free(self, pipeline: "Pipeline", todo: list[Point], bar: "tqdm[NoReturn]") -> int:
-        """Draw those pictures that no other process is drawing. Returns how many."""
+    def _draw_free(self, pipeline: "Pipeline", todo: list[list[Point]], bar: "tqdm[NoReturn]") -> int:
+        """Draw those batches that no other process is drawing. Returns how many."""
         from ..device.memory import CACHED_PROMPTS
 
         session, drawn = self.session, 0
-        for number, point in enumerate(todo):
+        ahead = max(1, CACHED_PROMPTS // session.exploration.batch)
+        for number, batch in enumerate(todo):
             self.stop.check()
-            if number % CACHED_PROMPTS == 0:
-                requests = map(session.exploration.request_of, todo[number:][:CACHED_PROMPTS])
-                last = number + CACHED_PROMPTS >= len(todo)
+            if number % ahead == 0:
+                requests = map(session.exploration.request_of, chain(*todo[number:][:ahead]))
+                last = number + ahead >= len(todo)
                 pipeline.encode_ahead(list({(x.texts, x.loras): x for x in requests}.values()), last)
             start = time.monotonic()
-            with session.claim(point) as mine:
-                if not mine or session.first(point).is_file():
+            with session.claim(batch[0]) as mine:
+                missing = [point for point in batch if not session.first(point).is_file()]
+                if not mine or not missing:
                     continue
-                session.keep(point, *self._draw(pipeline, point, bar))
+                for point, files in zip(batch, self._draw(pipeline, batch, bar), strict=True):
+                    if point in missing:  # the others an earlier run has kept
+                        session.keep(point, *files)
             drawn += 1
             self._look(bar)
-            if bar.disable and self.rank == 0 and drawn == 2:  # the first picture's time includes the text encoders
-                seconds = (time.monotonic() - start) / point.steps * _count_steps(todo[number + 1 :])
+            if bar.disable and self.rank == 0 and drawn == 2:  # the first batch's time includes the text encoders
+                seconds = (time.monotonic() - start) / _count_steps(batch) * _count_steps(chain(*todo[number + 1 :]))
                 tell(f"about {max(1, round(seconds / 60))} min to go")
         return drawn
 
@@ -282,8 +296,17 @@ class Work:
             bar.set_description(f"{len(there)} of {len(self.session.exploration.places)} pictures")
         return there
 
-    def _draw(self, pipeline: "Pipeline", point: Point, bar: "tqdm[NoReturn]") -> tuple[bytes, bytes | None]:
-        """The bytes of a picture's file, and of its latents' file if latents are kept."""
+    def _draw(
+        self, pipeline: "Pipeline", batch: list[Point], bar: "tqdm[NoReturn]"
+    ) -> Iterator[tuple[bytes, bytes | None]]:
+        """For each picture the bytes of its file, and of its latents' file if latents are kept."""
+        watches = [self._watch(pipeline, point, bar) for point in batch]
+        requests, number = [watch.request for watch in watches], self.session.numbers[batch[0]]
+        images = pipeline.draw_rows(requests, self.given, watches, self.beside, number)
+        for image, watch in zip(images, watches, strict=True):
+            yield self._files(image, watch)
+
+    def _watch(self, pipeline: "Pipeline", point: Point, bar: "tqdm[NoReturn]") -> "Watch":
         from ..session.latents import Latents
 
         exploration = self.session.exploration
@@ -291,22 +314,16 @@ class Work:
         latents = Latents(request, exploration.save_latents == "every") if exploration.save_latents else None
         folder = self.steps_folder and prepare_folder(self.steps_folder / stem)
         stepwise = Steps(pipeline, request, folder, self.given) if folder else None
+        return Watch(request, bar, latents, stepwise)
 
-        def on_step(step: "Step") -> None:
-            bar.update()
-            if latents is not None:
-                latents(step)
-            if stepwise is not None:
-                stepwise(step)
-
-        number = self.session.numbers[point]
-        image = pipeline.draw(request, self.given, on_step, self.beside, (), number)
-        if stepwise is not None:
-            stepwise.save_sheet()
-        recorded = image.info[KEY] if exploration.metadata else None
-        if not exploration.metadata:
+    def _files(self, image: Image.Image, watch: "Watch") -> tuple[bytes, bytes | None]:
+        metadata = self.session.exploration.metadata
+        if watch.stepwise is not None:
+            watch.stepwise.save_sheet()
+        recorded = image.info[KEY] if metadata else None
+        if not metadata:
             del image.info[KEY], image.info["parameters"]
-        return png_bytes(image), latents.data(recorded) if latents else None
+        return png_bytes(image), watch.latents.data(recorded) if watch.latents else None
 
     def _finish(self) -> None:
         """Complete the folder, and write and print the grids."""
@@ -330,6 +347,23 @@ class Work:
     def _open(self, point: Point) -> Image.Image:
         path = self.session.first(point)
         return as_rgb(open_picture(path, formats=("PNG",))[0], str(path))
+
+
+@dataclass
+class Watch:
+    """A step callback for one picture."""
+
+    request: GenerationRequest
+    bar: "tqdm[NoReturn]"
+    latents: "Latents | None"
+    stepwise: Stepwise | None
+
+    def __call__(self, step: "Step") -> None:
+        self.bar.update()
+        if self.latents is not None:
+            self.latents(step)
+        if self.stepwise is not None:
+            self.stepwise(step)
 
 
 class Steps(Stepwise):

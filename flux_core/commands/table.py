@@ -49,6 +49,10 @@ IMAGE = Field(
     metavar="FILE",
     path=True,
 )
+BATCH = Field(
+    "batch", int, "pictures drawn at once, as rows of one batch, on which last bits depend (default: 1)",
+    minimum=1, maximum=64,
+)  # fmt: skip
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),
     Field(
@@ -61,6 +65,7 @@ RUN = (
     IMAGE,
     Field("aspect_ratio", str, "shape in place of width and height, as in 16:9", metavar="W:H"),
     Field("loop", bool, "then read prompts and /w /h /g /s /n /c /np /q from standard input", default=False),
+    BATCH,
     OUTPUT_DIR,
     STEPWISE_DIR,
     DEVICE,
@@ -106,6 +111,7 @@ EXPLORE = (
     STEPWISE_DIR,
     Field("no_metadata", bool, "no metadata.csv, and pictures without their request", default=False),
     *PLAN,
+    BATCH,
     Field("resume", str, "draw what is missing in a session's folder", metavar="FOLDER", path=True),
     OUTPUT_DIR,
     *MACHINE,
@@ -186,7 +192,7 @@ IMPORTANCE = (
     *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force", *SEEN),
     *LORAS,
     *PLAN,
-    Field("batch", int, "pictures drawn at once (default: what fills the device)", minimum=1, maximum=1024),
+    replace(BATCH, help="pictures drawn at once, as rows of one batch (default: what fills the device)", maximum=1024),
     Field(
         "scorer", str, "a DINOv2: dinov2-mini, a folder or a hub id (default: by the model)", metavar="NAME", path=True
     ),

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import UsageError
 from ..hooks import Intervention
 from ..jsonfile import first_finding
+from ..request.batch import MOST_ROWS, batches
 from ..request.fields import FIELDS, MAX_SEED, Field
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..terminal import note, printable
@@ -94,6 +95,8 @@ class Exploration(BaseModel):
     """entries of the request's plan that these scales are for"""
     beside: tuple[str, ...] = ()
     """what else the pictures are drawn with, that reads or writes files: the user gives it again"""
+    batch: Annotated[int, pydantic.Field(ge=1, le=MOST_ROWS)] = 1
+    """pictures that are drawn at once"""
 
     @pydantic.model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -128,6 +131,11 @@ class Exploration(BaseModel):
             for point in self.points(view):
                 found.setdefault(point, []).append(f"{view.folder}/{self._stem(point, view.axes)}")
         return dict(sorted(found.items(), key=lambda item: item[0].prompt))  # stable: a prompt is encoded once
+
+    @cached_property
+    def batches(self) -> list[list[Point]]:
+        """The pictures as they are drawn: each always in the same company, which its last bits depend on."""
+        return batches(self.places, self.batch, lambda point: (point.steps, point.lora))
 
     def _stem(self, point: Point, axes: Sequence[str]) -> str:
         return "_".join(f"{axis}_{self._value(point, axis)}" for axis in axes)
@@ -179,7 +187,7 @@ class Exploration(BaseModel):
 
     def text(self) -> str:
         """The manifest as JSON."""
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, exclude={"batch"} if self.batch == 1 else None) + "\n"
 
 
 def _short(value: float | None) -> str:
@@ -220,7 +228,7 @@ def plan_exploration(
     varied: Sequence[int] = (),
     **options: Any,
 ) -> Exploration:
-    """The exploration that the flags describe. fields: of every request; options: `cross`, `save_latents`, `metadata`.
+    """The exploration that the flags describe. fields: of every request; options: the manifest's others.
 
     varied: the entries of the fields' plan that --lora-scales is for. UsageError for anything that is wrong with any of
     its requests. Their notes are printed, once each.

@@ -586,6 +586,100 @@ def test_killed_between_any_two_writes_it_goes_on(workshop, tmp_path, whole):
     assert step > 20
 
 
+# Batches -------------------------------------------------------------------------------------------
+
+IN_BATCHES = [*EXPLORE, "--seeds", "1,2,3", "--guidance", "2,4", "--batch", "2"]
+"""a batch of two, one of two, and one picture of another number of steps alone"""
+
+
+@pytest.fixture(scope="module")
+def batched_folder(workshop, tmp_path_factory):
+    """A session in batches that nothing disturbs. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("batched")
+    done = workshop.run(folder, *IN_BATCHES)
+    assert done.code == 0, done.log
+    return only(folder / "output")
+
+
+def test_a_batch_has_pictures_of_as_many_steps_in_their_order():
+    found = planned(["a", "b"], seeds="1,2,3", guidance="1.5,3.5", batch=3)
+    assert [point for batch in found.batches for point in batch if point.steps == 1] == [
+        point for point in found.places if point.steps == 1
+    ]
+    assert [(len(batch), {point.steps for point in batch}) for batch in found.batches] == [
+        (3, {1}), (2, {2}), (3, {1}), (2, {1})
+    ]  # fmt: skip
+    again = Exploration.model_validate_json(found.text())
+    assert again.batches == found.batches and planned().batches == [[point] for point in planned().places]
+
+
+def test_a_session_says_its_batch_and_one_without_says_nothing(batched_folder, whole_folder):
+    assert json.loads((batched_folder / "session.json").read_text())["batch"] == 2
+    assert "batch" not in (whole_folder / "session.json").read_text()
+    found = {row["File"]: json.loads(row["Request"]).get("batch") for row in read_rows(batched_folder / "metadata.csv")}
+    assert found == {
+        **{f"exploration_images/seed_{i + 1}.png": {"rows": 2, "row": i} for i in (0, 1)},
+        "exploration_images/seed_3.png": {"rows": 2, "row": 0},
+        "guidance_images/guidance_4.png": {"rows": 2, "row": 1},
+        "inference_steps_images/steps_2.png": None,
+    }
+
+
+def test_a_batch_of_one_is_a_picture_as_ever(whole):
+    assert contents(explored("--batch", "1")) == whole
+
+
+def test_pictures_of_a_batch_repeat_to_the_byte_from_themselves(batched_folder, capsys):
+    for row in read_rows(batched_folder / "metadata.csv"):
+        assert main(["repeat", str(batched_folder / row["File"]), "--force", "--output-dir", "again"]) == 0
+        path, last = capsys.readouterr().out.splitlines()[-2:]
+        assert Path(path).read_bytes() == (batched_folder / row["File"]).read_bytes() and last.endswith("byte for byte")
+
+
+def test_what_is_kept_of_a_batch_is_each_pictures_own():
+    folder = explored("--save-latents", "every", "--batch", "2", "--steps", "2", "--stepwise-dir", "steps")
+    for seed in (1, 2):
+        path = folder / f"exploration_images/seed_{seed}.safetensors"
+        picture = Image.open(path.with_suffix(".png"))
+        assert load_file(path).keys() == {"latents", "step_1"}
+        assert tiny_pipeline().picture(*read_latents(path)).tobytes() == picture.tobytes()
+        steps = Path("steps") / folder.name / f"exploration_images/seed_{seed}"
+        assert Image.open(steps / f"seed_{seed}_step2of2.png").tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("lost", [["exploration_images/seed_2.png"], ["guidance_images/guidance_4.png"]])
+def test_what_is_lost_of_a_batch_is_drawn_in_the_same_batch(batched_folder, tmp_path, lost):
+    session = Path(shutil.copytree(batched_folder, tmp_path / "session"))
+    for name in lost:
+        (session / name).unlink()
+    assert main(["explore", "--resume", str(session)]) == 0
+    assert contents(session) == contents(batched_folder)
+
+
+@pytest.mark.parametrize("step", [pytest.param(i, marks=[pytest.mark.slow] * (i != 12)) for i in range(1, 30)])
+def test_killed_within_a_batch_it_goes_on_with_the_same(workshop, tmp_path, batched_folder, step):
+    workshop.run(tmp_path, *IN_BATCHES, before=KILLED.format(step))
+    assert_resumable(workshop, tmp_path, contents(batched_folder))
+
+
+def test_processes_share_batches(workshop, tmp_path, batched_folder):
+    pids = [workshop.start(tmp_path, *IN_BATCHES, before=SLOWLY, **env) for env in ranks(2)]
+    for pid in pids:
+        assert workshop.wait(pid, tmp_path).code == 0, (tmp_path / "log").read_text()
+    assert contents(only(tmp_path / "output")) == contents(batched_folder)
+
+
+def test_what_cannot_be_drawn_in_batches_is_told(session, capsys):
+    Path("plan.json").write_text('[{"kind": "first_block_cache"}]')
+    assert main([*EXPLORE, "--batch", "2", "--plan", "plan.json"]) == 2
+    assert "first_block_cache decides for all rows of a batch by one number. Next: leave" in capsys.readouterr().err
+    assert main(["explore", "--resume", str(session), "--batch", "2"]) == 2
+    assert "leave out --batch" in capsys.readouterr().err
+    assert main([*EXPLORE, "--batch", "65"]) == 2
+    assert "--batch must be a whole number from 1 to 64" in capsys.readouterr().err
+    assert not Path("output").exists()
+
+
 # Damage --------------------------------------------------------------------------------------------
 
 
