@@ -25,6 +25,7 @@ from ..images.given import Given, natural_size, pop_given, size_notes, with_imag
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
+from ..request.batch import batches, check_rows, shared
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.loop import apply_command, read_typed_lines
@@ -36,6 +37,7 @@ from ..variants import Variant, of_ratio
 from ..vision.maps import check_maps
 from .loras import changed_plan, checked_plan, entries_of
 from .stepwise import Stepwise
+from .table import BATCH
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -48,6 +50,7 @@ def generate(
     loop: bool = False,
     image: str | None = None,
     aspect_ratio: str | None = None,
+    batch: str | None = None,
     seed: list[str] | None = None,
     output_dir: str = OUTPUT_DIR.default,
     stepwise_dir: str | None = None,
@@ -66,7 +69,7 @@ def generate(
     UsageError for wrong flags, DiskError for a folder that cannot be written, FileError for a picture or a file of
     prompts that cannot be read.
     """
-    given = given_plan(fields)
+    given, rows = given_plan(fields), BATCH.parse(batch, 1)
     lines = _read_prompt_file(prompt_file, fields, loop)
     loading = pop_fields(fields, LOADING)
     old = read_request(from_image) if from_image else None
@@ -81,7 +84,11 @@ def generate(
         fields |= natural_size(fields, pictures, variant)
     else:
         lines = [_with_size(_with_loras(line, fields["plan"], variant), fields, pictures, variant) for line in lines]
+    if batch is not None:
+        fields["batch"] = None  # not that of the picture to repeat
     requests = build_requests(seed, fields, lines)
+    for group in batches(requests, rows, shared):
+        check_rows(group[0].hooks if len(group) > 1 else (), group[0].variant.params)
     for request in requests:
         pictures.check(request)
     check_maps(name for name, _ in pictures.maps(requests[0]))
@@ -91,13 +98,15 @@ def generate(
 
     check_files(variant)
 
-    from ..pipeline import load_pipeline  # and with it torch
+    from ..device.rows import tell_idle_rows  # and with it torch
+    from ..pipeline import load_pipeline
 
     set_threads(num_threads)
     pipeline = load_pipeline(
         variant, device, requests[0].dtype, offload, vae_tiling, compile, requests[0].t5_dtype, **loading
     )
-    draw = partial(_draw_all, pipeline, pictures, folder, steps_folder, not loop)
+    tell_idle_rows(pipeline.device, requests[0], rows)
+    draw = partial(_draw_all, pipeline, pictures, folder, steps_folder, not loop, rows)
     paths = draw(requests, _model_notes(pipeline, requests[0], pictures, old))
     return paths + _draw_typed_lines(draw, fields) if loop else paths
 
@@ -239,24 +248,30 @@ def _draw_all(
     folder: Path,
     steps_folder: Path | None,
     last: bool,
+    rows: int,
     requests: list[GenerationRequest],
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw and save the pictures, and a grid of several. Returns their paths.
+    """Draw and save the pictures, and a grid of several. Returns their paths, as they were drawn.
 
-    last: whether no other texts come later. notes: other lines to print before.
+    last: whether no other texts come later. rows: pictures drawn at once. notes: other lines to print before.
     """
     from ..device.memory import CACHED_PROMPTS
 
-    first, ahead = requests[0], CACHED_PROMPTS // 2  # requests: each has at most two texts
+    first, ahead = requests[0], max(1, CACHED_PROMPTS // 2 // rows)  # batches: a request has at most two texts
     _introduce(pipeline, requests, [*notes, *(line for one in requests for line in size_notes(one, given))])
-    paths, images, shown = [], [], []
-    for number, request in enumerate(requests):
+    paths: list[Path] = []
+    images: list[Image.Image] = []
+    shown = []
+    groups = batches(requests, rows, shared)
+    for number, group in enumerate(groups):
         if number % ahead == 0:
-            pipeline.encode_ahead(requests[number : number + ahead], last and number + ahead >= len(requests))
-        images.append(_draw(pipeline, request, given, steps_folder, number))
-        paths.append(save_picture(images[-1], folder, f"{request.name}_seed{request.seed}"))
-        tell(str(paths[-1]))
+            pipeline.encode_ahead([*chain(*groups[number:][:ahead])], last and number + ahead >= len(groups))
+        drawn = _draw(pipeline, group, given, steps_folder, len(images))
+        for image, request in zip(drawn, group, strict=True):
+            images.append(image)
+            paths.append(save_picture(image, folder, f"{request.name}_seed{request.seed}"))
+            tell(str(paths[-1]))
         if request.padded_size not in shown:
             shown.append(request.padded_size)
             for name, map in pipeline.denoiser.maps.pictures(request, given):
@@ -283,22 +298,23 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
 
 def _draw(
     pipeline: "Pipeline",
-    request: GenerationRequest,
+    requests: list[GenerationRequest],
     given: Given,
     steps_folder: Path | None,
     number: int,
-) -> Image.Image:
-    """Draw a picture, with a progress bar on a terminal. number: among those of the command."""
-    stepwise = Stepwise(pipeline, request, steps_folder, given) if steps_folder else None
-    with tqdm(total=request.num_forward_steps, desc=f"seed {request.seed}", unit="step", disable=no_bars()) as bar:
+) -> list[Image.Image]:
+    """Draw pictures at once, with a progress bar on a terminal. number: of the first among those of the command."""
+    watches = [Stepwise(pipeline, one, steps_folder, given) if steps_folder else None for one in requests]
+    seeds = ", ".join(str(request.seed) for request in requests[:8]) + (", …" if len(requests) > 8 else "")
+    with tqdm(total=requests[0].num_forward_steps, desc=f"seed {seeds}", unit="step", disable=no_bars()) as bar:
 
-        def on_step(step: "Step") -> None:
+        def on_step(step: "Step", stepwise: Stepwise | None) -> None:
             bar.update(step.index + 1 - bar.n)  # back to the first step after out of memory
             if stepwise is not None:
                 stepwise(step)
 
         try:
-            return pipeline.draw(request, given, on_step, (), (), number)
+            return pipeline.draw_rows(requests, given, [partial(on_step, stepwise=one) for one in watches], (), number)
         finally:
-            if stepwise is not None:
+            for stepwise in filter(None, watches):
                 stepwise.save_sheet()

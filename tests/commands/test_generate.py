@@ -5,6 +5,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_pipeline
@@ -15,6 +16,7 @@ from flux_core.commands.info import info
 from flux_core.errors import DiskError, FileError, NonFiniteError, UsageError
 from flux_core.images.metadata import png_bytes, read_request
 from flux_core.images.output import save_picture
+from flux_core.request.batch import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"prompt": "a red apple", "width": "32", "height": "48", "num_steps": "2", "force": True}
@@ -24,6 +26,10 @@ FAST = {"prompt": "a red apple", "width": "32", "height": "48", "num_steps": "2"
 def tiny_models(monkeypatch, tmp_path):
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", tiny_pipeline)
     monkeypatch.chdir(tmp_path)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), dtype=int)
 
 
 def names(folder) -> list[str]:
@@ -48,6 +54,30 @@ def test_the_file_is_what_python_draws():
     with Image.open(path) as image:
         drawn = tiny_pipeline().generate("a red apple", 42, width=32, height=48, num_steps=2, force=True)[0]
         assert image.tobytes() == drawn.tobytes() and path.read_bytes() == png_bytes(drawn)
+
+
+def test_a_file_of_prompts_is_drawn_in_batches_of_what_fits_together(tmp_path, capsys):
+    lines = [("a red apple", 1, 2), ("a blue car", 2, 3), ("two pigs", 3, 2), ("a house", 4, 2)]
+    (tmp_path / "p.csv").write_text("prompt,seed,num_steps\n" + "".join(f"{a},{b},{c}\n" for a, b, c in lines))
+    fields = {"prompt_file": "p.csv", "width": "32", "height": "48", "force": True}
+    alone = generate(**fields, output_dir="alone")
+    paths = generate(**fields, batch="2", output_dir="rows", stepwise_dir="steps")
+    assert [path.name for path in paths] == [f"flux-mini_seed{seed}.png" for seed in (1, 3, 2, 4)]
+    assert {path.name: read_request(path).batch for path in paths} == {
+        "flux-mini_seed1.png": Batch(rows=2, row=0), "flux-mini_seed3.png": Batch(rows=2, row=1),
+        "flux-mini_seed2.png": None, "flux-mini_seed4.png": None,
+    }  # fmt: skip
+    for path in alone:
+        row = tmp_path / "rows" / path.name
+        assert np.abs(pixels(path) - pixels(row)).max() <= 1
+        (again,) = generate(from_image=str(row), force=True, output_dir="again")
+        assert again.read_bytes() == row.read_bytes()
+        (single,) = generate(from_image=str(row), force=True, batch="1", output_dir="again")
+        assert single.read_bytes() == path.read_bytes()
+    assert (pixels(tmp_path / "steps/seed_3_step2of2.png") == pixels(tmp_path / "rows/flux-mini_seed3.png")).all()
+    (tmp_path / "plan.json").write_text('[{"kind": "first_block_cache"}]')
+    with pytest.raises(UsageError, match="first_block_cache decides for all rows of a batch"):
+        generate(**fields, batch="2", plan="plan.json")
 
 
 def test_several_seeds_make_a_grid(tmp_path, capsys):
