@@ -34,8 +34,9 @@ from ..methods.importance import (
     rows_of,
     similarities,
 )
+from ..request.batch import check_rows, mixing
 from ..request.fields import DEVICE, FILES, LOADING, THREADS, pop_fields
-from ..request.generation import PATCH, GenerationRequest
+from ..request.generation import GenerationRequest
 from ..request.plans import given_plan
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 _FIELDS = {field.name: field for field in IMPORTANCE}
 HUB_SCORER = "facebook/dinov2-base"
-TOKENS = 4096
-"""image tokens in a batch by default: a picture of 1024x1024"""
 PROMPTS_ON_A_SHEET = 8
 WAIT = 5.0
 """seconds between two looks at what other processes are drawing"""
@@ -94,6 +93,8 @@ def importance(
     request = GenerationRequest(name=variant.name, prompt=chosen[0].prompt, **fields)
     pictures.check(request)
     check_maps(name for name, _ in pictures.maps(request))
+    rows = _FIELDS["batch"].parse(batch, 1 if mixing(request.hooks, variant.params) else None)
+    check_rows(request.hooks if rows != 1 else (), variant.params)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
@@ -101,7 +102,6 @@ def importance(
     prepare_folder(study.folder)
     study.check_settings(request)
     rank = int(os.environ.get("RANK", "0"))
-    batch_size = _FIELDS["batch"].parse(batch)
     if rank == 0:
         _announce(study)
         for line in ([] if variant.embedded else [variant.licence_line]) + request.notes():
@@ -109,6 +109,7 @@ def importance(
 
     from ..device.choice import pick_device  # and with it torch
     from ..device.memory import CACHED_PROMPTS
+    from ..device.rows import rows_that_fill, tell_idle_rows
     from ..methods.scoring import load_scorer
     from ..pipeline import load_pipeline
 
@@ -117,9 +118,11 @@ def importance(
     dino = load_scorer(scorer or (SCORER if request.variant.embedded else HUB_SCORER), place, pool)
     pipeline = load_pipeline(variant, place, request.dtype, offload, vae_tiling, t5_dtype=request.t5_dtype, **loading)
     pipeline.given = pictures
-    groups = study.groups(batch_size or _default_batch(place.type, request))
+    groups = study.groups(rows or rows_that_fill(place, request))
+    if rank == 0:
+        tell_idle_rows(place, request, rows or 1)
     study.check_settings(pipeline.complete(request))
-    todo = {task.number: task for group in groups for task in study.missing(group)}
+    todo = {task.number: task for group in groups if study.missing(group) for task in group}
     ahead = [study.request_of(task) for task in todo.values()][:CACHED_PROMPTS]
     pipeline.encode_ahead(ahead, last=len(ahead) == len(todo))
     Work(study, pipeline, rank).draw(groups)
@@ -127,12 +130,6 @@ def importance(
         study.end()
         _report(study, dino, count, cut)
     return study.folder
-
-
-def _default_batch(device: str, request: GenerationRequest) -> int:
-    """The pictures that fill a device. On a CPU 1: larger batches are no faster, and lose more when stopped."""
-    width, height = request.padded_size
-    return 1 if device == "cpu" else max(1, TOKENS * PATCH**2 // (width * height))
 
 
 def _announce(study: Study) -> None:
@@ -162,12 +159,13 @@ class Work:
         """Draw what is missing. Rank 0 waits for the others, and draws what those that died had claimed."""
         drawn, start = 0, time.monotonic()
         with tqdm(desc="pictures", unit="picture", disable=self.rank > 0 or no_bars()) as bar:
-            while todo := [missing for group in groups if (missing := self.study.missing(group))]:
-                before, left = drawn, sum(map(len, todo))
+            while todo := [group for group in groups if self.study.missing(group)]:
+                before, left = drawn, sum(len(self.study.missing(group)) for group in todo)
                 bar.total = bar.n + left
                 for tasks in todo:
+                    missing = len(self.study.missing(tasks))
                     mine = self._draw_free(tasks)
-                    bar.update(len(tasks) - len(self.study.missing(tasks)))  # also those of other processes
+                    bar.update(missing - len(self.study.missing(tasks)))  # also those of other processes
                     if mine and not drawn and self.rank == 0:
                         _print_estimate((time.monotonic() - start) / mine, left - mine)
                     drawn += mine
@@ -178,11 +176,12 @@ class Work:
                     time.sleep(WAIT)
 
     def _draw_free(self, tasks: list[Task]) -> int:
-        """Draw those pictures of a group that no other process is drawing. Returns how many."""
-        with self.study.claimed(tasks) as mine:
-            if mine:
-                self.study.draw(self.pipeline, mine)
-        return len(mine)
+        """Draw the missing pictures of a group, in the batch of all its pictures, unless another process does.
+        Returns how many."""
+        with self.study.claimed(tasks) as missing:
+            if missing:
+                self.study.draw(self.pipeline, tasks)
+        return len(missing)
 
 
 def _print_estimate(seconds: float, left: int) -> None:

@@ -110,10 +110,10 @@ class Study:
 
     @contextmanager
     def claimed(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
-        """The missing tasks that no other process draws, claimed for this process while the block runs."""
+        """The missing ones of a batch, which is claimed as a whole while the block runs; none if others draw any."""
         with ExitStack() as stack:
-            mine = [task for task in self.missing(tasks) if stack.enter_context(claim(self.folder, _name(task)))]
-            yield self.missing(mine)  # another process may have drawn them before they were claimed
+            mine = all(stack.enter_context(claim(self.folder, _name(task))) for task in tasks)
+            yield self.missing(tasks) if mine else []  # another process may have drawn them before
 
     def end(self) -> None:
         """Remove the claims, once all pictures exist."""
@@ -126,8 +126,10 @@ class Study:
         return self.request.model_copy(update=changes)
 
     def draw(self, pipeline: "Pipeline", tasks: Sequence[Task]) -> None:
-        """Draw the pictures of one block as one batch, and write them. DiskError."""
-        for task, image in zip(tasks, pipeline.draw_rows([self.request_of(task) for task in tasks]), strict=True):
+        """Draw the pictures of one block as one batch, and write those that are missing. DiskError."""
+        missing = self.missing(tasks)
+        images = pipeline.draw_rows([self.request_of(task) for task in tasks])
+        for task, image in ((task, image) for task, image in zip(tasks, images, strict=True) if task in missing):
             path = self.path(task)
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

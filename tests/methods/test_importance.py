@@ -19,6 +19,7 @@ from workshop import Workshop
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.errors import FileError, UsageError
 from flux_core.hooks.layers import layers_of
+from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.methods.importance import (
     PROMPTS,
@@ -142,8 +143,8 @@ def test_a_picture_is_claimed_by_one_process_at_a_time(small, tmp_path):
     mine, theirs = study_of(tmp_path), study_of(tmp_path)
     mine.folder.mkdir()
     first, second, *_ = mine.groups(batch=2)
-    with mine.claimed(first) as claimed, theirs.claimed([*first, *second]) as others:
-        assert claimed == first and others == second
+    with mine.claimed(first) as claimed, theirs.claimed(second) as others, theirs.claimed([*second, *first]) as mixed:
+        assert claimed == first and others == second and mixed == []  # a batch belongs to one process as a whole
     picture = mine.path(first[0])
     picture.parent.mkdir(parents=True)
     picture.touch()
@@ -200,7 +201,9 @@ def test_pictures_are_what_the_pipeline_draws_and_say_how(flags, tmp_path):
         alone = pipeline.generate(TWO[1]["prompt"], seed=8, num_steps=1, plan=skip, **sizes)[0]
         kept = Image.open(file)
         assert np.abs(np.asarray(alone, dtype=int) - np.asarray(kept, dtype=int)).max() <= 1
-        assert kept.info["flux_core"] == alone.info["flux_core"]
+        recorded = json.loads(kept.info["flux_core"])
+        assert recorded.pop("batch") == {"rows": 2, "row": 1} and recorded == json.loads(alone.info["flux_core"])
+        assert pipeline.draw(read_request(file)).tobytes() == kept.tobytes()  # with its batch
 
 
 def test_an_ended_study_goes_on_and_draws_nothing_twice(flags, tmp_path, monkeypatch):
@@ -221,7 +224,7 @@ def test_an_ended_study_goes_on_and_draws_nothing_twice(flags, tmp_path, monkeyp
     assert main(flags) == 0
     after = pictures_in(tmp_path / "study")
     assert len(after) == 24 and all(after[path] == before[path] for path in kept) and after[lost] > before[lost]
-    assert sum(map(len, calls[4:])) == 24 - 5
+    assert sum(map(len, calls[4:])) == 24 - 4  # the lost one is a row of the same batch again
 
 
 def test_more_prompts_and_seeds_may_be_added(flags, tmp_path):
@@ -277,11 +280,11 @@ def test_wrong_flags_are_told_before_anything_is_drawn(flags, tmp_path, capsys, 
     assert not pictures_in(tmp_path / "study")
 
 
-def test_rows_of_one_batch_differ_in_prompt_and_seed_alone(small, one_thread):
+def test_rows_of_one_batch_differ_in_prompt_seed_and_guidance_alone(small, one_thread):
     pipeline = load_pipeline("flux-mini", "cpu")
     request = GenerationRequest(prompt="a pig", seed=0, num_steps=1, width=32, height=32, force=True)
-    with pytest.raises(UsageError, match="in prompt and seed alone"):
-        pipeline.draw_rows([request, request.model_copy(update={"guidance": 2.0})])
+    with pytest.raises(UsageError, match="in prompt, seed and guidance alone"):
+        pipeline.draw_rows([request, request.model_copy(update={"num_steps": 2})])
 
 
 # From outside --------------------------------------------------------------------------------------
