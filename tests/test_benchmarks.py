@@ -74,6 +74,12 @@ def test_the_cost_of_loras(dtype):
     assert figures["scale"]["change"] > 1e-3 and figures["attach_s"]["same_bits"]
 
 
+def test_pictures_by_rows_of_a_batch():
+    (figures,) = lines_of("batches.py", "--dtype", "fp8", "--steps", "1", "--rounds", "1", "--batches", "2")
+    assert figures["gain"].keys() == figures["pictures_an_hour"].keys() == {"1", "2"}
+    assert figures["gain"]["1"] == 1 and figures["gain"]["2"] > 0
+
+
 def test_steps_of_training():
     rows = "bf16 64x64 mlp", "int8 64x64 blocks memory=2GB rank=4"
     found = lines_of("training.py", "--compile", "none", "--steps", "5", "--elsewhere", "--rows", *rows)

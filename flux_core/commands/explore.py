@@ -215,7 +215,8 @@ class Work:
         prompts = f"{len(exploration.prompts)} prompt(s)"
         tell(f"{first.name}: {first.width}x{first.height}, {prompts}, {exploration.settings()}")
         missing = len(exploration.places) - len(session.there())
-        tell(f"{len(exploration.places):,} pictures, {missing:,} of them to be drawn, into {session.folder}")
+        rows = f"{exploration.batch} at once, " if exploration.batch > 1 else ""
+        tell(f"{len(exploration.places):,} pictures, {missing:,} of them to be drawn, {rows}into {session.folder}")
         if not first.variant.embedded:
             note(first.variant.licence_line)
         if exploration.version != __version__:

@@ -1,7 +1,7 @@
 """Where interventions keep tensors: in a dict of the user's, or in a safetensors file; and how files are read.
 
 A key says when and where: `step.site`, or `step.forward.site` for a second forward of a step, and with several pictures
-`image.step.forward.site` for all. A file holds one picture.
+`image.step.forward.site` for all. A file holds one picture, or the rows of one batch.
 """
 
 import json
@@ -246,7 +246,7 @@ class Captured:
 
     @property
     def request(self) -> dict[str, Any] | None:
-        """The fields of the picture's request; None where no picture was drawn."""
+        """The fields of the picture's request, of a batch its first's; None where no picture was drawn."""
         text = self.about.get("request")
         return None if text is None else json.loads(text)
 

@@ -130,6 +130,17 @@ def test_rows_of_flux_mini_have_the_bits_of_their_number_and_of_no_neighbour(siz
         assert not torch.equal(alone, row) and torch.allclose(alone, row, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_rows_on_a_card_have_the_bits_of_their_place_and_of_no_neighbour(dtype, size):
+    pipeline = load_pipeline("flux-mini", "cuda", dtype)
+    requests = three(width=size, height=size, num_steps=4)
+    for number, row in enumerate(tokens_of_rows(pipeline, requests)):
+        again = requests[number].model_copy(update={"batch": Batch(rows=3, row=number)})
+        assert torch.equal(tokens(pipeline.draw, again), row)
+
+
 @pytest.mark.parametrize(
     ("record", "finding"),
     [
