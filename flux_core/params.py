@@ -78,3 +78,34 @@ class AutoEncoderParams:
     def downscale(self) -> int:
         """Pixels per latent pixel, along each side."""
         return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class T5Params:
+    """Sizes of T5's encoder, as a config.json of transformers names them."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    """features of a head"""
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ClipParams:
+    """Sizes of CLIP's text encoder, as a config.json of transformers names them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49_407

@@ -18,7 +18,10 @@ FACTORIES = {
 }
 """torch's functions that follow the defaults, and what has to be said to each"""
 MODULES = {"Conv2d", "Embedding", "GroupNorm", "LayerNorm", "Linear", "RMSNorm"}
-ALLOWED = {("model/layers.py", "ones"): "a module's own parameter, made as torch's modules make theirs"}
+ALLOWED = {
+    (path, "ones"): "a module's own parameter, made as torch's modules make theirs"
+    for path in ("model/layers.py", "model/t5.py")
+}
 
 
 def calls(path):

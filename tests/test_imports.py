@@ -12,7 +12,7 @@ sys.path.insert(0, str(REPOSITORY / "docs"))
 
 from house import GROUND, ROOT, arrows, drawing, floors, imports, modules  # noqa: E402
 
-STRANGERS = [{"hooks", "linears"}, {"hooks", "kernels"}, {"model", "text"}]
+STRANGERS = [{"hooks", "linears"}, {"hooks", "kernels"}]
 """neighbours that do not know each other"""
 MODULES = modules()
 

@@ -1,14 +1,15 @@
 """Names and shapes of the tensors of the networks, by their sizes, to check a file's header. No torch.
 
-They are those of the state dicts of `model.Flux`, `model.ControlNet`, `model.AutoEncoder` and transformers'
-T5EncoderModel and CLIPTextModel; a test compares them.
+They are those of the state dicts of `model.Flux`, `model.ControlNet`, `model.AutoEncoder`, `model.T5Encoder` and
+`model.ClipText`; a test compares them, the last two with transformers', too.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from ..params import TIME_DIM, AutoEncoderParams, ControlNetParams, FluxParams
+from ..params import TIME_DIM, AutoEncoderParams, ClipParams, ControlNetParams, FluxParams, T5Params
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -27,9 +28,12 @@ CLIP_DEFAULTS = {
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,
+    "num_attention_heads": 8,
     "max_position_embeddings": 77,
 }
 """sizes that a config.json may leave out, as in transformers"""
+GATED = "gated-gelu"
+"""the `feed_forward_proj` of T5 1.1, which FLUX.1 reads prompts with"""
 LARGEST, DEEPEST = 2**20, 1000
 """bounds of a size and of a number of layers in a config.json"""
 
@@ -89,6 +93,23 @@ def autoencoder_shapes(params: AutoEncoderParams) -> Shapes:
         modules |= {f"decoder.up.{i}.upsample.conv": (width, width, 3, 3)} if i else {}
     modules |= {"decoder.norm_out": (first,), "decoder.conv_out": (params.out_ch, first, 3, 3)}
     return _dense(modules)
+
+
+def t5_params(config: Mapping[str, Any]) -> T5Params:
+    """T5's sizes by a config.json. ValueError for what is no size, or for another feed-forward layer than T5 1.1's."""
+    if (kind := config.get("feed_forward_proj", "relu")) != GATED:
+        raise ValueError(f"feed_forward_proj is {str(kind)[:40]!a}, not {GATED}")
+    return T5Params(**_named(config, T5Params) | _sizes(config, T5_DEFAULTS))
+
+
+def clip_params(config: Mapping[str, Any]) -> ClipParams:
+    """CLIP's sizes by a config.json. ValueError for what is no size."""
+    return ClipParams(**_named(config, ClipParams) | _sizes(config, CLIP_DEFAULTS))
+
+
+def _named(config: Mapping[str, Any], kind: type[T5Params | ClipParams]) -> dict[str, Any]:
+    """The entries of a config.json that are fields of that class."""
+    return {field.name: config[field.name] for field in fields(kind) if field.name in config}
 
 
 def t5_shapes(config: Mapping[str, Any]) -> Shapes:

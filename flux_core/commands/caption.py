@@ -116,13 +116,12 @@ def _tell_lengths(folder: Path, written: dict[Path, str], variant: Variant) -> N
 
 def _token_counts(texts: Iterable[str], variant: Variant) -> list[int]:
     """How many tokens of T5 each text has, the last one included. Errors as in `hub_folder`."""
-    from ..text.encoders import load_tokenizer, quiet
+    from ..text.tokenizer import load_tokenizer
 
     if variant.repo is None:
         folder = embedded_folder(variant) / variant.t5
     else:
         there = cached(variant.repo, "tokenizer_2/spiece.model")
         folder = there[0].parent if there else hub_folder(variant.t5, TOKENIZER_FILES, "T5's tokenizer")
-    with quiet():
-        tokenizer = load_tokenizer(folder, "T5TokenizerFast", sys.maxsize)
-        return [len(tokenizer(text, verbose=False).input_ids) for text in texts]
+    tokenizer = load_tokenizer(folder, "t5", sys.maxsize)
+    return [len(tokenizer.pieces(text)) for text in texts]

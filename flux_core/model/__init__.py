@@ -1,8 +1,10 @@
-"""The FLUX.1 transformer and autoencoder in pure PyTorch, with the names of the official checkpoints."""
+"""FLUX.1's transformer, autoencoder and text encoders in pure PyTorch, with the names of the official checkpoints."""
 
-from ..params import AutoEncoderParams, ControlNetParams, FluxParams
+from ..params import AutoEncoderParams, ClipParams, ControlNetParams, FluxParams, T5Params
 from .autoencoder import AutoEncoder
+from .clip import ClipText
 from .controlnet import ControlNet
+from .t5 import T5Encoder
 from .table import MODULATION, Adapt, ModulationTable
 from .transformer import Flux, Modulations, Run
 
@@ -11,6 +13,8 @@ __all__ = [
     "Adapt",
     "AutoEncoder",
     "AutoEncoderParams",
+    "ClipParams",
+    "ClipText",
     "ControlNet",
     "ControlNetParams",
     "Flux",
@@ -18,4 +22,6 @@ __all__ = [
     "ModulationTable",
     "Modulations",
     "Run",
+    "T5Encoder",
+    "T5Params",
 ]

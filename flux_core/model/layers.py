@@ -33,6 +33,13 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(nn.functional.silu(self.in_layer(x)))
 
 
+class Embedding(nn.Embedding):
+    """Rows by number. They begin as uniform numbers: to draw normal ones on `meta`, torch imports its compiler."""
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -1.0, 1.0)
+
+
 class RMSNorm(nn.Module):
     """Holds the scale of a norm; `ops.norm_rope` applies it."""
 

@@ -1,7 +1,7 @@
 """Encoded prompts on the disk: T5's tokens and CLIP's vector, a safetensors file for each prompt.
 
 A file is named by a hash of all that its bits depend on: the prompt, every byte of the encoders and tokenizers, their
-precision, the text's length, LoRAs on the encoders, torch, transformers, device and threads. So it is never wrong, and
+precision, the text's length, LoRAs on the encoders, torch, tokenizers, device and threads. So it is never wrong, and
 names say nothing. What somebody does to an encoder in Python is not seen. Nothing is ever deleted here: 4 MB for a
 prompt of FLUX.1-dev in bf16.
 
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -98,8 +99,6 @@ def embeddings_folder(given: str | Path | bool | None) -> Path | None:
 
 def find_kept(folder: Path, variant: Variant, t5: T5Choice, device: torch.device, dtype: torch.dtype) -> KeptEmbeddings:
     """The embeddings in a folder, for that model loaded so. FileError for an encoder's file that cannot be read."""
-    import transformers
-
     of_files = _facts_of_files(folder, variant, text_files(variant))
 
     def facts() -> Facts:
@@ -109,7 +108,7 @@ def find_kept(folder: Path, variant: Variant, t5: T5Choice, device: torch.device
             "length": variant.max_text,
             "devices": [device_name(device), device_name(t5.home or device), torch.backends.cpu.get_cpu_capability()],
             "kernels": can_fuse(device),
-            "versions": [__version__, torch.__version__, transformers.__version__],
+            "versions": [__version__, torch.__version__, tokenizers.__version__],
         }
 
     return KeptEmbeddings(folder, facts)

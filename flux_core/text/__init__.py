@@ -1,4 +1,4 @@
-"""The text encoders T5 and CLIP, loaded from any layout and run by transformers."""
+"""The text encoders T5 and CLIP, loaded from any layout, and their tokenizers."""
 
 from .encoders import T5Choice, TextEncoder, load_text_encoders
 from .trained import TrainedWords

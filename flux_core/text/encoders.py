@@ -4,10 +4,11 @@ As in the official code, a prompt is padded to a fixed number of tokens and no a
 padding attends and is attended to, so the length is part of the result. CLIP cuts at 77 tokens without a
 warning, since the picture's content comes from T5; `notes` says what T5 cuts and what it cannot read.
 
-transformers takes longer to import than everything else here, so it is imported when encoders are loaded, and
-only the modules that are needed.
+The networks are our own (`model/t5.py`, `model/clip.py`): importing those of transformers takes longer than importing
+torch. It is imported here for networks that look at pictures.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,17 +24,17 @@ from ..checkpoint.check import check_part
 from ..checkpoint.contents import Contents, find_contents
 from ..checkpoint.files import TextFiles, encoder_config, text_files
 from ..checkpoint.identify import Part
-from ..checkpoint.layouts import tokenizer_class
 from ..checkpoint.read import AS_STORED, dense, held_in_file, is_view, kept, note_precision
-from ..checkpoint.shapes import T5_DEFAULTS
+from ..checkpoint.shapes import T5_DEFAULTS, clip_params, t5_params
 from ..checkpoint.tensors import mapped as in_file
 from ..checkpoint.tensors import opened, reserve
-from ..device.defaults import plain_defaults
 from ..errors import FileError
 from ..linears.formats import FORMATS
 from ..linears.mapped import MappedLinear
+from ..model import ClipText, T5Encoder
 from ..terminal import note
 from ..variants import Variant
+from .tokenizer import Tokenizer, load_tokenizer
 from .trained import TrainedWords
 
 CLIP_TOKENS = 77
@@ -51,22 +52,22 @@ class TextEncoder(nn.Module):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         model: nn.Module | None,
-        output: str,
         max_length: int,
         dtype: torch.dtype,
         load: Callable[[], nn.Module] | None = None,
         precision: str | None = None,
         home: torch.device | None = None,
     ) -> None:
-        """output: the field of transformers' result; max_length: tokens that a prompt is padded or cut to.
+        """model: token ids to the tensor; None: loaded when it is first needed. max_length: tokens that a prompt is
+        padded or cut to.
 
-        load: returns the model anew; without it the model stays. model: None: loaded when it is first needed.
-        precision: the model's, as requests name it. home: the device that it never leaves.
+        load: returns the model anew; without it the model stays. precision: the model's, as requests name it.
+        home: the device that it never leaves.
         """
         super().__init__()
-        self.tokenizer, self.output, self.max_length, self.dtype = tokenizer, output, max_length, dtype
+        self.tokenizer, self.max_length, self.dtype = tokenizer, max_length, dtype
         self.model, self.load, self.precision, self.home = model, load, precision, home
         self.was_there = model is not None
         self.trained = TrainedWords({})
@@ -88,36 +89,26 @@ class TextEncoder(nn.Module):
         if self.load is not None:
             self.model = None
 
-    @plain_defaults()
     def tokens(self, prompts: list[str]) -> Tensor:
-        """Token ids, int64 [B, max_length], on the CPU."""
-        padded = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        rows = [self._padded(prompt) if self.trained.names(prompt) else None for prompt in prompts]
-        for i, row in enumerate(rows):
-            if row is not None:
-                padded.input_ids[i] = torch.tensor(row, dtype=torch.int64, device="cpu")
-        return padded.input_ids
+        """Token ids, int64 [B, max_length], on the CPU; those of trained words are negative."""
+        return torch.tensor([self._padded(prompt) for prompt in prompts], dtype=torch.int64, device="cpu")
 
     def _padded(self, prompt: str) -> list[int]:
-        """As many token ids, with those of trained words."""
+        """As many token ids. A cut text ends as others do."""
         ids = [token for token, *_ in self.pieces(prompt)]
         ids = ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
-        return ids + [self.tokenizer.pad_token_id] * (self.max_length - len(ids))
+        return ids + [self.tokenizer.pad_id] * (self.max_length - len(ids))
 
-    @plain_defaults()
     def forward(self, prompts: list[str]) -> Tensor:
         """[B, max_length, D] from T5, [B, D] from CLIP, in `dtype`."""
         return self.encode(self.tokens(prompts))
 
-    @plain_defaults()
     def encode(self, ids: Tensor) -> Tensor:
         """`forward` of token ids, int64 [B, max_length], those of trained words included."""
         model = self.ready()
         ids = ids.to(next(model.parameters()).device)
         with self.trained.embedded(model, ids) as known:
-            return getattr(model(input_ids=known, attention_mask=None), self.output).to(self.dtype)
+            return model(known).to(self.dtype)
 
     def unread(self, prompt: str) -> tuple[str, list[str]]:
         """The parts of a prompt that do not reach the model, as written: the end that does not fit, and unknown words.
@@ -127,7 +118,7 @@ class TextEncoder(nn.Module):
         pieces = self.pieces(prompt)
         kept = pieces[: self.max_length - 1]  # the last is the end-of-text token
         dropped = prompt[pieces[len(kept)][1] :].strip() if len(pieces) > self.max_length else ""
-        unknown = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_token_id and start < end]
+        unknown = [(start, end) for token, start, end in kept if token == self.tokenizer.unk_id and start < end]
         return dropped, list(dict.fromkeys(_word_around(prompt, start, end) for start, end in unknown))
 
     def truncated(self, prompt: str) -> str | None:
@@ -148,20 +139,16 @@ class TextEncoder(nn.Module):
     def pieces(self, prompt: str) -> list[tuple[int, int, int]]:
         """Token id, start and end in the prompt, for all tokens of the prompt without padding."""
         if not self.trained.names(prompt):
-            return self._pieces(prompt)
-        *begin, end = self._pieces("")
+            return self.tokenizer.pieces(prompt)
+        *begin, end = self.tokenizer.pieces("")
         found = [*begin]
         for text, start, ids in self.trained.split(prompt):
             if ids is not None:
                 found += [(i, start, start + len(text)) for i in ids]
             else:
-                inner = self._pieces(text)[len(begin) : -1]
+                inner = self.tokenizer.pieces(text)[len(begin) : -1]
                 found += [(token, start + first, start + last) for token, first, last in inner]
         return [*found, end]
-
-    def _pieces(self, text: str) -> list[tuple[int, int, int]]:
-        found = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-        return [(token, *place) for token, place in zip(found.input_ids, found["offset_mapping"], strict=True)]
 
 
 def _word_around(text: str, start: int, end: int) -> str:
@@ -218,44 +205,33 @@ def load_text_encoders(
     return _load_t5(variant, files, dtype, t5), _load_clip(variant, files, place, dtype, mapped)
 
 
-@plain_defaults()
 def _load_t5(variant: Variant, files: TextFiles, dtype: torch.dtype, choice: T5Choice) -> TextEncoder:
-    @plain_defaults()
     def load() -> nn.Module:
-        with quiet():
-            from transformers.models.t5.modeling_t5 import T5EncoderModel
-
-            where, what = choice.device(), (choice.dtype, choice.format, choice.mapped)
-            model = load_encoder(T5EncoderModel, "t5", files.t5, variant, where, *what)
+        what = (choice.device(), choice.dtype, choice.format, choice.mapped)
+        model = load_encoder("t5", files.t5, variant, *what)
         choice.prepare(model)
         return model
 
     model = None if choice.later else load()
     known = encoder_config(variant, "t5", files.t5).get("vocab_size", T5_DEFAULTS["vocab_size"])
-    tokenizer = load_tokenizer(files.t5_tokenizer, "T5TokenizerFast", known)
-    length, precision = variant.max_text, choice.precision
-    return TextEncoder(tokenizer, model, "last_hidden_state", length, dtype, load, precision, choice.home)
+    tokenizer = load_tokenizer(files.t5_tokenizer, "t5", known)
+    return TextEncoder(tokenizer, model, variant.max_text, dtype, load, choice.precision, choice.home)
 
 
-@plain_defaults()
 def _load_clip(
     variant: Variant, files: TextFiles, device: torch.device, dtype: torch.dtype, mapped: bool
 ) -> TextEncoder:
-    with quiet():
-        from transformers.models.clip.modeling_clip import CLIPTextModel
-
-        model = load_encoder(CLIPTextModel, "clip", files.clip, variant, device, dtype, mapped=mapped)
-        tokenizer = load_tokenizer(files.clip_tokenizer, "CLIPTokenizer", model.config.vocab_size)
-    length = min(CLIP_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
-    return TextEncoder(tokenizer, model, "pooler_output", length, dtype)
+    model = load_encoder("clip", files.clip, variant, device, dtype, mapped=mapped)
+    words, places = (x.num_embeddings for x in model.embeddings.values())
+    tokenizer = load_tokenizer(files.clip_tokenizer, "clip", words)
+    return TextEncoder(tokenizer, model, min(CLIP_TOKENS, tokenizer.max_length or CLIP_TOKENS, places), dtype)
 
 
 STAYS = re.compile(r".*\.wo")
-"""Linears of T5 that stay as they are: transformers asks them for the dtype of their weight, and they need its range"""
+"""Linears of T5 that stay as they are: they need their range"""
 
 
 def load_encoder(
-    kind: Any,
     part: Part,
     path: Path,
     variant: Variant,
@@ -275,25 +251,31 @@ def load_encoder(
         raise FileError(f"{path}: the text encoder could not be read: this is {contents.found.text}.")
     check_part(contents, variant)
     note_precision(contents, dtype, format)
-    model, parameters = _empty_encoder(kind, contents, variant, dtype)
-    owners = {id(one.weight): (name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)}
-    order = sorted(parameters, key=source.spans.__getitem__)
-    reserve(device, (x.numel() * dtype.itemsize for x in parameters.values()))
+    model = _empty_encoder(contents, variant)
+    places = {name: model_name.rpartition(".") for model_name, name in contents.names.items()}
+    order = sorted(places, key=source.spans.__getitem__)
+    reserve(device, (dtype.itemsize * math.prod(shape) for shape in contents.shapes.values()))
+
+    def put(name: str, x: Tensor) -> None:
+        owner, _, role = places[name]
+        setattr(model.get_submodule(owner), role, nn.Parameter(x, requires_grad=False))
 
     def fill(name: str, owner: str, linear: nn.Linear | None) -> None:
         """Put a weight in its place, in `dtype`."""
         if not mapped or is_view(contents, [name], dtype):
-            parameters[name].data = dense(get, name, storage, dtype)
+            put(name, dense(get, name, storage, dtype))
             return
         read = held_in_file(get, storage, [name], lambda get, dtype: dense(get, name, storage, dtype))
-        if linear is None or linear.weight is not parameters[name]:
-            parameters[name].data = read(dtype)
+        if linear is None:
+            put(name, read(dtype))
         else:
             model.set_submodule(owner, MappedLinear(read, linear.weight.shape, linear.bias))
 
     with in_file(source) if mapped else opened(source, device, storage.among(order)) as get:
         for name in order:
-            owner, linear = owners.get(id(parameters[name]), ("", None))
+            owner, _, role = places[name]
+            module = model.get_submodule(owner)
+            linear = module if isinstance(module, nn.Linear) and role == "weight" else None
             stored = storage.of.get(name)
             held = stored.format if stored else None
             if linear is None or STAYS.fullmatch(owner) or (format in (None, AS_STORED) and held is None):
@@ -301,57 +283,28 @@ def load_encoder(
             elif stored is not None and stored.keeps and format in (AS_STORED, held):
                 model.set_submodule(owner, kept(get, stored, linear.bias))
             elif format not in (None, AS_STORED):
-                parameters[name].data = dense(get, name, storage, torch.bfloat16)
+                put(name, dense(get, name, storage, torch.bfloat16))
                 model.set_submodule(owner, FORMATS[format].kind.of(linear))
             else:
                 fill(name, owner, linear)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _empty_encoder(
-    kind: Any, contents: Contents, variant: Variant, dtype: torch.dtype
-) -> tuple[Any, dict[str, nn.Parameter]]:
-    """A text encoder without its weights, and its parameters by their names in the file. FileError.
-
-    transformers knows which parameter has which name, but moves every tensor to the CPU first. So it gets placeholders
-    of one number each, whose data is replaced afterwards.
-    """
+def _empty_encoder(contents: Contents, variant: Variant) -> T5Encoder | ClipText:
+    """A text encoder without its weights. FileError."""
     path = contents.source.path
     try:
-        config = kind.config_class.from_dict(encoder_config(variant, contents.part, path))
+        config = encoder_config(variant, contents.part, path)
+        with torch.device("meta"):
+            return T5Encoder(t5_params(config)) if contents.part == "t5" else ClipText(clip_params(config))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-    number = torch.empty((), dtype=dtype, device="cpu")
-    placeholders = {name: torch.empty_like(number).expand(shape) for name, shape in contents.shapes.items()}
-    try:
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=placeholders, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"{path}: the text encoder could not be read: {error}") from error
-    _check_complete(info, path, "text encoder")
-    named = {x.data_ptr(): contents.names[name] for name, x in placeholders.items()}
-    return model, {named[x.data_ptr()]: x for x in model.parameters()}
 
 
 def _check_complete(info: dict[str, Any], path: Path, what: str) -> None:
     """FileError if transformers found no weights for some parameters."""
     if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
         raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
-
-
-def load_tokenizer(folder: Path, default: str, known: int) -> Any:
-    """The tokenizer in that folder. FileError if it can't be read, or has more tokens than are known to the model."""
-    import transformers
-
-    try:
-        kind = getattr(transformers, tokenizer_class(folder, default))
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    except (AttributeError, OSError, ValueError) as error:
-        raise FileError(f"{folder}: the tokenizer could not be read: {error}") from error
-    if len(tokenizer) > known:
-        raise FileError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {known}.")
-    return tokenizer
 
 
 def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-EMBEDDINGS = ("token_embedding", "embed_tokens")
+EMBEDDINGS = ("token_embedding", "shared")
 """CLIP's and T5's modules whose outputs a layer reads"""
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import embedded_folder, encoder_config
+from ..checkpoint.shapes import clip_params, t5_params
 from ..device.alive import torch_dtype
 from ..device.memory import gb, shares
 from ..lora.dialects import Network
+from ..model import ClipText, T5Encoder
 from ..text.encoders import CLIP_TOKENS
 from ..text.trained import embedding_of
 from ..variants import Variant
@@ -80,7 +82,7 @@ def _learned(
             if vectors:
                 embedding.register_forward_hook(lambda module, ids, y: y.requires_grad_())
             ids = torch.zeros(size, dtype=torch.int64, device="meta")
-            kept = saved_by(partial(model, input_ids=ids, attention_mask=None), model)
+            kept = saved_by(partial(model, ids), model)
         own = vectors * embedding.embedding_dim
         counted.append((kept, own + sum(x.numel() for one in factors.values() for x in one.parameters())))
     (one, first), (two, second) = counted
@@ -94,11 +96,7 @@ def _config(variant: Variant, name: Network) -> dict[str, Any]:
 
 
 def _model(name: Network, config: dict[str, Any]) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    if name == "clip":
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
-    return T5EncoderModel(T5Config.from_dict(config))
+    return ClipText(clip_params(config)) if name == "clip" else T5Encoder(t5_params(config))
 
 
 def with_text(plan: Plan, cost: TextCost, optimizer: str) -> Plan:

@@ -7,8 +7,10 @@ import torch
 from golden_files import distance
 from safetensors.torch import load_file
 from small import PARAMS
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flux_core.errors import UsageError
+from flux_core.hub.places import embedded_folder
 from flux_core.lora import attach
 from flux_core.model import Flux
 from flux_core.text import TrainedWords, load_text_encoders
@@ -244,19 +246,22 @@ def test_diffusers_reads_a_words_vectors(tmp_path):
     for x in adapter.parameters():
         x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
     adapter.save(tmp_path)
-    every = encoders()
+    folder = embedded_folder(MINI)
+    clip, t5 = (kind.from_pretrained(folder / x) for kind, x in ((CLIPTextModel, "clip"), (T5EncoderModel, "t5")))
+    kinds = {"clip": CLIPTokenizer, "t5": T5TokenizerFast}
+    words = {name: kind.from_pretrained(folder / name) for name, kind in kinds.items()}
+    every = {"clip": clip.float(), "t5": t5.float()}
     nothing = dict.fromkeys(("scheduler", "vae", "transformer"))
     pipeline = diffusers.FluxPipeline(
-        text_encoder=every["clip"].model, tokenizer=every["clip"].tokenizer, text_encoder_2=every["t5"].model,
-        tokenizer_2=every["t5"].tokenizer, **nothing,
-    )  # fmt: skip
+        text_encoder=clip, tokenizer=words["clip"], text_encoder_2=t5, tokenizer_2=words["t5"], **nothing
+    )
     state, metadata = pipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
-    pipeline.load_lora_into_text_encoder(state, None, every["clip"].model, "text_encoder", metadata=metadata)
+    pipeline.load_lora_into_text_encoder(state, None, clip, "text_encoder", metadata=metadata)
     found = load_file(tmp_path / "learned_embeds.safetensors")
     for key, name in (("clip_l", "clip"), ("t5", "t5")):
         pipeline.load_textual_inversion(
-            found[key], token=["<s0>", "<s1>"], text_encoder=every[name].model, tokenizer=every[name].tokenizer
+            found[key], token=["<s0>", "<s1>"], text_encoder=every[name], tokenizer=words[name]
         )
-    ids = every["t5"].tokenizer("big <s0><s1>", padding="max_length", max_length=32, return_tensors="pt").input_ids
-    theirs = every["t5"].model(ids).last_hidden_state
+    ids = words["t5"]("big <s0><s1>", padding="max_length", max_length=32, return_tensors="pt").input_ids
+    theirs = t5(ids).last_hidden_state
     assert distance(theirs, said(adapter.encoders, f"big {WORD}")["t5"]) <= 1e-6
