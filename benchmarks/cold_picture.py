@@ -7,8 +7,9 @@ Writes random weights of full size to FOLDER, unless they are there: flux-dev's 
 Q4_K (6.8 GB), or in bf16 (23.8 GB), T5-XXL in bf16 (9.5 GB), and the others, with the tokenizers of the tests. Then it
 runs the command line in a new process for each of `--runs`, whose flags are given as they stand; `Q4_K` in them is
 that file. Prints a line of JSON for each: a hash of pixels, seconds, GiB that the process took of the card at most
-(`nvidia-smi`, every tenth of a second, less what was taken before), GiB of the CPU's memory at most, and the last
-lines that it said. `--tiny` runs small on any machine.
+(`nvidia-smi`, every tenth of a second, less what was taken before), GiB of the CPU's memory at most, the seconds by
+parts (`parts.py`) with what the process takes to end, and the last lines that it said. `--tiny` runs small on any
+machine.
 """
 
 import argparse
@@ -101,12 +102,13 @@ def write(folder: Path, row: Variant, device: str, dtype: str, tiny: bool) -> No
 
 def draw(folder: Path, row: Variant, flags: list[str]) -> int:
     """In the new process: the command line, with the folder's model."""
+    import parts
+
     from flux_core.hub import places
-    from flux_core.main import main
 
     VARIANTS[NAME] = row
     places.ROOTS = (folder.parent,)
-    code = main(flags)
+    code = parts.draw(flags)
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"ram_gib {taken:.2f}", file=sys.stderr)
     return code
@@ -149,7 +151,10 @@ def run(folder: Path, flags: list[str], steps: int, size: int, tiny: bool) -> di
         over.set()
         pictures = [sha256(Image.open(path).tobytes()).hexdigest()[:16] for path in Path(output).rglob("*.png")]
     said = [line.split("\r")[-1] for line in (done.stdout + done.stderr).splitlines()]
-    found = {"seconds": round(seconds, 1), "code": done.returncode, "pictures": pictures}
+    by_part = next((json.loads(line) for line in said if line.startswith("{")), {})
+    if by_part:
+        by_part["end"] = round(seconds - sum(by_part.values()), 3)
+    found = {"seconds": round(seconds, 1), "parts": by_part, "code": done.returncode, "pictures": pictures}
     return {**found, "card_gib": round(max(most) - before, 2), "said": said[-12:]}
 
 

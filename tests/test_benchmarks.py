@@ -198,6 +198,9 @@ def test_a_cold_picture(tmp_path):
     done = subprocess.run([*command, "--dtype float32", "Q4_K"], capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line]
     assert [(line["code"], len(line["pictures"])) for line in lines] == [(0, 1), (0, 1)]
+    for line in lines:
+        assert line["parts"].keys() == {"imports", "loading", "text", "steps", "decoding", "file", "else", "end"}
+        assert sum(line["parts"].values()) == pytest.approx(line["seconds"], abs=0.06)
 
 
 def test_a_picture_in_a_budget_of_the_cpus_memory():
