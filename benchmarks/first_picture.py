@@ -4,8 +4,8 @@
 
 Prints a line of JSON with medians of the repeats: the command from start to file; the import of torch alone, in the
 same minutes, which is not ours, and the ratio of the two; the command by parts (`parts.py`); in a process, the 28
-steps with decoding; `--help` and a wrong flag; and for half as many threads as cores, as many, and twice as many, the 28
-steps with decoding, and a hash of the pixels.
+steps with decoding; `--help` and a wrong flag; and for half as many threads as cores, as many, and twice as many, the
+28 steps with decoding, and a hash of the pixels.
 """
 
 import argparse

@@ -35,19 +35,30 @@ class ClipText(nn.Module):
         self.eos_token_id = params.eos_token_id
         rows = {"token_embedding": params.vocab_size, "position_embedding": params.max_position_embeddings}
         self.embeddings = nn.ModuleDict({name: Embedding(n, params.hidden_size) for name, n in rows.items()})
-        layers = nn.ModuleList(Layer(params) for _ in range(params.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.encoder = Stack(params)
         self.final_layer_norm = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, L] -> [B, hidden_size]"""
         places = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](places)[None]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
+        x = self.encoder(x)
         is_end = ids if self.eos_token_id == ARGMAX else (ids == self.eos_token_id).int()
         rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
         return self.final_layer_norm(x)[rows, is_end.argmax(-1)]
+
+
+class Stack(nn.Module):
+    """The layers, one after another."""
+
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(params) for _ in range(params.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class Layer(nn.Module):

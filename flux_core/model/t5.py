@@ -43,19 +43,40 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each behind a norm and beside a residual path."""
+    """Attention, then a feed-forward layer."""
 
     def __init__(self, params: T5Params, is_first: bool) -> None:
         super().__init__()
-        attention = nn.ModuleDict({"SelfAttention": Attention(params, is_first), "layer_norm": Norm(params)})
-        dense = nn.ModuleDict({"DenseReluDense": GatedDense(params), "layer_norm": Norm(params)})
-        self.layer = nn.ModuleList([attention, dense])
+        self.layer = nn.ModuleList([AttentionLayer(params, is_first), DenseLayer(params)])
 
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        attention, dense = self.layer
-        y, bias = attention["SelfAttention"](attention["layer_norm"](x), bias)
-        x = within_range(x + y)
-        return within_range(x + dense["DenseReluDense"](dense["layer_norm"](x))), bias
+        x, bias = self.layer[0](x, bias)
+        return self.layer[1](x), bias
+
+
+class AttentionLayer(nn.Module):
+    """Attention behind a norm, beside a residual path."""
+
+    def __init__(self, params: T5Params, has_bias: bool) -> None:
+        super().__init__()
+        self.SelfAttention = Attention(params, has_bias)
+        self.layer_norm = Norm(params)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, bias = self.SelfAttention(self.layer_norm(x), bias)
+        return within_range(x + y), bias
+
+
+class DenseLayer(nn.Module):
+    """The feed-forward layer behind a norm, beside a residual path."""
+
+    def __init__(self, params: T5Params) -> None:
+        super().__init__()
+        self.DenseReluDense = GatedDense(params)
+        self.layer_norm = Norm(params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return within_range(x + self.DenseReluDense(self.layer_norm(x)))
 
 
 def within_range(x: Tensor) -> Tensor:
