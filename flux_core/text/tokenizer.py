@@ -36,14 +36,19 @@ KINDS: Mapping[Part, Kind] = MappingProxyType(
 
 
 class Tokenizer:
-    """Texts to ids. Its ids of padding, of unknown words and of a text's end are None where it has no such token."""
+    """Texts to ids. Its ids of unknown words and of a text's end are None where it has no such token."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pad: str, unk: str, eos: str, max_length: int | None) -> None:
-        """pad, unk, eos: tokens for padding, unknown words and a text's end. max_length: of a text, if files say it."""
+        """pad, unk, eos: tokens for padding, unknown words and a text's end. max_length: of a text, if files say it.
+        ValueError if it cannot pad."""
         backend.no_padding()
         backend.no_truncation()
         self.backend, self.max_length = backend, max_length
-        self.pad_id, self.unk_id, self.eos_id = (backend.token_to_id(token) for token in (pad, unk, eos))
+        found = backend.token_to_id(pad)
+        if found is None:
+            raise ValueError(f"it has no token {pad!r} to fill up texts with")
+        self.pad_id: int = found
+        self.unk_id, self.eos_id = backend.token_to_id(unk), backend.token_to_id(eos)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -59,8 +64,8 @@ def load_tokenizer(folder: Path, part: Part, known: int) -> Tokenizer:
     kind = KINDS[part]
     try:
         backend, said = _backend(folder, kind.name), _config(folder)
-        names = (_content(said.get(f"{name}_token")) or getattr(kind, name) for name in ("pad", "unk", "eos"))
-        tokenizer = Tokenizer(backend, *names, said.get("model_max_length"))
+        pad, unk, eos = (_content(said.get(f"{name}_token")) or getattr(kind, name) for name in ("pad", "unk", "eos"))
+        tokenizer = Tokenizer(backend, pad, unk, eos, said.get("model_max_length"))
     except FileError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
