@@ -207,7 +207,7 @@ def compare(args: argparse.Namespace) -> None:
             way = {key: str(places.get(key, value)) if key in places else value for key, value in WAYS[name].items()}
             run, seconds = trained(way, work / name, args)
             plain = plain or seconds
-            with run.adapter.averaged(), run.drawing():
+            with run.adapter.averaged(), run.samples.drawing():
                 found, pictures = base.figures(run.pipeline)
             numbers = round(sum(x.numel() for x in run.adapter.parameters()) / 1000)
             cost = {"cost": round(seconds / plain, 2), "seconds": round(seconds, 4), "numbers": numbers}

@@ -156,7 +156,7 @@ def test_what_is_preserved_is_encoded_and_counts(small, work):
     found = other.draw(draw)
     assert set(found.others) == {"class", "empty"} and not one.draw(draw).others and not other.draw(None).others
     assert not torch.equal(found.others["class"][0], found.txt)
-    assert kept._numbers().tera == pytest.approx(plain._numbers().tera * 3, rel=0.01)
+    assert kept.estimate.numbers().tera == pytest.approx(plain.estimate.numbers().tera * 3, rel=0.01)
 
 
 def test_what_is_preserved_has_no_marks_of_wildcards(small, work):
