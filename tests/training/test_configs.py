@@ -98,8 +98,6 @@ def test_kohya_reads_data_sets_so(work):
 
 def test_kohya_drops_sections_and_the_last_of_equal_keys_counts(work):
     Path("c.toml").write_text('network_dim = 4\n[a]\nnetwork_dim = 8\n[b]\nnetwork_alpha = 2\noutput_dir = "x"\n')
-    with pytest.raises(UsageError, match="no folder of pictures is named"):
-        read_config("c.toml")
     assert kohya._flat(tomllib.loads(Path("c.toml").read_text())) == {
         "network_dim": 8, "network_alpha": 2, "output_dir": "x"
     }  # fmt: skip
@@ -499,6 +497,26 @@ def test_a_data_set_alone(work):
     found = read_config("kohya_dataset_1.toml").values
     assert found["trigger"] == "p3r5on man" and "rank" not in found and found["repeats"] == 10
     assert read_config("simpletuner_multidatabackend_1.json").values["resolution"] == "512,1024"
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("c.toml", 'network_dim = 4\nresolution = "512,256"\nmax_train_steps = 5\n[a]\ncaption_dropout_rate = 0.25\n'),
+    ("c.yaml", "job: extension\nconfig: {name: x, process: [{type: sd_trainer, network: {linear: 4}, "
+     "train: {steps: 5}}]}"),
+    ("c.json", '{"model_family": "flux", "lora_rank": 4, "max_train_steps": 5, "grad_clip_method": "norm"}'),
+])  # fmt: skip
+def test_a_flag_names_the_folder_where_the_file_names_none(work, capsys, name, text):
+    """With all else as the file has it."""
+    pictures("mine", 4, "a pig")
+    Path(name).write_text(text, encoding="utf-8")
+    small = ["--resolution=32x32", "--rule=", "--name=flux-mini", "--device=cpu", "--dtype=float32"]
+    assert main(["train", f"--from-config={name}", "--data=mine", "--dry-run", *small]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert '\ndata = "mine"\nr' in said and "\nrank = 4\n" in said and "\nsteps = 5\n" in said
+    if name == "c.toml":
+        assert "\ncaption_dropout = 0.25\n" in said and read_config(name).values["resolution"] == "512x256"
+    assert main(["train", f"--from-config={name}", "--dry-run"]) == 2
+    assert "there is no --data. Next: name a folder" in capsys.readouterr().err
 
 
 def test_folders_that_are_named_by_repeats(work):

@@ -331,14 +331,14 @@ def read(document: Any, read_other: Any) -> Iterator[Fate]:
     if process["type"] not in PROCESSES:
         raise UsageError(f"its process is a {process['type']}, and {', '.join(PROCESSES)} train a LoRA. Next: give one")
     process = _named(process, str(config["name"]))
-    datasets = process.pop("datasets")
+    datasets = process.pop("datasets", None) or [{}]  # of a folder that a flag may name
     yield Fate("config.name", config["name"], why="the folder in training_folder")
     where = "config.process[0]."
     given = flatten(process)
     known = {
         "name": config["name"],
         "trigger_word": process.get("trigger_word"),
-        "masks": any(_folder(one).masks for one in datasets),
+        "masks": any(_folder(one).masks for one in datasets if one),
         "is_reg": any(one.get("is_reg") for one in datasets),
     }
     yield from settle((*PROCESS, HELD_OUT), given, NAME, {name: where + name for name in given}, known)
@@ -365,7 +365,7 @@ def _data_fates(datasets: list[dict[str, Any]], above: Values, where: str) -> It
     if first is None:
         raise UsageError("it names no folder to learn from. Next: give datasets a folder_path")
     known = {
-        "learned": [_folder(one) for one in datasets if not one.get("is_reg")],
+        "learned": [_folder(one) for one in datasets if one and not one.get("is_reg")],
         "regular": [_folder(one) for one in datasets if one.get("is_reg")],
         "edges": sorted({edge for one in datasets for edge in _list(one.get("resolution", 512))}),
     }

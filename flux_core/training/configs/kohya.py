@@ -371,7 +371,7 @@ def _held(value: Any, of: Values) -> Any:
 
 
 def _words(value: Any, of: Values) -> Any:
-    if of["learned"][0].trigger != value:
+    if not of["learned"] or of["learned"][0].trigger != value:
         raise LeftOut("a caption for pictures that have none, which are left out here")
     return {}
 
@@ -506,7 +506,7 @@ def _of_folders(train: Mapping[str, Any]) -> dict[str, Any]:
             {"image_dir": f"{train[key]}/{one[0]}", "num_repeats": int(one[1]), "class_tokens": one[2],
              "is_reg": is_reg} for one in found if one
         ] or [{"image_dir": train[key], "is_reg": is_reg}]  # fmt: skip
-    return {"datasets": [{"subsets": subsets}]}
+    return {"datasets": [{"subsets": subsets or [{}]}]}  # of a folder that a flag may name
 
 
 def _outer(train: Mapping[str, Any]) -> dict[str, Any]:
@@ -568,14 +568,14 @@ def _data_fates(data: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[F
     given = {name: options[name] for name in where if name in INSIDE}
     unknown = {name: dict(levels)[prefix][name] for name, prefix in where.items() if name not in INSIDE}
     masked = bool(train.get("masked_loss", not train))  # a data set alone has no other use for them
-    learned = [_folder(one, masked) for one in subsets.values() if not one["is_reg"]]
+    learned = [_folder(one, masked) for one in subsets.values() if one["image_dir"] and not one["is_reg"]]
     counts = [count(one.path) for one in learned]
     known = {
         "learned": learned,
         "regular": [_folder(one, masked) for one in subsets.values() if one["is_reg"]],
         "masked": masked,
         "edges": sorted({math.isqrt(math.prod(one["resolution"])) for one in datasets if one["resolution"]}),
-        "count": None if None in counts else sum(x or 0 for x in counts),
+        "count": None if None in counts or not counts else sum(x or 0 for x in counts),
     }
     places = {name: prefix + name for name, prefix in where.items()}
     yield from settle((*DATASET, *SUBSET), given | unknown, NAME, places, known)
