@@ -451,7 +451,9 @@ def test_a_run_tells_what_is_left_out(work, capsys):
     ("a.yaml", "a: [", 4, "a.yaml is no YAML"),
     ("a.yaml", "a: &x [*x]", 2, "a.yaml is none of"),
     ("a.toml", "a = ", 4, "a.toml is no TOML"),
-    ("a.json", "{", 2, "a.json is no JSON"),
+    ("a.json", '{"a": 1,\n 2}', 4, "a.json is no JSON: Expecting property name enclosed in double quotes: line 2 "
+     "column 2 (char 10). Next: mend it there"),
+    ("a.json", "[" * 100_000, 4, "a.json is no JSON"),
     ("a.toml", 'network_dim = 4\ndataset_config = "none.toml"', 4, "none.toml cannot be read"),
     ("a.toml", 'network_dim = "x"\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 3\nnum_repeats = "y"', 2, "a.toml"),
     ("a.yaml", "job: extension\nconfig: {name: x, process: 3}", 2, "is not built as configs of ai-toolkit"),

@@ -3,15 +3,16 @@
 A tool has a module with a name, `recognises(document)` and `read(document, read_other)`, and a table of its keys.
 """
 
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ...errors import FileError, UsageError
 from ...files import user_path
-from ...jsonfile import MAX_BYTES, read_json
+from ...jsonfile import MAX_BYTES
 from ..settings import BY_NAME, parsed
 from . import aitoolkit, kohya, simpletuner
 from .keys import Fate
@@ -21,6 +22,10 @@ DOCUMENTS: Mapping[str, str] = MappingProxyType(
     {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".jsonc": "JSON"}
 )
 """formats by a file's ending"""
+PARSERS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {"TOML": tomllib.loads, "YAML": aitoolkit.parse, "JSON": json.loads}
+)
+"""of texts in them; ValueError and RecursionError for one that is none"""
 KNOWN = "kohya's TOML, ai-toolkit's YAML, SimpleTuner's JSON"
 
 
@@ -80,18 +85,16 @@ def read_document(path: str | Path) -> Any:
     kind = DOCUMENTS.get(path.suffix.lower())
     if kind is None:
         raise UsageError(f"{path} ends with none of {', '.join(DOCUMENTS)}. Next: give one of {KNOWN}")
-    if kind == "JSON":
-        return read_json(path, "the config")
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
         if len(text) > MAX_BYTES:
             raise UsageError(f"{path}: such a file has at most {MAX_BYTES:,} bytes")
-        return tomllib.loads(text) if kind == "TOML" else aitoolkit.parse(text)
+        return PARSERS[kind](text)
     except OSError as error:
         raise FileError(
             f"{path} cannot be read: {error.strerror or error}. Next: call from the folder that paths in the config "
             "are relative to"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is no {kind}: {error}") from None
+        raise FileError(f"{path} is no {kind}: {error}. Next: mend it there") from None
