@@ -39,6 +39,8 @@ ADDED = (
     "takes", "lora_plus", "loss", "huber_c", "huber_schedule", "preserve", "preserve_weight", "contrast", "mask_prior",
 )  # fmt: skip
 """what recipes had no word for at first: at its default it is no part of a run's identity"""
+DATA = "data"
+"""settings that examples are made by, as JSON, in `about`: they say what differs where pictures do, and no more"""
 VALIDATED = (0.1, 0.3, 0.5, 0.7, 0.9)
 """noise levels at which held-out pictures are judged"""
 WHOLE = slice(None)
@@ -76,10 +78,10 @@ def train(
 
     folder: where checkpoints are, from the last of which it goes on; one is written every so many steps and at the end,
     and the newest `keep` stay. on_step: called after each step; when it returns True, the state is saved, and training
-    ends. about: what else a run hangs on, by name, such as a hash of the base; it must be the same to go on. fetch: as
-    in `Flux.forward`, instead of the recipe's checkpointing. ranks: who trains; the first saves, all return the losses.
-    UsageError where a checkpoint is of another run, FileError for one that cannot be read, DiskError; NonFiniteError
-    names step and pictures, and changes nothing that was saved.
+    ends. about: what else a run hangs on, by name, such as a hash of the base; all but `DATA` must be the same to go
+    on. fetch: as in `Flux.forward`, instead of the recipe's checkpointing. ranks: who trains; the first saves, all
+    return the losses. UsageError where a checkpoint is of another run, FileError for one that cannot be read,
+    DiskError; NonFiniteError names step and pictures, and changes nothing that was saved.
     """
     check(sources)
     share = ranks.share(recipe)
@@ -323,7 +325,7 @@ def resume(folder: Path, state: State, run: Mapping[str, str]) -> list[float]:
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path}: the checkpoint could not be read: {error}. Next: delete it.") from error
     for key in {**run, **metadata}:
-        if key != "format" and metadata.get(key) != run.get(key):
+        if key not in ("format", DATA) and metadata.get(key) != run.get(key):
             raise UsageError(
                 f"{path} was trained {_unlike(key, metadata, run)}. Next: go on with what it was trained with, or name "
                 "another folder"
@@ -334,6 +336,10 @@ def resume(folder: Path, state: State, run: Mapping[str, str]) -> list[float]:
 
 def _unlike(key: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
     """How runs differ in an entry of their identities, from which what had its default may be missing."""
+    if key == "pictures" and DATA in then and DATA in now:
+        old, new = json.loads(then[DATA]), json.loads(now[DATA])
+        found = [_unlike(name, old, new) for name in {**old, **new} if old.get(name) != new.get(name)]
+        return " and ".join(found) or "with other pictures or captions in the same folders"
     default = json.dumps(Recipe.__dataclass_fields__[key].default) if key in ADDED else None
     one, other = then.get(key, default), now.get(key, default)
     if one is None:

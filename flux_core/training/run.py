@@ -36,7 +36,7 @@ from .card import SHOWN, Facts, model_card
 from .charts import best_step, change_chart, sample_sheet
 from .estimate import Estimate
 from .latents import LatentCache, encoding
-from .loop import Progress, checkpoints, factor, train, validate
+from .loop import DATA, Progress, checkpoints, factor, train, validate
 from .losses import Losses
 from .material import Material
 from .optimizers import library
@@ -196,7 +196,7 @@ class Run(Material):
                 self.look(done.step)
                 return stop.requested
 
-            about = {"base": self.base, "dtype": self.pipeline.precision}
+            about = {"base": self.base, "dtype": self.pipeline.precision, DATA: settings.examples}
             train(
                 self.adapter, sources, settings.recipe, self.folder / "checkpoints", settings.save_every,
                 settings.keep, told, about, self.fetch if settings.memory else None, self.ranks,

@@ -16,7 +16,7 @@ from ..files import user_path
 from ..hub.places import ROOTS
 from ..lora.ranks import RankSchedule
 from ..request.fields import Field
-from ..request.training import MORE_DATA, SECTIONS, SETTINGS
+from ..request.training import DATA, MORE_DATA, SECTIONS, SETTINGS
 from .adapter import Form
 from .folders import Folder, parse_folders
 from .objective import MAPS
@@ -28,6 +28,10 @@ LATER = (
     "huber_schedule", "preserve_weight", "contrast",
 )  # fmt: skip
 """settings that a card does not tell at their defaults, as before there were any"""
+MAKE_EXAMPLES = (
+    *(field.name for field in (*DATA, *MORE_DATA) if field.name not in ("strict", "mask_prior")), "takes", "class_word",
+)  # fmt: skip
+"""settings by which pictures and captions become examples"""
 TOLD = ("name", "rank", "alpha", "steps", "lr", "resolution")
 """settings that are told even at their defaults"""
 NOTO, ZIB = "noto", "zib"
@@ -154,6 +158,12 @@ class Settings:
         """The words for what is learned, each once."""
         words = [self.trigger if one.trigger is None else one.trigger for one in self.folders if not one.prior]
         return [word for word in dict.fromkeys(words) if word]
+
+    @property
+    def examples(self) -> str:
+        """What examples are made by, as JSON of JSON by the settings' names."""
+        values = {name: getattr(self, name) for name in MAKE_EXAMPLES}
+        return json.dumps({name: json.dumps(x) for name, x in values.items() if x not in (None, "", [])})
 
     @property
     def recipe(self) -> Recipe:

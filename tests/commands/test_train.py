@@ -135,12 +135,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(small, work, monkeypatch):
 def test_another_run_is_refused_and_what_differs_is_named(small, work, capsys):
     assert train(*MORE, "--steps=2") == 0
     kept = digest(Path("out", ADAPTER))
-    for change in ("--rank=3", "--lr=0.02", "--seed=2", "--caption-dropout=0.5"):
+    changes = {
+        "--rank=3": "with lora_alpha 2.0, not 3.0", "--lr=0.02": "with lr 0.01, not 0.02",
+        "--seed=2": "with seed 1, not 2", "--caption-dropout=0.5": "with caption_dropout 0.3, not 0.5",
+        "--trigger=zwx": 'with trigger "noto", not "zwx"', "--held-out=2": "without held_out, not with 2",
+    }  # fmt: skip
+    for change, said in changes.items():
         capsys.readouterr()
         assert train(*MORE, "--steps=3", change) == 2, change
-        said = capsys.readouterr().err
-        assert "was trained with" in said and "Next: go on with what it was trained with" in said, change
+        assert f"was trained {said}. Next: go on with what it was" in capsys.readouterr().err, change
         assert digest(Path("out", ADAPTER)) == kept, change
+    Path("data/01.txt").write_text("another caption")  # of one that is not held out
+    assert train(*MORE, "--steps=3") == 2
+    assert "was trained with other pictures or captions in the same folders. Next" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_a_run_goes_on_to_the_bit(small, work, capsys):
     assert train(*SETS, "--steps=2", "--output_dir=again") == 0 and train(*SETS, "--output_dir=again") == 0
     assert Path("out", ADAPTER).read_bytes() == Path("again", ADAPTER).read_bytes()
     assert train(*SETS, "--prior-weight=1", "--steps=4") == 2
-    assert "was trained with pictures " in capsys.readouterr().err
+    assert "was trained with prior_weight 0.5, not 1.0. Next: go on with" in capsys.readouterr().err
 
 
 def test_another_data_set_is_another_run(small, work):
