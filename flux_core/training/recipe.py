@@ -88,6 +88,11 @@ class Recipe:
             raise UsageError("huber's loss is 0 with a huber_c of 0, and nothing would learn. Next: 0.1, or loss l1")
         if self.optimizer == "adamw_schedulefree" and self.ema:
             raise UsageError("adamw_schedulefree keeps a mean of its own. Next: leave ema out")
+        if self.optimizer == "adamw_schedulefree" and self.schedule != "constant":
+            raise UsageError(
+                f"adamw_schedulefree does by its mean what the schedule {self.schedule} does. Next: the schedule "
+                "constant, with a warmup"
+            )
 
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {

@@ -223,6 +223,7 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
     (["--data=data", "--rates=ff.net.2=1e-5"], "nothing that learns is named ff.net.2"),
     (["--data=data", "--optimizer=prodigy", "--lora-plus=2"], "prodigy finds one rate for all"),
     (["--data=data", "--optimizer=adamw_schedulefree", "--ema=0.9"], "keeps a mean of its own"),
+    (["--data=data", "--optimizer=adamw_schedulefree", "--schedule=cosine"], "Next: the schedule constant"),
     (["--data=data", "--example=style"], ""),
     (["c.toml", "--example=noto"], "are two ways to begin"),
     (["--data=data", "--resolution=64x64"], "it has 40x32 pixels, fewer than 64x64"),

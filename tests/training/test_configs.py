@@ -268,6 +268,14 @@ def test_kohyas_losses_and_optimizers(given, expected):
     assert fates_of(kohya.TRAIN, {"loss_type": "huber"})["huber_schedule"].lacks  # snr, by default
 
 
+@pytest.mark.parametrize(("table", "key"), [(kohya.TRAIN, "optimizer_type"), (simpletuner.CONFIG, "optimizer")])
+def test_a_schedule_free_optimizer_has_none(table, key):
+    """As there: kohya gives it a schedule that does nothing, SimpleTuner overrides what is asked for."""
+    given = {"lr_scheduler": "cosine", key: "adamw_schedulefree" if key == "optimizer" else "AdamWScheduleFree"}
+    assert not fates_of(table, given)["lr_scheduler"].settings
+    assert fates_of(table, {**given, key: "prodigy"})["lr_scheduler"].settings == {"schedule": "cosine"}
+
+
 def test_kohyas_masks_and_sets(work):
     pictures("a", 2, "one ||| two, three")
     pictures("b", 2, "x")

@@ -22,6 +22,8 @@ SECRET = re.compile(r"(_token|api_key|secret|password)$")
 """keys whose values are not shown"""
 MOST_RANK = BY_NAME["rank"].maximum or 0
 """for a LoKr whose second factor is whole: that of all Linears with at most twice as many rows and columns, once cut"""
+RATE_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"}
+"""by diffusers' names"""
 HUBER = ("huber", "smooth_l1")
 """losses that `huber_c` is of"""
 MOST_NODES, SHOWN = 100_000, 100
@@ -241,6 +243,19 @@ def when(switch: str, setting: str, *among: Any) -> Callable[[Any, Values], Any]
         if not (values[switch] in among if among else values[switch]):
             raise Needless(f"it counts with {switch} {' or '.join(among)}".rstrip())
         return {setting: value}
+
+    return turn
+
+
+def rate_schedule(optimizer: str) -> Callable[[Any, Values], Any]:
+    """A `turn` for the rate's schedule. optimizer: the key of that."""
+
+    def turn(value: Any, values: Values) -> Any:
+        if "schedulefree" in str(values[optimizer]).lower():
+            raise Needless("a schedule-free optimizer has none")
+        if value not in RATE_SCHEDULES:
+            raise LeftOut(f"there are {', '.join(RATE_SCHEDULES)}")
+        return RATE_SCHEDULES[value]
 
     return turn
 

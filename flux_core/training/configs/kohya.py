@@ -36,6 +36,7 @@ from .keys import (
     needless,
     only,
     other,
+    rate_schedule,
     settle,
     when,
 )
@@ -270,8 +271,7 @@ TRAIN = (
     Key("optimizer_type", "optimizer", OPTIMIZERS, default=""),
     Key("use_8bit_adam", "optimizer", {"true": "adamw8bit", "false": "adamw"}),
     Key("optimizer_args.weight_decay", "weight_decay"),
-    Key("lr_scheduler", "schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"},
-        default="constant"),
+    Key("lr_scheduler", "schedule", rate_schedule("optimizer_type"), default="constant"),
     Key("lr_warmup_steps", "warmup", _warmup, default=0),
     Key("max_train_steps", "steps", _steps, default=1600),
     Key("max_train_epochs", turn=epochs("steps"), why="batches are counted without the remainders of buckets"),

@@ -30,6 +30,7 @@ from .keys import (
     needless,
     only,
     other,
+    rate_schedule,
     settle,
     when,
 )
@@ -257,7 +258,7 @@ CONFIG = (
     Key("optimizer", "optimizer", OPTIMIZERS, why="its numbers are in fp32"),
     Key("learning_rate", "lr"),
     Key("text_encoder_lr", turn=when("train_text_encoder", "text_lr")),
-    Key("lr_scheduler", "schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"}),
+    Key("lr_scheduler", "schedule", rate_schedule("optimizer")),
     Key("lr_warmup_steps", "warmup"),
     Key("max_grad_norm", "max_grad_norm", _clip, default=2.0),
     Key("grad_clip_method", default="value", why="read with max_grad_norm"),
