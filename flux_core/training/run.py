@@ -40,6 +40,7 @@ from .loop import DATA, Progress, checkpoints, factor, train, validate
 from .losses import Losses
 from .material import Material
 from .optimizers import library
+from .progress import Steps
 from .ranks import Ranks, joined, own_device
 from .samples import Samples
 from .seen import WAYS, maker, widen
@@ -183,24 +184,23 @@ class Run(Material):
         done = checkpoints(self.folder / "checkpoints")
         self.losses = Losses(self.folder / "loss.csv", int(done[-1].stem.rpartition("-")[2]) if done else 0)
         stop = Stop("step", at_once=self.ranks.world == 1)
-        bar = tqdm(total=settings.steps, initial=len(self.losses), desc="steps", unit="step", disable=no_bars())
-        with bar, stop.listening(), stop.finishing(), self.places:
+        with stop.listening(), stop.finishing(), self.places:
             self.place()
             if not len(self.losses):
                 self.look(0)
+            with Steps(settings.steps, len(self.losses)) as steps:
 
-            def told(done: Progress) -> bool:
-                bar.update()
-                bar.set_postfix(loss=f"{done.loss:.4f}", refresh=False)
-                self.losses.add(done)
-                self.look(done.step)
-                return stop.requested
+                def told(done: Progress) -> bool:
+                    steps.add(done)
+                    self.losses.add(done)
+                    self.look(done.step)
+                    return stop.requested
 
-            about = {"base": self.base, "dtype": self.pipeline.precision, DATA: settings.examples}
-            train(
-                self.adapter, sources, settings.recipe, self.folder / "checkpoints", settings.save_every,
-                settings.keep, told, about, self.fetch if settings.memory else None, self.ranks,
-            )  # fmt: skip
+                about = {"base": self.base, "dtype": self.pipeline.precision, DATA: settings.examples}
+                train(
+                    self.adapter, sources, settings.recipe, self.folder / "checkpoints", settings.save_every,
+                    settings.keep, told, about, self.fetch if settings.memory else None, self.ranks,
+                )  # fmt: skip
         self.write_losses()
         if len(self.losses) < settings.steps:  # some rank was asked to stop
             note(f"stopped behind step {len(self.losses)}; the same command goes on")
