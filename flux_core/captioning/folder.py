@@ -1,9 +1,9 @@
 """The captions of a folder's pictures: what is there, and how new ones are written, whole whenever a run is killed.
 
-`txt` is a file beside each picture, `jsonl` and `parquet` are one table, `metadata.jsonl` or `metadata.parquet`, as of
-Hugging Face's imagefolder; `train` reads the first two. A caption is first a line of a journal, one write and one
-fsync, and a .txt is written from that; a table is written once, from all of the journal, which then is removed. So what
-a killed run did is in its journal, and the next run begins with that: where settings are the same it goes on behind it.
+`txt` is a file beside each picture, `jsonl` and `parquet` are one table (`training/tables.py`). A caption is first a
+line of a journal, one write and one fsync, and a .txt is written from that; a table is written once, from all of the
+journal, which then is removed. So what a killed run did is in its journal, and the next run begins with that: where
+settings are the same it goes on behind it.
 """
 
 import json
@@ -17,11 +17,10 @@ from ..errors import FileError, UsageError
 from ..files import disk_errors, write_whole
 from ..images.pictures import open_picture
 from ..session.sharing import try_lock
-from ..training.data import CAPTIONS, ENDINGS, METADATA, caption_beside
-from ..training.texts import parquet_modules
+from ..training.data import ENDINGS, caption_beside
+from ..training.tables import CAPTIONS, TABLES, parquet_modules
 
 JOURNAL, LOCK = "captions.part.jsonl", ".captions.lock"
-TABLES = {"jsonl": METADATA, "parquet": "metadata.parquet"}
 Row = dict[str, Any]
 """of a table: file_name, text, sha256 of the picture's file, and whatever else a user's own has"""
 

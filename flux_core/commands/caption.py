@@ -42,13 +42,14 @@ def caption(folder: str, **flags: Any) -> None:
         raise UsageError("--style and --prompt are two ways to ask. Next: give one of them")
     variant = get_variant(values["name"] or (FLUX_MINI if is_sprites else FLUX))
 
-    from ..captioning.folder import METADATA, Captions, only_captioner, pictures_in  # and with it torch
+    from ..captioning.folder import TABLES, Captions, only_captioner, pictures_in  # and with it torch
     from ..captioning.run import Wording, caption_folder
 
     pictures = pictures_in(place)
     prepare_folder(place, "DIR")
-    if values["to"] != "jsonl" and (place / METADATA).is_file():
-        note(f"{place} has a {METADATA}, and train reads captions from there alone. Next: --to jsonl, or remove it")
+    for kind, name in TABLES.items():
+        if values["to"] != kind and (place / name).is_file():
+            note(f"{place} has a {name}, and train reads captions from there. Next: --to {kind}, or remove it")
 
     wording = Wording(
         **{key: values[key] for key in ("prefix", "suffix", "trigger", "existing")},

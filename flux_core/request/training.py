@@ -38,8 +38,8 @@ MODEL = (
     THREADS,
 )  # fmt: skip
 DATA = (
-    Field("data", str, "a folder of pictures with captions (NAME.txt, or a metadata.jsonl), or a hub data set's id; "
-          "what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
+    Field("data", str, "a folder of pictures with captions (NAME.txt, or a metadata.jsonl or .parquet), or a hub data "
+          "set's id; what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
           metavar="FOLDER", path=True, repeated=True),
     Field("trigger", str, "a word for what is learned; put in front of captions that lack it, or where they say "
           "[trigger]", metavar="WORD"),

@@ -1,10 +1,9 @@
-"""A folder of pictures and captions, as people have them: `NAME.txt` beside each picture, or one `metadata.jsonl`.
+"""A folder of pictures and captions, as people have them: `NAME.txt` beside each picture, or one table (`tables.py`).
 
 What cannot be used is left out, with its reason, and nothing is guessed.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +16,10 @@ from .masks import ALPHA, LISTED, checked_mask
 from .masks import KEY as MASK
 from .report import Look, look_at
 from .sizes import Size, TooSmall
+from .tables import CAPTIONS, TABLES, rows_of, table_in
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 """of files that are taken for pictures"""
-METADATA, CAPTIONS = "metadata.jsonl", ("text", "prompt", "caption")
-"""a file of lines with `file_name` and one of these, as of Hugging Face's imagefolder"""
 
 
 class Picture(NamedTuple):
@@ -85,11 +83,11 @@ def read_folder(
 
     size_of: the training size for a shape, as `Resolution.size_of`; its FileError leaves the picture out. on_picture:
     called after each. trigger: a word for what is learned, put where a caption says `[trigger]`, else in front, if it
-    is not there; the whole caption where there is none. With a metadata.jsonl only the pictures that it lists are used.
-    key: of its lines, that names the files that a model sees with a picture: each picture needs some. beside: folders
+    is not there; the whole caption where there is none. With a table only the pictures that it lists are used.
+    key: of its rows, that names the files that a model sees with a picture: each picture needs some. beside: folders
     of such files, by the pictures' names, instead. masks: `alpha`, `metadata` (the key `mask`), or a folder, likewise.
     known: pictures of other folders by their SHA-256, which are left out here; those of this one are added.
-    UsageError where none is left, FileError for a metadata.jsonl that cannot be read.
+    UsageError where none is left, FileError for a table that cannot be read.
     """
     reader = _Reader(folder, size_of, trigger, key, masks, beside)
     known = {} if known is None else known
@@ -108,7 +106,7 @@ def read_folder(
         finally:
             if on_picture is not None:
                 on_picture()
-    found.skipped.update(dict.fromkeys(reader.gone, f"{METADATA} names it, and it is not there"))
+    found.skipped.update(dict.fromkeys(reader.gone, f"{reader.table} names it, and it is not there"))
     if not found.pictures:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in sorted(found.skipped.items())[:3])
         raise UsageError(
@@ -132,11 +130,13 @@ class _Reader:
             raise UsageError(f"{folder} is no folder. Next: name a folder of pictures with captions")
         self.folder, self.size_of, self.trigger, self.masks, self.beside = folder, size_of, trigger, masks, beside
         self.key, mask_key = "" if beside else key, MASK if masks == LISTED else ""
-        self.rows = _listed(folder, self.key, mask_key)
+        file = table_in(folder)
+        self.table = file.name if file else TABLES["jsonl"]
+        self.rows = None if file is None else dict(_rows(file, self.key, mask_key))
         if self.rows is None and (missing := self.key or mask_key):
             instead = f", or name a folder: {folder},{missing}=FOLDER" if self.key else ""
             raise UsageError(
-                f"{folder} has no {METADATA}, whose lines name a {missing} for each picture. Next: write one{instead}"
+                f"{folder} has no {self.table}, whose lines name a {missing} for each picture. Next: write one{instead}"
             )
         self.mask_folder = None if masks in ("", ALPHA, LISTED) else user_path(masks)
         others = [*beside, *([self.mask_folder] if self.mask_folder else [])]
@@ -167,10 +167,10 @@ class _Reader:
         return Picture(path, caption, sha256, shape, beside, mask, look_at(rgb), bare)
 
     def row(self, path: Path) -> Row:
-        """What is known of a picture: from metadata.jsonl, or from files of its name. FileError."""
+        """What is known of a picture: from the table, or from files of its name. FileError."""
         row = Row(caption_beside(path)) if self.rows is None else self.rows[path]
         if self.key and not row.beside:
-            raise FileError(f"{METADATA} names no {self.key} for it")
+            raise FileError(f"{self.table} names no {self.key} for it")
         name = path.relative_to(self.folder)
         if self.beside:
             row = row._replace(beside=[named_alike(name, other) for other in self.beside])
@@ -179,7 +179,7 @@ class _Reader:
         elif self.mask_folder:
             row = row._replace(mask=named_alike(name, self.mask_folder))
         elif self.masks and row.mask is None:
-            raise FileError(f"{METADATA} names no {MASK} for it")
+            raise FileError(f"{self.table} names no {MASK} for it")
         return row
 
 
@@ -215,37 +215,23 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _listed(folder: Path, key: str, mask: str) -> Mapping[Path, Row] | None:
-    """What a metadata.jsonl says of pictures, with the files of two keys; None without one. FileError."""
-    file = folder / METADATA
-    if not file.is_file():
-        return None
-    return dict(_rows(file, key, mask))
-
-
 def _rows(file: Path, key: str, mask: str) -> Iterator[tuple[Path, Row]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{file} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    """What a table says of pictures, with the files of two keys. FileError."""
+    for where, row in rows_of(file):
         try:
-            row = json.loads(line)
             name, text = row["file_name"], next(row[key] for key in CAPTIONS if key in row)
             others = row.get(key, []) if key else []
             masks = [row[mask]] if mask and mask in row else []
             names = [name, *masks, *([others] if isinstance(others, str) else others)]
             assert all(isinstance(x, str) for x in (*names, text))
             text.encode()  # half a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, AssertionError, StopIteration, RecursionError):
+        except (ValueError, KeyError, TypeError, AssertionError, StopIteration):
             raise FileError(
-                f'{file}, line {number}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'
+                f'{where}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'
             ) from None
         paths = [file.parent / x for x in names]
         for one, other in zip(paths, names, strict=True):
             if not one.resolve().is_relative_to(file.parent.resolve()):
-                raise FileError(f"{file}, line {number}: {other} is outside of the folder")
+                raise FileError(f"{where}: {other} is outside of the folder")
         beside = paths[1 + len(masks) :]
         yield paths[0], Row(text, beside, paths[1] if masks else None)

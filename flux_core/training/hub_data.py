@@ -10,7 +10,7 @@ from ..errors import AccessError, FileError, FluxError, UsageError
 from ..files import prepare_folder, write_whole
 from ..images.pictures import as_rgb
 from ..terminal import no_bars, note
-from .data import CAPTIONS
+from .tables import CAPTIONS
 
 DONE = "complete"
 """a file that is there when all pictures are"""

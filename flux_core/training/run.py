@@ -48,8 +48,9 @@ from .settings import BY_NAME, LATER, Settings, parsed
 from .sharding import shard
 from .signs import overfits
 from .streaming import RoundTrip, streaming
+from .tables import parquet_modules
 from .text_encoders import TextForm, adapt_text, encoders_of, read_live, token_of
-from .texts import TextCache, build, parquet_modules
+from .texts import TextCache, build
 
 ADAPTER = f"{FILE_NAMES[0]}.safetensors"
 KEPT_IN_MEMORY = 256

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import FileError, NonFiniteError, UsageError
+from ..errors import FileError, NonFiniteError
 from ..files import disk_errors, write_whole
 from ..terminal import note
 from .captions import COMMON, variants
 from .data import Picture
+from .tables import parquet_modules
 
 FORMAT = 1
 ROWS = 16
@@ -182,18 +183,6 @@ def _parts(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
-
-
-def parquet_modules() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet. UsageError where they are not installed."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise UsageError(
-            "encoded captions are kept in parquet, which needs pyarrow. Next: pip install pyarrow"
-        ) from None
-    return pyarrow, parquet
 
 
 def _schema() -> Any:

@@ -62,7 +62,7 @@ ALL = {"a.png": "red", "b.png": "green", "in/c.jpg": "blue"}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-@pytest.mark.parametrize("to", ["txt", "jsonl"])
+@pytest.mark.parametrize("to", ["txt", "jsonl", "parquet"])
 def test_train_reads_what_is_written(folder, to, batch):
     caption(folder, to, batch=batch)
     assert texts(folder) == ALL
@@ -76,7 +76,6 @@ def test_tables_have_the_hashes_that_train_has(folder, to):
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     else:
         rows = pyarrow.parquet.read_table(folder / "metadata.parquet").to_pylist()
-        caption(folder, "txt")
     hashes = {picture.path: picture.sha256 for picture in read_folder(folder, lambda shape: shape).pictures}
     assert [row["file_name"] for row in rows] == NAMES
     assert {folder / row["file_name"]: row["sha256"] for row in rows} == hashes

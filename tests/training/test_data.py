@@ -3,9 +3,11 @@
 import base64
 import json
 
+import pyarrow
 import pytest
 from golden_files import FOLDER
 from PIL import Image
+from pyarrow import parquet
 
 from flux_core.errors import FileError, UsageError
 from flux_core.training.data import read_folder, with_trigger
@@ -120,6 +122,31 @@ def test_wrong_metadata_is_said(tmp_path):
     found = read_folder(tmp_path, fixed(32, 32))
     assert [one.caption for one in found.pictures] == ["y"]
     assert list(found.skipped.values()) == ["metadata.jsonl names it, and it is not there"]
+
+
+def test_a_table_in_parquet_is_read_as_lines_are(tmp_path):
+    """With what is null in a row, as of tables whose rows have not the same keys."""
+    for name in "ab":
+        picture(tmp_path / f"{name}.png", colour=(ord(name), 0, 0))
+        picture(tmp_path / f"before/{name}.png", colour=(0, ord(name), 0))
+    rows = [{"file_name": "a.png", "text": "x", "reference": ["before/a.png", "before/b.png"]},
+            {"file_name": "b.png", "caption": "y", "reference": ["before/b.png"]}]  # fmt: skip
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = read_folder(tmp_path, fixed(32, 32), key="reference")
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    with pytest.raises(FileError, match=r"has metadata.jsonl and metadata.parquet. Next: move one of them away"):
+        read_folder(tmp_path, fixed(32, 32))
+    (tmp_path / "metadata.jsonl").unlink()
+    found = read_folder(tmp_path, fixed(32, 32), key="reference")
+    assert found == expected and [len(one.beside) for one in found.pictures] == [2, 1]
+    parquet.write_table(table.drop_columns("file_name"), tmp_path / "metadata.parquet")
+    with pytest.raises(FileError, match=r"metadata.parquet, row 1: not as in"):
+        read_folder(tmp_path, fixed(32, 32))
+    (tmp_path / "metadata.parquet").write_bytes(b"no table")
+    with pytest.raises(FileError, match=r"metadata.parquet cannot be read: .* Next: write it again"):
+        read_folder(tmp_path, fixed(32, 32))
 
 
 def test_where_nothing_is_left_it_says_why(tmp_path):
