@@ -142,9 +142,9 @@ TRAINING = (
           default=0.1),
     Field("huber_schedule", str, "of huber_c: constant, or exponential (from 1 without noise to it)",
           choices=("constant", "exponential"), default="constant", metavar="NAME"),
-    Field("preserve", str, "what stays as it was, by a second forward: differential (captions with --class-word in "
-          "place of the trigger), blank (the empty caption)", choices=("differential", "blank"), default="",
-          metavar="NAME"),
+    Field("preserve", str, "what stays as it was: differential (captions with --class-word in place of the trigger), "
+          "blank (the empty caption), by a second forward; regularization (its pictures' target is the base's own)",
+          choices=("differential", "blank", "regularization"), default="", metavar="NAME"),
     Field("preserve_weight", float, "of that in the loss", minimum=0, maximum=1000, default=1.0),
     Field("class_word", str, "what the trigger word stands for, as in dog", metavar="WORD"),
     Field("contrast", float, "guidance that the target has, so that what guidance was distilled into a model stays "

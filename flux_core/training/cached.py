@@ -9,7 +9,7 @@ import torch
 
 from . import captions
 from .data import Picture
-from .loss import others_of
+from .loss import PRIOR, others_of
 from .recipe import Example
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Cached:
         ]  # fmt: skip
         if self.picture.mask is not None or self.weight != 1:
             told += [settings.mask_floor, self.weight]
+        if settings.preserve == PRIOR and self.picture.prior:
+            told.append(PRIOR)
         if run.class_word:
             told.append(run.texts.key(run.of_class(self.picture)))
         return sha256(json.dumps(told).encode()).hexdigest()
@@ -63,5 +65,5 @@ class Cached:
             mask = floor + (1 - floor) * latents.mask(self.picture, number)
         return Example(
             self.name, latents.get(self.picture, number).float(), *text(sha, kind), seen, mask, self.weight,
-            {other: text(sha, other) for other in others},
+            {other: text(sha, other) for other in others}, self.picture.prior,
         )  # fmt: skip

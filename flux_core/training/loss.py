@@ -7,6 +7,8 @@
     differential     |v(c) - v'(c)|^2 more, v' the frozen model and c the caption with the class in place of the
                      trigger word: the class stays as it was (differential output preservation, of ai-toolkit)
     blank            the same with the empty text
+    regularization   the target of regularization pictures is the frozen model's velocity, so that they say where it is
+                     kept and not what they show (prior predictions, of OneTrainer)
 
 A term with a forward of its own is a part of its own: its gradients are taken before the next forward begins, so no
 more is kept for them than for one.
@@ -30,19 +32,23 @@ from .recompute import fetch_for
 from .seen import condition_of
 
 PRESERVED: Mapping[str, str] = MappingProxyType({"differential": CLASS, "blank": EMPTY})
-"""the kind of text for which the frozen model is kept to, by the ways of `--preserve`"""
+"""the kind of text for which the frozen model is kept to, by the ways of `--preserve` with a forward of their own"""
+PRIOR = "regularization"
+"""the way that has none"""
 GUIDED = EMPTY
 """that of `contrast`"""
 
 
 def others_of(recipe: Recipe) -> set[str]:
     """The kinds of texts that an example needs beside its own."""
-    return ({PRESERVED[recipe.preserve]} if recipe.preserve else set()) | ({GUIDED} if recipe.contrast else set())
+    return ({PRESERVED[recipe.preserve]} if recipe.preserve in PRESERVED else set()) | (
+        {GUIDED} if recipe.contrast else set()
+    )
 
 
 def forwards_of(recipe: Recipe) -> tuple[int, int]:
     """How many forwards a micro-batch takes: those that are learned from, and those of the frozen model."""
-    return 1 + bool(recipe.preserve), bool(recipe.contrast) + bool(recipe.mask_prior) + bool(recipe.preserve)
+    return 1 + (recipe.preserve in PRESERVED), bool(recipe.contrast) + bool(recipe.mask_prior) + bool(recipe.preserve)
 
 
 def parts(
@@ -55,6 +61,8 @@ def parts(
     if recipe.contrast:
         base = see.frozen([one.others[GUIDED] for one in batch])
         target = base + recipe.contrast * (target - base)
+    if recipe.preserve == PRIOR:  # in every batch: all ranks of a spread model go forward together
+        target = torch.where(see.priors(), see.frozen(own), target)
     found, weight = see.learned(own), see.weight()
     error = LOSSES[recipe.loss](found - target, see.knee())
     if (mask := see.mask()) is not None:
@@ -62,7 +70,7 @@ def parts(
         if recipe.mask_prior:
             error = error + recipe.mask_prior * (1 - mask) * (found - see.frozen(own)).square()
     yield weight * error.mean((1, 2))
-    if recipe.preserve:
+    if recipe.preserve in PRESERVED:
         kept = [one.others[PRESERVED[recipe.preserve]] for one in batch]
         before = see.frozen(kept)
         yield recipe.preserve_weight * (see.learned(kept) - before).square().mean((1, 2))
@@ -111,6 +119,11 @@ class Forwards:
         own = torch.tensor([one.weight for one in self.batch], dtype=torch.float32, device=self.device)
         sigma, recipe = self.sigma.float(), self.recipe
         return own * MAPS[recipe.timesteps].weight(sigma) * WEIGHTINGS[recipe.weighting](sigma)
+
+    def priors(self) -> Tensor:
+        """Whether each is a regularization picture: [B, 1, 1]."""
+        found = [one.prior for one in self.batch]
+        return torch.tensor(found, dtype=torch.bool, device=self.device)[:, None, None]
 
     def knee(self) -> Tensor:
         """Where an error begins to count linearly: [B, 1, 1]. With kohya's schedule it falls from 1 to c with noise."""

@@ -16,6 +16,8 @@ from .optimizers import OPTIMIZERS
 from .recompute import WAYS
 from .seen import WAYS as SEEN
 
+PRESERVE = ("", "differential", "blank", "regularization")
+"""ways of `loss.py`"""
 PRECISIONS = ("auto", "fp16")
 """of the products: as the model computes, or half precision under a scale of the loss, for cards without bf16"""
 
@@ -61,7 +63,7 @@ class Recipe:
     contrast: float = 0.0
     """guidance that the target has (`loss.py`); 0: none"""
     preserve: str = ""
-    """what stays as it was: differential (the class), blank (the empty text), or nothing"""
+    """what stays as it was: differential (the class), blank (the empty text), regularization (pictures), or nothing"""
     preserve_weight: float = 1.0
     mask_prior: float = 0.0
     """how much the frozen model is kept to where masks are black"""
@@ -76,7 +78,7 @@ class Recipe:
         known: dict[str, Any] = {
             "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": WAYS,
             "optimizer": OPTIMIZERS, "precision": PRECISIONS, "takes": ("", *SEEN),
-            "loss": LOSSES, "huber_schedule": ("constant", "exponential"), "preserve": ("", "differential", "blank"),
+            "loss": LOSSES, "huber_schedule": ("constant", "exponential"), "preserve": PRESERVE,
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -126,6 +128,8 @@ class Example(NamedTuple):
     """of its loss"""
     others: Mapping[str, Encoded] = MappingProxyType({})
     """texts beside its own that a loss asks for, by kind"""
+    prior: bool = False
+    """whether it is a regularization picture"""
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -138,6 +142,8 @@ class Example(NamedTuple):
         found = sha256()
         if self.mask is not None or self.weight != 1:
             found.update(f"{self.mask is not None} {self.weight}".encode())
+        if self.prior:
+            found.update(b"prior")
         told = [self.latents, self.txt, self.vec, *(x for x in (self.seen, self.mask) if x is not None)]
         for x in (*told, *(x for kind in sorted(self.others) for x in self.others[kind])):
             found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)

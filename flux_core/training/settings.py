@@ -19,6 +19,7 @@ from ..request.fields import Field
 from ..request.training import DATA, MORE_DATA, SECTIONS, SETTINGS
 from .adapter import Form
 from .folders import Folder, parse_folders
+from .loss import PRESERVED, PRIOR
 from .objective import MAPS
 from .recipe import Recipe
 
@@ -96,7 +97,7 @@ class Settings:
                                    ("keep_tags", "--shuffles", self.shuffles),
                                    ("huber_c", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
                                    ("huber_schedule", "--loss huber or smooth_l1", self.loss in ("huber", "smooth_l1")),
-                                   ("preserve_weight", "--preserve", self.preserve),
+                                   ("preserve_weight", "--preserve differential or blank", self.preserve in PRESERVED),
                                    ("text_rank", "--train-text", self.train_text),
                                    ("text_lr", "--train-text", self.train_text),
                                    ("token_init", "--token", self.token),
@@ -108,6 +109,8 @@ class Settings:
                                    ("mask_floor", "--masks", masked), ("mask_prior", "--masks", masked)):  # fmt: skip
             if name in values and not there:
                 raise UsageError(f"{BY_NAME[name].flag} goes with {other}")
+        if self.preserve == PRIOR and not self.regularization:
+            raise UsageError("--preserve regularization keeps what --regularization shows. Next: name a folder with it")
         if self.preserve == "differential":
             if not (self.triggers and self.class_word):
                 raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")

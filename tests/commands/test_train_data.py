@@ -125,6 +125,9 @@ def test_pairs_by_names_with_masks(small, work):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--data=a", "--prior-weight=2"], "--prior-weight goes with --regularization"),
+    (["--data=a", "--preserve=regularization"], "--preserve regularization keeps what --regularization shows. Next"),
+    (["--data=a", "--preserve=regularization", "--regularization=b", "--preserve-weight=2"],
+     "--preserve-weight goes with --preserve differential or blank"),
     (["--data=a", "--mask-floor=0.5"], "--mask-floor goes with --masks"),
     (["--data=a", "--keep-separator=|"], "--keep-separator goes with --shuffles"),
     (["--data=a", "--regularization=b,weight=x"], "--regularization b,weight=x: weight must be a number"),
@@ -157,6 +160,17 @@ def test_what_is_preserved_is_encoded_and_counts(small, work):
     assert set(found.others) == {"class", "empty"} and not one.draw(draw).others and not other.draw(None).others
     assert not torch.equal(found.others["class"][0], found.txt)
     assert kept.estimate.numbers().tera == pytest.approx(plain.estimate.numbers().tera * 3, rel=0.01)
+
+
+def test_regularization_pictures_are_kept_or_learned(small, work):
+    """Another run, whose examples say which they are."""
+    values = {"data": "a", "regularization": "class", "trigger": "noto"}
+    plain, kept = made(**values), made(**values, preserve="regularization")
+    for one in (*kept.learned, *kept.priors):
+        sources = [Cached(run, one, ["caption"]) for run in (plain, kept)]
+        assert sources[1].draw(None).prior is one.prior
+        assert (sources[0].digest != sources[1].digest) is one.prior
+    assert kept.estimate.numbers().tera > plain.estimate.numbers().tera
 
 
 def test_what_is_preserved_has_no_marks_of_wildcards(small, work):

@@ -79,6 +79,19 @@ def test_what_is_preserved_is_the_frozen_models_velocity(way, kind):
     assert fresh[1].abs().max() == 0  # nothing is lost before something is learned
 
 
+def test_regularization_pictures_ask_for_the_frozen_models_velocity():
+    """Nothing of them is lost before something is learned; the others are learned as without them."""
+    adapter, some = learned_adapter(), [batch()[0], batch(prior=True, weight=0.5)[1]]
+    recipe = replace(PLAIN, preserve="regularization")
+    found, frozen, _ = velocities(adapter, some)
+    plain = loss(adapter, some, PLAIN)
+    wanted = torch.stack([plain[0], 0.5 * (found - frozen).square().mean((1, 2))[1]])
+    torch.testing.assert_close(loss(adapter, some, recipe), wanted)
+    fresh = loss(small_adapter(), some, recipe)
+    assert fresh[1] == 0 and fresh[0] == loss(small_adapter(), some, PLAIN)[0]
+    assert torch.equal(loss(adapter, batch(), recipe), loss(adapter, batch(), PLAIN))
+
+
 def test_masks_count_where_they_are_white_and_keep_the_rest():
     adapter, mask = learned_adapter(), torch.zeros(4, 6)
     mask[1:3, 2:5] = torch.tensor([1.0, 0.5, 0.25])
