@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer import Trainer, read_shards, restore, say, stage_arguments, write_shards
 
+from flux_core.training import MAPS, flow_target
+
 DROP_TEXT = 0.1
 TIME_SHIFT = 0.5
 """mean of the times' logit: the schedule's mu at 256 tokens"""
@@ -60,7 +62,7 @@ def empty_text(work: Path, t5_length: int, device: str) -> tuple[Tensor, Tensor]
 
 def random_times(n: int, device: torch.device) -> Tensor:
     """Times in (0, 1), logit-normal around TIME_SHIFT."""
-    return torch.sigmoid(torch.randn(n, device=device) + TIME_SHIFT)
+    return MAPS["logit_normal"].sigma(torch.randn(n, device=device), mean=TIME_SHIFT)
 
 
 def flow_loss(nets: Networks, data: Tensor, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def flow_loss(nets: Networks, data: Tensor, t5_ids: Tensor, clip_ids: Tensor) ->
     t = random_times(len(data), data.device)
     x = torch.lerp(data, noise, t[:, None, None])
     v = nets(x, t, t5_ids, clip_ids, torch.ones_like(t))
-    return F.mse_loss(v.float(), noise - data)
+    return F.mse_loss(v.float(), flow_target(data, noise))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux_core.training.optimizers import grouped, set_rate
+
 SHARD_BYTES = int(15.9 * 2**20)
 BORN = time.monotonic()
 
@@ -98,17 +100,8 @@ class Trainer:
         self.names = [name for name, _ in module.named_parameters()]
         self.params = list(module.parameters())
         self.ema = [p.detach().clone() for p in self.params]
-        fused = self.params[0].is_cuda
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            groups.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": params, "part": part} for part, params in groups.items()],
-            lr=lr,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=fused,
-        )
+        groups, fused = grouped(dict(module.named_parameters()), rates or {}), self.params[0].is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -125,8 +118,7 @@ class Trainer:
         """One step of AdamW with the gradient's norm held under 1, and of the moving average."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * group["part"]
+        set_rate(self.optimizer, self.rate())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
