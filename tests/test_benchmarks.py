@@ -101,6 +101,24 @@ def test_steps_of_training_by_two_processes():
     assert figures["sharded"]["it_s"] > 0
 
 
+def test_ways_of_training(tmp_path):
+    """A table with a row for each; the second time it is written from what was measured."""
+    command = [
+        sys.executable,
+        BENCHMARKS / "keeping.py",
+        "--tiny",
+        "--folder",
+        tmp_path,
+        "--only",
+        "plain,a word alone",
+    ]
+    first, again = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
+    heads, _, *rows = first.stdout.splitlines()
+    assert heads == "|  | learned | kept | near | levels | contrast | time | numbers, k |"
+    assert [row.split(" | ")[0] for row in rows] == ["| plain", "| a word alone"] and again.stdout == first.stdout
+    assert first.stderr.count('"took"') == 4 and '"took"' not in again.stderr
+
+
 def test_a_style(tmp_path):
     *things, figures = lines_of("style.py", "--sheet", str(tmp_path / "sheet.png"))
     assert len(things) == figures["things"] == 2 and figures["unharmed"] and (tmp_path / "sheet.png").is_file()
