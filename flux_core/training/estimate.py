@@ -118,11 +118,11 @@ class Estimate:
     def _too_long(self) -> str:
         """How many captions T5 cuts, where its tokenizer is there."""
         from ..checkpoint.files import own_path, text_files
-        from ..text.encoders import load_tokenizer
+        from ..text.tokenizer import load_tokenizer
 
         if not self.variant.embedded and own_path(self.variant, "t5") is None:
             return "how many are too long is not known before the model is there"
-        tokenizer = load_tokenizer(text_files(self.variant).t5_tokenizer, "T5TokenizerFast", 10**6)
+        tokenizer = load_tokenizer(text_files(self.variant).t5_tokenizer, "t5", 10**6)
         texts = [self.run.captions_of(one)[captions.CAPTION] for one in self.run.learned]
-        found = [text for text in texts if len(tokenizer(text).input_ids) > self.variant.max_text]
+        found = [text for text in texts if len(tokenizer.pieces(text)) > self.variant.max_text]
         return f"{len(found)} are longer than T5's {self.variant.max_text} tokens, and cut"
