@@ -12,6 +12,9 @@ from torch import Tensor
 from ..model.tap import Tap
 from .sites import ATTEND
 
+INTO_ATTENTION = frozenset((ATTEND, "q", "k", "v"))
+"""last words of the sites where a function changes attention, which is exact there, not in eight bits"""
+
 BoundFunction = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """a function and its arguments after the value"""
 
@@ -72,6 +75,8 @@ class Taps(Tap):
         return torch.cat(changed, dim) if any(name in self.functions for name in names) else x
 
     def attend(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if any(site.split(".")[-1] in INTO_ATTENTION for site in self.functions):
+            attend = getattr(attend, "exact", attend)
         for fn, args in self.functions.get(ATTEND, ()):
             attend = _wrap_attention(fn, attend, args)
         out = attend(q, k, v)

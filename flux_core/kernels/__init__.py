@@ -20,9 +20,9 @@ from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..model.transformer import Backbone
 from ..terminal import note
-from .attention import BACKENDS, attention_for
+from .attention import attention_for, name_of, pick_attention
 
-__all__ = ["accelerate", "can_fuse", "describe", "fused_ops", "install", "install_decode"]
+__all__ = ["accelerate", "can_fuse", "describe", "fused_ops", "install", "install_decode", "pick_attention"]
 
 OLDEST = (8, 0)
 """the lowest compute capability with bf16 in hardware, where the kernels pay"""
@@ -61,8 +61,10 @@ def fused_ops(device: torch.device | str) -> Ops:
     return _triton() if can_fuse(device) and compiles(device) else PLAIN
 
 
-def install(model: Backbone, device: torch.device | str) -> Ops:
+def install(model: Backbone, device: torch.device | str, attention: str = "exact") -> Ops:
     """Set the functions for that device in every part of a model that has `ops`; returns them.
+
+    attention: as `pick_attention` returns it.
 
     Running out of memory in the choice is raised. All blocks get the same tuple, so compiled blocks of a kind still
     share a graph (dynamo guards on its functions, which are module-level). Blocks that were compiled before compile
@@ -77,7 +79,7 @@ def install(model: Backbone, device: torch.device | str) -> Ops:
         for layer in model.modules():
             if isinstance(layer, BranchedLinear):
                 layer.prepare()
-    ops = ops._replace(attend=attention_for(model, device))
+    ops = ops._replace(attend=attention_for(model, device, attention))
     put(model, ops)
     return ops
 
@@ -113,14 +115,14 @@ KERNELS = {
 
 
 def describe(model: Flux) -> dict[str, str]:
-    """The names of the blocks' functions: `attention`, a key of `BACKENDS`, and `kernels`, a value of `KERNELS`.
+    """The names of the blocks' functions: `attention`, a key of `attention.BACKENDS` or `EIGHT`, and `kernels`, a
+    value of `KERNELS`.
 
     "other" if they are not ours. The last bits of a picture depend on both.
     """
     ops = next(found for part in model.modules() if isinstance(found := getattr(part, "ops", None), Ops))
-    attention = {backend: name for name, backend in BACKENDS.items()}
     return {
-        "attention": attention.get(ops.attend, "other"),
+        "attention": name_of(ops.attend),
         "kernels": KERNELS.get(ops.modulate.__module__, "other"),
     }
 

@@ -5,17 +5,22 @@ Here each runs a few times on tensors of FLUX's shape when a model is loaded, so
 fastest becomes `ops.attend`. It replaces PyTorch's own choice only where it is clearly faster, so that the same machine
 chooses the same next time: the last bits of a picture depend on it. Running out of memory in the trial is raised, and
 nothing is chosen.
+
+Attention in eight bits (`eight_bits.py`) takes its place where that is asked for, or where `AUTO` says so: it changes
+pictures, and so a trial of its time alone decides nothing.
 """
 
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
+from importlib.util import find_spec
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..errors import is_out_of_memory
+from ..errors import UsageError, is_out_of_memory
 from ..linears.contract import is_transformed, needs_grad
 from ..model.layers import RMSNorm
 from ..model.ops import attend
@@ -64,8 +69,92 @@ BACKENDS: dict[str, Attend] = {"own": attend, "cudnn": cudnn, "flash": flash, "e
 """`ops.attend`, [B, H, L, D] each -> [B, L, H*D], by PyTorch's own choice and by each of its kernels"""
 
 
-def attention_for(model: Backbone, device: torch.device) -> Attend:
-    """`ops.attend` for a model there: for half precision on CUDA the fastest, by a trial; else PyTorch's choice."""
+class Needs(NamedTuple):
+    """What attention in eight bits needs of a machine."""
+
+    capability: tuple[int, int]
+    """the lowest"""
+    package: str
+    """of Python, by the name that is imported"""
+    install: str
+    """what pip installs"""
+
+
+EIGHT: dict[str, Needs] = {
+    "int8": Needs((8, 9), "triton", "triton"),
+    "int8-qk": Needs((8, 0), "triton", "triton"),
+    "fp8": Needs((9, 0), "cudnn", "nvidia-cudnn-frontend"),
+}
+"""by the values of `--attention` that are in eight bits, which are the names of `eight_bits.FORMS`"""
+HEAD_DIMS = (64, 128)
+"""that their kernels have"""
+AUTO: dict[tuple[str, int], str] = {}
+"""what `--attention auto` is for a format and a major compute capability, where both its time and its error were
+measured and are good; elsewhere exact"""
+
+
+def pick_attention(asked: str | None, format: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """A key of `EIGHT`, or "exact". asked: the value of `--attention`. format: the model's precision, as requests name
+    it. UsageError for eight bits that this machine cannot, or a model of that dtype and head size."""
+    if asked in (None, "auto"):
+        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        found = AUTO.get((format, major), "exact")
+        return "exact" if found == "exact" or _missing(found, device, dtype, head_dim) else found
+    if asked != "exact" and (missing := _missing(str(asked), device, dtype, head_dim)):
+        raise UsageError(f"--attention {asked}: {missing}, or leave --attention out")
+    return str(asked)
+
+
+def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What stands against attention in that form, and the next step; empty where nothing does."""
+    least, package, install = EIGHT[name]
+    if device.type != "cuda" or torch.version.hip:
+        return f"{device} has no kernels for it. Next: --device cuda"
+    if (has := torch.cuda.get_device_capability(device)) < least:
+        needed = ".".join(map(str, least))
+        return f"the card has compute capability {has[0]}.{has[1]}, it needs {needed}. Next: another card"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "it is for models that compute in bf16. Next: --dtype bf16, fp8 or int8"
+    if head_dim not in HEAD_DIMS:
+        return f"it has no kernels for heads of {head_dim} features. Next: another --name"
+    if find_spec(package) is None:
+        return f"it needs a package that is not installed. Next: pip install {install}"
+    return ""
+
+
+@cache
+def in_eight_bits(name: str, exact: Attend) -> Attend:
+    """`ops.attend` in that form of `EIGHT`. `exact` is there where a gradient is needed, and, as its attribute of that
+    name, for plans that reach into attention. `way`: the name."""
+    if name == "fp8":
+        from .cudnn_fp8 import attend as run
+    else:
+        from .flash import ATTEND
+
+        run = ATTEND[name]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return exact(q, k, v) if needs_grad(q, k, v) else run(q, k, v)
+
+    attend.exact, attend.way = exact, name  # type: ignore[attr-defined]
+    return attend
+
+
+def name_of(found: Callable[..., Tensor]) -> str:
+    """The name of attention's function: a key of `BACKENDS` or `EIGHT`; "other" if it is not ours."""
+    if way := getattr(found, "way", None):
+        return way
+    return next((name for name, backend in BACKENDS.items() if backend is found), "other")
+
+
+def attention_for(model: Backbone, device: torch.device, way: str = "exact") -> Attend:
+    """`ops.attend` for a model there, `way` as `pick_attention` says."""
+    exact = exact_for(model, device)
+    return exact if way == "exact" else in_eight_bits(way, exact)
+
+
+def exact_for(model: Backbone, device: torch.device) -> Attend:
+    """Exact attention for a model there: for half precision on CUDA the fastest, by a trial; else PyTorch's choice."""
     dtype = next(part.scale.dtype for part in model.modules() if isinstance(part, RMSNorm))  # of q and k
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return attend

@@ -43,8 +43,8 @@ def load_components(
     return Components(*encoders, flux, load_autoencoder(variant, device, dtype))
 
 
-def install_kernels(components: Components, device: torch.device) -> Components:
-    """The same components, with the fastest functions that the device has."""
-    install(components.flux, device)
+def install_kernels(components: Components, device: torch.device, attention: str = "exact") -> Components:
+    """The same components, with the fastest functions that the device has. attention: as in `kernels.install`."""
+    install(components.flux, device, attention)
     install_decode(components.ae, device)
     return components

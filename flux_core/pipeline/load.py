@@ -26,9 +26,9 @@ from ..device.memory import Picture, gb
 from ..device.oom import CPU, OomFallback
 from ..device.plan import is_whole, make_plan
 from ..errors import UsageError
-from ..kernels import accelerate, can_fuse, install_decode
+from ..kernels import accelerate, can_fuse, install_decode, pick_attention
 from ..linears.int8 import has_int8_units
-from ..request.fields import T5_DEVICE
+from ..request.fields import ATTENTION, T5_DEVICE
 from ..request.generation import PATCH
 from ..terminal import note
 from ..text import T5Choice
@@ -155,6 +155,7 @@ def load_pipeline(
     keep_embeddings: str | Path | bool | None = None,
     memory: str | None = None,
     reserve: str | None = None,
+    attention: str | None = None,
     **files: str | Path | None,
 ) -> Pipeline:
     """A pipeline by its model's name; by default on the best device there is, in bfloat16 on CUDA, else in float32, and
@@ -166,10 +167,12 @@ def load_pipeline(
     (`request.fields.FORMATS`). t5_dtype: likewise for T5's; by itself that of the model. t5_device: "cpu", and T5 never
     visits the device. keep_embeddings: a folder for encoded prompts, True for the one beside the hub's cache; T5 is
     loaded when a prompt is not there. memory: bytes of the device, as in "8GB", or "auto": what is free less `reserve`;
-    where not all fit, parts take turns, and blocks that find no room come when they compute (`streamed.py`). files:
-    your own instead of the model's, as in `checkpoint.with_files`: `model`, `ae`, `clip_l`, `t5xxl`.
+    where not all fit, parts take turns, and blocks that find no room come when they compute (`streamed.py`).
+    attention: "exact", or in eight bits (`request.fields.ATTENTION`); by itself what `kernels.attention.AUTO` says.
+    files: your own instead of the model's, as in `checkpoint.with_files`: `model`, `ae`, `clip_l`, `t5xxl`.
     """
     T5_DEVICE.parse(t5_device)
+    ATTENTION.parse(attention)
     variant = name if isinstance(name, Variant) else with_files(name, **files)
     place, folder = pick_device(device), embeddings_folder(keep_embeddings)
     with memory_errors(f"trying {place}", place):
@@ -187,6 +190,7 @@ def load_pipeline(
         check_format(find_contents(flow_path(variant), "transformer"), format)
     t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
     precision = format or dtype_name(kind)
+    way = pick_attention(attention, precision, place, kind, variant.params.head_dim)
     budget, mapped = _budget(variant, place, memory, reserve, precision, t5), False
     if budget is not None and place == CPU:
         mapped = _maps(variant, budget, precision, t5)
@@ -204,7 +208,7 @@ def load_pipeline(
 
     def load() -> Components:
         home = CPU if fallback.offload else place
-        return install_kernels(load_components(variant, home, kind, format, t5, mapped), place)
+        return install_kernels(load_components(variant, home, kind, format, t5, mapped), place, way)
 
     components = fallback.run(f"loading {variant.name}", load, "offload")
     hashes = weights_hashes(variant)

@@ -360,6 +360,15 @@ BUDGET = Field(
     "room on a card come when they compute, a CPU's stay in their files",
     metavar="SIZE",
 )
+ATTENTION = Field(
+    "attention",
+    str,
+    "exact, or in eight bits, on cards that can: int8-qk (queries and keys), int8 (and values in e4m3), fp8 (all in "
+    "e4m3, by NVIDIA's cuDNN); auto: the quickest whose error was measured and is small beside the model's own",
+    choices=("auto", "exact", "int8-qk", "int8", "fp8"),
+    default="auto",
+    metavar="NAME",
+)
 LOADING = (
     BUDGET,
     Field(
@@ -377,8 +386,9 @@ LOADING = (
         const="auto",
         path=True,
     ),
+    ATTENTION,
 )
-"""how much memory a model takes, where prompts are encoded, whether they are kept; arguments of `load_pipeline`"""
+"""how much memory a model takes, where prompts are encoded, whether they are kept, how it attends; arguments of `load_pipeline`"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
 OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(

@@ -1,0 +1,112 @@
+"""Attention in eight bits: its kernels against plain PyTorch, on CUDA if it is there, else by Triton's interpreter."""
+
+import pytest
+import torch
+from golden_files import distance
+from triton_device import CUDA, DEVICE, e4m3_rounds_right  # noqa: F401: skips where there is no Triton
+
+from flux_core.kernels import eight_bits, flash
+from flux_core.kernels.eight_bits import BLOCK, FORMS, form_of
+from flux_core.kernels.flash import Tiles
+from flux_core.linears.int8 import hadamard
+from flux_core.model import ops
+
+pytestmark = pytest.mark.usefixtures("e4m3_rounds_right")
+NAMES = pytest.mark.parametrize("name", FORMS)
+SMALL = Tiles(64, 64, 4, 2)
+MOST = {"int8": 0.03, "int8-qk": 0.012, "fp8": 0.06}
+"""relative error to exact attention; e4m3's numbers are off by 2.6 %"""
+
+
+def heads(B, H, L, D, dtype=torch.float32):
+    """q, k, v as `norm_rope` leaves them, tokens outside heads; keys alike, some features large, as trained norms do."""
+    draw = torch.Generator().manual_seed(L + D)
+    q, k = (torch.randn(B, L, H, D, generator=draw) for _ in range(2))
+    v = torch.randn(B, L, 3 * H, D, generator=draw)[:, :, H : 2 * H]  # a slice of a wider product
+    large = 1 + 3 * (torch.arange(D) % 16 == 5)
+    k = k * large + 4 * torch.randn(H, D, generator=draw)
+    return tuple(x.to(DEVICE, dtype).transpose(1, 2) for x in (q * large, k, v + 0.5))
+
+
+def in_order(v):
+    """Values in the units' order of tokens: of each 16 the number n3 n2 n1 n0 in base 2 becomes n2 n1 n3 n0."""
+    return v.view(torch.uint8).unflatten(-1, (-1, 2, 4, 2)).transpose(-2, -3).flatten(-4).view(v.dtype)
+
+
+def in_blocks(eight, tokens, keys):
+    """`eight_bits.attend_codes`, with p rounded by the largest logit of the blocks so far, as kernels do."""
+    form, D = form_of(eight), eight.q.shape[-1]
+    most, total, sums = -torch.inf, 0.0, 0.0
+    for start in range(0, tokens, keys):
+        k = eight.k[:, :, start : min(start + keys, tokens)].float()
+        s = eight.q[:, :, :tokens].float() @ k.mT * D**-0.5
+        if form.int8:
+            s = s * eight.q_scale[:, :, :tokens, None] * eight.k_scale[:, :, start // BLOCK, None, None]
+        now = torch.clamp(s.amax(-1, keepdim=True), min=most)
+        p, fade = torch.exp(s - now) * 256, torch.exp(most - now)
+        rounded = p.to(torch.float8_e4m3fn if form.values else eight.v.dtype).float()
+        here = eight.v[..., start : start + k.shape[2]].float().mT if form.values else eight.v[:, :, start : start + k.shape[2]].float()
+        most, total, sums = now, total * fade + p.sum(-1, keepdim=True), sums * fade + rounded @ here
+    x = sums / total * (eight.v_scale[:, :, None] if form.values else 1)
+    return x.transpose(1, 2).flatten(2)
+
+
+@NAMES
+@pytest.mark.parametrize("shape", [(2, 2, 130, 64), (1, 2, 200, 128)], ids=["64", "128"])
+def test_kernels_write_the_codes_of_plain_functions(name, shape):
+    q, k, v = heads(*shape)
+    found, plain = flash.quantize(q, k, v, FORMS[name]), eight_bits.quantize(q, k, v, FORMS[name])
+    if FORMS[name].values:
+        plain = plain._replace(v=in_order(plain.v))
+    for field in found._fields:
+        ours, theirs = (getattr(x, field).float() for x in (found, plain))
+        if field.endswith("scale"):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+            continue
+        off = (ours - theirs).abs()  # another order of sums moves a number over the middle of two codes, rarely
+        step = 1 if ours.dtype == torch.int8 else theirs.abs().clamp(min=8) / 8
+        assert ours.shape == theirs.shape and (off <= step).all() and (off > 0).double().mean() < 2e-3
+
+
+@NAMES
+@pytest.mark.parametrize("tiles", [SMALL, SMALL._replace(m=128, n=128, split=True)], ids=["64", "128"])
+@pytest.mark.parametrize("shape", [(2, 2, 130, 64), (1, 1, 256, 128)], ids=["tail", "whole"])
+def test_kernels_attend_with_codes_as_sums_over_blocks(name, shape, tiles):
+    q, k, v = heads(*shape)
+    codes = eight_bits.quantize(q, k, v, FORMS[name])
+    ordered = codes._replace(v=in_order(codes.v)) if FORMS[name].values else codes
+    found = flash.attend_codes(ordered, shape[2], torch.float32, tiles)
+    assert distance(found, in_blocks(codes, shape[2], tiles.n)) < (5e-3 if CUDA else 1e-3)
+    assert distance(found, eight_bits.attend_codes(codes, shape[2])) < 0.01
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float32])  # interpreted, no bf16 products
+def test_it_is_attention(name, dtype):
+    """With both kernels and without, of any number of tokens."""
+    q, k, v = heads(2, 2, 77, 128, dtype)
+    exact = ops.attend(q.float(), k.float(), v.float())
+    for found in (flash.attend_op(q, k, v, name), eight_bits.attend(q, k, v, FORMS[name])):
+        assert found.shape == exact.shape and found.dtype == dtype
+        assert distance(found.float(), exact) < MOST[name]
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_centring_and_rotation_change_nothing_but_the_rounding(name):
+    """The identities that eight bits rest on: (q R)(k R) = q k, and keys less any vector."""
+    q, k, v = heads(1, 2, 40, 128)
+    R = torch.block_diag(hadamard(64, torch.float32, DEVICE), hadamard(64, torch.float32, DEVICE))
+    assert distance(R @ R.mT, torch.eye(128, device=DEVICE)) < 1e-6
+    moved = ops.attend(q @ R, (k - k.mean(2, keepdim=True)) @ R, v)
+    torch.testing.assert_close(moved, ops.attend(q, k, v), rtol=1e-4, atol=1e-4)
+    shifted = eight_bits.attend(q, k + 100 * torch.ones_like(k[:, :, :1]), v, FORMS[name])
+    assert distance(shifted, eight_bits.attend(q, k, v, FORMS[name])) < 0.01  # where uncentred keys would have no bits
+
+
+def test_a_flat_row_gives_the_mean_and_large_logits_one_value():
+    v = heads(1, 1, 70, 64)[2]
+    zero = torch.zeros(1, 1, 70, 64, device=DEVICE)
+    found = flash.int8(zero, zero, v)
+    assert distance(found, v.mean(2).expand(1, 70, 64)) < 0.03 and found.isfinite().all()
+    one = torch.eye(70, 64, device=DEVICE)[None, None] * 100
+    assert distance(flash.int8(one, one, v)[:, :64], v[0, :, :64]) < 0.04  # each looks at itself
