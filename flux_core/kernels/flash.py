@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .eight_bits import BLOCK, E4M3, FORMS, LARGEST, SMALLEST, Eight, Form, form_of
+from .eight_bits import BLOCK, E4M3, E4M3_LARGEST, FORMS, LARGEST, SMALLEST, Eight, Form, form_of
 from .int8 import hadamard64, rounded
 from .launch import cdiv, dense_rows, opaque
 
@@ -96,8 +96,9 @@ def quantize_kernel(
     q, k, v, sums, largest, q_codes, k_codes, v_codes, q_scale, k_scale, v_scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, L, pieces,
     D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, INT8: tl.constexpr, VALUES: tl.constexpr,
-    UNITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
+    """ROWS: values stay in rows, by the one scale that is there."""
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     one, padded = batch * tl.num_programs(1) + head, tl.num_programs(0) * BLOCK
     row, col, piece = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, PIECES)
@@ -122,9 +123,12 @@ def quantize_kernel(
         tl.store(q_codes + place, e4m3(x))
         tl.store(k_codes + place, e4m3(y))
     if VALUES:
+        z = tl.load(v + batch * v_batch + head * v_head + far * v_row + col[None, :], mask=inside, other=0.0)
+    if VALUES and ROWS:
+        tl.store(v_codes + place, e4m3(z.to(tl.float32) * (1.0 / tl.load(v_scale))))
+    elif VALUES:
         z_scale = tl.max(tl.load(largest + found, mask=there, other=0.0), axis=0)
         z_scale = tl.maximum(z_scale / 448.0, SMALLEST)
-        z = tl.load(v + batch * v_batch + head * v_head + far * v_row + col[None, :], mask=inside, other=0.0)
         z = tl.trans(e4m3(z.to(tl.float32) * (1.0 / z_scale)[None, :]))
         z = tl.permute(tl.reshape(z, (D, BLOCK // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
         z = tl.reshape(z, (D, BLOCK))
@@ -134,8 +138,11 @@ def quantize_kernel(
             tl.store(v_scale + one * D + col, z_scale)
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Eight:
-    """`eight_bits.quantize` of q, k, v [B, H, L, D], values in the units' order of tokens."""
+def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, rows: bool = False) -> Eight:
+    """`eight_bits.quantize` of q, k, v [B, H, L, D], values in the units' order of tokens.
+
+    rows: values are [B, H, P, D], with one scale.
+    """
     (B, H, L, D), blocks = q.shape, cdiv(q.shape[2], BLOCK)
     q, k, v, pieces, padded = dense_rows(q), dense_rows(k), dense_rows(v), cdiv(blocks, PIECE), blocks * BLOCK
     kind = torch.int8 if form.int8 else E4M3
@@ -147,7 +154,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Eight:
     eight = Eight(
         q=empty(padded, D, dtype=kind),
         k=empty(padded, D, dtype=kind),
-        v=empty(D, padded, dtype=E4M3) if form.values else v,
+        v=empty(*((padded, D) if rows else (D, padded)), dtype=E4M3) if form.values else v,
         q_scale=empty(padded if form.int8 else 0),
         k_scale=empty(blocks if form.int8 else 0),
         v_scale=empty(D if form.values else 0),
@@ -157,10 +164,12 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Eight:
         k, v, sums, largest, *k_strides, *v_strides, L,
         D=D, BLOCK=BLOCK, PIECE=PIECE, VALUES=form.values, num_warps=4,
     )  # fmt: skip
+    if rows:
+        eight = eight._replace(v_scale=(largest.amax() / E4M3_LARGEST).clamp(min=SMALLEST).reshape(1))
     quantize_kernel[(blocks, H, B)](
         q, k, v, sums, largest, *eight, *q.stride()[:3], *k_strides, *v_strides, L, pieces,
         D=D, BLOCK=BLOCK, PIECES=triton.next_power_of_2(pieces), INT8=form.int8, VALUES=form.values,
-        UNITS=tl.bfloat16 if q.is_cuda and q.dtype == torch.bfloat16 else tl.float32,
+        ROWS=rows, UNITS=tl.bfloat16 if q.is_cuda and q.dtype == torch.bfloat16 else tl.float32,
         LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=QUANTIZE_WARPS,
     )  # fmt: skip
     return eight
@@ -196,10 +205,7 @@ def attend_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(0, L, BLOCK_N):
-        if DESCRIBED:
-            y = k.load([one * padded + start, 0])
-        else:
-            y = tl.load(k + start * D)
+        y = k.load([one * padded + start, 0]) if DESCRIBED else tl.load(k + start * D)
         if INT8:
             s = tl.dot(x, tl.trans(y), out_dtype=tl.int32).to(tl.float32)
             by = scale * tl.load(k_scale + start // KEYS)
@@ -214,10 +220,7 @@ def attend_kernel(
         total = total * fade + tl.sum(p, axis=1)
         sums *= fade[:, None]
         if VALUES:
-            if DESCRIBED:
-                z = v.load([one * D, start])
-            else:
-                z = tl.load(v + start)
+            z = v.load([one * D, start]) if DESCRIBED else tl.load(v + start)
             p = tl.permute(tl.reshape(p.to(tl.float8e4nv), (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
             p = tl.reshape(p, (BLOCK_M, BLOCK_N))
             if SPLIT:
@@ -225,10 +228,7 @@ def attend_kernel(
             else:
                 sums = tl.dot(p, tl.trans(z), sums)
         else:
-            if EVEN:
-                z = tl.load(v)
-            else:
-                z = tl.load(v, mask=(start + key < L)[:, None], other=0.0)
+            z = tl.load(v) if EVEN else tl.load(v, mask=(start + key < L)[:, None], other=0.0)
             sums = tl.dot(p.to(z.dtype), z, sums, input_precision="ieee")
             v += BLOCK_N * v_row
         most = now

@@ -388,7 +388,8 @@ LOADING = (
     ),
     ATTENTION,
 )
-"""how much memory a model takes, where prompts are encoded, whether they are kept, how it attends; arguments of `load_pipeline`"""
+"""how much memory a model takes, where prompts are encoded, whether they are kept, how it attends; arguments of
+`load_pipeline`"""
 DEVICE = Field("device", str, "auto, cpu, cuda, cuda:1, …, mps", default="auto", metavar="NAME")
 OUTPUT_DIR = Field("output_dir", str, "folder for the pictures", default="output", metavar="FOLDER", path=True)
 STEPWISE_DIR = Field(

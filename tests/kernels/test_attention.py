@@ -1,15 +1,29 @@
-"""Which of PyTorch's attention kernels the blocks call, and that each of them attends."""
+"""Which attention the blocks call: that of `--attention`, or one of PyTorch's kernels, each of which attends."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 from golden_files import distance
 from tiny import tiny_pipeline
 
+from flux_core import load_pipeline
+from flux_core.errors import UsageError
 from flux_core.kernels import attention
-from flux_core.kernels.attention import BACKENDS, attention_for, choice, fastest, milliseconds
+from flux_core.kernels.attention import (
+    AUTO,
+    BACKENDS,
+    EIGHT,
+    attention_for,
+    choice,
+    fastest,
+    milliseconds,
+    pick_attention,
+)
+from flux_core.kernels.eight_bits import FORMS
 from flux_core.model import ops
+from flux_core.request.fields import ATTENTION
 
 
 @pytest.mark.parametrize(
@@ -29,6 +43,55 @@ def test_another_kernel_only_where_it_wins_clearly(ms, name):
 def test_nothing_is_tried_on_a_cpu():
     model = tiny_pipeline().model
     assert attention_for(model.bfloat16(), torch.device("cpu")) is ops.attend
+
+
+CARD, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes every card one of that compute capability."""
+    return lambda *found: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+
+
+def test_one_table_of_names():
+    assert set(EIGHT) == set(FORMS) == set(ATTENTION.choices) - {"auto", "exact"}
+
+
+def test_by_itself_attention_is_exact_but_where_the_table_says_otherwise(card, monkeypatch):
+    card(9, 0)
+    assert {pick_attention(asked, "fp8", CARD, BF16, 128) for asked in (None, "auto", "exact")} == {"exact"}
+    monkeypatch.setitem(AUTO, ("fp8", 9), "int8")
+    assert pick_attention("auto", "fp8", CARD, BF16, 128) == "int8"
+    assert pick_attention("exact", "fp8", CARD, BF16, 128) == "exact"
+    assert pick_attention("auto", "bfloat16", CARD, BF16, 128) == "exact"
+    assert pick_attention("auto", "fp8", CPU, BF16, 128) == "exact"
+    assert pick_attention("auto", "fp8", CARD, BF16, 96) == "exact"  # no error where nobody asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "dtype", "head_dim", "words"),
+    [
+        ((8, 6), "int8", BF16, 128, "int8: the card has compute capability 8.6, it needs 8.9. Next: another card"),
+        ((8, 9), "fp8", BF16, 128, "compute capability 8.9, it needs 9.0"),
+        ((9, 0), "int8", torch.float32, 128, "models that compute in bf16. Next: --dtype bf16"),
+        ((9, 0), "int8-qk", BF16, 96, "no kernels for heads of 96 features"),
+        ((9, 0), "fp8", BF16, 128, "not installed. Next: pip install nvidia-cudnn-frontend, or leave --attention out"),
+    ],
+)
+def test_what_a_machine_lacks_for_eight_bits_is_said(card, monkeypatch, capability, name, dtype, head_dim, words):
+    card(*capability)
+    monkeypatch.setattr(attention, "find_spec", lambda package: None if package == "cudnn" else find_spec(package))
+    with pytest.raises(UsageError) as found:
+        pick_attention(name, "bfloat16", CARD, dtype, head_dim)
+    assert words in str(found.value)
+
+
+def test_a_cpu_says_so_before_anything_is_loaded():
+    with pytest.raises(UsageError, match="--attention int8-qk: cpu has no kernels for it"):
+        load_pipeline("flux-mini", "cpu", attention="int8-qk")
+    with pytest.raises(UsageError, match="--attention must be one of auto, exact, int8-qk, int8, fp8"):
+        load_pipeline("flux-mini", "cpu", attention="sage")
 
 
 class Mark:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from golden_files import distance
-from triton_device import CUDA, DEVICE, e4m3_rounds_right  # noqa: F401: skips where there is no Triton
+from tiny import tiny_pipeline
+from triton_device import CUDA, DEVICE, e4m3_rounds_right  # noqa: F401  skips where there is no Triton
 
-from flux_core.kernels import eight_bits, flash
+from flux_core.hooks.taps import Taps
+from flux_core.kernels import describe, eight_bits, flash, put
+from flux_core.kernels.attention import in_eight_bits
 from flux_core.kernels.eight_bits import BLOCK, FORMS, form_of
 from flux_core.kernels.flash import Tiles
 from flux_core.linears.int8 import hadamard
@@ -19,7 +22,7 @@ MOST = {"int8": 0.03, "int8-qk": 0.012, "fp8": 0.06}
 
 
 def heads(B, H, L, D, dtype=torch.float32):
-    """q, k, v as `norm_rope` leaves them, tokens outside heads; keys alike, some features large, as trained norms do."""
+    """q, k, v as `norm_rope` leaves them, tokens outside heads; keys are alike, and some features large."""
     draw = torch.Generator().manual_seed(L + D)
     q, k = (torch.randn(B, L, H, D, generator=draw) for _ in range(2))
     v = torch.randn(B, L, 3 * H, D, generator=draw)[:, :, H : 2 * H]  # a slice of a wider product
@@ -38,15 +41,15 @@ def in_blocks(eight, tokens, keys):
     form, D = form_of(eight), eight.q.shape[-1]
     most, total, sums = -torch.inf, 0.0, 0.0
     for start in range(0, tokens, keys):
-        k = eight.k[:, :, start : min(start + keys, tokens)].float()
-        s = eight.q[:, :, :tokens].float() @ k.mT * D**-0.5
+        here = slice(start, min(start + keys, tokens))
+        s = eight.q[:, :, :tokens].float() @ eight.k[:, :, here].float().mT * D**-0.5
         if form.int8:
             s = s * eight.q_scale[:, :, :tokens, None] * eight.k_scale[:, :, start // BLOCK, None, None]
         now = torch.clamp(s.amax(-1, keepdim=True), min=most)
         p, fade = torch.exp(s - now) * 256, torch.exp(most - now)
-        rounded = p.to(torch.float8_e4m3fn if form.values else eight.v.dtype).float()
-        here = eight.v[..., start : start + k.shape[2]].float().mT if form.values else eight.v[:, :, start : start + k.shape[2]].float()
-        most, total, sums = now, total * fade + p.sum(-1, keepdim=True), sums * fade + rounded @ here
+        v = eight.v[..., here].mT if form.values else eight.v[:, :, here]
+        sums = sums * fade + p.to(v.dtype).float() @ v.float()
+        most, total = now, total * fade + p.sum(-1, keepdim=True)
     x = sums / total * (eight.v_scale[:, :, None] if form.values else 1)
     return x.transpose(1, 2).flatten(2)
 
@@ -110,3 +113,62 @@ def test_a_flat_row_gives_the_mean_and_large_logits_one_value():
     assert distance(found, v.mean(2).expand(1, 70, 64)) < 0.03 and found.isfinite().all()
     one = torch.eye(70, 64, device=DEVICE)[None, None] * 100
     assert distance(flash.int8(one, one, v)[:, :64], v[0, :, :64]) < 0.04  # each looks at itself
+
+
+def test_values_in_rows_have_one_scale():
+    q, k, v = heads(2, 2, 130, 64)
+    found, plain = flash.quantize(q, k, v, FORMS["fp8"], rows=True), flash.quantize(q, k, v, FORMS["fp8"])
+    assert found.v_scale.shape == (1,) and found.v_scale == plain.v_scale.max()
+    assert distance(found.v[:, :, :130].float() * found.v_scale, v) < 0.03 and not found.v[:, :, 130:].float().any()
+
+
+@pytest.fixture
+def eight(monkeypatch):
+    """Attention in eight bits that tells itself by zeros, with PyTorch's behind it."""
+    monkeypatch.setitem(flash.ATTEND, "int8", lambda q, k, v: torch.zeros_like(ops.attend(q, k, v)))
+    in_eight_bits.cache_clear()
+    yield in_eight_bits("int8", ops.attend)
+    in_eight_bits.cache_clear()
+
+
+def test_it_is_one_function_that_pictures_record(eight):
+    assert in_eight_bits("int8", ops.attend) is eight
+    model = tiny_pipeline().model
+    put(model, ops.PLAIN._replace(attend=eight))
+    assert describe(model)["attention"] == "int8"
+
+
+def test_gradients_and_plans_that_reach_into_attention_get_the_exact_one(eight):
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    exact = ops.attend(q, k, v)
+    assert not eight(q, k, v).any()
+    assert torch.equal(eight(q.clone().requires_grad_(), k, v), exact)
+    assert torch.equal(torch.func.vmap(lambda x: eight(x, k, v))(q[None])[0], exact)
+
+    def through(*sites, reads=()):
+        same = {site: ((lambda attend, *qkv: attend(*qkv), ()),) for site in sites}
+        return Taps(2, same, frozenset(reads)).attend(eight, q, k, v)
+
+    for site in ("q", "img.q", "txt.k", "img.v", "attend"):
+        assert torch.equal(through(site), exact)
+    assert not through("img.mlp", "txt.attn", reads=("q", "k", "attend")).any()  # a look changes no picture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["img.mlp", "img.q"])
+def test_compiled_blocks_hold_either(eight, site):
+    """Without a break of the graph, and what a plan reaches into is exact there, too."""
+    block = tiny_pipeline().model.double_blocks[0]
+    block.ops = ops.PLAIN._replace(attend=eight)
+    D, H = block.img_attn.proj.in_features, block.num_heads
+    img, txt = torch.randn(1, 4, D), torch.randn(1, 3, D)
+    mods = block.modulation(torch.randn(1, D))
+    pe = torch.eye(2).expand(1, 1, 7, D // H // 2, 2, 2)
+    taps = Taps(3, {site: ((torch.neg, ()),)}, frozenset())
+    with torch.no_grad():
+        plain = block(img, txt, *mods, pe, taps)
+        compiled = torch.compile(block.forward, fullgraph=True, backend="eager")(img, txt, *mods, pe, taps)
+        block.ops = ops.PLAIN
+        exact = block(img, txt, *mods, pe, taps)
+    assert torch.equal(plain[0], compiled[0])
+    assert torch.equal(plain[0], exact[0]) == (site == "img.q")
