@@ -75,10 +75,10 @@ def form_of(eight: Eight) -> Form:
     return Form(eight.q.dtype == torch.int8, eight.v_scale.numel() > 0)
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Eight:
-    """The codes of q, k, v [B, H, L, D], where D is a multiple of 64."""
+def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, every: int = 1) -> Eight:
+    """The codes of q, k, v [B, H, L, D], where D is a multiple of 64. every: of keys this one is in the mean."""
     padding = (0, 0, 0, -q.shape[2] % BLOCK)
-    k = k.float() - k.float().mean(2, keepdim=True)
+    k = k.float() - k[:, :, ::every].float().mean(2, keepdim=True)
     q, k = (F.pad(rotate(x, GROUP), padding) for x in (q, k))
     none = torch.empty(*q.shape[:2], 0, dtype=torch.float32, device=q.device)
     v_scale = none

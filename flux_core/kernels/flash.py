@@ -1,15 +1,17 @@
 """Attention in eight bits as Triton kernels: what `eight_bits` says, a head's block of queries in one program.
 
-A step of 4608 tokens spends a quarter of its time in attention, whose products take half as long in eight bits. Three
+A step of 4608 tokens spends a quarter of its time in attention, whose products take half as long in eight bits. Four
 kernels:
 
-statistics  one read of k and v: sums of keys and the largest values, in pieces that the next kernel adds up
-quantize    one read of q, k and v, and codes written: queries and keys with heads outside tokens, values transposed,
-            since units that multiply e4m3 on Hopper take the second operand with the summed index, tokens, innermost
+statistics  one read of k and v: sums of keys and the largest values, in pieces that the next kernels add up
+quantize    one read of q and k, and their codes written, with heads outside tokens
+values      the same of v, transposed, since units that multiply e4m3 on Hopper take the second operand with the summed
+            index, tokens, innermost
 attend      flash attention (arXiv 2205.14135): for each block of keys s = q k^T, p = 2^(s - m) with the largest s so
             far as m, and o = sum p v / sum p, with p in e4m3 from 0 to 256, or in the dtype of v
 
-Where values are not in eight bits, the first two do not read them, and the last does in place.
+Where values are not in eight bits, `attend` reads them in place. The first two may norm q and k and turn them by their
+positions, too (`norm_quantize`), so that neither is written in bf16.
 
 Codes are padded to whole blocks of tokens with zeros, so that only sums of the last block are masked, and the copy
 engine (TMA) may bring tiles.
@@ -20,7 +22,7 @@ columns are renamed, and `quantize` writes the values of tokens in the renamed o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,13 +30,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..model.ops import Heads, Scales
 from .eight_bits import BLOCK, E4M3, E4M3_LARGEST, FORMS, LARGEST, SMALLEST, Eight, Form, form_of
+from .fused import batch_stride, dense_pe, same_strides
 from .int8 import hadamard64, rounded
 from .launch import cdiv, dense_rows, opaque
 
 PIECE = 4
 """blocks that one program of `statistics` reads"""
-QUANTIZE_WARPS = 4
+EVERY = 8
+"""of keys that are normed and turned for their mean alone this is one: any vector near the mean will do"""
+PLAIN_WARPS, NORM_WARPS = 8, 16
+"""of a program without norms, and with them"""
 
 
 class Tiles(NamedTuple):
@@ -58,24 +65,73 @@ TILES = {"int8": Tiles(128, 64, 4, 3), "int8-qk": Tiles(128, 128, 8, 3), "fp8": 
 
 
 @triton.jit
-def statistics_kernel(
-    k, v, sums, largest, k_batch, k_head, k_row, v_batch, v_head, v_row, L,
-    D: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, VALUES: tl.constexpr,
+def tokens_at(txt, img, row, T, txt_row, img_row, col, JOINED: tl.constexpr):
+    """Pointers to tokens [ROWS, D] of one head, of two streams where JOINED, text first."""
+    far = row.to(tl.int64)
+    if JOINED:
+        first = tl.where(row < T, txt + far * txt_row, img + (far - T) * img_row)
+        at = first[:, None] + col[None, :]  # a choice of pointers hides that they are contiguous
+        at = tl.multiple_of(tl.max_contiguous(at, (1, 64)), (1, 16))
+    else:
+        at = (img + far * img_row)[:, None] + col[None, :]
+    return at
+
+
+@triton.jit
+def norm_turned(
+    x, row, inside, T, txt_scale, img_scale, pe, pe_row, col,
+    JOINED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    """x [ROWS, D] as `ops.norm_rope` makes it, rounded as its kernel rounds."""
+    scale = tl.load(img_scale + col).to(tl.float32)[None, :]
+    if JOINED:
+        scale = tl.where((row < T)[:, None], tl.load(txt_scale + col).to(tl.float32)[None, :], scale)
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + 1e-6)[:, None] * scale
+    entry = tl.arange(0, 2 * D)
+    matrix = tl.load(pe + row.to(tl.int64)[:, None] * pe_row + entry[None, :], mask=inside, other=0.0)
+    first, second = tl.split(tl.reshape(matrix, (ROWS, D // 2, 2, 2)))
+    a, c = tl.split(first)
+    b, d = tl.split(second)
+    even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
+    x = tl.reshape(tl.join(a * even + b * odd, c * even + d * odd), (ROWS, D))
+    return x.to(DTYPE)
+
+
+@triton.jit
+def statistics_kernel(
+    txt_k, img_k, txt_v, img_v, txt_scale, img_scale, pe, sums, largest,
+    txt_batch, txt_head, txt_row, k_batch, k_head, k_row, v_batch, v_head, v_row, pe_batch, pe_row, T, L,
+    D: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, EVERY: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr, JOINED: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """EVERY: of keys this is one. NORMED: keys are normed and rotated by their positions first."""
     piece, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     col = tl.arange(0, D)
-    total, most = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
-    for i in range(PIECE):
-        row = (piece * PIECE + i) * BLOCK + tl.arange(0, BLOCK)
-        inside, row = (row < L)[:, None], row.to(tl.int64)[:, None]
-        x = tl.load(k + batch * k_batch + head * k_head + row * k_row + col[None, :], mask=inside, other=0.0)
-        total += tl.sum(x.to(tl.float32), axis=0)
-        if VALUES:
-            y = tl.load(v + batch * v_batch + head * v_head + row * v_row + col[None, :], mask=inside, other=0.0)
-            most = tl.maximum(most, tl.max(tl.abs(y.to(tl.float32)), axis=0))
     at = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + piece) * D + col
-    tl.store(sums + at, total)
+    txt, start = batch * txt_batch + head * txt_head, piece * PIECE * BLOCK
+    if KEYS:
+        total = tl.zeros((D,), tl.float32)
+        img = img_k + batch * k_batch + head * k_head
+        for i in range(0, PIECE * BLOCK, EVERY * BLOCK // 2):
+            row = start + i + EVERY * tl.arange(0, BLOCK // 2)
+            inside = (row < L)[:, None]
+            x = tl.load(tokens_at(txt_k + txt, img, row, T, txt_row, k_row, col, JOINED), mask=inside, other=0.0)
+            if NORMED:
+                x = norm_turned(
+                    x, row, inside, T, txt_scale, img_scale, pe + batch * pe_batch, pe_row, col,
+                    JOINED, BLOCK // 2, D, img_k.dtype.element_ty,
+                )  # fmt: skip
+            total += tl.sum(x.to(tl.float32), axis=0)
+        tl.store(sums + at, total)
     if VALUES:
+        most = tl.zeros((D,), tl.float32)
+        img = img_v + batch * v_batch + head * v_head
+        for i in range(0, PIECE * BLOCK, BLOCK):
+            row = start + i + tl.arange(0, BLOCK)
+            inside = (row < L)[:, None]
+            y = tl.load(tokens_at(txt_v + txt, img, row, T, txt_row, v_row, col, JOINED), mask=inside, other=0.0)
+            most = tl.maximum(most, tl.max(tl.abs(y.to(tl.float32)), axis=0))
         tl.store(largest + at, most)
 
 
@@ -93,49 +149,85 @@ def e4m3(y):
 
 @triton.jit
 def quantize_kernel(
-    q, k, v, sums, largest, q_codes, k_codes, v_codes, q_scale, k_scale, v_scale,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, L, pieces,
-    D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, INT8: tl.constexpr, VALUES: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    txt_q, txt_k, img_q, img_k, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, pe, sums,
+    q_codes, k_codes, q_scale, k_scale,
+    txt_batch, txt_head, txt_row, q_batch, q_head, q_row, k_batch, k_head, k_row, pe_batch, pe_row, T, L, pieces,
+    D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVERY: tl.constexpr, INT8: tl.constexpr,
+    JOINED: tl.constexpr, NORMED: tl.constexpr, UNITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    head, block, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    one, padded = batch * tl.num_programs(0) + head, tl.num_programs(1) * BLOCK
+    row, col, piece = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, PIECES)
+    found = (one * pieces + piece[:, None]) * D + col[None, :]
+    centre = tl.sum(tl.load(sums + found, mask=(piece < pieces)[:, None], other=0.0), axis=0)
+    centre = centre / tl.cdiv(L, EVERY)
+
+    inside, txt = (row < L)[:, None], batch * txt_batch + head * txt_head
+    turns, place = pe + batch * pe_batch, (one * padded + row.to(tl.int64)[:, None]) * D + col[None, :]
+    at = tokens_at(txt_q + txt, img_q + batch * q_batch + head * q_head, row, T, txt_row, q_row, col, JOINED)
+    x = tl.load(at, mask=inside, other=0.0)
+    if NORMED:
+        x = norm_turned(
+            x, row, inside, T, txt_q_scale, img_q_scale, turns, pe_row, col, JOINED, BLOCK, D, img_q.dtype.element_ty
+        )
+    x = turned(x, UNITS, BLOCK, D)
+    if INT8:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST, SMALLEST)
+        tl.store(q_codes + place, rounded(x * (1.0 / scale)[:, None]))
+        tl.store(q_scale + one * padded + row, scale)
+    else:
+        tl.store(q_codes + place, e4m3(x))
+
+    tl.debug_barrier()  # else both are in registers at a time
+    at = tokens_at(txt_k + txt, img_k + batch * k_batch + head * k_head, row, T, txt_row, k_row, col, JOINED)
+    x = tl.load(at, mask=inside, other=0.0)
+    if NORMED:
+        x = norm_turned(
+            x, row, inside, T, txt_k_scale, img_k_scale, turns, pe_row, col, JOINED, BLOCK, D, img_k.dtype.element_ty
+        )
+    x = turned(tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0), UNITS, BLOCK, D)
+    if INT8:
+        scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0) / LARGEST, SMALLEST)
+        tl.store(k_codes + place, rounded(x * (1.0 / scale)))
+        tl.store(k_scale + one * tl.num_programs(1) + block, scale)
+    else:
+        tl.store(k_codes + place, e4m3(x))
+
+
+@triton.jit
+def values_kernel(
+    txt, img, largest, codes, scale, txt_batch, txt_head, txt_row, img_batch, img_head, img_row, T, L, pieces,
+    D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, JOINED: tl.constexpr, ROWS: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """ROWS: values stay in rows, by the one scale that is there."""
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     one, padded = batch * tl.num_programs(1) + head, tl.num_programs(0) * BLOCK
     row, col, piece = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, PIECES)
-    found = (one * pieces + piece[:, None]) * D + col[None, :]
-    there = (piece < pieces)[:, None]
-    centre = tl.sum(tl.load(sums + found, mask=there, other=0.0), axis=0) / L
-
-    inside, far = (row < L)[:, None], row.to(tl.int64)[:, None]
-    x = tl.load(q + batch * q_batch + head * q_head + far * q_row + col[None, :], mask=inside, other=0.0)
-    y = tl.load(k + batch * k_batch + head * k_head + far * k_row + col[None, :], mask=inside, other=0.0)
-    y = tl.where(inside, y.to(tl.float32) - centre[None, :], 0.0)
-    x, y = turned(x, UNITS, BLOCK, D), turned(y, UNITS, BLOCK, D)
-    place = (one * padded + far) * D + col[None, :]
-    if INT8:
-        x_scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST, SMALLEST)
-        y_scale = tl.maximum(tl.max(tl.max(tl.abs(y), axis=1), axis=0) / LARGEST, SMALLEST)
-        tl.store(q_codes + place, rounded(x * (1.0 / x_scale)[:, None]))
-        tl.store(k_codes + place, rounded(y * (1.0 / y_scale)))
-        tl.store(q_scale + one * padded + row, x_scale)
-        tl.store(k_scale + one * tl.num_programs(0) + block, y_scale)
+    txt, img = txt + batch * txt_batch + head * txt_head, img + batch * img_batch + head * img_head
+    at = tokens_at(txt, img, row, T, txt_row, img_row, col, JOINED)
+    z = tl.load(at, mask=(row < L)[:, None], other=0.0).to(tl.float32)
+    if ROWS:
+        place = (one * padded + row.to(tl.int64)[:, None]) * D + col[None, :]
+        tl.store(codes + place, e4m3(z * (1.0 / tl.load(scale))))
     else:
-        tl.store(q_codes + place, e4m3(x))
-        tl.store(k_codes + place, e4m3(y))
-    if VALUES:
-        z = tl.load(v + batch * v_batch + head * v_head + far * v_row + col[None, :], mask=inside, other=0.0)
-    if VALUES and ROWS:
-        tl.store(v_codes + place, e4m3(z.to(tl.float32) * (1.0 / tl.load(v_scale))))
-    elif VALUES:
-        z_scale = tl.max(tl.load(largest + found, mask=there, other=0.0), axis=0)
-        z_scale = tl.maximum(z_scale / 448.0, SMALLEST)
-        z = tl.trans(e4m3(z.to(tl.float32) * (1.0 / z_scale)[None, :]))
+        found = (one * pieces + piece[:, None]) * D + col[None, :]
+        most = tl.max(tl.load(largest + found, mask=(piece < pieces)[:, None], other=0.0), axis=0)
+        own = tl.maximum(most / 448.0, SMALLEST)
+        z = tl.trans(e4m3(z * (1.0 / own)[None, :]))
         z = tl.permute(tl.reshape(z, (D, BLOCK // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
-        z = tl.reshape(z, (D, BLOCK))
-        at = (one * D + col.to(tl.int64)[:, None]) * padded + block * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(v_codes + at, z)
+        place = (one * D + col.to(tl.int64)[:, None]) * padded + block * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(codes + place, tl.reshape(z, (D, BLOCK)))
         if block == 0:
-            tl.store(v_scale + one * D + col, z_scale)
+            tl.store(scale + one * D + col, own)
+
+
+class Norm(NamedTuple):
+    """The norms of queries and keys, and what turns them: `ops.norm_rope_join`'s other arguments."""
+
+    txt: Scales
+    img: Scales
+    pe: Tensor
 
 
 def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, rows: bool = False) -> Eight:
@@ -143,35 +235,74 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, rows: bool = False) ->
 
     rows: values are [B, H, P, D], with one scale.
     """
-    (B, H, L, D), blocks = q.shape, cdiv(q.shape[2], BLOCK)
-    q, k, v, pieces, padded = dense_rows(q), dense_rows(k), dense_rows(v), cdiv(blocks, PIECE), blocks * BLOCK
-    kind = torch.int8 if form.int8 else E4M3
+    img = dense_rows(q), dense_rows(k), dense_rows(v)
+    return _quantized(img, img, 0, None, form, rows)
+
+
+def norm_quantize(txt: Heads, img: Heads, norm: Norm, form: Form) -> Eight:
+    """`quantize` of `ops.norm_rope_join`, in one pass over q, k and v; keys less the mean of every eighth."""
+    joined = v_joined(txt, img) if not form.values else None
+    txt, img, pe = aligned(*same_strides(*txt)), aligned(*same_strides(*img)), dense_pe(norm.pe)
+    eight = _quantized(txt, img, txt[0].shape[2], norm._replace(pe=pe), form, False)
+    return eight if joined is None else eight._replace(v=joined)
+
+
+def v_joined(txt: Heads, img: Heads) -> Tensor:
+    return torch.cat((txt[2], img[2]), dim=2)
+
+
+def aligned(q: Tensor, k: Tensor, v: Tensor) -> Heads:
+    """q, k, v of equal strides whose tokens begin at multiples of 16 bytes, as those of products do."""
+    steps = (*(x.data_ptr() for x in (q, k, v)), *(q.itemsize * stride for stride in q.stride()[:3]))
+    return (q, k, v) if all(step % 16 == 0 for step in steps) else (q.clone(), k.clone(), v.clone())
+
+
+def _quantized(txt: Heads, img: Heads, T: int, norm: Norm | None, form: Form, rows: bool) -> Eight:
+    """T: of the text's tokens that are before the picture's; 0: all are in img."""
+    (B, H, L, D), device = img[0].shape, img[0].device
+    L += T
+    blocks = cdiv(L, BLOCK)
+    pieces, padded, kind = cdiv(blocks, PIECE), blocks * BLOCK, torch.int8 if form.int8 else E4M3
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((B, H, *shape), dtype=dtype, device=q.device)
+        return torch.empty((B, H, *shape), dtype=dtype, device=device)
 
     sums, largest = empty(pieces, D), empty(pieces, D)
     eight = Eight(
         q=empty(padded, D, dtype=kind),
         k=empty(padded, D, dtype=kind),
-        v=empty(*((padded, D) if rows else (D, padded)), dtype=E4M3) if form.values else v,
+        v=empty(*((padded, D) if rows else (D, padded)), dtype=E4M3) if form.values else img[2],
         q_scale=empty(padded if form.int8 else 0),
         k_scale=empty(blocks if form.int8 else 0),
         v_scale=empty(D if form.values else 0),
     )
-    k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+    (txt_q, txt_k, txt_v), (q, k, v) = txt, img
+    every, pe = (1, sums) if norm is None else (EVERY, norm.pe)
+    scales = (sums, sums, sums, sums) if norm is None else (*norm.txt, *norm.img)
+    turns = (0, 0) if norm is None else (batch_stride(pe), pe.stride(2))
+    txt_strides, k_strides, v_strides = txt_k.stride()[:3], k.stride()[:3], v.stride()[:3]
+    shape: dict[str, Any] = {"D": D, "BLOCK": BLOCK, "JOINED": T > 0}
+    warps = PLAIN_WARPS if norm is None else NORM_WARPS
     statistics_kernel[(pieces, H, B)](
-        k, v, sums, largest, *k_strides, *v_strides, L,
-        D=D, BLOCK=BLOCK, PIECE=PIECE, VALUES=form.values, num_warps=4,
+        txt_k, k, txt_v, v, scales[1], scales[3], pe, sums, largest,
+        *txt_strides, *k_strides, *v_strides, *turns, T, L,
+        **shape, PIECE=PIECE, EVERY=every, KEYS=True, VALUES=form.values, NORMED=norm is not None, num_warps=warps,
+    )  # fmt: skip
+    shape["PIECES"] = triton.next_power_of_2(pieces)
+    quantize_kernel[(H, blocks, B)](
+        txt_q, txt_k, q, k, *scales, pe, sums, eight.q, eight.k, eight.q_scale, eight.k_scale,
+        *txt_strides, *q.stride()[:3], *k_strides, *turns, T, L, pieces,
+        **shape, EVERY=every, INT8=form.int8, NORMED=norm is not None,
+        UNITS=tl.bfloat16 if q.is_cuda and q.dtype == torch.bfloat16 else tl.float32,
+        LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps,
     )  # fmt: skip
     if rows:
         eight = eight._replace(v_scale=(largest.amax() / E4M3_LARGEST).clamp(min=SMALLEST).reshape(1))
-    quantize_kernel[(blocks, H, B)](
-        q, k, v, sums, largest, *eight, *q.stride()[:3], *k_strides, *v_strides, L, pieces,
-        D=D, BLOCK=BLOCK, PIECES=triton.next_power_of_2(pieces), INT8=form.int8, VALUES=form.values,
-        ROWS=rows, UNITS=tl.bfloat16 if q.is_cuda and q.dtype == torch.bfloat16 else tl.float32,
-        LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=QUANTIZE_WARPS,
-    )  # fmt: skip
+    if form.values:
+        values_kernel[(blocks, H, B)](
+            txt_v, v, largest, eight.v, eight.v_scale, *txt_strides, *v_strides, T, L, pieces,
+            **shape, ROWS=rows, SMALLEST=SMALLEST, num_warps=PLAIN_WARPS,
+        )  # fmt: skip
     return eight
 
 
