@@ -12,8 +12,9 @@ same with exact attention.
 needs a card of compute capability 8.9 on, with 40 GB for `steps`. Everything is replayed from CUDA graphs, in turns
 (`timing.py`). What fails is a line with its error, and the rest goes on.
 
-kernels   at [1, 24, 4608, 128]: each exact backend, and for each form the whole way, its quantizing and its attention
-          alone; milliseconds, TFLOP/s, and the error to attention in fp32
+kernels   at [1, 24, 4608, 128]: each exact backend; for each form the whole way, its quantizing and its attention
+          alone; and the kernels that norm q and k, to bf16 and to codes. Milliseconds, TFLOP/s, and the error to
+          attention in fp32
 tiles     attention alone by other tiles, in bursts: milliseconds and error of each, the quickest first in the last
           line. What follows it uses the quickest
 steps     a step of flux-dev with random weights in fp8 and in int8 with each way, in turns with the floors of
@@ -40,10 +41,12 @@ import torch
 from timing import Call, burst, ratio, turns, watched
 from torch import Tensor
 
-from flux_core.kernels import attention, eight_bits, put
+from flux_core.kernels import attention, eight_bits, fused_ops, put
 from flux_core.kernels.eight_bits import E4M3_LARGEST, FORMS, Form, to_e4m3
 from flux_core.linears.int8 import rotate
 from flux_core.model import ops
+from flux_core.model.blocks import split_heads
+from flux_core.model.rope import embed_nd
 from flux_core.variants import VARIANTS
 
 HEADS, TOKENS, FEATURES = 24, 4608, 128
@@ -171,13 +174,29 @@ def exact_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([ops.attend(*part) for part in parts], dim=2)
 
 
-def ways(exact: Attend) -> dict[str, Attend]:
-    """`ops.attend` in each form that works here, `fp8` by cuDNN; and by our kernel."""
+def ways(own: ops.Ops) -> dict[str, ops.Ops]:
+    """These functions with attention in each form that works here, `fp8` by cuDNN; with q and k quantized apart from
+    their norm; and with our kernel in the place of cuDNN's."""
     from flux_core.kernels import flash
 
-    found = {name: tried("ways", name, partial(attention.in_eight_bits, name, exact)) for name in attention.EIGHT}
-    found["fp8, by our kernel"] = partial(flash.attend_op, name="fp8")
-    return {name: way for name, way in found.items() if way is not None}
+    found: dict[str, ops.Ops] = {}
+    for name in attention.EIGHT:
+        made = tried("ways", name, partial(attention.in_eight_bits, own, name, torch.bfloat16))
+        if made is not None:
+            found[name] = made
+            if made.opened is not None:
+                found[f"{name}, quantized apart"] = made.opened
+    found["fp8, by our kernel"] = own._replace(attend=partial(flash.attend_op, name="fp8"))
+    return found
+
+
+def heads_of(params: Any) -> tuple[Any, ...]:
+    """Arguments of `ops.norm_rope_join`: slices of two products, 512 tokens of text before 4096."""
+    draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    streams = [split_heads(draw(1, tokens, 3 * HEADS * FEATURES), HEADS) for tokens in (512, TOKENS - 512)]
+    scales = [(draw(FEATURES).abs() + 0.5, draw(FEATURES).abs() + 0.5) for _ in range(2)]
+    ids = torch.rand(1, TOKENS, 3, device="cuda", dtype=torch.float32) * 64
+    return *streams, *scales, embed_nd(ids, params.axes_dim, params.theta)
 
 
 def kernels(rounds: int) -> None:
@@ -200,9 +219,16 @@ def kernels(rounds: int) -> None:
     for name, backend in attention.BACKENDS.items():
         call = partial(backend, q, k, v)
         add(name, call, call)
-    for name, way in ways(attention.BACKENDS["cudnn"]).items():
-        call = partial(way, q, k, v)
-        add(name, call, call)
+    own = fused_ops("cuda")._replace(attend=attention.BACKENDS["cudnn"])
+    given = heads_of(VARIANTS["flux-dev"].params)
+    single = (*given[1][:2], *given[3], given[4][:, :, : TOKENS - 512])
+    for name, way in {"bf16": own, **ways(own)}.items():
+        if name != "bf16":
+            call = partial(way.attend, q, k, v)
+            add(name, call, call)
+        if "apart" not in name and "fp8" not in name:
+            add(f"norm_rope_join, {name}", partial(way.norm_rope_join, *given))
+            add(f"norm_rope, {name}, 4096 tokens", partial(way.norm_rope, *single))
     for name, form in FORMS.items():
         add(f"{name}: quantizing", partial(flash.quantize, q, k, v, form))
         codes = tried("kernels", name, partial(flash.quantize, q, k, v, form))
@@ -221,8 +247,9 @@ def kernels(rounds: int) -> None:
         times = turns(calls, rounds, 0.4, "cuda")
     for name, found in times.items():
         ms = statistics.median(found)
+        rate = {} if "quantizing" in name or "norm" in name else {"tflop_per_s": 1000 * TFLOP / ms}
         to = ratio(times, name, "cudnn") if "cudnn" in times else None
-        say("kernels", name, ms=ms, tflop_per_s=1000 * TFLOP / ms, to_cudnn_bf16=to, **card)
+        say("kernels", name, ms=ms, **rate, to_cudnn_bf16=to, **card)
 
 
 def tile_choices(name: str) -> Iterator[Any]:
@@ -282,10 +309,10 @@ def steps(dtype: str, rounds: int) -> None:
     mods = ModulationTable(model, SIGMAS, inputs["y"], inputs["guidance"]).at(SIGMAS[0])
     calls: dict[str, Call] = {}
     base = None
-    for name, way in {"exact": own.attend, **ways(own.attend)}.items():
+    for name, way in {"exact": own, **ways(own)}.items():
 
-        def call(way: Attend = way) -> Tensor:
-            put(model, own._replace(attend=way))
+        def call(way: ops.Ops = way) -> Tensor:
+            put(model, way)
             return model(**inputs, mods=mods)
 
         velocity = tried(f"step, {dtype}", name, call)

@@ -20,7 +20,7 @@ from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..model.transformer import Backbone
 from ..terminal import note
-from .attention import attention_for, name_of, pick_attention
+from .attention import attention_for, dtype_of, in_eight_bits, name_of, pick_attention
 
 __all__ = ["accelerate", "can_fuse", "describe", "fused_ops", "install", "install_decode", "pick_attention"]
 
@@ -79,7 +79,9 @@ def install(model: Backbone, device: torch.device | str, attention: str = "exact
         for layer in model.modules():
             if isinstance(layer, BranchedLinear):
                 layer.prepare()
-    ops = ops._replace(attend=attention_for(model, device, attention))
+    ops = ops._replace(attend=attention_for(model, device))
+    if attention != "exact":
+        ops = in_eight_bits(ops, attention, dtype_of(model))
     put(model, ops)
     return ops
 

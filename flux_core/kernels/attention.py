@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import UsageError, is_out_of_memory
 from ..linears.contract import is_transformed, needs_grad
 from ..model.layers import RMSNorm
-from ..model.ops import attend
+from ..model.ops import Ops, attend
 from ..model.transformer import Backbone
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -122,19 +122,26 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return ""
 
 
-@cache
-def in_eight_bits(name: str, exact: Attend) -> Attend:
-    """`ops.attend` in that form of `EIGHT`. `exact` is there where a gradient is needed, and, as its attribute of that
-    name, for plans that reach into attention. `way`: the name."""
+def in_eight_bits(ops: Ops, name: str, dtype: torch.dtype) -> Ops:
+    """These functions, with attention of tensors in that dtype in that form of `EIGHT`."""
     if name == "fp8":
         from .cudnn_fp8 import attend as run
-    else:
-        from .flash import ATTEND
 
-        run = ATTEND[name]
+        return ops._replace(attend=attend_by(run, ops.attend, name))
+    from . import flash
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return exact(q, k, v) if needs_grad(q, k, v) else run(q, k, v)
+    found = flash.functions(name, dtype)
+    opened = ops._replace(attend=attend_by(found.attend, ops.attend, name))
+    return opened._replace(norm_rope=found.norm_rope, norm_rope_join=found.norm_rope_join, opened=opened)
+
+
+@cache
+def attend_by(run: Callable[..., Tensor], exact: Attend, name: str) -> Callable[..., Tensor]:
+    """`ops.attend` by that function. `exact` is there where a gradient is needed, and, as its attribute of that name,
+    for plans that reach into attention. `way`: the name."""
+
+    def attend(q: Any, k: Any, v: Any) -> Tensor:
+        return exact(q, k, v) if isinstance(q, Tensor) and needs_grad(q, k, v) else run(q, k, v)
 
     attend.exact, attend.way = exact, name  # type: ignore[attr-defined]
     return attend
@@ -147,18 +154,17 @@ def name_of(found: Callable[..., Tensor]) -> str:
     return next((name for name, backend in BACKENDS.items() if backend is found), "other")
 
 
-def attention_for(model: Backbone, device: torch.device, way: str = "exact") -> Attend:
-    """`ops.attend` for a model there, `way` as `pick_attention` says."""
-    exact = exact_for(model, device)
-    return exact if way == "exact" else in_eight_bits(way, exact)
-
-
-def exact_for(model: Backbone, device: torch.device) -> Attend:
-    """Exact attention for a model there: for half precision on CUDA the fastest, by a trial; else PyTorch's choice."""
-    dtype = next(part.scale.dtype for part in model.modules() if isinstance(part, RMSNorm))  # of q and k
+def attention_for(model: Backbone, device: torch.device) -> Attend:
+    """`ops.attend` for a model there: for half precision on CUDA the fastest, by a trial; else PyTorch's choice."""
+    dtype = dtype_of(model)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return attend
     return fastest(device, dtype, model.params.num_heads, model.params.head_dim)
+
+
+def dtype_of(model: Backbone) -> torch.dtype:
+    """The dtype of its queries and keys."""
+    return next(part.scale.dtype for part in model.modules() if isinstance(part, RMSNorm))
 
 
 @cache

@@ -7,10 +7,10 @@ equalities make q and k fit into eight bits:
     (q R) . (k R) = q . k                                  for an orthogonal R
     sum_n p_mn v_nd = s_d sum_n p_mn (v_nd / s_d)          for any s
 
-c is the mean of a head's keys: many features of a key are nearly the same for all tokens, and this part of a key is
-most of it. R is the rotation of `linears/int8.py` in groups of 64 features, after RoPE: the norms of q and k have
-learned scales, by which a few features are much larger than others, and rotated all are alike. So are the largest of
-neighbouring keys, and a block of 128 keys may share a scale:
+c is the mean of every eighth of a head's keys: many features of a key are nearly the same for all tokens. R is the
+rotation of `linears/int8.py` in groups of 64 features, after RoPE: the norms of q and k have learned scales, by which a
+few features are much larger than others, and rotated all are alike. So are the largest of neighbouring keys, and a
+block of 128 keys may share a scale:
 
     int8    a_m = max_d |(q R)_md| / 127       b_n = the same over a block of keys      q R ~ round(q R / a) a
     e4m3    no scales: rotated numbers lie between 2^-6 and 448, where e4m3 rounds all alike, and beyond they are cut
@@ -32,6 +32,8 @@ from ..linears.int8 import rotate
 
 BLOCK = 128
 """tokens that codes are padded to, and keys that share a scale"""
+EVERY = 8
+"""of keys this one is in the mean: any vector near it will do"""
 GROUP = 64
 """features that are rotated together"""
 LARGEST = 127
@@ -75,10 +77,10 @@ def form_of(eight: Eight) -> Form:
     return Form(eight.q.dtype == torch.int8, eight.v_scale.numel() > 0)
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, every: int = 1) -> Eight:
-    """The codes of q, k, v [B, H, L, D], where D is a multiple of 64. every: of keys this one is in the mean."""
+def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Eight:
+    """The codes of q, k, v [B, H, L, D], where D is a multiple of 64."""
     padding = (0, 0, 0, -q.shape[2] % BLOCK)
-    k = k.float() - k[:, :, ::every].float().mean(2, keepdim=True)
+    k = k.float() - k[:, :, ::EVERY].float().mean(2, keepdim=True)
     q, k = (F.pad(rotate(x, GROUP), padding) for x in (q, k))
     none = torch.empty(*q.shape[:2], 0, dtype=torch.float32, device=q.device)
     v_scale = none
@@ -89,8 +91,8 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, every: int = 1) -> Eig
         return Eight(to_e4m3(q), to_e4m3(k), v, none, none, v_scale)
     q_scale = (q.abs().amax(-1) / LARGEST).clamp(min=SMALLEST)
     k_scale = (k.unflatten(2, (-1, BLOCK)).abs().amax((3, 4)) / LARGEST).clamp(min=SMALLEST)
-    codes = (q / q_scale[..., None]).round(), (k / of_keys(k_scale)[..., None]).round()
-    return Eight(*(x.to(torch.int8) for x in codes), v, q_scale, k_scale, v_scale)
+    q, k = (q / q_scale[..., None]).round(), (k / of_keys(k_scale)[..., None]).round()
+    return Eight(q.to(torch.int8), k.to(torch.int8), v, q_scale, k_scale, v_scale)
 
 
 def to_e4m3(x: Tensor) -> Tensor:

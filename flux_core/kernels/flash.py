@@ -1,17 +1,18 @@
 """Attention in eight bits as Triton kernels: what `eight_bits` says, a head's block of queries in one program.
 
-A step of 4608 tokens spends a quarter of its time in attention, whose products take half as long in eight bits. Four
+A step of 4608 tokens spends a quarter of its time in attention, whose products take half as long in eight bits. Five
 kernels:
 
-statistics  one read of k and v: sums of keys and the largest values, in pieces that the next kernels add up
+sums        of every eighth key, for the mean, in pieces that the next kernel adds up
 quantize    one read of q and k, and their codes written, with heads outside tokens
-values      the same of v, transposed, since units that multiply e4m3 on Hopper take the second operand with the summed
-            index, tokens, innermost
+largest     one read of v: the largest of each feature, likewise
+values      another, and codes written, transposed, since units that multiply e4m3 on Hopper take the second operand
+            with the summed index, tokens, innermost
 attend      flash attention (arXiv 2205.14135): for each block of keys s = q k^T, p = 2^(s - m) with the largest s so
             far as m, and o = sum p v / sum p, with p in e4m3 from 0 to 256, or in the dtype of v
 
-Where values are not in eight bits, `attend` reads them in place. The first two may norm q and k and turn them by their
-positions, too (`norm_quantize`), so that neither is written in bf16.
+Where values are not in eight bits, `attend` reads them in place. The first two also norm q and k and turn them by their
+positions (`norm_rope`, `norm_rope_join`), so that neither is written in bf16; of a double block they read both streams.
 
 Codes are padded to whole blocks of tokens with zeros, so that only sums of the last block are masked, and the copy
 engine (TMA) may bring tiles.
@@ -22,6 +23,7 @@ columns are renamed, and `quantize` writes the values of tokens in the renamed o
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +32,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..linears.contract import needs_grad
 from ..model.ops import Heads, Scales
-from .eight_bits import BLOCK, E4M3, E4M3_LARGEST, FORMS, LARGEST, SMALLEST, Eight, Form, form_of
+from . import fused
+from .eight_bits import BLOCK, E4M3, E4M3_LARGEST, EVERY, FORMS, LARGEST, SMALLEST, Eight, Form, form_of
 from .fused import batch_stride, dense_pe, same_strides
 from .int8 import hadamard64, rounded
 from .launch import cdiv, dense_rows, opaque
 
 PIECE = 4
-"""blocks that one program of `statistics` reads"""
-EVERY = 8
-"""of keys that are normed and turned for their mean alone this is one: any vector near the mean will do"""
+"""blocks that one program reads for a statistic"""
 PLAIN_WARPS, NORM_WARPS = 8, 16
 """of a program without norms, and with them"""
 
@@ -99,40 +101,43 @@ def norm_turned(
 
 
 @triton.jit
-def statistics_kernel(
-    txt_k, img_k, txt_v, img_v, txt_scale, img_scale, pe, sums, largest,
-    txt_batch, txt_head, txt_row, k_batch, k_head, k_row, v_batch, v_head, v_row, pe_batch, pe_row, T, L,
-    D: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, EVERY: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr, JOINED: tl.constexpr, NORMED: tl.constexpr,
+def sums_kernel(
+    txt_k, img_k, txt_scale, img_scale, pe, sums,
+    txt_batch, txt_head, txt_row, img_batch, img_head, img_row, pe_batch, pe_row, T, L,
+    D: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, EVERY: tl.constexpr, JOINED: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
-    """EVERY: of keys this is one. NORMED: keys are normed and rotated by their positions first."""
+    """Sums of one key in EVERY. NORMED: keys are normed and turned by their positions first."""
+    ROWS: tl.constexpr = PIECE * BLOCK // EVERY
     piece, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    col = tl.arange(0, D)
+    txt, img = txt_k + batch * txt_batch + head * txt_head, img_k + batch * img_batch + head * img_head
+    row, col = piece * PIECE * BLOCK + EVERY * tl.arange(0, ROWS), tl.arange(0, D)
+    inside = (row < L)[:, None]
+    x = tl.load(tokens_at(txt, img, row, T, txt_row, img_row, col, JOINED), mask=inside, other=0.0)
+    if NORMED:
+        x = norm_turned(
+            x, row, inside, T, txt_scale, img_scale, pe + batch * pe_batch, pe_row, col,
+            JOINED, ROWS, D, img_k.dtype.element_ty,
+        )  # fmt: skip
     at = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + piece) * D + col
-    txt, start = batch * txt_batch + head * txt_head, piece * PIECE * BLOCK
-    if KEYS:
-        total = tl.zeros((D,), tl.float32)
-        img = img_k + batch * k_batch + head * k_head
-        for i in range(0, PIECE * BLOCK, EVERY * BLOCK // 2):
-            row = start + i + EVERY * tl.arange(0, BLOCK // 2)
-            inside = (row < L)[:, None]
-            x = tl.load(tokens_at(txt_k + txt, img, row, T, txt_row, k_row, col, JOINED), mask=inside, other=0.0)
-            if NORMED:
-                x = norm_turned(
-                    x, row, inside, T, txt_scale, img_scale, pe + batch * pe_batch, pe_row, col,
-                    JOINED, BLOCK // 2, D, img_k.dtype.element_ty,
-                )  # fmt: skip
-            total += tl.sum(x.to(tl.float32), axis=0)
-        tl.store(sums + at, total)
-    if VALUES:
-        most = tl.zeros((D,), tl.float32)
-        img = img_v + batch * v_batch + head * v_head
-        for i in range(0, PIECE * BLOCK, BLOCK):
-            row = start + i + tl.arange(0, BLOCK)
-            inside = (row < L)[:, None]
-            y = tl.load(tokens_at(txt_v + txt, img, row, T, txt_row, v_row, col, JOINED), mask=inside, other=0.0)
-            most = tl.maximum(most, tl.max(tl.abs(y.to(tl.float32)), axis=0))
-        tl.store(largest + at, most)
+    tl.store(sums + at, tl.sum(x.to(tl.float32), axis=0))
+
+
+@triton.jit
+def largest_kernel(
+    txt_v, img_v, largest, txt_batch, txt_head, txt_row, img_batch, img_head, img_row, T, L,
+    D: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    piece, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    txt, img = txt_v + batch * txt_batch + head * txt_head, img_v + batch * img_batch + head * img_head
+    col, most = tl.arange(0, D), tl.zeros((D,), tl.float32)
+    for i in range(PIECE):
+        row = (piece * PIECE + i) * BLOCK + tl.arange(0, BLOCK)
+        at = tokens_at(txt, img, row, T, txt_row, img_row, col, JOINED)
+        y = tl.load(at, mask=(row < L)[:, None], other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(y), axis=0))
+    at = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + piece) * D + col
+    tl.store(largest + at, most)
 
 
 @triton.jit
@@ -230,25 +235,40 @@ class Norm(NamedTuple):
     pe: Tensor
 
 
+Pair = tuple[Tensor, Tensor]
+"""q and k of one stream, [B, H, L, D] each"""
+
+
 def quantize(q: Tensor, k: Tensor, v: Tensor, form: Form, rows: bool = False) -> Eight:
     """`eight_bits.quantize` of q, k, v [B, H, L, D], values in the units' order of tokens.
 
     rows: values are [B, H, P, D], with one scale.
     """
-    img = dense_rows(q), dense_rows(k), dense_rows(v)
-    return _quantized(img, img, 0, None, form, rows)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    tokens = quantize_tokens((q, k), (q, k), 0, None, form.int8)
+    values = quantize_values(v, v, 0, rows) if form.values else as_it_was(v)
+    return eight_of(tokens, values)
 
 
 def norm_quantize(txt: Heads, img: Heads, norm: Norm, form: Form) -> Eight:
-    """`quantize` of `ops.norm_rope_join`, in one pass over q, k and v; keys less the mean of every eighth."""
-    joined = v_joined(txt, img) if not form.values else None
-    txt, img, pe = aligned(*same_strides(*txt)), aligned(*same_strides(*img)), dense_pe(norm.pe)
-    eight = _quantized(txt, img, txt[0].shape[2], norm._replace(pe=pe), form, False)
-    return eight if joined is None else eight._replace(v=joined)
+    """`quantize` of `ops.norm_rope_join`, in one pass over each of q, k and v."""
+    txt, img, T = aligned(*same_strides(*txt)), aligned(*same_strides(*img)), txt[0].shape[2]
+    tokens = quantize_tokens(txt[:2], img[:2], T, norm, form.int8)
+    if form.values:
+        return eight_of(tokens, quantize_values(txt[2], img[2], T))
+    joined = torch.cat((txt[2], img[2]), dim=2)
+    return eight_of(tokens, as_it_was(joined))
 
 
-def v_joined(txt: Heads, img: Heads) -> Tensor:
-    return torch.cat((txt[2], img[2]), dim=2)
+def as_it_was(v: Tensor) -> Pair:
+    """v in the place of codes, with no scale."""
+    return v, v.new_empty((*v.shape[:2], 0), dtype=torch.float32)
+
+
+def eight_of(tokens: tuple[Tensor, ...], values: Pair) -> Eight:
+    """All codes, from those by `quantize_tokens` and `quantize_values`."""
+    q, k, q_scale, k_scale = tokens
+    return Eight(q, k, values[0], q_scale, k_scale, values[1])
 
 
 def aligned(q: Tensor, k: Tensor, v: Tensor) -> Heads:
@@ -257,53 +277,55 @@ def aligned(q: Tensor, k: Tensor, v: Tensor) -> Heads:
     return (q, k, v) if all(step % 16 == 0 for step in steps) else (q.clone(), k.clone(), v.clone())
 
 
-def _quantized(txt: Heads, img: Heads, T: int, norm: Norm | None, form: Form, rows: bool) -> Eight:
-    """T: of the text's tokens that are before the picture's; 0: all are in img."""
-    (B, H, L, D), device = img[0].shape, img[0].device
+def quantize_tokens(txt: Pair, img: Pair, T: int, norm: Norm | None, int8: bool) -> tuple[Tensor, ...]:
+    """Codes of q and k [B, H, P, D], and their scales [B, H, P] and [B, H, P / BLOCK], empty for e4m3.
+
+    T: the text's tokens, which are before the picture's; 0: all are in img.
+    """
+    (q, k), (B, H, L, D) = img, img[0].shape
     L += T
     blocks = cdiv(L, BLOCK)
-    pieces, padded, kind = cdiv(blocks, PIECE), blocks * BLOCK, torch.int8 if form.int8 else E4M3
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((B, H, *shape), dtype=dtype, device=device)
-
-    sums, largest = empty(pieces, D), empty(pieces, D)
-    eight = Eight(
-        q=empty(padded, D, dtype=kind),
-        k=empty(padded, D, dtype=kind),
-        v=empty(*((padded, D) if rows else (D, padded)), dtype=E4M3) if form.values else img[2],
-        q_scale=empty(padded if form.int8 else 0),
-        k_scale=empty(blocks if form.int8 else 0),
-        v_scale=empty(D if form.values else 0),
+    pieces, padded, kind = cdiv(blocks, PIECE), blocks * BLOCK, torch.int8 if int8 else E4M3
+    codes = [torch.empty((B, H, padded, D), dtype=kind, device=q.device) for _ in range(2)]
+    sums, q_scale, k_scale = (
+        torch.empty((B, H, *size), dtype=torch.float32, device=q.device)
+        for size in ((pieces, D), (padded if int8 else 0,), (blocks if int8 else 0,))
     )
-    (txt_q, txt_k, txt_v), (q, k, v) = txt, img
-    every, pe = (1, sums) if norm is None else (EVERY, norm.pe)
-    scales = (sums, sums, sums, sums) if norm is None else (*norm.txt, *norm.img)
-    turns = (0, 0) if norm is None else (batch_stride(pe), pe.stride(2))
-    txt_strides, k_strides, v_strides = txt_k.stride()[:3], k.stride()[:3], v.stride()[:3]
-    shape: dict[str, Any] = {"D": D, "BLOCK": BLOCK, "JOINED": T > 0}
-    warps = PLAIN_WARPS if norm is None else NORM_WARPS
-    statistics_kernel[(pieces, H, B)](
-        txt_k, k, txt_v, v, scales[1], scales[3], pe, sums, largest,
-        *txt_strides, *k_strides, *v_strides, *turns, T, L,
-        **shape, PIECE=PIECE, EVERY=every, KEYS=True, VALUES=form.values, NORMED=norm is not None, num_warps=warps,
-    )  # fmt: skip
-    shape["PIECES"] = triton.next_power_of_2(pieces)
+    scales, pe, turns = (sums,) * 4, sums, (0, 0)
+    if norm is not None:
+        scales, pe = (*norm.txt, *norm.img), dense_pe(norm.pe)
+        turns = batch_stride(pe), pe.stride(2)
+    strides = *txt[1].stride()[:3], *k.stride()[:3]
+    shape: dict[str, Any] = {"D": D, "BLOCK": BLOCK, "JOINED": T > 0, "EVERY": EVERY, "NORMED": norm is not None}
+    shape["num_warps"] = PLAIN_WARPS if norm is None else NORM_WARPS
+    sums_kernel[(pieces, H, B)](txt[1], k, scales[1], scales[3], pe, sums, *strides, *turns, T, L, **shape, PIECE=PIECE)
     quantize_kernel[(H, blocks, B)](
-        txt_q, txt_k, q, k, *scales, pe, sums, eight.q, eight.k, eight.q_scale, eight.k_scale,
-        *txt_strides, *q.stride()[:3], *k_strides, *turns, T, L, pieces,
-        **shape, EVERY=every, INT8=form.int8, NORMED=norm is not None,
+        *txt, q, k, *scales, pe, sums, *codes, q_scale, k_scale,
+        *strides[:3], *q.stride()[:3], *strides[3:], *turns, T, L, pieces,
+        **shape, PIECES=triton.next_power_of_2(pieces), INT8=int8,
         UNITS=tl.bfloat16 if q.is_cuda and q.dtype == torch.bfloat16 else tl.float32,
-        LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=warps,
+        LARGEST=LARGEST, SMALLEST=SMALLEST,
     )  # fmt: skip
+    return *codes, q_scale, k_scale
+
+
+def quantize_values(txt: Tensor, img: Tensor, T: int, rows: bool = False) -> Pair:
+    """Codes of v [B, H, D, P], and scales [B, H, D]. T: as for `quantize_tokens`. rows: [B, H, P, D], and one scale."""
+    B, H, L, D = img.shape
+    L += T
+    blocks = cdiv(L, BLOCK)
+    pieces, padded = cdiv(blocks, PIECE), blocks * BLOCK
+    codes = torch.empty((B, H, *((padded, D) if rows else (D, padded))), dtype=E4M3, device=img.device)
+    largest, scale = (torch.empty((B, H, *n, D), dtype=torch.float32, device=img.device) for n in ((pieces,), ()))
+    strides, shape = (*txt.stride()[:3], *img.stride()[:3]), {"D": D, "BLOCK": BLOCK, "JOINED": T > 0}
+    largest_kernel[(pieces, H, B)](txt, img, largest, *strides, T, L, **shape, PIECE=PIECE, num_warps=PLAIN_WARPS)
     if rows:
-        eight = eight._replace(v_scale=(largest.amax() / E4M3_LARGEST).clamp(min=SMALLEST).reshape(1))
-    if form.values:
-        values_kernel[(blocks, H, B)](
-            txt_v, v, largest, eight.v, eight.v_scale, *txt_strides, *v_strides, T, L, pieces,
-            **shape, ROWS=rows, SMALLEST=SMALLEST, num_warps=PLAIN_WARPS,
-        )  # fmt: skip
-    return eight
+        scale = (largest.amax() / E4M3_LARGEST).clamp(min=SMALLEST).reshape(1)
+    values_kernel[(blocks, H, B)](
+        txt, img, largest, codes, scale, *strides, T, L, pieces,
+        **shape, PIECES=triton.next_power_of_2(pieces), ROWS=rows, SMALLEST=SMALLEST, num_warps=PLAIN_WARPS,
+    )  # fmt: skip
+    return codes, scale
 
 
 # Attention --------------------------------------------------------------------------------------------
@@ -392,6 +414,17 @@ def described(x: Tensor, *tile: int) -> TensorDescriptor:
     return TensorDescriptor(rows, rows.shape, rows.stride(), list(tile))
 
 
+# What blocks call -------------------------------------------------------------------------------------
+
+
+class Coded(NamedTuple):
+    """Queries, keys or values in eight bits, in the place of a tensor."""
+
+    codes: Tensor
+    scale: Tensor
+    tokens: int
+
+
 def _attended(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
 
@@ -401,15 +434,92 @@ def attend_op(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
     return attend_codes(quantize(q, k, v, FORMS[name]), q.shape[2], q.dtype, TILES[name])
 
 
-def int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`ops.attend` with queries and keys in int8 and values in e4m3, without a gradient."""
-    return attend_op(q, k, v, "int8")
+Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def int8_qk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`ops.attend` with queries and keys in int8, without a gradient."""
-    return attend_op(q, k, v, "int8-qk")
+def _empty_codes(q: Tensor, tokens: int) -> Codes:
+    (B, H, _, D), blocks = q.shape, cdiv(tokens, BLOCK)
+    codes = [q.new_empty((B, H, blocks * BLOCK, D), dtype=torch.int8) for _ in range(2)]
+    scales = [q.new_empty((B, H, size), dtype=torch.float32) for size in (blocks * BLOCK, blocks)]
+    return codes[0], codes[1], scales[0], scales[1]
 
 
-ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"int8": int8, "int8-qk": int8_qk}
-"""[B, H, L, D] each -> [B, L, H*D], by the name of a form"""
+@opaque("norm_rope_eight_bits", lambda q, *rest: _empty_codes(q, q.shape[2]))
+def norm_rope_op(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> Codes:
+    pair, scales = (dense_rows(q), dense_rows(k)), (q_scale, k_scale)
+    return quantize_tokens(pair, pair, 0, Norm(scales, scales, pe), int8=True)  # type: ignore[return-value]
+
+
+def _joined(txt_q: Tensor, txt_k: Tensor, txt_v: Tensor, img_q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    B, H, L, D = img_q.shape
+    L += txt_q.shape[2]
+    codes = _empty_codes(img_q, L)
+    if not rest[-1]:
+        return *codes, *as_it_was(img_q.new_empty((B, H, L, D)))
+    return *codes, codes[0].new_empty((B, H, D, codes[0].shape[2]), dtype=E4M3), codes[2].new_empty((B, H, D))
+
+
+@opaque("norm_rope_join_eight_bits", _joined)
+def norm_rope_join_op(
+    txt_q: Tensor, txt_k: Tensor, txt_v: Tensor, img_q: Tensor, img_k: Tensor, img_v: Tensor,
+    txt_q_scale: Tensor, txt_k_scale: Tensor, img_q_scale: Tensor, img_k_scale: Tensor, pe: Tensor, values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    norm = Norm((txt_q_scale, txt_k_scale), (img_q_scale, img_k_scale), pe)
+    found = norm_quantize((txt_q, txt_k, txt_v), (img_q, img_k, img_v), norm, Form(True, values))
+    return found.q, found.k, found.q_scale, found.k_scale, found.v, found.v_scale
+
+
+def _of_codes(
+    q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, tokens: int,
+    dtype: torch.dtype, name: str,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], tokens, q.shape[1] * q.shape[3]), dtype=dtype)
+
+
+@opaque("attend_codes", _of_codes)
+def attend_codes_op(
+    q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, tokens: int,
+    dtype: torch.dtype, name: str,
+) -> Tensor:  # fmt: skip
+    """v: codes with their scale, or as it was, with an empty one; which `FORMS[name]` may want as codes."""
+    values = quantize_values(v, v, 0) if FORMS[name].values and not v_scale.numel() else (v, v_scale)
+    return attend_codes(eight_of((q, k, q_scale, k_scale), values), tokens, dtype, TILES[name])
+
+
+class Functions(NamedTuple):
+    """Those of `ops` around attention in int8."""
+
+    norm_rope: Callable[..., Any]
+    norm_rope_join: Callable[..., Any]
+    attend: Callable[..., Tensor]
+
+
+@cache
+def functions(name: str, dtype: torch.dtype) -> Functions:
+    """Of that form of `FORMS`, with queries and keys in int8; attention in that dtype.
+
+    norm_rope and norm_rope_join return `Coded` where no gradient is needed; attend takes that, and tensors.
+    """
+    values = FORMS[name].values
+
+    def norm_rope(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> tuple[Any, Any]:
+        if needs_grad(q, k, q_scale, k_scale):
+            return fused.norm_rope(q, k, q_scale, k_scale, pe)
+        codes = norm_rope_op(q, k, q_scale, k_scale, pe)
+        return Coded(codes[0], codes[2], q.shape[2]), Coded(codes[1], codes[3], q.shape[2])
+
+    def norm_rope_join(txt: Heads, img: Heads, txt_scales: Scales, img_scales: Scales, pe: Tensor) -> tuple[Any, ...]:
+        if needs_grad(*txt, *img, *txt_scales, *img_scales):
+            return fused.norm_rope_join(txt, img, txt_scales, img_scales, pe)
+        codes = norm_rope_join_op(*txt, *img, *txt_scales, *img_scales, pe, values)
+        tokens = txt[0].shape[2] + img[0].shape[2]
+        v = Coded(codes[4], codes[5], tokens)
+        return Coded(codes[0], codes[2], tokens), Coded(codes[1], codes[3], tokens), v
+
+    def attend(q: Any, k: Any, v: Any) -> Tensor:
+        if not isinstance(q, Coded):
+            return attend_op(q, k, v, name)
+        of_v = v if isinstance(v, Coded) else Coded(*as_it_was(v), q.tokens)
+        return attend_codes_op(q.codes, k.codes, q.scale, k.scale, of_v.codes, of_v.scale, q.tokens, dtype, name)
+
+    return Functions(norm_rope, norm_rope_join, attend)
