@@ -230,6 +230,9 @@ def kernels(rounds: int) -> None:
             add(f"norm_rope_join, {name}", partial(way.norm_rope_join, *given))
             add(f"norm_rope, {name}, 4096 tokens", partial(way.norm_rope, *single))
     for name, form in FORMS.items():
+        plain = tried("kernels", name, partial(eight_bits.attend, q, k, v, form))
+        if plain is not None:
+            say("kernels", f"{name}, plain functions", error_of_output=distance(plain, truth))
         add(f"{name}: quantizing", partial(flash.quantize, q, k, v, form))
         codes = tried("kernels", name, partial(flash.quantize, q, k, v, form))
         if codes is not None:

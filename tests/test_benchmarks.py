@@ -53,6 +53,14 @@ def test_the_cost_of_hooks():
     assert min(figures["seconds"].values()) > 0
 
 
+def test_errors_of_attention_in_eight_bits():
+    found = {(one["model"], one["what"]): one for one in lines_of("attention.py")}
+    alone = {what: one["error_of_velocity"] for (model, what), one in found.items() if model == "fp32"}
+    assert 0 < alone["int8-qk"] < alone["int8"] < alone["fp8"]
+    assert alone["q and k in e4m3, rotated, centred"] < alone["q and k in e4m3"] / 2
+    assert found["fp8", "int8"]["ratio"] > 0 and found["int8", "exact"]["error_of_velocity"] > 0
+
+
 def lines_of(name, *flags):
     command = [sys.executable, BENCHMARKS / name, "--tiny", "--device", "cpu", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
