@@ -56,7 +56,7 @@ def has_user_code(model: nn.Module) -> bool:
     def functions(part: nn.Module) -> Iterator[object]:
         yield from (type(part), type(part).forward, *filter(callable, vars(part).values()))
         if is_ours(type(part)):
-            yield from getattr(part, "ops", ())
+            yield from filter(callable, getattr(part, "ops", ()))
 
     return not all(is_untouched(part, type(part)) and all(map(is_ours, functions(part))) for part in model.modules())
 

@@ -17,6 +17,7 @@ from flux_core.linears.int8 import hadamard
 from flux_core.model import Flux, ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
+from flux_core.sampling.graph import has_user_code
 
 pytestmark = pytest.mark.usefixtures("e4m3_rounds_right")
 NAMES = pytest.mark.parametrize("name", FORMS)
@@ -218,3 +219,8 @@ def test_compiled_blocks_hold_either(installed, site):
     plain = block(*given, taps)
     compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")(*given, taps)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_them_is_recorded_as_a_graph(installed):
+    """Nothing in it counts as the user's code."""
+    assert not has_user_code(installed[1]) and not has_user_code(tiny_pipeline().model)
