@@ -49,7 +49,10 @@ class Takes:
     sizes: tuple[tuple[int, int], ...] = ()
     """widths and heights, of which a reference gets the one that is nearest in shape; none: it is fitted"""
     words: str = ""
-    """pictures as tokens behind the text's, which the model's adapter makes of what this vision model sees: a hub id"""
+    """pictures as tokens behind the text's, which the model's adapter makes of what this vision model sees: a hub id,
+    or the one that ships"""
+    layer: int | None = None
+    """the block of that model whose features these are; None: its last, normed"""
 
     def __bool__(self) -> bool:
         return self != Takes()
@@ -98,11 +101,12 @@ class Adapter:
     """A file that a variant adds to another one's transformer."""
 
     repo: str
-    """hub repository; empty: it ships, in a folder of the variant's name"""
+    """hub repository; empty: it ships, in a folder of the variant's name, or is `made_by` a command"""
     file: str
     variables: tuple[str, ...]
     """environment variables for the file; the first that is set is used"""
     scale: float = 1.0
+    made_by: str = ""
 
     def is_called(self, path: PurePath) -> bool:
         """Whether a file, or its folder where files have no names of their own, is called as this one is on the hub."""
@@ -326,6 +330,16 @@ REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetenso
 SIGLIP = "google/siglip-so400m-patch14-384"
 
 
+def _taught(kind: str, script: str, takes: Takes, guidance: float, variables: tuple[str, ...]) -> Variant:
+    """flux-mini with an adapter that does not ship; a command of the recipe makes it."""
+    name = f"flux-mini-{kind}"
+    command = f"python weights/recipe/{script} data work weights/flux-mini {kind}"
+    return replace(
+        _MINI, name=name, base="flux-mini", guidance=guidance, takes=takes,
+        adapter=Adapter("", f"{name}.safetensors", variables, made_by=command),
+    )  # fmt: skip
+
+
 def _control(kind: str, guidance: float) -> list[Variant]:
     """A model of edges or depth, and dev with the LoRA that makes it one."""
     title, variable = kind.title(), f"FLUX_DEV_{kind.upper()}"
@@ -397,6 +411,14 @@ VARIANTS: dict[str, Variant] = {
             takes=Takes(references=True),
             adapter=Adapter("", "flux-mini-kontext.safetensors", ("FLUX_LORA",)),
         ),
+        _taught(
+            "fill", "train_family.py", Takes(channels=("kept", "mask")), 2.0, ("FLUX_LORA", "FLUX_MINI_FILL_LORA")
+        ),
+        _taught(
+            "depth", "train_family.py", Takes(channels=("control",), map="depth"), 2.0,
+            ("FLUX_LORA", "FLUX_MINI_DEPTH_LORA"),
+        ),
+        _taught("redux", "train_beside.py", Takes(words="dinov2-mini", layer=3), 2.0, ("FLUX_MINI_REDUX",)),
         _DEV,
         replace(
             _DEV,

@@ -1,7 +1,8 @@
 """What a model learns to see besides the prompt, as models of the family do: a map of each picture, or references.
 
 A map is made of the picture as it is cut. Maps and references of one's own are named by lines of metadata.jsonl, as
-`"control": "maps/a.png"` or `"reference": ["before/a.png"]`; they are cut as the picture is.
+`"control": "maps/a.png"` or `"reference": ["before/a.png"]`; they are cut as the picture is. What is kept of a picture,
+and the mask, come from programs alone (`weights/recipe/train_family.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,8 @@ class Way(NamedTuple):
     """of a line of metadata.jsonl; empty: made of the picture itself"""
     condition: Callable[[Tensor], Condition]
     """of latents [B, N, 16, h, w]"""
-    widens: bool
-    """whether the model's input gets channels for it"""
+    widens: int = 0
+    """how many latents the model's input gets channels for"""
 
 
 maker = lru_cache(maxsize=1)(load_map)
@@ -42,7 +43,7 @@ maker = lru_cache(maxsize=1)(load_map)
 
 
 def _beside(latents: Tensor) -> Condition:
-    return beside(latents[:, 0])
+    return beside(latents.flatten(1, 2))
 
 
 def _behind(latents: Tensor) -> Condition:
@@ -50,10 +51,12 @@ def _behind(latents: Tensor) -> Condition:
 
 
 WAYS: Mapping[str, Way] = MappingProxyType(
-    {name: Way("", _beside, widens=True) for name in MAPS}
-    | {"control": Way("control", _beside, widens=True), "reference": Way("reference", _behind, widens=False)}
+    {name: Way("", _beside, widens=1) for name in MAPS}
+    | {"control": Way("control", _beside, widens=1), "reference": Way("reference", _behind)}
+    | {"fill": Way("", _beside, widens=5)}
 )
-"""by the values of `--takes`"""
+"""by the values of `--takes`; and FLUX.1 Fill's: the latent of what is kept, and an 8x8 patch of the mask for each
+pixel of it, as four more"""
 
 
 def seen_of(
@@ -73,8 +76,8 @@ def seen_of(
 
 def widen(model: Flux, takes: str) -> None:
     """Make the model's input wide enough for what it will see, with zeros: nothing that it draws changes."""
-    if WAYS[takes].widens:
-        width = model.in_channels + model.out_channels
+    if latents := WAYS[takes].widens:
+        width = model.in_channels + latents * model.out_channels
         model.img_in = widened(model.img_in, width)
         model.params, model.in_channels = replace(model.params, in_channels=width), width
 

@@ -1,4 +1,7 @@
-"""A picture as words for FLUX.1, which follow those of T5: SigLIP's tokens, brought to T5's width by two layers.
+"""A picture as words for FLUX.1, which follow those of T5: what a vision model sees, brought to T5's width by two
+layers.
+
+That model is SigLIP, and for flux-mini the one that ships, whose middle layer still knows colours.
 
 `prepare_redux` puts the words behind T5's, rounded to bf16. Source: black-forest-labs/flux
 `src/flux/modules/image_embedders.py`.
@@ -20,37 +23,56 @@ from ..checkpoint.tensors import opened
 from ..device.choice import pick_dtype
 from ..device.defaults import plain_defaults
 from ..errors import FileError
+from ..hub.places import SCORER, scorer_folder
 from ..variants import SIGLIP as OFFICIAL
 from ..variants import Variant
 from .networks import Network, load_network
 
 SIGLIP = Network("SigLIP", "SiglipVisionModel", ("siglip", "siglip_vision_model"), OFFICIAL)
+DINOV2 = Network("vision model", "Dinov2Model", ("dinov2",), SCORER)
 
 
 class Redux(nn.Module):
     """Maps a picture to words. The layers have the official names."""
 
-    def __init__(self, siglip: Any, processor: Any, hidden: int, width: int, dtype: torch.dtype) -> None:
-        """The layers are on `meta`. hidden: features between them; width: of a word."""
+    def __init__(
+        self, tower: Any, processor: Any, hidden: int, width: int, dtype: torch.dtype, layer: int | None = None
+    ) -> None:
+        """The layers are on `meta`. tower: what sees; hidden: features between the layers; width: of a word.
+
+        layer: as in `variants.Takes`.
+        """
         super().__init__()
-        self.siglip, self.processor = siglip, processor
-        self.redux_up = nn.Linear(siglip.config.hidden_size, hidden, device="meta", dtype=dtype)
+        self.tower, self.processor, self.layer = tower, processor, layer
+        self.redux_up = nn.Linear(tower.config.hidden_size, hidden, device="meta", dtype=dtype)
         self.redux_down = nn.Linear(hidden, width, device="meta", dtype=dtype)
 
     @property
     def count(self) -> int:
-        """Words of a picture: SigLIP's patches."""
-        return (self.siglip.config.image_size // self.siglip.config.patch_size) ** 2
+        """Words of a picture: the patches that are seen."""
+        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
 
     @torch.no_grad()
     @plain_defaults()
     def forward(self, picture: Image.Image) -> Tensor:
-        """Words [1, T, D] of an RGB picture, which is squeezed into SigLIP's square: 729 of the official one's."""
+        """Words [1, T, D] of an RGB picture: 729 of the official one's.
+
+        SigLIP sees all of it, squeezed into a square, DINOv2 the square in its middle.
+        """
         like = self.redux_up.weight
         inputs = self.processor(images=picture, do_resize=True, do_convert_rgb=True, return_tensors="pt")
         pixels = inputs["pixel_values"].to(like.device, like.dtype)
-        tokens = self.siglip(pixel_values=pixels).last_hidden_state
-        return self.redux_down(F.silu(self.redux_up(tokens)))
+        return self.said(self.seen(pixels))
+
+    def seen(self, pixels: Tensor) -> Tensor:
+        """Features [B, T, D] of the patches of pixels [B, 3, H, W], as large as the vision model takes them."""
+        found = self.tower(pixel_values=pixels, output_hidden_states=self.layer is not None)
+        tokens = found.last_hidden_state if self.layer is None else found.hidden_states[self.layer]
+        return tokens[:, -self.count :]  # DINOv2's class comes first
+
+    def said(self, features: Tensor) -> Tensor:
+        """Words of features."""
+        return self.redux_down(F.silu(self.redux_up(features)))
 
     def words(self, pictures: Sequence[tuple[Image.Image, float]]) -> Tensor:
         """Words [1, N T, D] of several pictures, one after another, each picture's times its weight.
@@ -63,23 +85,25 @@ class Redux(nn.Module):
 def load_redux(
     variant: Variant,
     path: str | Path,
-    siglip: str = OFFICIAL,
+    tower: str = OFFICIAL,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Redux:
-    """The encoder for that model, frozen. path: an adapter's file or folder; siglip: a folder or hub id.
+    """The encoder for that model, frozen. path: an adapter's file or folder.
 
-    dtype: by default bf16 on CUDA, else fp32. FileError for an adapter that is none, or fits neither the model nor that
-    SigLIP; other errors as in `load_network`.
+    tower: SigLIP's folder or hub id, or `dinov2-mini`. dtype: by default bf16 on CUDA, else fp32. FileError for an
+    adapter that is none, or fits neither the model nor what sees; other errors as in `load_network`.
     """
     device = torch.device(device)
     dtype = dtype or pick_dtype(None, device)
     contents = check_redux(Path(path), variant)
-    model, processor = load_network(SIGLIP, siglip, device, dtype)
+    network, folder = (DINOV2, scorer_folder(tower)) if tower == SCORER else (SIGLIP, None)
+    model, processor = load_network(network, tower, device, dtype, folder)
     (hidden, features), found = contents.shapes[UP], model.config.hidden_size
     if features != found:
-        raise FileError(f"{path} takes {features} features of SigLIP, and {siglip} has {found}. Next: take {OFFICIAL}.")
-    redux = Redux(model, processor, hidden, variant.params.context_in_dim, dtype)
+        kind = network.what
+        raise FileError(f"{path} takes {features} features of {kind}, and {tower} has {found}. Next: take {OFFICIAL}.")
+    redux = Redux(model, processor, hidden, variant.params.context_in_dim, dtype, variant.takes.layer)
     redux.load_state_dict(_read(contents, device, dtype), strict=False, assign=True)
     return redux.eval().requires_grad_(False)
 

@@ -1,14 +1,13 @@
-"""Stage 6: LoRAs by which flux-mini sees a picture: edges to follow (canny), or a picture to change (kontext).
+"""Stage 6: LoRAs by which flux-mini sees a picture: edges or depth to follow, one to paint in, or one to change.
 
-    python weights/recipe/train_family.py ROOT WORK weights/flux-mini canny
-    python weights/recipe/train_family.py ROOT WORK weights/flux-mini kontext
+    python weights/recipe/train_family.py ROOT WORK weights/flux-mini canny  # or depth, fill, kontext
 
-Writes `WORK/flux-mini-KIND/pytorch_lora_weights.safetensors`. Both are trained by the project's own loop
-(`flux_core/training`), which makes a `Condition` of what is seen: edges as 64 more channels beside the noisy picture,
-with an input that is widened by zeros (FLUX.1 Canny), or the picture before as tokens behind it at an index of its own
-(FLUX.1 Kontext). Scenes, captions, edits and edges are made and encoded here, on the device. A run that was stopped
-goes on. What ships was trained for 3,916 steps of 96 (canny, rank 7) and 4,727 of 64 (kontext, rank 9), both on one
-H200 at once, in 6.6 minutes.
+Writes `WORK/flux-mini-KIND/pytorch_lora_weights.safetensors`. All are trained by the project's own loop
+(`flux_core/training`), which makes a `Condition` of what is seen: a map as 64 more channels beside the noisy picture,
+with an input that is widened by zeros (FLUX.1 Canny and Depth), what is kept of a picture and the mask as 320 (FLUX.1
+Fill), or the picture before as tokens behind it at an index of its own (FLUX.1 Kontext). Scenes, captions, edits, maps
+and masks are made and encoded here, on the device. A run that was stopped goes on. What ships was trained for 3,916
+steps of 96 (canny, rank 7) and 4,727 of 64 (kontext, rank 9), both on one H200 at once, in 6.6 minutes.
 """
 
 import argparse
@@ -16,12 +15,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from depths import depth
 from edges import canny
 from edits import sample_edits
+from einops import rearrange
 from encode import CLIP_LENGTH, tokenize_all
 from heldout import load_heldout
-from render import all_rgba, make_atlas, render
+from masks import sample_masks
+from render import Atlas, all_rgba, make_atlas, render
 from safetensors.torch import load_file
 from scenes import Pools, SceneBatch, sample_scenes
 from sprites import load_sprites
@@ -31,11 +34,11 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from flux_core.model import AutoEncoder, Flux
 from flux_core.training import PRESETS, Example, Progress, Recipe, adapt, train
-from flux_core.training.seen import widen
+from flux_core.training.seen import WAYS, widen
 from flux_core.variants import VARIANTS
 
 VARIANT, SIZE = VARIANTS["flux-mini"], 256
-TAKES = {"canny": "canny", "kontext": "reference"}
+TAKES = {"canny": "canny", "depth": "depth", "fill": "fill", "kontext": "reference"}
 TARGETS = (*PRESETS["blocks"], "norm_out.linear", "proj_out")
 
 
@@ -75,6 +78,7 @@ class Pool:
 
     latents: Tensor
     seen: Tensor
+    """[N, …], what is seen beside each"""
     txt: Tensor
     vec: Tensor
     name: str = "scenes"
@@ -88,34 +92,48 @@ class Pool:
         i = 0 if generator is None else int(torch.randint(len(self.latents), (1,), generator=generator))
         per = len(self.txt) // len(self.latents)
         j = i * per + (0 if generator is None else int(torch.randint(per, (1,), generator=generator)))
-        return Example(self.name, self.latents[i].float(), self.txt[j], self.vec[j], self.seen[i, None].float())
+        return Example(self.name, self.latents[i].float(), self.txt[j], self.vec[j], self.seen[i].float())
 
 
-def pictures(scenes: SceneBatch, atlas, part: slice) -> Tensor:
-    return render(scenes[part], atlas, SIZE).clamp(-1, 1)
+def pictures(scenes: SceneBatch, atlas: Atlas) -> Tensor:
+    return render(scenes, atlas, SIZE).clamp(-1, 1)
+
+
+def map_of(kind: str, image: Tensor, scenes: SceneBatch, atlas: Atlas) -> Tensor:
+    """A map [B, 3, H, W] from -1 to 1 of scenes, whose pictures are `image`."""
+    if kind == "canny":
+        found = canny(((image + 1) * 127.5).round().to(torch.uint8)).float()
+    else:
+        found = depth(scenes, atlas, SIZE)
+    return (2 * found - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def filled(image: Tensor, mask: Tensor, encoder: Encoder) -> Tensor:
+    """What Fill sees of pictures, as latents [B, 5, 16, h, w]: what is kept, and 8x8 pixels of the mask for each."""
+    patches = rearrange(mask, "b 1 (h ph) (w pw) -> b (ph pw) h w", ph=8, pw=8)
+    return torch.cat([encoder.latents(image * (1 - mask)).unsqueeze(1), patches.unflatten(1, (4, 16)).bfloat16()], 1)
 
 
 def pool_of(kind: str, count: int, root: Path, encoder: Encoder, seed: int) -> Pool:
-    """Scenes with their edges, or pairs of scenes, encoded."""
+    """Scenes with what is seen of them, or pairs of scenes, encoded."""
     sprites = load_sprites(root)
-    atlas = make_atlas(all_rgba(sprites), encoder.device)
-    if kind == "canny":
-        scenes, wordings = sample_scenes(count, seed, sprites, k=2, workers=os.cpu_count() or 1)
-        texts = [text for both in wordings for text in both]
-        before = None
-    else:
+    atlas, rng = make_atlas(all_rgba(sprites), encoder.device), np.random.default_rng(seed)
+    if kind == "kontext":
         pools = Pools(sprites.without_pixels(), load_heldout(sprites.without_pixels()))
         before, scenes, texts, _ = sample_edits(count, seed, pools)
+    else:
+        scenes, wordings = sample_scenes(count, seed, sprites, k=2, workers=os.cpu_count() or 1)
+        texts = [text for both in wordings for text in both]
     latents, seen = [], []
     for i in range(0, count, 256):
-        image = pictures(scenes, atlas, slice(i, i + 256))
+        some = scenes[i : i + 256]
+        image = pictures(some, atlas)
         latents.append(encoder.latents(image))
-        if before is None:
-            edges = canny(((image + 1) * 127.5).round().to(torch.uint8))
-            beside = (2 * edges.float() - 1)[:, None].expand(-1, 3, -1, -1)
+        if kind == "fill":
+            seen.append(filled(image, sample_masks(some, SIZE, rng).to(image), encoder))
         else:
-            beside = pictures(before, atlas, slice(i, i + 256))
-        seen.append(encoder.latents(beside))
+            one = pictures(before[i : i + 256], atlas) if kind == "kontext" else map_of(kind, image, some, atlas)
+            seen.append(encoder.latents(one).unsqueeze(1))
     pool = Pool(torch.cat(latents), torch.cat(seen), *encoder.texts(texts))
     say(f"drew and encoded {count} scenes and {len(texts)} texts")
     return pool
@@ -143,7 +161,7 @@ def main() -> None:
     model.load_state_dict(load_file(args.folder / VARIANT.flow_file))
     model.to(args.device, torch.bfloat16 if cuda else torch.float32)
     widen(model, takes)
-    targets = (*TARGETS, "x_embedder") if args.kind == "canny" else TARGETS
+    targets = (*TARGETS, "x_embedder") if WAYS[takes].widens else TARGETS
     adapter = adapt(model, targets, args.rank, args.rank, torch.Generator().manual_seed(1))
     if cuda:
         for block in (*model.double_blocks, *model.single_blocks):
