@@ -59,8 +59,22 @@ STAGES = (
         f"../../cli.py lora convert WORK/flux-mini-canny/{FAST} WORK/flux-mini-canny.safetensors --to official",
     ),
     Stage("instructions", "train_family.py ROOT WORK MINI kontext --rank 9", scaled={"steps": 4700, "scenes": 24_000}),
+    Stage("depth", "train_family.py ROOT WORK MINI depth", scaled={"steps": 3000, "scenes": 16_000}),
+    Stage(
+        "depth by official names",
+        f"../../cli.py lora convert WORK/flux-mini-depth/{FAST} WORK/flux-mini-depth.safetensors --to official",
+    ),
+    Stage("what is kept", "train_family.py ROOT WORK MINI fill", scaled={"steps": 3000, "scenes": 16_000}),
+    Stage(
+        "what is kept by official names",
+        f"../../cli.py lora convert WORK/flux-mini-fill/{FAST} WORK/flux-mini-fill.safetensors --to official",
+    ),
+    Stage("a ControlNet", "train_beside.py ROOT WORK MINI controlnet --steps 1000000", 4, {"scenes": 16_000}),
     Stage("scorer", "train_scorer.py ROOT WORK", 12, {"scenes": 200_000}),
     Stage("features of sprites", "sprite_features.py ROOT WORK/dinov2-mini"),
+    Stage(
+        "Redux", "train_beside.py ROOT WORK MINI redux --steps 1000000 --tower WORK/dinov2-mini", 4, {"scenes": 16_000}
+    ),
     Stage(
         "the Noto example",
         "../../cli.py train --example noto --model MINI/flux-mini.safetensors --ae MINI/ae.safetensors "

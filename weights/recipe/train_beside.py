@@ -73,11 +73,18 @@ class Edges:
 class Seen:
     """Redux's layers, of the official shape: three times as many features between them as a word has."""
 
-    def __init__(self, flux: Flux) -> None:
+    def __init__(self, flux: Flux, tower: Path | None = None) -> None:
+        """tower: the folder of what sees; by default what ships."""
         device, width = flux.img_in.weight.device, flux.params.context_in_dim
         takes = VARIANTS["flux-mini-redux"].takes
-        tower, processor = load_network(DINOV2, takes.words, device, torch.float32, scorer_folder(takes.words))
-        self.redux = Redux(tower, processor, 3 * width, width, torch.float32, takes.layer)
+        folder = tower or scorer_folder(takes.words)
+        self.redux = Redux(
+            *load_network(DINOV2, takes.words, device, torch.float32, folder),
+            3 * width,
+            width,
+            torch.float32,
+            takes.layer,
+        )
         self.net = nn.ModuleDict({name: getattr(self.redux, name) for name in ("redux_up", "redux_down")})
         for layer in self.net.values():
             layer.to_empty(device=device).reset_parameters()
@@ -111,9 +118,6 @@ class Seen:
     def velocity(self, flux: Flux, inputs: FlowInputs, seen: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         inputs = Words(self.redux.said(seen.flatten(1, 2))).apply(inputs, (SIZE, SIZE))
         return flux(x, inputs.img_ids, inputs.txt, inputs.txt_ids, sigma, inputs.vec, inputs.guidance)
-
-
-KINDS = {"controlnet": Edges, "redux": Seen}
 
 
 def alone(scenes: SceneBatch, layer: int, rng: np.random.Generator) -> SceneBatch:
@@ -158,14 +162,15 @@ def compiled(*nets: nn.Module) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = stage_arguments(__doc__, steps=4000, minutes=5, batch=64, lr=1e-3, data=True)
     parser.add_argument("folder", type=Path, help="the model that ships")
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=("controlnet", "redux"))
+    parser.add_argument("--tower", type=Path, help="folder of what Redux sees by; by default the one that ships")
     parser.add_argument("--scenes", type=int, default=20_000)
     args = parser.parse_args(words)
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     flux = flux_on(args.folder, args.device)
-    kind = KINDS[args.kind](flux)
+    kind = Seen(flux, args.tower) if args.kind == "redux" else Edges(flux)
     pools = kind.pools(args.scenes, args.root, Encoder(args.folder, args.device))
     trainer = Trainer(kind.net, args.lr, args.steps, args.minutes, warmup=200, decay_from=0.5)
     state = args.work / f"{args.kind}.state.safetensors"
