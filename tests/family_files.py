@@ -34,11 +34,11 @@ def small_model(folder: Path, name: str, dtype=torch.float32, **changes) -> tupl
     return row, {flag: folder / part for flag, part in parts.items()}
 
 
-def control_lora(path: Path, params: FluxParams, rank: int = 3, seed: int = 5) -> Path:
-    """In the official layout: every Linear with a bias, norms, and `img_in` of 128 channels."""
+def control_lora(path: Path, params: FluxParams, rank: int = 3, seed: int = 5, channels: int = 128) -> Path:
+    """In the official layout: every Linear with a bias, norms, and `img_in` of so many channels."""
     draw, found = torch.Generator().manual_seed(seed), {}
     with torch.device("meta"):
-        wide = Flux(replace(params, in_channels=128))
+        wide = Flux(replace(params, in_channels=channels))
     for name, x in wide.state_dict().items():
         if name.endswith("norm.scale"):
             found[name] = 1 + 0.3 * torch.randn(x.shape, generator=draw)

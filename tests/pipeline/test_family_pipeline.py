@@ -83,10 +83,10 @@ PICTURES = {
 # Tiny models ------------------------------------------------------------------------------------------
 
 
-def official_control_model(base: Flux, lora: dict[str, torch.Tensor], scale: float) -> Flux:
+def official_control_model(base: Flux, lora: dict[str, torch.Tensor], scale: float, channels: int = 128) -> Flux:
     """The official rule, in the weights: y = W x + scale (B A x + b); zeros for the map in `img_in`; other norms."""
     state = {name: x.clone() for name, x in base.state_dict().items()}
-    state["img_in.weight"] = F.pad(state["img_in.weight"], (0, 64))
+    state["img_in.weight"] = F.pad(state["img_in.weight"], (0, channels - base.in_channels))
     for name, x in lora.items():
         stem, end = name.rpartition(".lora_")[::2] if ".lora_" in name else (name, "")
         if end == "A.weight":
@@ -95,7 +95,7 @@ def official_control_model(base: Flux, lora: dict[str, torch.Tensor], scale: flo
             state[f"{stem}.bias"] += scale * x
         elif not end:
             state[name] = x
-    model = Flux(replace(base.params, in_channels=128))
+    model = Flux(replace(base.params, in_channels=channels))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -121,7 +121,7 @@ def pipeline_of(monkeypatch, tmp_path, siglip):
     monkeypatch.setattr(family, "PREFERED_KONTEXT_RESOLUTIONS", [*SIZES])
 
     def made(way: str, **settings):
-        pipeline = tiny_pipeline(f"flux-dev-{way}", **settings)
+        pipeline = tiny_pipeline("flux-mini-fill" if way == "fill-lora" else f"flux-dev-{way}", **settings)
         if way == "canny-lora":
             pipeline.loras.become(control_lora(tmp_path / "control.safetensors", pipeline.model.params), 0.85)
         if way == "redux":
@@ -443,6 +443,26 @@ def test_a_control_lora_counts_as_a_lora_beside_the_layers_and_two_are_one_too_m
     assert pipeline.loras.branched(()) and not pipeline_of("canny").loras.branched(())
     with pytest.raises(FileError, match="is a control LoRA"):
         pipeline.load_lora(tmp_path / "control.safetensors")
+
+
+def test_a_lora_makes_a_model_that_fills_and_one_of_maps_does_not(pipeline_of, tmp_path):
+    pipeline = pipeline_of("fill-lora")
+    lora = control_lora(tmp_path / "fill.safetensors", pipeline.model.params, channels=384)
+    model = official_control_model(pipeline.model, load_file(lora), 0.85, channels=384)
+    pipeline.loras.become(lora, 0.85)
+    x, _ = drawn(pipeline, "fill")
+    assert torch.allclose(x, officially(pipeline, "fill", model), atol=2e-5, rtol=0)
+    other = pipeline_of("fill-lora")
+    other.loras.become(control_lora(tmp_path / "map.safetensors", other.model.params), 0.85)
+    with pytest.raises(FileError, match=r"gives its transformer 320 features .* and this one takes 64"):
+        drawn(other, "fill")
+
+
+@pytest.mark.parametrize(("kind", "script"), [("fill", "family"), ("depth", "family"), ("redux", "beside")])
+def test_what_does_not_ship_is_made_by_a_command_and_found_by_a_variable(kind, script):
+    made = rf"train_{script}\.py data work weights/flux-mini {kind}` .*point FLUX_MINI_{kind.upper()}"
+    with pytest.raises(FileError, match=made):
+        load_pipeline(f"flux-mini-{kind}", "cpu")
 
 
 # Any model repaints -----------------------------------------------------------------------------------------

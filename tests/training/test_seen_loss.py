@@ -18,7 +18,7 @@ def seen_examples(count):
     return [one._replace(seen=torch.randn(count, 16, 4, 6, generator=draw)) for one in examples(2)]
 
 
-@pytest.mark.parametrize(("takes", "count"), [("canny", 1), ("reference", 1), ("reference", 2)])
+@pytest.mark.parametrize(("takes", "count"), [("canny", 1), ("fill", 5), ("reference", 1), ("reference", 2)])
 def test_the_loss_is_that_of_the_velocity_that_draws(takes, count):
     adapter, batch = small_adapter(), seen_examples(count)
     widen(adapter.model, takes)
@@ -28,8 +28,8 @@ def test_the_loss_is_that_of_the_velocity_that_draws(takes, count):
     recipe = replace(RECIPE, takes=takes)
     found = each_loss(adapter, batch, recipe, noise, sigma)
     seen = torch.stack([one.seen for one in batch]).bfloat16()
-    if takes == "canny":
-        given = {"img_cond": pack(seen[:, 0]).float()}
+    if takes != "reference":
+        given = {"img_cond": torch.cat([pack(one) for one in seen.unbind(1)], dim=-1).float()}
     else:
         parts = [reference_tokens(seen[:, i], "cpu") for i in range(count)]
         for i, part in enumerate(parts):

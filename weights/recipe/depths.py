@@ -22,7 +22,10 @@ def depth(scenes: SceneBatch, atlas: Atlas, size: int) -> Tensor:
     device = atlas.mean_luma.device
     found = torch.zeros(len(scenes), 1, size, size, device=device)
     for layer in range(scenes.sprite.shape[1]):
-        rows = torch.from_numpy(np.flatnonzero(scenes.sprite[:, layer] >= 0)).to(device)
+        there = np.flatnonzero(scenes.sprite[:, layer] >= 0)
+        if not len(there):
+            continue
+        rows = torch.from_numpy(there).to(device)
         sprite, xy, scale = (
             torch.from_numpy(x[:, layer]).to(device)[rows] for x in (scenes.sprite, scenes.xy, scenes.size)
         )
