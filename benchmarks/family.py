@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import quality as q
 from captions import Thing
 from depths import depth
+from edges import canny as without_opencv
 from edits import KINDS, sample_edit
 from heldout import load_heldout
 from palette import BACKGROUNDS, COLOURS
@@ -73,7 +74,18 @@ WEIGHTS = (1.0, 1.0), (1.0, 0.5), (0.5, 1.0)
 
 def edges_of(image: Image.Image) -> Tensor:
     """The Canny map of a picture, widened. [H, W]"""
-    lines = torch.from_numpy(np.asarray(canny(image).convert("L")) > 0)
+    return widened(canny(image))
+
+
+def lines_of(image: Image.Image) -> Image.Image:
+    """A Canny map on a machine without OpenCV."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return Image.fromarray(255 * without_opencv(pixels)[0].byte().numpy()).convert("RGB")
+
+
+def widened(map: Image.Image) -> Tensor:
+    """The lines of a map, [H, W]."""
+    lines = torch.from_numpy(np.asarray(map.convert("L")) > 0)
     return F.max_pool2d(lines[None, None].float(), 2 * WIDE + 1, 1, WIDE)[0, 0] > 0
 
 
@@ -199,11 +211,11 @@ class Study:
         scenes, captions = sample_scenes(each, UNSEEN, self.sprites, k=1)
         pipeline, found = load_pipeline("flux-mini"), {f"{scale:g}": [] for scale in SCALES}
         for seed, picture in enumerate(tqdm(to_images(render(scenes, self.atlas, 256)), "controlnet")):
-            self.show("controlnet", ("its map", canny(picture)))
+            map = lines_of(picture)
+            self.show("controlnet", ("its map", map))
             for scale in SCALES:
-                nets = [(self.net, ("canny", picture), scale)]
-                image = pipeline.generate(captions[seed][0], seed=seed, controlnet=nets, **self.given)[0]
-                found[f"{scale:g}"].append(overlap(edges_of(picture), edges_of(image)))
+                image = pipeline.generate(captions[seed][0], seed, controlnet=[(self.net, map, scale)], **self.given)[0]
+                found[f"{scale:g}"].append(overlap(widened(map), widened(lines_of(image))))
                 self.show("controlnet", (f"{found[f'{scale:g}'][-1]:.2f} at {scale:g}: {captions[seed][0]}", image))
         return means(found)
 

@@ -59,12 +59,18 @@ STAGES = (
         f"../../cli.py lora convert WORK/flux-mini-canny/{FAST} WORK/flux-mini-canny.safetensors --to official",
     ),
     Stage("instructions", "train_family.py ROOT WORK MINI kontext --rank 9", scaled={"steps": 4700, "scenes": 24_000}),
-    Stage("depth", "train_family.py ROOT WORK MINI depth", scaled={"steps": 3000, "scenes": 16_000}),
+    Stage(
+        "depth", "train_family.py ROOT WORK MINI depth --rank 32 --lr 1e-3", scaled={"steps": 2400, "scenes": 16_000}
+    ),
     Stage(
         "depth by official names",
         f"../../cli.py lora convert WORK/flux-mini-depth/{FAST} WORK/flux-mini-depth.safetensors --to official",
     ),
-    Stage("what is kept", "train_family.py ROOT WORK MINI fill", scaled={"steps": 3000, "scenes": 16_000}),
+    Stage(
+        "what is kept",
+        "train_family.py ROOT WORK MINI fill --rank 32 --lr 1e-3",
+        scaled={"steps": 2400, "scenes": 16_000},
+    ),
     Stage(
         "what is kept by official names",
         f"../../cli.py lora convert WORK/flux-mini-fill/{FAST} WORK/flux-mini-fill.safetensors --to official",

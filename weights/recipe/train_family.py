@@ -12,6 +12,7 @@ steps of 96 (canny, rank 7) and 4,727 of 64 (kontext, rank 9), both on one H200 
 
 import argparse
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the model that ships")
     parser.add_argument("kind", choices=TAKES)
     parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--minutes", type=float, default=1e9, help="of training, after which it ends where it is")
     parser.add_argument("--scenes", type=int, default=20_000)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
@@ -171,11 +173,13 @@ def main() -> None:
         ema=0.995, timesteps="flux_shift", on_table=False, guidance=args.guidance, seed=1, takes=takes,
     )  # fmt: skip
     losses: list[float] = []
+    began = time.monotonic()
 
-    def told(done: Progress) -> None:
+    def told(done: Progress) -> bool:
         losses.append(done.loss)
         if done.step % 200 == 0:
             say(f"step {done.step} loss {sum(losses[-200:]) / len(losses[-200:]):.4f} rate {done.rate:.1e}")
+        return time.monotonic() - began > 60 * args.minutes
 
     train(adapter, [pool] * args.batch, recipe, folder / "checkpoints", every=500, on_step=told)
     with adapter.averaged():
