@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -291,8 +291,9 @@ class Study:
             ):  # fmt: skip
                 for what, value in zip(("at", "beside"), seam(rgb_of(image), edges, sides), strict=True):
                     found.setdefault(f"{part}_{what}", []).append(value)
-            self.show(name, (first, picture), ("", ImageChops.lighter(picture, mask.convert("RGB"))), (second, drawn))
-            self.show(f"{name}, extended", (first, wide))
+            hidden = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
+            self.show(name, (first, picture), ("what is kept", hidden), (second, drawn))
+            self.show(f"{name}-extended", (first, wide))
         return {key: round(statistics.median(values), 2) for key, values in found.items()} | {"named": q.rate(named)}
 
 

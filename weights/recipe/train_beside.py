@@ -54,7 +54,8 @@ class Edges:
         self.net = ControlNet(ControlNetParams(**{**vars(flux.params), **own, "blocks": blocks}))
         there, shared = self.net.state_dict(), flux.state_dict()
         self.net.load_state_dict({name: shared[name] for name in there if name in shared}, strict=False)
-        for layer in (self.net.pos_embed_input, *self.net.controlnet_blocks, *self.net.controlnet_single_blocks):
+        self.net.pos_embed_input.load_state_dict(flux.img_in.state_dict())  # a map's latent is a picture's
+        for layer in (*self.net.controlnet_blocks, *self.net.controlnet_single_blocks):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.net.to(flux.img_in.weight.device)
