@@ -59,6 +59,8 @@ class Edges:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.net.to(flux.img_in.weight.device)
+        # they read blocks' outputs, whose deviation is 6 to 30: at AdamW's full rate a step would move the picture far
+        self.rates = {name: 0.1 for name, _ in self.net.named_parameters() if name.startswith("controlnet_")}
 
     def pools(self, count: int, root: Path, encoder: Encoder) -> list[Pool]:
         return [pool_of("canny", count, root, encoder, seed=4)]
@@ -76,6 +78,7 @@ class Seen:
 
     def __init__(self, flux: Flux, tower: Path | None = None) -> None:
         """tower: the folder of what sees; by default what ships."""
+        self.rates: dict[str, float] = {}
         device, width = flux.img_in.weight.device, flux.params.context_in_dim
         takes = VARIANTS["flux-mini-redux"].takes
         folder = tower or scorer_folder(takes.words)
@@ -173,7 +176,7 @@ def main(words: Sequence[str] | None = None) -> None:
     flux = flux_on(args.folder, args.device)
     kind = Seen(flux, args.tower) if args.kind == "redux" else Edges(flux)
     pools = kind.pools(args.scenes, args.root, Encoder(args.folder, args.device))
-    trainer = Trainer(kind.net, args.lr, args.steps, args.minutes, warmup=200, decay_from=0.5)
+    trainer = Trainer(kind.net, args.lr, args.steps, args.minutes, warmup=200, decay_from=0.5, rates=kind.rates)
     state = args.work / f"{args.kind}.state.safetensors"
     trainer.resume(state)
     if args.device == "cuda":
