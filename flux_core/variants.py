@@ -411,11 +411,12 @@ VARIANTS: dict[str, Variant] = {
             takes=Takes(references=True),
             adapter=Adapter("", "flux-mini-kontext.safetensors", ("FLUX_LORA",)),
         ),
+        _taught("fill", "train_family.py", Takes(channels=("kept", "mask")), 2.0, ("FLUX_LORA", "FLUX_MINI_FILL_LORA")),
         _taught(
-            "fill", "train_family.py", Takes(channels=("kept", "mask")), 2.0, ("FLUX_LORA", "FLUX_MINI_FILL_LORA")
-        ),
-        _taught(
-            "depth", "train_family.py", Takes(channels=("control",), map="depth"), 2.0,
+            "depth",
+            "train_family.py",
+            Takes(channels=("control",), map="depth"),
+            2.0,
             ("FLUX_LORA", "FLUX_MINI_DEPTH_LORA"),
         ),
         _taught("redux", "train_beside.py", Takes(words="dinov2-mini", layer=3), 2.0, ("FLUX_MINI_REDUX",)),
