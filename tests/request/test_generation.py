@@ -29,7 +29,7 @@ def test_none_is_the_same_as_left_out():
 
 def test_the_table_and_the_request_have_the_same_fields():
     computed = DRAWN_BY
-    by_its_own_flags = {"plan"}
+    by_its_own_flags = {"plan", "batch"}
     assert {field.name for field in REQUEST} == set(GenerationRequest.model_fields) - computed - by_its_own_flags
 
 
