@@ -202,6 +202,20 @@ IMPORTANCE = (
     replace(OUTPUT_DIR, help="the study's folder (default: output/importance-NAME)", default=None),
     *MACHINE,
 )
+CACHE_SEARCH = (
+    Field("forwards", int, "how many of the steps may run", minimum=2, maximum=9999),
+    NAME,
+    *FILES,
+    Field("prompts", str, "JSON, a list of prompt and seed (default: 64 that are included)", metavar="FILE", path=True),
+    Field("limit", int, "search on the first N prompts", minimum=1, maximum=100_000, default=8),
+    Field("held_out", int, "judge on the N prompts behind those", minimum=1, maximum=100_000, default=16),
+    Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
+    Field("tries", int, "candidates that are drawn", minimum=1, maximum=100_000, default=60),
+    *of_request("num_steps", "width", "height", "guidance", "dtype", "t5_dtype", "force"),
+    Field("output", str, "new file for --cache (default: output/cache-NAME-NofSTEPS-WxH.json)", metavar="FILE",
+          path=True),
+    *MACHINE,
+)  # fmt: skip
 GGUF_DTYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 """types of blocks that `save --format gguf` writes"""
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
@@ -447,11 +461,17 @@ COMMANDS = {
         (Field("loras", str, "one LoRA, or several", metavar="FILE", path=True, multiple=True),),
     ),
     "lora extract": Command("write the difference of two models as a LoRA", "lora:print_extracted", LORA_EXTRACT),
+    "cache search": Command(
+        "search which steps run when others are left out, for --cache", "cache:print_found", CACHE_SEARCH
+    ),
     "doctor": Command(
         "print what this machine has, and what would fit; with --memory how a model would lie in it",
         "doctor:print_report",
         DOCTOR,
     ),
 }
-GROUPS = {"lora": "LoRA files: what they hold, other dialects, merged into a model, extracted from one"}
+GROUPS = {
+    "lora": "LoRA files: what they hold, other dialects, merged into a model, extracted from one",
+    "cache": "steps that are left out: which ones",
+}
 """the first words of commands of two words, with their help"""

@@ -25,6 +25,7 @@ from .python import Python
 from .seam import At, traceable
 from .share_kv import ShareKV
 from .skip import Skip
+from .step_cache import StepCache
 from .store import Captured, load_capture
 from .velocity import Sampler, Sampling, Wrap
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Add", "At", "AttentionMaps", "AttentionMask", "Capture", "Captured", "Custom", "FirstBlockCache", "HookRun",
-    "Intervention", "Lora", "Plan", "Python", "Replace", "Sampler", "Sampling", "Scale", "ShareKV", "Skip", "Wrap",
-    "check_plan", "load_capture", "parse_plan", "read_plan", "run_with_cache", "traceable",
+    "Intervention", "Lora", "Plan", "Python", "Replace", "Sampler", "Sampling", "Scale", "ShareKV", "Skip", "StepCache",
+    "Wrap", "check_plan", "load_capture", "parse_plan", "read_plan", "run_with_cache", "traceable",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ An intervention is an entry of a plan; `place` turns it, for one model, into fun
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -84,6 +84,10 @@ class Intervention(BaseModel):
     def label(self) -> str:
         """Its description in metadata, if it is not portable."""
         return self.kind
+
+    def for_request(self, name: str, num_steps: int) -> Self:
+        """The entry as a request of that model and number of steps records it. UsageError if it is for another."""
+        return self
 
     def place(self, params: FluxParams, branches: tuple[str, ...]) -> list[Placed]:
         """Its functions, with fresh state. UsageError for a name that the model does not have."""

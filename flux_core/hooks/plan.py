@@ -30,16 +30,17 @@ from .seam import Around, Placed, Read, Write
 from .share_kv import ShareKV
 from .sites import is_inside, split
 from .skip import Skip
+from .step_cache import StepCache
 from .velocity import Sampler, Wrap
 
 _KINDS = (
     Skip, Capture, AttentionMaps, AttentionMask, ShareKV, Scale, Add, Replace, FirstBlockCache, Lora,
-    Custom, Wrap, Sampler, Python,
+    Custom, Wrap, Sampler, Python, StepCache,
 )  # fmt: skip
 KINDS: dict[str, type[Intervention]] = {kind.model_fields["kind"].default: kind for kind in _KINDS}
 AnyIntervention = Annotated[
     Skip | Capture | AttentionMaps | AttentionMask | ShareKV | Scale | Add | Replace | FirstBlockCache | Lora
-    | Custom | Wrap | Sampler | Python,
+    | Custom | Wrap | Sampler | Python | StepCache,
     Field(discriminator="kind"),
 ]  # fmt: skip
 PATHS = ("to", "file", "fn")

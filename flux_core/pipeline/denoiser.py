@@ -14,7 +14,7 @@ from torch import Tensor
 from ..device.choice import compile_errors, empty_device_cache
 from ..device.oom import retried
 from ..errors import FileError, UsageError, foreign, is_out_of_memory
-from ..hooks import HookRun, Intervention, Sampler, Sampling, Wrap
+from ..hooks import HookRun, Intervention, Sampler, Sampling, StepCache, Wrap
 from ..hooks.plan import expanded
 from ..images.given import Given
 from ..model import Adapt
@@ -222,7 +222,7 @@ class Denoiser:
 
             run = begun([x for x in plan if x.in_forward])
             v, sampling = _ours(velocity(run if run.plan else None)), Sampling(tuple(sigmas), params, of)
-            for wrap in (entry for entry in plan if isinstance(entry, Wrap)):
+            for wrap in (entry for entry in plan if isinstance(entry, Wrap | StepCache)):
                 v = wrap.around(v, sampling)
             checked = self.checked(on_step, velocity, run)
             if not samplers:

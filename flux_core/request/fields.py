@@ -337,6 +337,13 @@ PLAN = (
     Field("hook_steps", str, "the steps of --hook, as in 0-9; beside --hook, --steps says the same", metavar="STEPS"),
     Field("wrap", str, "a function of your own around the velocity", metavar="FILE.py:NAME", path=True, **_OFTEN),
     Field("sampler", str, "a sampler of your own in place of Euler's method", metavar="FILE.py:NAME", path=True),
+    Field(
+        "cache",
+        str,
+        "leave steps out: fast (half of them run), faster (a third), or a file of cache search (docs/caching.md)",
+        metavar="NAME",
+        path=True,
+    ),
 )
 CODE = ("hook", "wrap", "sampler")
 """those that always run Python"""

@@ -90,6 +90,13 @@ def _variant_default(name: str) -> Callable[[dict[str, Any]], Any]:
     return lambda data: getattr(get_variant(data["name"]), name)
 
 
+def _plan(plan: Plan, info: pydantic.ValidationInfo) -> Plan:
+    """The plan's entries as this request records them, whose model and number of steps are known by now."""
+    if not {"name", "num_steps"} <= info.data.keys():  # they are wrong, which is reported
+        return plan
+    return tuple(entry.for_request(info.data["name"], info.data["num_steps"]) for entry in plan)
+
+
 DRAWN_BY = frozenset({"version", "weights", "compiled", "functions", "environment"})
 """fields that record how a picture was drawn, not what was requested"""
 
@@ -140,7 +147,7 @@ class GenerationRequest(BaseModel):
     """None: the pipeline's, which fills it when it draws"""
     t5_dtype: Annotated[Dtype | None, BeforeValidator(_dtype)] = _of("t5_dtype")
     """None: likewise; T5's"""
-    plan: Annotated[Plan, BeforeValidator(parse_plan)] = ()
+    plan: Annotated[Plan, BeforeValidator(parse_plan), AfterValidator(_plan)] = ()
     """interventions, in the order in which they are applied"""
     functions: tuple[str, ...] = ()
     """names of other interventions: Python functions and tensors from files, which metadata cannot hold"""

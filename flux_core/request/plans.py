@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from ..errors import UsageError
-from ..hooks import Custom, Intervention
+from ..errors import FileError, UsageError, nearest
+from ..hooks import Custom, Intervention, StepCache
 from ..hooks.plan import Plan, names_and_steps, parse_plan, pin, read_plan, short_form
 from ..hooks.python import OfPython, file_and_name, is_python, load, reads_only
+from ..hooks.step_cache import PresetName
+from ..jsonfile import read_json
 from ..terminal import one_line
 from .fields import PLAN
 
 
 def given_plan(flags: dict[str, Any]) -> Plan:
-    """The interventions of --plan, --skip, --hook, --wrap and --sampler, in this order; removes these flags.
+    """The interventions of --plan, --skip, --hook, --wrap, --sampler and --cache, in this order; removes these flags.
 
     FileError, UsageError.
     """
@@ -22,7 +24,21 @@ def given_plan(flags: dict[str, Any]) -> Plan:
     skips = parse_plan([short_form("skip", text) for text in found.get("skip", ())])
     hooks = _hooks(_flat(found.get("hook")), _flat(found.get("at")), found.get("hook_steps"))
     others = [{"kind": kind, "fn": text} for kind in ("wrap", "sampler") for text in _flat(found.get(kind))]
-    return (*entries, *skips, *hooks, *pin(parse_plan(others)))
+    caches = [_cache(found["cache"])] if "cache" in found else []  # the last: around all that costs forwards
+    return (*entries, *skips, *hooks, *pin(parse_plan(others)), *caches)
+
+
+def _cache(text: str) -> StepCache:
+    """What --cache names: a preset, or what a search wrote to a file. FileError, UsageError."""
+    presets = get_args(PresetName)
+    if text in presets:
+        return StepCache(preset=text)  # type: ignore[arg-type]
+    if not Path(text).exists():
+        raise FileError(f"--cache: there is no file {text}; presets are {', '.join(presets)}.{nearest(text, presets)}")
+    (entry, *others) = parse_plan(read_json(text, "the cache"))
+    if others or not isinstance(entry, StepCache):
+        raise UsageError(f"{text} is no file of cache search. Next: --plan {text}, if it is a plan")
+    return entry
 
 
 def _hooks(functions: list[str], places: list[str], steps: str | None) -> Plan:

@@ -35,6 +35,7 @@ EXAMPLES = [
     {"kind": "wrap", "fn": "my.py:away"},
     {"kind": "sampler", "fn": "my.py:midpoint"},
     {"kind": "python", "fn": "my_method.py"},
+    {"kind": "step_cache", "steps": "7-26/3"},
 ]
 
 
