@@ -17,7 +17,7 @@ from flux_core.request.plans import given_plan
 from flux_core.sampling import euler, get_schedule
 
 SIGMAS = get_schedule(12, 256)
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:true CFG")]
 
 
 @pytest.fixture(scope="module")
