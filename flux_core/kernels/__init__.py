@@ -67,7 +67,7 @@ def install(model: Backbone, device: torch.device | str, attention: str = "exact
     attention: as `pick_attention` returns it.
 
     Running out of memory in the choice is raised. All blocks get the same tuple, so compiled blocks of a kind still
-    share a graph (dynamo guards on its functions, which are module-level). Blocks that were compiled before compile
+    share a graph (dynamo guards on its functions, which are the same objects). Blocks that were compiled before compile
     once more at their next call.
     """
     device = torch.device(device)

@@ -5,13 +5,12 @@ scale. No attention is larger than the largest value, so the scale of values is 
 `flash.quantize` rotates and centres q and k, which need no scale, and writes values in rows by one.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import flash
 from .eight_bits import E4M3, FORMS
 from .launch import opaque
 
@@ -29,7 +28,7 @@ class Plan(NamedTuple):
     """bytes"""
 
 
-@cache
+@lru_cache(16)
 def plan_for(device: torch.device, B: int, H: int, L: int, D: int, padded: int) -> Plan:
     """Attention of q, k, v whose heads have `padded` rows in memory, to [B, L, H, D]."""
     import cudnn
@@ -101,6 +100,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @opaque("attend_cudnn_fp8", _attended)
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`ops.attend` in e4m3, without a gradient. q, k, v: [B, H, L, D] -> [B, L, H*D]"""
+    from . import flash  # which imports Triton
+
     codes = flash.quantize(q, k, v, FORMS["fp8"], rows=True)
     found = attend_codes(codes.q, codes.k, codes.v, codes.v_scale, q.shape[2])
-    return found.to(q.dtype).flatten(2) * codes.v_scale.to(q.dtype)
+    return (found.flatten(2).float() * codes.v_scale).to(q.dtype)

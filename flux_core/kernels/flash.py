@@ -482,6 +482,7 @@ def attend_codes_op(
     dtype: torch.dtype, name: str,
 ) -> Tensor:  # fmt: skip
     """v: codes with their scale, or as it was, with an empty one; which `FORMS[name]` may want as codes."""
+    v = dense_rows(v)
     values = quantize_values(v, v, 0) if FORMS[name].values and not v_scale.numel() else (v, v_scale)
     return attend_codes(eight_of((q, k, q_scale, k_scale), values), tokens, dtype, TILES[name])
 

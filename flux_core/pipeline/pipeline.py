@@ -291,7 +291,8 @@ class Pipeline(ByHand):
             return self.denoiser.denoise(requests, given, on_step, functions, conditions, image)
 
         own = self.loras.own_entries()  # before the work: a file that is gone cannot be recorded
-        rows = zip(self.fallback.run(what, work, "offload").split(1), requests, strict=True)
+        x = self.fallback.run(what, work, "offload")
+        rows = zip([x] if len(requests) == 1 else x.split(1), requests, strict=True)
         return [
             self._decoded(x, request.recorded([*functions, *own]), canvas)
             for row, (x, request) in enumerate(rows)

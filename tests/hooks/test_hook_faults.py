@@ -723,7 +723,7 @@ def test_words_are_those_tokens_of_the_text():
     alone = pipeline.t5.tokens([prompt])[0]
     for word, tokens in words:
         if word in ("red", "apple", "dog"):
-            assert pipeline.t5.tokenizer.backend.decode(alone[list(tokens)]).strip() == word
+            assert pipeline.t5.tokenizer.backend.decode(alone[list(tokens)].tolist()).strip() == word
     assert pipeline.words("") == []
 
 
