@@ -36,6 +36,10 @@ Rgb = tuple[tuple[float, float, float], ...]
 """colours of a latent's pixels, for previews: a row for each channel, and a constant, to RGB from -1 to 1"""
 
 
+FEATURES = {"kept": 64, "mask": 256, "control": 64}
+"""of a token of the image beside its own: what `pipeline/family.py: CHANNELS` make"""
+
+
 @dataclass(frozen=True)
 class Takes:
     """What a model takes besides a prompt, in one of the ways that `pipeline/family.py` knows."""
@@ -56,6 +60,11 @@ class Takes:
 
     def __bool__(self) -> bool:
         return self != Takes()
+
+    @property
+    def features(self) -> int:
+        """Of a token of the image, beside its own."""
+        return sum(FEATURES[name] for name in self.channels)
 
     @property
     def mask(self) -> bool:

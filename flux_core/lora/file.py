@@ -448,11 +448,12 @@ def widened_input(lora: LoraFile, params: FluxParams) -> int:
 def check_drawable(lora: LoraFile, params: FluxParams) -> None:
     """FileError for a control LoRA, which takes a second picture that a request does not have."""
     if (width := widened_input(lora, params)) != params.in_channels:
-        rows = [row for row in VARIANTS.values() if row.takes.channels and row.adapter and row.params == params]
+        beside = width - params.in_channels
+        rows = [x for x in VARIANTS.values() if x.params == params and x.takes.features == beside and x.adapter]
         advice = f"FLUX_LORA=FILE and --name {' or '.join(row.name for row in rows)}" if rows else "take another"
         raise FileError(
-            f"{lora.path} is a control LoRA: with it the model takes {width} features a token, "
-            f"{width - params.in_channels} of them from a picture. Next: {advice}"
+            f"{lora.path} is a control LoRA: with it the model takes {width} features a token, {beside} of them from a "
+            f"control picture. Next: {advice}"
         )
 
 

@@ -29,10 +29,11 @@ from flux_core.images.masks import Canvas, without_step
 from flux_core.images.metadata import read_request
 from flux_core.images.output import save_picture
 from flux_core.lora import attach, attached
+from flux_core.lora.known import checked
 from flux_core.model import Flux, FluxParams
 from flux_core.pipeline.conditions import bytes_beside
 from flux_core.pipeline.environment import is_replayed
-from flux_core.pipeline.family import behind, beside, tokens_behind
+from flux_core.pipeline.family import CHANNELS, behind, beside, tokens_behind
 from flux_core.request.generation import GenerationRequest
 from flux_core.sampling import (
     FlowInputs,
@@ -53,7 +54,7 @@ from flux_core.sampling import (
 )
 from flux_core.sampling.guidance import cfg_velocity, two_passes
 from flux_core.sampling.inpaint import mask_tokens, repaint
-from flux_core.variants import VARIANTS, Takes
+from flux_core.variants import FEATURES, VARIANTS, Takes
 from flux_core.vision.redux import Redux, load_redux
 
 pytestmark = [
@@ -456,6 +457,19 @@ def test_a_lora_makes_a_model_that_fills_and_one_of_maps_does_not(pipeline_of, t
     other.loras.become(control_lora(tmp_path / "map.safetensors", other.model.params), 0.85)
     with pytest.raises(FileError, match=r"gives its transformer 320 features .* and this one takes 64"):
         drawn(other, "fill")
+
+
+def test_features_are_those_that_official_models_take():
+    rows = [row for row in VARIANTS.values() if row.takes.channels and not row.adapter]
+    assert {row.params.in_channels - row.params.out_channels - row.takes.features for row in rows} == {0}
+    assert FEATURES.keys() == CHANNELS.keys()
+
+
+@pytest.mark.parametrize(("channels", "names"), [(128, "flux-mini-canny or flux-mini-depth"), (384, "flux-mini-fill")])
+def test_a_control_lora_is_said_to_go_with_models_of_its_width(tmp_path, channels, names):
+    lora = control_lora(tmp_path / "lora.safetensors", VARIANTS["flux-mini"].params, channels=channels)
+    with pytest.raises(FileError, match=rf"{channels - 64} of them .* and --name {names}$"):
+        checked(Lora(file=str(lora)), VARIANTS["flux-mini"].params)
 
 
 @pytest.mark.parametrize(("kind", "script"), [("fill", "family"), ("depth", "family"), ("redux", "beside")])
