@@ -26,7 +26,7 @@ def check_files(variant: Variant) -> None:
     """FileError if a part's header has not exactly the tensors of that model; in a tenth of a second, without torch.
 
     Text encoders are checked if they are the user's own; those of the hub are fetched only when they are loaded. An
-    adapter is there, and Redux's is checked; a LoRA is when it is attached.
+    adapter is there, and Redux's is checked; a LoRA is by `lora.file.check_own`.
     """
     if (adapter := adapter_path(variant)) is not None and variant.takes.words:
         check_redux(adapter, variant)

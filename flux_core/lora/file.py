@@ -23,7 +23,7 @@ from ..errors import FileError
 from ..files import user_path
 from ..jsonfile import read_json
 from ..params import FluxParams
-from ..variants import VARIANTS
+from ..variants import VARIANTS, Variant
 from .dialects import (
     TOKENS,
     WORDS,
@@ -457,12 +457,14 @@ def check_drawable(lora: LoraFile, params: FluxParams) -> None:
         )
 
 
-def check_control(lora: LoraFile, params: FluxParams) -> None:
-    """FileError for a LoRA that is not for control: the model would have no place for the map."""
-    if widened_input(lora, params) == params.in_channels:
+def check_own(path: Path, variant: Variant) -> None:
+    """FileError for a file that is no LoRA, or that does not widen the input by what that model gives it to see."""
+    lora, gives = read_lora(path, variant.params), variant.takes.features
+    if (takes := widened_input(lora, variant.params) - variant.params.in_channels) != gives:
+        kind = "a LoRA for another model" if takes else "no control LoRA"
         raise FileError(
-            f"{lora.path} is no control LoRA: with it the model takes no features of a control picture. Next: give one "
-            "that does, or take this one with --lora"
+            f"{path} is {kind}: with it a token takes {takes} features of a picture, and {variant.name} gives {gives}. "
+            f"Next: give one for {variant.name}"
         )
 
 

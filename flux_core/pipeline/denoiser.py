@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..device.choice import compile_errors, empty_device_cache
 from ..device.oom import retried
-from ..errors import FileError, UsageError, foreign, is_out_of_memory
+from ..errors import UsageError, foreign, is_out_of_memory
 from ..hooks import HookRun, Intervention, Sampler, Sampling, StepCache, Wrap
 from ..hooks.plan import expanded
 from ..images.given import Given
@@ -110,8 +110,6 @@ class Denoiser:
             raise UsageError(
                 f"{self.variant.name} sees a picture beside what it draws. Next: pipeline.generate with it"
             )
-        if self.variant.takes.channels and inputs.img_cond is not None:
-            self._check_channels(inputs.img_cond.shape[-1])
         options: dict[str, Any] = {"replay": placement.is_fixed, "fetch": placement.fetch, "adapt": adapt}
         flow = flow_velocity(model, **vars(inputs), run=run, sigmas=sigmas, **options)
 
@@ -125,15 +123,6 @@ class Denoiser:
             return retried(partial(step, x, sigma), partial(placement.evict, model))
 
         return velocity
-
-    def _check_channels(self, given: int) -> None:
-        """FileError where the adapter that makes the transformer this model is one for other channels."""
-        model = self.placement.components.flux
-        if (taken := model.in_channels - model.out_channels) != given:
-            raise FileError(
-                f"{self.variant.name} gives its transformer {given} features of a picture beside each token, and this "
-                f"one takes {taken}: it is of another kind. Next: give a file for {self.variant.name}"
-            )
 
     @compile_errors()
     def denoise(

@@ -28,6 +28,7 @@ from ..device.plan import is_whole, make_plan
 from ..errors import UsageError
 from ..kernels import accelerate, can_fuse, install_decode, pick_attention
 from ..linears.int8 import has_int8_units
+from ..lora.file import check_own
 from ..request.fields import ATTENTION, T5_DEVICE
 from ..request.generation import PATCH
 from ..terminal import note
@@ -178,6 +179,8 @@ def load_pipeline(
     with memory_errors(f"trying {place}", place):
         kind = pick_dtype(dtype, place)
     check_files(variant)  # a wrong file is an error before a text encoder is loaded
+    if (adapter := adapter_path(variant)) is not None and not variant.takes.words:
+        check_own(adapter, variant)
     if "torch._dynamo" in sys.modules:  # compiled blocks are in cycles: an earlier model may still hold memory
         gc.collect()
     empty_device_cache(place)
@@ -213,12 +216,12 @@ def load_pipeline(
     components = fallback.run(f"loading {variant.name}", load, "offload")
     hashes = weights_hashes(variant)
     pipeline = Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)
-    if (adapter := adapter_path(variant)) is not None and variant.adapter is not None:
+    if adapter is not None and variant.adapter is not None:
         if variant.takes.words:
             from ..vision.redux import load_redux
 
             home = CPU if fallback.offload else place
             pipeline.denoiser.redux = load_redux(variant, adapter, variant.takes.words, home, kind)
         else:
-            pipeline.loras.become(adapter, variant.adapter.scale, bool(variant.takes.channels))
+            pipeline.loras.become(adapter, variant.adapter.scale)
     return pipeline

@@ -20,7 +20,7 @@ from ..hooks import Lora
 from ..hooks.sites import match_blocks, split
 from ..lora import Handle, attach_file, attached, read_lora
 from ..lora.dialects import Network
-from ..lora.file import check_control, check_drawable, check_tokens
+from ..lora.file import check_drawable, check_tokens
 from ..lora.handle import Networks, Scales, checked_scale, own_params
 from ..lora.known import Known, find_recorded, locate, record, record_of, remember
 from ..lora.tensors import read_tokens
@@ -63,15 +63,15 @@ class Loras:
         """Attach a file until its handle is removed. Errors as in `lora.attach`."""
         return self._attach(locate(str(file)), checked_scale(scale), allow_partial, merge)
 
-    def become(self, file: Path, scale: float, control: bool = True) -> None:
-        """Attach the LoRA that makes the transformer another model. control: whether it makes the input wider. Errors
-        likewise."""
-        self._of_model = self._attach(file, scale, False, False, control)
+    def become(self, file: Path, scale: float) -> None:
+        """Attach the LoRA that makes the transformer another model, and may make its input wider. Errors likewise."""
+        self._of_model = self._attach(file, scale, False, False, own=True)
 
-    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, control: bool = False) -> Handle:
+    def _attach(self, path: Path, scale: float, allow_partial: bool, merge: bool, own: bool = False) -> Handle:
         params = own_params(self.components.flux)
         file = read_lora(path, params)
-        (check_control if control else check_drawable)(file, params)
+        if not own:
+            check_drawable(file, params)
         check_tokens(file, params)
         known = remember(path)  # before anything is attached: it may not be readable
         if file.of("t5") and isinstance(self.components.t5, TextEncoder):

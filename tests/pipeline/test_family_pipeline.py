@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_pipeline, tiny_variant
 
 from flux_core import load_pipeline
+from flux_core.checkpoint.files import adapter_path
 from flux_core.errors import FileError, UsageError
 from flux_core.hooks import Capture, Lora, Skip
 from flux_core.images.given import open_given
@@ -31,6 +32,7 @@ from flux_core.images.output import save_picture
 from flux_core.lora import attach, attached
 from flux_core.lora.known import checked
 from flux_core.model import Flux, FluxParams
+from flux_core.pipeline import load
 from flux_core.pipeline.conditions import bytes_beside
 from flux_core.pipeline.environment import is_replayed
 from flux_core.pipeline.family import CHANNELS, behind, beside, tokens_behind
@@ -446,17 +448,29 @@ def test_a_control_lora_counts_as_a_lora_beside_the_layers_and_two_are_one_too_m
         pipeline.load_lora(tmp_path / "control.safetensors")
 
 
-def test_a_lora_makes_a_model_that_fills_and_one_of_maps_does_not(pipeline_of, tmp_path):
+def test_a_lora_makes_a_model_that_fills(pipeline_of, tmp_path):
     pipeline = pipeline_of("fill-lora")
     lora = control_lora(tmp_path / "fill.safetensors", pipeline.model.params, channels=384)
     model = official_control_model(pipeline.model, load_file(lora), 0.85, channels=384)
     pipeline.loras.become(lora, 0.85)
     x, _ = drawn(pipeline, "fill")
     assert torch.allclose(x, officially(pipeline, "fill", model), atol=2e-5, rtol=0)
-    other = pipeline_of("fill-lora")
-    other.loras.become(control_lora(tmp_path / "map.safetensors", other.model.params), 0.85)
-    with pytest.raises(FileError, match=r"gives its transformer 320 features .* and this one takes 64"):
-        drawn(other, "fill")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "finding"),
+    [
+        ("fill", "canny", r"for another model: .* takes 64 features of a picture, and flux-mini-fill gives 320"),
+        ("kontext", "canny", r"for another model: .* takes 64 .*, and flux-mini-kontext gives 0"),
+        ("canny", "kontext", r"no control LoRA: .* takes 0 .* gives 64. Next: give one for flux-mini-canny"),
+    ],
+)
+def test_a_lora_of_another_model_is_found_by_its_header_before_a_network_is_loaded(monkeypatch, name, file, finding):
+    other = adapter_path(VARIANTS[f"flux-mini-{file}"])
+    monkeypatch.setenv("FLUX_LORA", str(other))
+    monkeypatch.setattr(load, "load_components", None)
+    with pytest.raises(FileError, match=finding):
+        load_pipeline(f"flux-mini-{name}", "cpu")
 
 
 def test_features_are_those_that_official_models_take():
