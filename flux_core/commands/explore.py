@@ -156,7 +156,7 @@ def _build_exploration(flags: dict[str, Any], files: dict[str, Any], given: Plan
     for point in found.places:  # also with what no manifest holds
         request = found.request_of(point)
         check_plan([*request.hooks, *beside], variant.params, request.num_forward_steps, request.branches)
-    check_rows((*found.hooks, *beside) if found.batch > 1 else (), variant.params)
+    check_rows((*found.hooks, *beside), variant.params, found.batch)
     return found
 
 

@@ -25,7 +25,7 @@ from ..images.given import Given, natural_size, pop_given, size_notes, with_imag
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
-from ..request.batch import batches, check_rows, shared
+from ..request.batch import batches, check_rows, common
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.loop import apply_command, read_typed_lines
@@ -87,8 +87,8 @@ def generate(
     if batch is not None:
         fields["batch"] = None  # not that of the picture to repeat
     requests = build_requests(seed, fields, lines)
-    for group in batches(requests, rows, shared):
-        check_rows(group[0].hooks if len(group) > 1 else (), group[0].variant.params)
+    for group in batches(requests, rows, common):
+        check_rows(group[0].hooks, group[0].variant.params, len(group))
     for request in requests:
         pictures.check(request)
     check_maps(name for name, _ in pictures.maps(requests[0]))
@@ -263,7 +263,7 @@ def _draw_all(
     paths: list[Path] = []
     images: list[Image.Image] = []
     shown = []
-    groups = batches(requests, rows, shared)
+    groups = batches(requests, rows, common)
     for number, group in enumerate(groups):
         if number % ahead == 0:
             pipeline.encode_ahead([*chain(*groups[number:][:ahead])], last and number + ahead >= len(groups))

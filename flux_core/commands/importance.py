@@ -94,7 +94,7 @@ def importance(
     pictures.check(request)
     check_maps(name for name, _ in pictures.maps(request))
     rows = _FIELDS["batch"].parse(batch, 1 if mixing(request.hooks, variant.params) else None)
-    check_rows(request.hooks if rows != 1 else (), variant.params)
+    check_rows(request.hooks, variant.params, rows)
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )

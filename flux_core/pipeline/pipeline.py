@@ -264,7 +264,7 @@ class Pipeline(ByHand):
         """
         if len(requests) == 1:
             return [self.draw(requests[0], source, next(iter(on_steps), None), functions, (), image)]
-        check_rows((*requests[0].hooks, *functions), self.variant.params)
+        check_rows((*requests[0].hooks, *functions), self.variant.params, len(requests))
         on_step = row_by_row(on_steps) if on_steps else None
         with fewer_rows(len(requests)):
             return self._drawn(numbered(requests), source, on_step, functions, (), image)

@@ -52,14 +52,14 @@ def batches(items: Iterable[T], size: int, key: Callable[[T], Hashable]) -> list
     return found
 
 
-def shared(request: "GenerationRequest") -> str:
+def common(request: "GenerationRequest") -> str:
     """What requests must have in common to be rows of one batch, as JSON."""
     return request.model_dump_json(exclude={*_OF_A_ROW, "batch"})
 
 
 def numbered(requests: Sequence["GenerationRequest"]) -> list["GenerationRequest"]:
     """Requests that record that they are the rows of one batch. UsageError where they cannot be."""
-    if len({shared(request) for request in requests}) > 1:
+    if len({common(request) for request in requests}) > 1:
         raise UsageError("rows of one batch differ in prompt, seed and guidance alone")
     rows = len(requests)
     return [one.model_copy(update={"batch": Batch(rows=rows, row=row)}) for row, one in enumerate(requests)]
@@ -70,7 +70,7 @@ def mixing(plan: Iterable[Intervention], params: FluxParams) -> str | None:
     return next((entry.kind for entry in expanded(plan, params) if entry.mixes_rows), None)
 
 
-def check_rows(plan: Iterable[Intervention], params: FluxParams) -> None:
-    """UsageError where there is one."""
-    if kind := mixing(plan, params):
+def check_rows(plan: Iterable[Intervention], params: FluxParams, rows: int | None) -> None:
+    """UsageError where there is one and may be more rows than 1; None: as many as fill the device."""
+    if rows != 1 and (kind := mixing(plan, params)):
         raise UsageError(f"{kind} decides for all rows of a batch by one number. Next: leave --batch out")

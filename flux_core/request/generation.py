@@ -98,7 +98,7 @@ def _plan(plan: Plan, info: pydantic.ValidationInfo) -> Plan:
 
 
 DRAWN_BY = frozenset({"version", "weights", "compiled", "functions", "environment"})
-"""fields that record how a picture was drawn, not what was requested"""
+"""fields that record how a picture was drawn, not what was requested; `batch` does, too, and is needed to repeat it"""
 
 
 def _dtype(value: object) -> object:

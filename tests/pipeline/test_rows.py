@@ -178,7 +178,8 @@ def test_a_plan_that_decides_for_all_rows_is_refused(pipeline):
     with pytest.raises(UsageError, match=r"first_block_cache decides for all rows .* Next: leave --batch out"):
         pipeline.draw_rows(three(plan=(cache,)))
     fits = FirstBlockCache(schedule="1"), FirstBlockCache(threshold=0), Skip(blocks="layer.0")
-    check_rows(fits, pipeline.variant.params)
+    check_rows(fits, pipeline.variant.params, 3)
+    check_rows((cache,), pipeline.variant.params, 1)
 
 
 def test_rows_that_do_not_fit_are_told_of_a_smaller_batch(pipeline):
