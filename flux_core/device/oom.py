@@ -66,12 +66,12 @@ class OomFallback:
 
 
 @contextmanager
-def fewer_rows(rows: int) -> Iterator[None]:
-    """A context in which a MemoryShortage also says that a batch of fewer rows takes less."""
+def fewer_rows(rows: str) -> Iterator[None]:
+    """A context in which a MemoryShortage also says that a batch of so many rows takes less."""
     try:
         yield
     except MemoryShortage as error:
-        raise MemoryShortage(f"{error}, or --batch {rows // 2}") from error
+        raise MemoryShortage(f"{error}, or --batch {rows}") from error
 
 
 def retried(work: Callable[[], T], free: Callable[[], bool]) -> T:

@@ -246,7 +246,8 @@ class Pipeline(ByHand):
             return self._drawn([request], source, on_step, functions, conditions, image)[0]
         told = [on_step if row == batch.row else None for row in range(batch.rows)]
         copies = [request] * batch.rows
-        return self._drawn(copies, source, row_by_row(told), functions, conditions, image, batch.row)[0]
+        with fewer_rows("1, which draws it alone"):
+            return self._drawn(copies, source, row_by_row(told), functions, conditions, image, batch.row)[0]
 
     @torch.no_grad()
     def draw_rows(
@@ -260,13 +261,15 @@ class Pipeline(ByHand):
         """The pictures of requests that differ in prompt, seed and guidance alone, drawn as rows of one batch.
 
         on_steps: of each request. The others as for `draw`. Faster where one row leaves the device idle. Last bits
-        differ from those of a picture drawn alone, so each records its batch. UsageError for what cannot share one.
+        differ from those of a picture drawn alone, so each records its batch. UsageError for none, and for what cannot share one.
         """
+        if not requests or len(on_steps) not in (0, len(requests)):
+            raise UsageError(f"draw_rows has {len(requests)} requests and {len(on_steps)} callbacks: give one for each")
         if len(requests) == 1:
             return [self.draw(requests[0], source, next(iter(on_steps), None), functions, (), image)]
         check_rows((*requests[0].hooks, *functions), self.variant.params, len(requests))
         on_step = row_by_row(on_steps) if on_steps else None
-        with fewer_rows(len(requests)):
+        with fewer_rows(str(len(requests) // 2)):
             return self._drawn(numbered(requests), source, on_step, functions, (), image)
 
     def _drawn(

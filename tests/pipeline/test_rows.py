@@ -193,6 +193,14 @@ def test_rows_that_do_not_fit_are_told_of_a_smaller_batch(pipeline):
     pipeline.model.forward = forward
     with pytest.raises(MemoryShortage, match=r"drawing 3 pictures of 48x32 pixels.* Next: .*, or --batch 1$"):
         pipeline.draw_rows(three())
+    with pytest.raises(MemoryShortage, match=r"or --batch 1, which draws it alone$"):
+        pipeline.draw(three()[0].model_copy(update={"batch": Batch(rows=3, row=0)}))
+
+
+def test_rows_are_some_and_each_has_a_callback_or_none_has(pipeline):
+    for requests, callbacks in (([], ()), (three(), [None]), (three()[:1], [None, None])):
+        with pytest.raises(UsageError, match=f"{len(requests)} requests and {len(callbacks)} callbacks"):
+            pipeline.draw_rows(requests, on_steps=callbacks)
 
 
 def test_where_one_row_fills_the_device_that_is_told(capsys):
