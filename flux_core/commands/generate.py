@@ -25,7 +25,7 @@ from ..images.given import Given, natural_size, pop_given, size_notes, with_imag
 from ..images.metadata import differences, read_request
 from ..images.output import save_picture
 from ..images.pictures import grid
-from ..request.batch import batches, check_rows, common
+from ..request.batch import as_it_was, batches, check_rows, common
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
 from ..request.generation import DRAWN_BY, GenerationRequest
 from ..request.loop import apply_command, read_typed_lines
@@ -87,9 +87,13 @@ def generate(
     if batch is not None:
         fields["batch"] = None  # not that of the picture to repeat
     requests = build_requests(seed, fields, lines)
+    if old is not None:
+        requests = [as_it_was(request, old) for request in requests]
     for group in batches(requests, rows, common):
         check_rows(group[0].hooks, group[0].variant.params, len(group))
     for request in requests:
+        if request.batch is not None:
+            request.batch.check_again()
         pictures.check(request)
     check_maps(name for name, _ in pictures.maps(requests[0]))
     num_threads = THREADS.parse(threads)
@@ -227,10 +231,10 @@ def _model_notes(
 def _draw_typed_lines(draw: Callable[[list[GenerationRequest]], list[Path]], fields: dict[str, Any]) -> list[Path]:
     """Draw a picture for each typed line that is no command, until `/q` or the input's end. Errors are printed.
 
-    Each picture has a random seed, unless `/s` sets it.
+    Each picture has a random seed, unless `/s` sets it, and is drawn alone.
     """
     paths: list[Path] = []
-    fields = {**fields, "seed": None}
+    fields = {**fields, "seed": None, "batch": None}
     for line in read_typed_lines():
         try:
             fields = apply_command(line, fields)
@@ -292,7 +296,8 @@ def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: S
     tell(f"{request.settings()}{more}{several}, seed {shown}, {request.dtype} on {pipeline.device}")
     texts = dict.fromkeys((text, item.loras) for item in requests for text in item.texts)
     dropped = chain(*(pipeline.text_notes(text, loras) for text, loras in texts))
-    for line in dict.fromkeys([*notes, *dropped]):
+    again = (one.batch.told for one in requests if one.batch is not None)
+    for line in dict.fromkeys([*notes, *again, *dropped]):
         note(line)
 
 

@@ -81,6 +81,9 @@ def repeat(
     if from_latents or recorded.request is None:
         image = _decode(latents, variant, device, vae_tiling)
     else:
+        if new.batch is not None:
+            new.batch.check_again()
+            note(new.batch.told)
         check_files(variant)
         image = _draw(new, request, variant, device, offload, vae_tiling, loading, looks)
     path = save_picture(image, folder, f"{request.name}_seed{request.seed}")

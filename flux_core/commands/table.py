@@ -17,6 +17,7 @@ from ..request.fields import (
     LOADING,
     LORAS,
     MACHINE,
+    MAX_ROWS,
     MAX_SEED,
     MAX_SEEDS,
     MEMORY,
@@ -51,7 +52,7 @@ IMAGE = Field(
 )
 BATCH = Field(
     "batch", int, "pictures drawn at once, as rows of one batch, on which last bits depend (default: 1)",
-    minimum=1, maximum=64,
+    minimum=1, maximum=MAX_ROWS,
 )  # fmt: skip
 RUN = (
     Field("from_image", str, "repeat a picture that flux_core made; other flags change it", metavar="FILE", path=True),

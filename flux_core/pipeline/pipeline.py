@@ -261,7 +261,8 @@ class Pipeline(ByHand):
         """The pictures of requests that differ in prompt, seed and guidance alone, drawn as rows of one batch.
 
         on_steps: of each request. The others as for `draw`. Faster where one row leaves the device idle. Last bits
-        differ from those of a picture drawn alone, so each records its batch. UsageError for none, and for what cannot share one.
+        differ from those of a picture drawn alone, so each records its batch. UsageError for none, and for
+        what cannot share one.
         """
         if not requests or len(on_steps) not in (0, len(requests)):
             raise UsageError(f"draw_rows has {len(requests)} requests and {len(on_steps)} callbacks: give one for each")

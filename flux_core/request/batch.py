@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..hooks import Intervention
 from ..hooks.plan import expanded
 from ..params import FluxParams
+from .fields import MAX_ROWS
 
 if TYPE_CHECKING:
     from .generation import GenerationRequest
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST_ROWS = 1024
 _OF_A_ROW = {"prompt", "negative_prompt", "seed", "guidance"}
+_SAME = (*_OF_A_ROW, "name", "width", "height", "num_steps")
+"""what of a picture to repeat makes it another one"""
 
 
 class Batch(BaseModel):
@@ -37,6 +40,20 @@ class Batch(BaseModel):
         if self.row >= self.rows:
             raise ValueError(f"there is no row {self.row} of {self.rows}")
         return self
+
+    @property
+    def told(self) -> str:
+        """A line for who draws it again."""
+        cost = "drawn among copies of itself, in the time of all, for the same bits"
+        return f"as row {self.row + 1} of {self.rows}: {cost}; --from-image FILE --batch 1 draws it alone"
+
+    def check_again(self) -> None:
+        """UsageError for more rows than `--batch` may ask for: a foreign file may record as many as take all memory."""
+        if self.rows > MAX_ROWS:
+            raise UsageError(
+                f"a picture is recorded as row {self.row + 1} of {self.rows}, and {MAX_ROWS} are drawn at most. "
+                "Next: --from-image FILE --batch 1 draws it alone"
+            )
 
 
 def batches(items: Iterable[T], size: int, key: Callable[[T], Hashable]) -> list[list[T]]:
@@ -63,6 +80,12 @@ def numbered(requests: Sequence["GenerationRequest"]) -> list["GenerationRequest
         raise UsageError("rows of one batch differ in prompt, seed and guidance alone")
     rows = len(requests)
     return [one.model_copy(update={"batch": Batch(rows=rows, row=row)}) for row, one in enumerate(requests)]
+
+
+def as_it_was(request: "GenerationRequest", old: "GenerationRequest") -> "GenerationRequest":
+    """A request that began as that of an old picture; without the picture's batch where it is for another one."""
+    same = all(getattr(request, name) == getattr(old, name) for name in _SAME)
+    return request if same else request.model_copy(update={"batch": None})
 
 
 def mixing(plan: Iterable[Intervention], params: FluxParams) -> str | None:

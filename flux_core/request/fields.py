@@ -13,6 +13,8 @@ from ..variants import DEFAULT, VARIANTS, plain
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads the low 32 bits of a seed; larger seeds would silently repeat smaller seeds"""
+MAX_ROWS = 64
+"""of `--batch`, and of a batch of which a picture is drawn again as a row"""
 MAX_SEEDS = 1000
 """the largest number of pictures or seeds in a flag"""
 

@@ -2,8 +2,11 @@
 54).
 """
 
+import io
 import json
 import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tiny import tiny_pipeline
 import flux_core.pipeline
 from flux_core.commands.generate import generate
 from flux_core.commands.info import info
+from flux_core.commands.repeat import repeat
 from flux_core.errors import DiskError, FileError, NonFiniteError, UsageError
 from flux_core.images.metadata import png_bytes, read_request
 from flux_core.images.output import save_picture
@@ -78,6 +82,43 @@ def test_a_file_of_prompts_is_drawn_in_batches_of_what_fits_together(tmp_path, c
     (tmp_path / "plan.json").write_text('[{"kind": "first_block_cache"}]')
     with pytest.raises(UsageError, match="first_block_cache decides for all rows of a batch"):
         generate(**fields, batch="2", plan="plan.json")
+
+
+def recorded_rows(path, rows, row=0):
+    """A picture file that records that it was a row of a batch."""
+    with Image.open(path) as image:
+        request = {**json.loads(image.info["flux_core"]), "batch": {"rows": rows, "row": row}}
+        image.info["flux_core"] = json.dumps(request)
+        Path("row.png").write_bytes(png_bytes(image))
+    return "row.png"
+
+
+def test_only_the_same_picture_is_drawn_among_copies_and_that_is_told(capsys, monkeypatch):
+    file = recorded_rows(generate(**FAST, seed=["42"])[0], rows=4, row=1)
+    (same,) = generate(from_image=file, force=True)
+    assert read_request(same).batch == Batch(rows=4, row=1)
+    assert "as row 2 of 4: drawn among copies" in capsys.readouterr().err
+    repeat(file, force=True)
+    assert "as row 2 of 4: drawn among copies" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a blue car\n/q\n")))
+    typed = generate(from_image=file, force=True, loop=True)
+    assert [read_request(path).batch is None for path in typed] == [False, True]
+    capsys.readouterr()
+    for change in ({"seed": ["43"]}, {"prompt": "a blue car"}, {"guidance": "2"}, {"width": "48"}, {"num_steps": "1"}):
+        (other,) = generate(from_image=file, force=True, **change)
+        assert read_request(other).batch is None
+    several = generate(from_image=file, force=True, seed=["42", "7"])
+    assert [read_request(path).batch is None for path in several] == [False, True]
+    assert capsys.readouterr().err.count("as row 2 of 4") == 1
+
+
+def test_a_file_cannot_ask_for_any_number_of_rows():
+    file = recorded_rows(generate(**FAST, seed=["42"])[0], rows=1024)
+    for draw in (partial(generate, from_image=file), partial(repeat, file)):
+        with pytest.raises(UsageError, match=r"row 1 of 1024, and 64 are drawn at most. Next: .* --batch 1"):
+            draw(force=True)
+    (alone,) = generate(from_image=file, force=True, batch="1")
+    assert read_request(alone).batch is None
 
 
 def test_several_seeds_make_a_grid(tmp_path, capsys):
