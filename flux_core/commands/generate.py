@@ -61,7 +61,7 @@ def generate(
     threads: str | None = None,
     **fields: Any,
 ) -> list[Path]:
-    """Draw pictures. Returns their files, in order.
+    """Draw pictures. Returns their files, in the order in which they were asked for.
 
     fields: the request's other fields, the plan's flags (`fields.PLAN`), the user's own files (`fields.FILES`), and how
     a model is loaded (`LOADING`).
@@ -256,7 +256,7 @@ def _draw_all(
     requests: list[GenerationRequest],
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw and save the pictures, and a grid of several. Returns their paths, as they were drawn.
+    """Draw and save the pictures, and a grid of several. Returns their paths, in the order of the requests.
 
     last: whether no other texts come later. rows: pictures drawn at once. notes: other lines to print before.
     """
@@ -264,25 +264,26 @@ def _draw_all(
 
     first, ahead = requests[0], max(1, CACHED_PROMPTS // 2 // rows)  # batches: a request has at most two texts
     _introduce(pipeline, requests, [*notes, *(line for one in requests for line in size_notes(one, given))])
-    paths: list[Path] = []
-    images: list[Image.Image] = []
+    done: dict[int, tuple[Image.Image, Path]] = {}  # by the request's id: batches draw in another order
     shown = []
     groups = batches(requests, rows, common)
     for number, group in enumerate(groups):
         if number % ahead == 0:
             pipeline.encode_ahead([*chain(*groups[number:][:ahead])], last and number + ahead >= len(groups))
-        drawn = _draw(pipeline, group, given, steps_folder, len(images))
+        drawn = _draw(pipeline, group, given, steps_folder, len(done))
         for image, request in zip(drawn, group, strict=True):
-            images.append(image)
-            paths.append(save_picture(image, folder, f"{request.name}_seed{request.seed}"))
-            tell(str(paths[-1]))
+            path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
+            done[id(request)] = image, path
+            tell(str(path))
         if request.padded_size not in shown:
             shown.append(request.padded_size)
             for name, map in pipeline.denoiser.maps.pictures(request, given):
                 tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{name}")))
-    if len(images) > 1:
-        tell(str(save_picture(grid(images), folder, f"grid_{first.name}_seed{first.seed}")))
-    return paths
+    pictures = [done[id(request)] for request in requests]
+    if len(pictures) > 1:
+        whole = grid([image for image, _ in pictures])
+        tell(str(save_picture(whole, folder, f"grid_{first.name}_seed{first.seed}")))
+    return [path for _, path in pictures]
 
 
 def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:
