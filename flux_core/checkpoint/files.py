@@ -150,13 +150,18 @@ def adapter_path(variant: Variant) -> Path | None:
         return _existing(user_path(named), f"{variable}={named}", advice)
     if adapter.repo:
         return hub_file(adapter.repo, adapter.file)
-    if adapter.made_by:
+    check_ships(variant)
+    path = shipped_folder(variant.name) / adapter.file
+    return _existing(path, str(path), AGAIN)
+
+
+def check_ships(variant: Variant) -> None:
+    """FileError for a variant whose adapter neither ships nor is on the hub."""
+    if (adapter := variant.adapter) is not None and adapter.made_by:
         raise FileError(
             f"{variant.name} needs {adapter.file}, which does not ship. Next: make it by `{adapter.made_by}` "
             f"(weights/README.md), and point {adapter.variables[-1]} to it."
         )
-    path = shipped_folder(variant.name) / adapter.file
-    return _existing(path, str(path), AGAIN)
 
 
 def ae_path(variant: Variant) -> Path:

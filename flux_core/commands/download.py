@@ -6,7 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..checkpoint.files import PARTS, text_files
+from ..checkpoint.files import PARTS, check_ships, text_files
 from ..checkpoint.source import find_source
 from ..errors import DiskError, FileError, UsageError
 from ..files import user_path
@@ -49,6 +49,7 @@ def download(
             "--output-dir goes with --source modelscope: the hub's files go to its cache. "
             f"Next: leave it out, or set {hub.cache_variable()} to move the cache."
         )
+    check_ships(variant)
     note(variant.licence_line)
     if variant.repo is None:
         folders = [embedded_folder(variant), *([shipped_folder(variant.name)] if variant.base else [])]

@@ -4,7 +4,7 @@ import pytest
 from fake_hub import fake_hub, weights
 
 from flux_core.commands.download import download
-from flux_core.errors import UsageError
+from flux_core.errors import FileError, UsageError
 from flux_core.variants import VARIANTS
 
 ROW = VARIANTS["flux-schnell-redux"]
@@ -35,6 +35,12 @@ def test_the_adapter_and_what_it_sees_by_are_fetched_once(monkeypatch, tmp_path,
         assert any(path.endswith(ROW.adapter.file) and ROW.adapter.repo in path for _, path, *_ in hub.seen)
         assert download(ROW.name, address) == paths and len(hub.seen) == fetched
     assert "nothing is downloaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fill", "depth", "redux"])
+def test_what_a_command_makes_is_nowhere_to_be_fetched(kind):
+    with pytest.raises(FileError, match=rf"does not ship. Next: .* {kind}` .* point FLUX_MINI_{kind.upper()}"):
+        download(f"flux-mini-{kind}")
 
 
 def test_another_source_has_no_adapters():
