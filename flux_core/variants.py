@@ -152,7 +152,8 @@ class Variant:
     licence: str
     rgb: Rgb = field(hash=False, repr=False)
     repo: str | None = None
-    """hub repository of the official files; None: the weights ship with the package"""
+    """hub repository of the official files; None: the weights ship with the package, but for an adapter `made_by` a
+    command"""
     takes: Takes = Takes()
     adapter: Adapter | None = None
     """a LoRA on the transformer, or the adapter of `takes.words`"""
@@ -171,6 +172,7 @@ class Variant:
 
     @property
     def embedded(self) -> bool:
+        """Whether all but an adapter `made_by` a command ships."""
         return self.repo is None
 
     @property

@@ -35,7 +35,8 @@ PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
 def doctor() -> Iterator[str]:
     """The report's lines: versions, devices, what fits, the token's origin, endpoint, cache, each model's files.
 
-    Models that take pictures (docs/family.md) are of the sizes of flux-dev, and left out.
+    Models that take pictures (docs/family.md) are of the sizes of others, and left out but for those that a command
+    makes.
     """
     for title, section in (
         ("versions", _versions),
@@ -46,7 +47,7 @@ def doctor() -> Iterator[str]:
         ("cache", _cache),
     ):
         yield from _guarded(title, section)
-    for variant in (variant for variant in VARIANTS.values() if not variant.takes):
+    for variant in (x for x in VARIANTS.values() if not x.takes or (x.adapter and x.adapter.made_by)):
         yield from _guarded(variant.name, lambda variant=variant: _files(variant))  # type: ignore[misc]
 
 
@@ -160,6 +161,9 @@ def _cache() -> list[str]:
 
 def _files(variant: Variant) -> list[str]:
     """Where each part of the model would come from."""
+    if variant.adapter and variant.adapter.made_by:
+        found = _named(variant.adapter.variables) or "not named by " + " or ".join(variant.adapter.variables)
+        return [f"{variant.base} with {variant.adapter.file}: {found}; made by `{variant.adapter.made_by}`"]
     if variant.repo is None:
         adapter = [f"with the LoRA in {shipped_folder(variant.name)}"] if variant.base else []
         return [f"ships with the package: {embedded_folder(variant)}", *adapter]

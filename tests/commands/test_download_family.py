@@ -3,6 +3,7 @@
 import pytest
 from fake_hub import fake_hub, weights
 
+from flux_core.commands import doctor
 from flux_core.commands.download import download
 from flux_core.errors import FileError, UsageError
 from flux_core.variants import VARIANTS
@@ -41,6 +42,15 @@ def test_the_adapter_and_what_it_sees_by_are_fetched_once(monkeypatch, tmp_path,
 def test_what_a_command_makes_is_nowhere_to_be_fetched(kind):
     with pytest.raises(FileError, match=rf"does not ship. Next: .* {kind}` .* point FLUX_MINI_{kind.upper()}"):
         download(f"flux-mini-{kind}")
+
+
+def test_doctor_says_where_it_is_or_how_it_is_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLUX_MINI_DEPTH_LORA", str(tmp_path))
+    lines = {name: doctor._files(VARIANTS[f"flux-mini-{name}"])[0] for name in ("fill", "depth")}
+    assert ".safetensors: not named by FLUX_LORA or FLUX_MINI_FILL_LORA; made by `python weights" in lines["fill"]
+    assert f"flux-mini-depth.safetensors: FLUX_MINI_DEPTH_LORA={tmp_path}; made by" in lines["depth"]
+    monkeypatch.setattr(doctor, "VARIANTS", {x: VARIANTS[x] for x in ("flux-mini-fill", "flux-mini-canny")})
+    assert [line.split()[0] for line in doctor.doctor() if line.startswith("flux-mini")] == ["flux-mini-fill"]
 
 
 def test_another_source_has_no_adapters():
