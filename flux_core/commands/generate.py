@@ -83,7 +83,9 @@ def generate(
     if lines is None:
         fields |= natural_size(fields, pictures, variant)
     else:
-        lines = [_with_size(_with_loras(line, fields["plan"], variant), fields, pictures, variant) for line in lines]
+        told: set[str] = set()
+        lines = [_with_loras(line, fields["plan"], variant, told) for line in lines]
+        lines = [_with_size(line, fields, pictures, variant) for line in lines]
     if batch is not None:
         fields["batch"] = None  # not that of the picture to repeat
     requests = build_requests(seed, fields, lines)
@@ -138,11 +140,14 @@ def _plan(old: GenerationRequest | None, given: Plan, fields: dict[str, Any], va
     return (*hooks, *(x for x in given if isinstance(x, Lora)), *changed_plan(old.loras, fields, variant))
 
 
-def _with_loras(line: Line, plan: Plan, variant: Variant) -> Line:
-    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. Errors name it."""
+def _with_loras(line: Line, plan: Plan, variant: Variant, told: set[str]) -> Line:
+    """A line of a file of prompts, with its own LoRAs as entries of a plan, in place of the run's. Errors name it.
+
+    told: as in `entries_of`.
+    """
     fields = dict(line.fields)
     try:
-        own = entries_of(fields, variant)
+        own = entries_of(fields, variant, told)
     except FluxError as error:
         raise type(error)(f"{line.where}: {error}") from None
     kept = tuple(entry for entry in plan if not isinstance(entry, Lora))

@@ -15,12 +15,15 @@ from ..terminal import note, one_line
 from ..variants import Variant, named_like
 
 
-def entries_of(fields: dict[str, Any], variant: Variant) -> list[Lora]:
-    """The LoRAs that these flags name, by their hashes; removes the flags. UsageError, FileError."""
-    return [entry for entry, _ in typed_entries(fields, variant)]
+def entries_of(fields: dict[str, Any], variant: Variant, told: set[str] | None = None) -> list[Lora]:
+    """The LoRAs that these flags name, by their hashes; removes the flags. UsageError, FileError.
+
+    told: files of which nothing more is to be noted; those of the flags are added.
+    """
+    return [entry for entry, _ in typed_entries(fields, variant, told)]
 
 
-def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, Typed]]:
+def typed_entries(fields: dict[str, Any], variant: Variant, told: set[str] | None = None) -> list[tuple[Lora, Typed]]:
     """`entries_of`, each with what was typed."""
     flags = pop_fields(fields, LORAS)
     typed = [Typed.of(words) for words in _groups(flags.get("lora"))]
@@ -32,17 +35,18 @@ def typed_entries(fields: dict[str, Any], variant: Variant) -> list[tuple[Lora, 
     if typed and flags.get("lora_scale") is not None and all(one.scale is not None for one in typed):
         raise UsageError(_idle_scale("every --lora has a scale of its own"))
     if flags.get("lora_scale") is None:
-        _note_settings(typed)
+        _note_settings(typed, set() if told is None else told)
     scale = FIELDS["lora_scale"].parse(_text(flags.get("lora_scale")), 1.0)
     options = bool(flags.get("lora_allow_partial")), bool(flags.get("lora_merge"))
     entries = parse_plan([one.entry(scale, *options) for one in typed])
     return [(checked(entry, variant.params), one) for entry, one in zip(entries, typed, strict=True)]  # type: ignore[arg-type]
 
 
-def _note_settings(typed: Sequence[Typed]) -> None:
+def _note_settings(typed: Sequence[Typed], told: set[str]) -> None:
     """Say what files without a scale are made to be drawn with, where their names tell: some with an eighth of it."""
     for one in typed:
-        if one.scale is None and (row := named_like(Path(one.file))):
+        if one.scale is None and one.file not in told and (row := named_like(Path(one.file))):
+            told.add(one.file)
             note(f"{one_line(one.file)} is named like the LoRA of --name {row.name}, which sets {row.settings}")
 
 

@@ -1,5 +1,6 @@
 """dev with a LoRA that makes it draw in few steps: one word sets LoRA, scale, steps and guidance."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,14 @@ def test_its_picture_is_that_of_dev_with_the_lora(few, capsys):
     err = capsys.readouterr().err
     says = f"{HYPER} is named like the LoRA of --name flux-dev-hyper-8, which sets scale 0.125, 8 steps, guidance 3.5"
     assert err.count(says) == 1 and "licence of flux-dev-hyper-8: FLUX.1 [dev] Non-Commercial License" in err
+
+
+def test_lines_of_a_file_are_told_of_a_lora_once(few, capsys):
+    words, lora = few
+    lines = [json.dumps({"prompt": prompt, "lora": lora.name}) for prompt in ("a pear", "a plum")]
+    Path("prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert main([*words[:-2], "--name=flux-dev", "--prompt-file=prompts.jsonl", "--steps=1"]) == 0
+    assert capsys.readouterr().err.count("is named like the LoRA of --name flux-dev-hyper-8") == 1
 
 
 def test_other_loras_go_on_top(few):
