@@ -10,13 +10,14 @@ from triton_device import CUDA, DEVICE, e4m3_rounds_right  # noqa: F401  skips w
 
 from flux_core.hooks.taps import Taps
 from flux_core.kernels import describe, eight_bits, flash, put
-from flux_core.kernels.attention import in_eight_bits
+from flux_core.kernels.attention import EIGHT, in_eight_bits
 from flux_core.kernels.eight_bits import BLOCK, FORMS, form_of
-from flux_core.kernels.flash import Tiles
+from flux_core.kernels.flash import TILES, Tiles
 from flux_core.linears.int8 import hadamard
 from flux_core.model import Flux, ops
 from flux_core.model.blocks import split_heads
 from flux_core.model.rope import embed_nd
+from flux_core.request.fields import ATTENTION
 from flux_core.sampling.graph import has_user_code
 
 pytestmark = pytest.mark.usefixtures("e4m3_rounds_right")
@@ -24,6 +25,10 @@ NAMES = pytest.mark.parametrize("name", FORMS)
 SMALL = Tiles(64, 64, 4, 2)
 MOST = {"int8": 0.03, "int8-qk": 0.012, "fp8": 0.06}
 """relative error to exact attention; e4m3's numbers are off by 2.6 %"""
+
+
+def test_a_form_is_in_every_list_of_forms():
+    assert FORMS.keys() == TILES.keys() == EIGHT.keys() == {*ATTENTION.choices} - {"auto", "exact"}
 
 
 def heads(B, H, L, D, dtype=torch.float32):
