@@ -92,7 +92,7 @@ class T5Params:
     num_layers: int
     num_heads: int
     relative_attention_num_buckets: int
-    relative_attention_max_distance: int = 128
+    relative_attention_max_distance: int
     layer_norm_epsilon: float = 1e-6
 
 

@@ -22,6 +22,7 @@ T5_DEFAULTS = {
     "num_layers": 6,
     "num_heads": 8,
     "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
 }
 CLIP_DEFAULTS = {
     "vocab_size": 49_408,
@@ -99,7 +100,11 @@ def t5_params(config: Mapping[str, Any]) -> T5Params:
     """T5's sizes by a config.json. ValueError for what is no size, or for another feed-forward layer than T5 1.1's."""
     if (kind := config.get("feed_forward_proj", "relu")) != GATED:
         raise ValueError(f"feed_forward_proj is {str(kind)[:40]!a}, not {GATED}")
-    return T5Params(**_named(config, T5Params) | _sizes(config, T5_DEFAULTS))
+    params = T5Params(**_named(config, T5Params) | _sizes(config, T5_DEFAULTS))
+    count, reach = params.relative_attention_num_buckets, params.relative_attention_max_distance
+    if not 0 < count // 4 < reach:  # as `model.t5.buckets` needs them
+        raise ValueError(f"relative_attention_num_buckets is {count}, and relative_attention_max_distance {reach}")
+    return params
 
 
 def clip_params(config: Mapping[str, Any]) -> ClipParams:
@@ -108,8 +113,13 @@ def clip_params(config: Mapping[str, Any]) -> ClipParams:
 
 
 def _named(config: Mapping[str, Any], kind: type[T5Params | ClipParams]) -> dict[str, Any]:
-    """The entries of a config.json that are fields of that class."""
-    return {field.name: config[field.name] for field in fields(kind) if field.name in config}
+    """The entries of a config.json that are fields of that class. ValueError for one of another type."""
+    found = {field.name: config[field.name] for field in fields(kind) if field.name in config}
+    for field in fields(kind):
+        types = (int, float) if field.type is float else (field.type,)
+        if field.name in found and type(found[field.name]) not in types:
+            raise ValueError(f"{field.name} is {str(found[field.name])[:40]!a}")
+    return found
 
 
 def t5_shapes(config: Mapping[str, Any]) -> Shapes:
