@@ -24,23 +24,22 @@ class Kind(NamedTuple):
     """of its class in transformers"""
     pad: str
     unk: str
-    eos: str
 
 
 KINDS: Mapping[Part, Kind] = MappingProxyType(
     {
-        "t5": Kind("T5TokenizerFast", "<pad>", "<unk>", "</s>"),
-        "clip": Kind("CLIPTokenizer", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+        "t5": Kind("T5TokenizerFast", "<pad>", "<unk>"),
+        "clip": Kind("CLIPTokenizer", "<|endoftext|>", "<|endoftext|>"),
     }
 )
 
 
 class Tokenizer:
-    """Texts to ids. Its ids of unknown words and of a text's end are None where it has no such token."""
+    """Texts to ids. Its id of unknown words is None where it has no such token."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, pad: str, unk: str, eos: str, max_length: int | None) -> None:
-        """pad, unk, eos: tokens for padding, unknown words and a text's end. max_length: of a text, if files say it.
-        ValueError if it cannot pad."""
+    def __init__(self, backend: tokenizers.Tokenizer, pad: str, unk: str, max_length: int | None) -> None:
+        """pad, unk: tokens for padding and unknown words. max_length: of a text, if files say it. ValueError if it
+        cannot pad."""
         backend.no_padding()
         backend.no_truncation()
         self.backend, self.max_length = backend, max_length
@@ -48,7 +47,7 @@ class Tokenizer:
         if found is None:
             raise ValueError(f"it has no token {pad!r} to fill up texts with")
         self.pad_id: int = found
-        self.unk_id, self.eos_id = backend.token_to_id(unk), backend.token_to_id(eos)
+        self.unk_id = backend.token_to_id(unk)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -64,8 +63,8 @@ def load_tokenizer(folder: Path, part: Part, known: int) -> Tokenizer:
     kind = KINDS[part]
     try:
         backend, said = _backend(folder, kind.name), _config(folder)
-        pad, unk, eos = (_content(said.get(f"{name}_token")) or getattr(kind, name) for name in ("pad", "unk", "eos"))
-        tokenizer = Tokenizer(backend, pad, unk, eos, said.get("model_max_length"))
+        pad, unk = (_content(said.get(f"{name}_token")) or getattr(kind, name) for name in ("pad", "unk"))
+        tokenizer = Tokenizer(backend, pad, unk, _length(said.get("model_max_length")))
     except FileError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
@@ -90,6 +89,15 @@ def _config(folder: Path) -> dict[str, Any]:
     for path in (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")):
         said |= read_json(path, "the tokenizer's configuration") if path.is_file() else {}
     return said
+
+
+def _length(said: Any) -> int | None:
+    """The tokens of a text that a configuration allows. ValueError for what is no number of them."""
+    if said is None:
+        return None
+    if type(said) not in (int, float) or said < 1:
+        raise ValueError(f"model_max_length is {str(said)[:40]!a}")
+    return int(said)
 
 
 def _content(token: Any) -> str | None:

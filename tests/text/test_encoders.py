@@ -49,7 +49,7 @@ def test_a_batch_is_its_rows(encoders):
 def test_the_pooled_vector_is_of_the_first_end_token(encoders):
     _, clip = encoders
     ids = clip.tokens(["a red apple"])
-    end = ids[0].tolist().index(clip.tokenizer.eos_id)
+    end = ids[0].tolist().index(clip.tokenizer.backend.token_to_id("<|endoftext|>"))
     states = []
     clip.model.final_layer_norm.register_forward_hook(lambda module, inputs, x: states.append(x))
     assert torch.equal(clip(["a red apple"]), states[0][:, end])
@@ -111,11 +111,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model(copied, small):
         load_text_encoders(small)
 
 
+def test_a_length_that_is_no_number(copied, small):
+    damage(copied, "clip/tokenizer_config.json", lambda config: config | {"model_max_length": "77"})
+    with pytest.raises(FileError, match="the tokenizer could not be read: model_max_length is '77'"):
+        load_text_encoders(small)
+
+
+def test_a_configuration_of_another_type(copied, small):
+    damage(copied, "clip/config.json", lambda config: config | {"eos_token_id": None})
+    with pytest.raises(FileError, match="the text encoder's configuration could not be read: eos_token_id is 'None'"):
+        load_text_encoders(small)
+
+
 def test_the_shipped_tokenizers_fit_their_models():
     """On the real files: a pooled vector of the right token, and no token without a row."""
     row = VARIANTS["flux-mini"]
     t5, clip = load_text_encoders(row, "cpu", torch.float32)
-    eos = clip.tokenizer.eos_id
+    eos = clip.tokenizer.backend.token_to_id("<|endoftext|>")
     assert clip.model.eos_token_id == eos
     assert eos != 2 or eos == len(clip.tokenizer) - 1
     assert t5(["a red apple"]).shape == (1, row.max_text, row.params.context_in_dim)
