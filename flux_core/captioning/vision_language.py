@@ -24,8 +24,7 @@ from ..device.defaults import plain_defaults
 from ..errors import FileError, UsageError
 from ..hub.places import network_folder
 from ..linears.formats import FORMATS
-from ..text.encoders import load_model, quiet
-from ..vision.networks import read_config, reading
+from ..vision.networks import load_model, quiet, read_config, reading
 from .words import Style
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]

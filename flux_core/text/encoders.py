@@ -5,14 +5,13 @@ padding attends and is attended to, so the length is part of the result. CLIP cu
 warning, since the picture's content comes from T5; `notes` says what T5 cuts and what it cannot read.
 
 The networks are our own (`model/t5.py`, `model/clip.py`): importing those of transformers takes longer than importing
-torch. It is imported here for networks that look at pictures.
+torch.
 """
 
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,42 +298,3 @@ def _empty_encoder(contents: Contents, variant: Variant) -> T5Encoder | ClipText
             return T5Encoder(t5_params(config)) if contents.part == "t5" else ClipText(clip_params(config))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error
-
-
-def _check_complete(info: dict[str, Any], path: Path, what: str) -> None:
-    """FileError if transformers found no weights for some parameters."""
-    if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
-        raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
-
-
-def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str) -> Any:
-    """A model of transformers, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
-    try:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"{folder}: the {what} could not be read: {error}") from error
-    _check_complete(info, folder, what)
-    return model.to(device).eval().requires_grad_(False)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """A context without transformers' notices and progress bars; the relevant ones are checked here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

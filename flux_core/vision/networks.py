@@ -15,7 +15,6 @@ import torch
 from ..device.defaults import plain_defaults
 from ..errors import FileError, FluxError, is_out_of_memory
 from ..hub.places import network_folder
-from ..text.encoders import load_model, quiet
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,45 @@ def load_network(
         with reading(f"{name}: the {network.what}"):
             model = load_model(getattr(transformers, network.kind), folder, device, dtype, network.what)
     return model, processor
+
+
+def load_model(kind: Any, folder: Path, device: torch.device | str, dtype: torch.dtype, what: str) -> Any:
+    """A model of transformers, frozen, from a folder of safetensors. FileError if it can't be read or lacks any."""
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{folder}: the {what} could not be read: {error}") from error
+    _check_complete(info, folder, what)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _check_complete(info: dict[str, Any], path: Path, what: str) -> None:
+    """FileError if transformers found no weights for some parameters."""
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them at random
+        raise FileError(f"{path}: the {what} lacks {len(missing)} tensors ({', '.join(missing[:5])}).")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context without transformers' notices and progress bars; the relevant ones are checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
