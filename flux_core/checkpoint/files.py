@@ -205,8 +205,7 @@ def _t5_of_hub(variant: Variant) -> tuple[Path, Path]:
     """T5 and its tokenizer from the hub, safetensors only.
 
     Google's own repository holds pickles, which are never opened here; then the encoder comes from the FLUX.1
-    repository, which has the same weights as safetensors, a quarter of the size (bf16, no decoder). transformers
-    could fetch it by itself, but it would ask a converting service for safetensors, with the token.
+    repository, which has the same weights as safetensors, a quarter of the size (bf16, no decoder).
     """
     assert variant.repo is not None
     t5 = hub_folder(variant.t5, TEXT_FILES)
@@ -228,7 +227,7 @@ def _tokenizer(variant: Variant, part: Part, encoder: Path | None) -> Path | Non
 def encoder_config(variant: Variant, part: Part, path: Path) -> dict[str, Any]:
     """A text encoder's config.json: beside its weights, with the model that ships, or the variant's. FileError.
 
-    Without its `quantization_config`: the tensors tell that, and transformers would ask for bitsandbytes.
+    Without its `quantization_config`: the tensors tell that.
     """
     folders = [path if path.is_dir() else path.parent]
     if variant.embedded:

@@ -216,11 +216,6 @@ class BranchedLinear(Leaf):
         """what `branches` returns, gathered once: a block asks for it several times"""
 
     @property
-    def weight(self) -> Tensor:
-        """The layer's own weight, which transformers asks for its dtype."""
-        return cast(Tensor, self.base.weight)
-
-    @property
     def bias(self) -> Tensor | None:
         """The layer's own bias."""
         return cast("Tensor | None", getattr(self.base, "bias", None))

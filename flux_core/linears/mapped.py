@@ -20,7 +20,7 @@ class MappedLinear(Frozen, Leaf):
     """y = x W^T + b, with W read when it is used."""
 
     CODES = ()
-    weight = None  # type: ignore[assignment]  # transformers asks T5's for their dtype, and casts tokens to it
+    weight = None  # type: ignore[assignment]  # `Frozen` asks whether it wants a gradient
 
     def __init__(self, read: Read, shape: tuple[int, ...], bias: nn.Parameter | None) -> None:
         super().__init__()

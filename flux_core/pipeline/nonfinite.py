@@ -80,7 +80,7 @@ def first_site(step: Step, velocity: Callable[[HookRun], Velocity], run: HookRun
 
 def bad_tensors(*parts: Any) -> dict[str, int]:
     """The number of non-finite values in each tensor that has any, by official name."""
-    modules = [getattr(part, "model", part) for part in parts]  # of a text encoder: transformers', with its names
+    modules = [getattr(part, "model", part) for part in parts]  # of a text encoder: with its names
     tensors = chain(*(_numbers(m) for m in modules if isinstance(m, nn.Module)))
     counted = ((name, count_bad(x)) for name, x in tensors if x.is_floating_point())
     return {name: bad for name, bad in counted if bad}
