@@ -15,7 +15,7 @@ from ..errors import FileError, UsageError, nearest
 from ..files import user_path
 from ..hub.places import ROOTS
 from ..lora.ranks import RankSchedule
-from ..request.fields import Field
+from ..request.fields import DTYPES, Field
 from ..request.training import DATA, MORE_DATA, SECTIONS, SETTINGS
 from .adapter import Form
 from .folders import Folder, parse_folders
@@ -31,6 +31,7 @@ LATER = (
 """settings that a card does not tell at their defaults, as before there were any"""
 MAKE_EXAMPLES = (
     *(field.name for field in (*DATA, *MORE_DATA) if field.name not in ("strict", "mask_prior")), "takes", "class_word",
+    "preserve", "t5_dtype", "t5_device", "threads",
 )  # fmt: skip
 """settings by which pictures and captions become examples"""
 TOLD = ("name", "rank", "alpha", "steps", "lr", "resolution")
@@ -75,12 +76,15 @@ class Settings:
 
     alpha: Any
     trigger: Any
+    dtype: str | None
+    t5_dtype: str | None
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """values: parsed, those that are given. UsageError for what does not go together."""
         self.given = dict(values)
         for field in SETTINGS:
             setattr(self, field.name, values.get(field.name, field.default))
+        self.dtype, self.t5_dtype = (DTYPES.get(x or "auto") for x in (self.dtype, self.t5_dtype))  # auto: None
         if self.alpha is None:
             self.alpha = float(self.rank)
         if not self.data:
