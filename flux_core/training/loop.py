@@ -339,7 +339,8 @@ def _unlike(key: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
     if key == "pictures" and DATA in then and DATA in now:
         old, new = json.loads(then[DATA]), json.loads(now[DATA])
         found = [_unlike(name, old, new) for name in {**old, **new} if old.get(name) != new.get(name)]
-        return " and ".join(found) or "with other pictures or captions in the same folders"
+        general = "with other pictures or captions in the same folders, or other encoders, versions, devices or threads"
+        return " and ".join(found) or general
     default = json.dumps(Recipe.__dataclass_fields__[key].default) if key in ADDED else None
     one, other = then.get(key, default), now.get(key, default)
     if one is None:

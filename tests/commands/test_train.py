@@ -139,6 +139,7 @@ def test_another_run_is_refused_and_what_differs_is_named(small, work, capsys):
         "--rank=3": "with lora_alpha 2.0, not 3.0", "--lr=0.02": "with lr 0.01, not 0.02",
         "--seed=2": "with seed 1, not 2", "--caption-dropout=0.5": "with caption_dropout 0.3, not 0.5",
         "--trigger=zwx": 'with trigger "noto", not "zwx"', "--held-out=2": "without held_out, not with 2",
+        "--t5-dtype=bf16": 'without t5_dtype, not with "bfloat16"', "--threads=3": "without threads, not with 3",
     }  # fmt: skip
     for change, said in changes.items():
         capsys.readouterr()
@@ -147,7 +148,15 @@ def test_another_run_is_refused_and_what_differs_is_named(small, work, capsys):
         assert digest(Path("out", ADAPTER)) == kept, change
     Path("data/01.txt").write_text("another caption")  # of one that is not held out
     assert train(*MORE, "--steps=3") == 2
-    assert "was trained with other pictures or captions in the same folders. Next" in capsys.readouterr().err
+    said = "was trained with other pictures or captions in the same folders, or other encoders, versions, devices or"
+    assert f"{said} threads. Next" in capsys.readouterr().err
+
+
+def test_a_run_that_kept_its_class_by_pictures_says_so(small, work, capsys):
+    pictures(work / "class", 2, (32, 40))
+    assert train(*FEW, "--regularization=class", "--preserve=regularization", "--steps=1") == 0
+    assert train(*FEW, "--regularization=class") == 2
+    assert 'was trained with preserve "regularization", not ""' in capsys.readouterr().err
 
 
 @pytest.mark.slow
