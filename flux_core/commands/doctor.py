@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PLANNED = ("bfloat16", "fp8", "int8", "nf4")
 """precisions that a plan compares"""
-PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors")
+PACKAGES = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors")
 
 
 def doctor() -> Iterator[str]:
