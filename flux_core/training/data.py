@@ -217,7 +217,7 @@ def _one_line(text: str) -> str:
 
 def _rows(file: Path, key: str, mask: str) -> Iterator[tuple[Path, Row]]:
     """What a table says of pictures, with the files of two keys. FileError."""
-    for where, row in rows_of(file):
+    for where, row in rows_of(file, ("file_name", *CAPTIONS, key, mask)):
         try:
             name, text = row["file_name"], next(row[key] for key in CAPTIONS if key in row)
             others = row.get(key, []) if key else []
@@ -227,7 +227,7 @@ def _rows(file: Path, key: str, mask: str) -> Iterator[tuple[Path, Row]]:
             text.encode()  # half a surrogate pair is no text
         except (ValueError, KeyError, TypeError, AssertionError, StopIteration):
             raise FileError(
-                f'{where}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend that line'
+                f'{where}: not as in {{"file_name": "a.png", "text": "a caption"}}. Next: mend it there'
             ) from None
         paths = [file.parent / x for x in names]
         for one, other in zip(paths, names, strict=True):

@@ -1,7 +1,7 @@
 """A folder's table of pictures, as of Hugging Face's imagefolder: `metadata.jsonl`, or `metadata.parquet`."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,12 +32,13 @@ def table_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def rows_of(file: Path) -> Iterator[tuple[str, Any]]:
+def rows_of(file: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The rows of a table, each with where it is: `FILE, line 3` or `FILE, row 3`. A line's value may be anything.
 
-    FileError for a table that cannot be read; UsageError for parquet without pyarrow.
+    columns: those that are used: of parquet no others are read, which may be pictures. FileError for a table that
+    cannot be read; UsageError for parquet without pyarrow.
     """
-    yield from (_of_parquet if file.name == TABLES["parquet"] else _of_lines)(file)
+    yield from _of_parquet(file, columns) if file.name == TABLES["parquet"] else _of_lines(file)
 
 
 def _of_lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -54,13 +55,13 @@ def _of_lines(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{file}, line {number}", value
 
 
-def _of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+def _of_parquet(file: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Without what is null in a row."""
     arrow, parquet = parquet_modules()
     try:
         with parquet.ParquetFile(file) as table:
-            rows = table.read().to_pylist()
-    except (OSError, ValueError, arrow.ArrowException) as error:
+            rows = table.read([name for name in table.schema_arrow.names if name in columns]).to_pylist()
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:  # of a date beyond Python's
         raise FileError(f"{file} cannot be read: {error}. Next: write it again, or move it away") from None
     for number, row in enumerate(rows, 1):
         yield f"{file}, row {number}", {key: value for key, value in row.items() if value is not None}

@@ -141,6 +141,12 @@ def test_a_table_in_parquet_is_read_as_lines_are(tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     found = read_folder(tmp_path, fixed(32, 32), key="reference")
     assert found == expected and [len(one.beside) for one in found.pictures] == [2, 1]
+    late = pyarrow.array([2**53, 0], pyarrow.timestamp("ms"))  # of a year that Python does not know
+    parquet.write_table(table.append_column("taken", late), tmp_path / "metadata.parquet")
+    assert read_folder(tmp_path, fixed(32, 32), key="reference") == expected
+    parquet.write_table(table.append_column("prompt", late), tmp_path / "metadata.parquet")
+    with pytest.raises(FileError, match=r"metadata.parquet cannot be read: .* Next: write it again"):
+        read_folder(tmp_path, fixed(32, 32))
     parquet.write_table(table.drop_columns("file_name"), tmp_path / "metadata.parquet")
     with pytest.raises(FileError, match=r"metadata.parquet, row 1: not as in"):
         read_folder(tmp_path, fixed(32, 32))
