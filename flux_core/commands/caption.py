@@ -49,7 +49,8 @@ def caption(folder: str, **flags: Any) -> None:
     prepare_folder(place, "DIR")
     for kind, name in TABLES.items():
         if values["to"] != kind and (place / name).is_file():
-            note(f"{place} has a {name}, and train reads captions from there. Next: --to {kind}, or remove it")
+            how = "takes one table alone" if values["to"] in TABLES else "reads captions from there"
+            note(f"{place} has a {name}, and train {how}. Next: --to {kind}, or remove it")
 
     wording = Wording(
         **{key: values[key] for key in ("prefix", "suffix", "trigger", "existing")},

@@ -38,8 +38,8 @@ MODEL = (
     THREADS,
 )  # fmt: skip
 DATA = (
-    Field("data", str, "a folder of pictures with captions (NAME.txt, or a metadata.jsonl or .parquet), or a hub data "
-          "set's id; what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
+    Field("data", str, "a folder of pictures with captions (NAME.txt, or a table: metadata.jsonl or .parquet), or a "
+          "hub data set's id; what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
           metavar="FOLDER", path=True, repeated=True),
     Field("trigger", str, "a word for what is learned; put in front of captions that lack it, or where they say "
           "[trigger]", metavar="WORD"),
@@ -65,7 +65,7 @@ MORE_DATA = (
           "repeated", metavar="FOLDER", path=True, repeated=True),
     Field("prior_weight", float, "of the loss of regularization pictures", minimum=0, maximum=1000, default=1.0),
     Field("masks", str, "what of a picture is learned from: alpha (its own channel), metadata (files that "
-          "metadata.jsonl names by mask), or a folder of files by the pictures' names", metavar="FOLDER", path=True),
+          "the table names by mask), or a folder of files by the pictures' names", metavar="FOLDER", path=True),
     Field("mask_floor", float, "how much is learned from where a mask is black", minimum=0, maximum=1, default=0.0),
     Field("mask_prior", float, "weight of the loss that keeps what the base draws where a mask is black", minimum=0,
           maximum=1000, default=0.0),
@@ -88,7 +88,7 @@ ADAPTER = (
     Field("ranks", str, "of modules that have another, as to_q=4,vital=32; patterns as in --targets",
           metavar="NAME=RANK"),
     Field("takes", str, f"what the model learns to see besides the prompt: {', '.join(MAPS)} (a map of each picture), "
-          "control (maps that metadata.jsonl names), reference (pictures there that captions change)",
+          "control (maps that the table names), reference (pictures there that captions change)",
           choices=(*MAPS, "control", "reference"), default="", metavar="NAME"),
     Field("targets", str, "what learns, with commas: attention (the notebook's four), blocks (all Linears of blocks), "
           "vital or vital:FILE (those of a study's vital blocks), names as to_q, or none, with --token",

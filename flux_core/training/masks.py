@@ -16,7 +16,7 @@ from ..images.pictures import as_rgb, layers, open_picture
 from .sizes import Cut, Size, apply
 
 ALPHA, LISTED = "alpha", "metadata"
-"""values of `--masks` that name no folder: the alpha channel, or files that metadata.jsonl names by `KEY`"""
+"""values of `--masks` that name no folder: the alpha channel, or files that the table names by `KEY`"""
 KEY = "mask"
 PIXELS = 8
 """of a side, for a place of the latents"""

@@ -1,6 +1,6 @@
 """What a model learns to see besides the prompt, as models of the family do: a map of each picture, or references.
 
-A map is made of the picture as it is cut. Maps and references of one's own are named by lines of metadata.jsonl, as
+A map is made of the picture as it is cut. Maps and references of one's own are named by the folder's table, as
 `"control": "maps/a.png"` or `"reference": ["before/a.png"]`; they are cut as the picture is. What is kept of a picture,
 and the mask, come from programs alone (`weights/recipe/train_family.py`).
 """
@@ -31,7 +31,7 @@ class Way(NamedTuple):
     """A way to see."""
 
     key: str
-    """of a line of metadata.jsonl; empty: made of the picture itself"""
+    """of a row of the folder's table; empty: made of the picture itself"""
     condition: Callable[[Tensor], Condition]
     """of latents [B, N, 16, h, w]"""
     widens: int = 0

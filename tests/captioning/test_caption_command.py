@@ -96,6 +96,13 @@ def test_a_caption_that_is_there(folder, to, existing, wanted):
     assert len(report.written) == (0 if existing == "skip" else 3) and report.kept == 3 - len(report.written)
 
 
+def test_beside_another_table_it_says_what_train_does(folder, capsys):
+    (folder / "metadata.jsonl").write_text("", encoding="utf-8")
+    for to, how in (("txt", "reads captions from there"), ("parquet", "takes one table alone")):
+        main(["caption", str(folder), "--model=sprites", f"--to={to}"])  # which finds none in these pictures
+        assert f"and train {how}. Next: --to jsonl, or remove it" in capsys.readouterr().err
+
+
 def test_a_table_keeps_what_else_its_owner_wrote(folder):
     row = {"file_name": "b.png", "prompt": "old", "control": "maps/b.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
