@@ -16,6 +16,7 @@ TIMESTEPS = (
 LOSSES = ("l2", "l1", "huber", "smooth_l1")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 CHECKPOINTING = ("none", "mlp", "second", "linears", "blocks")
+PRESERVE = ("differential", "blank", "regularization")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adamw_schedulefree")
 RULES = ("buckets", "kohya", "kohya_no_upscale", "diffusers", "fixed")
 
@@ -39,8 +40,8 @@ MODEL = (
 )  # fmt: skip
 DATA = (
     Field("data", str, "a folder of pictures with captions (NAME.txt, or a table: metadata.jsonl or .parquet), or a "
-          "hub data set's id; what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be repeated",
-          metavar="FOLDER", path=True, repeated=True),
+          "hub data set's id; what is its own behind it, as in FOLDER,weight=2,trigger=WORD,masks=FOLDER; may be "
+          "repeated", metavar="FOLDER", path=True, repeated=True),
     Field("trigger", str, "a word for what is learned; put in front of captions that lack it, or where they say "
           "[trigger]", metavar="WORD"),
     Field("repeats", int, "how often a picture comes in an epoch", minimum=1, maximum=10_000, default=1),
@@ -144,7 +145,7 @@ TRAINING = (
           choices=("constant", "exponential"), default="constant", metavar="NAME"),
     Field("preserve", str, "what stays as it was: differential (captions with --class-word in place of the trigger), "
           "blank (the empty caption), by a second forward; regularization (its pictures' target is the base's own)",
-          choices=("differential", "blank", "regularization"), default="", metavar="NAME"),
+          choices=PRESERVE, default="", metavar="NAME"),
     Field("preserve_weight", float, "of that in the loss", minimum=0, maximum=1000, default=1.0),
     Field("class_word", str, "what the trigger word stands for, as in dog", metavar="WORD"),
     Field("contrast", float, "guidance that the target has, so that what guidance was distilled into a model stays "

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..request.training import PRESERVE
 from .objective import LOSSES, MAPS, WEIGHTINGS
 from .optimizers import OPTIMIZERS
 from .recompute import WAYS
 from .seen import WAYS as SEEN
 
-PRESERVE = ("", "differential", "blank", "regularization")
-"""ways of `loss.py`"""
 PRECISIONS = ("auto", "fp16")
 """of the products: as the model computes, or half precision under a scale of the loss, for cards without bf16"""
 
@@ -78,7 +77,7 @@ class Recipe:
         known: dict[str, Any] = {
             "timesteps": MAPS, "weighting": WEIGHTINGS, "schedule": SCHEDULES, "checkpointing": WAYS,
             "optimizer": OPTIMIZERS, "precision": PRECISIONS, "takes": ("", *SEEN),
-            "loss": LOSSES, "huber_schedule": ("constant", "exponential"), "preserve": PRESERVE,
+            "loss": LOSSES, "huber_schedule": ("constant", "exponential"), "preserve": ("", *PRESERVE),
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
