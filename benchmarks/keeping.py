@@ -221,7 +221,7 @@ class Journal:
             began = time.perf_counter()
             try:
                 found = make()
-            except Exception:
+            except Exception:  # whatever it is, hours of other results go on
                 self.failed.append(what)
                 print(f"{what}: FAILED\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 return None

@@ -96,6 +96,14 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def append_synced(path: Path, data: bytes) -> None:
+    """Add to a file by one write, and flush it to the disk."""
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def publish(temporary: Path, wanted: Path) -> Path:
     """Give a file the wanted name, or `stem_1`, `stem_2`, … if that is taken. Returns its path."""
     for number in count():

@@ -67,3 +67,15 @@ def tiny_pipeline(
     weights = {"flux-mini.safetensors": "abc"}
     components = Components(t5, clip, model, ae)
     return Pipeline(variant, components, torch.device("cpu"), kind, weights, offload, vae_tiling, compile)
+
+
+def short_of_memory(pipeline, error):
+    """A device on which two rows do not fit."""
+    whole = pipeline.model.forward
+
+    def forward(img, *args, **kwargs):
+        if len(img) > 1:
+            raise error
+        return whole(img, *args, **kwargs)
+
+    pipeline.model.forward = forward

@@ -7,14 +7,13 @@ settings are the same it goes on behind it.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, UsageError
-from ..files import disk_errors, write_whole
+from ..files import append_synced, disk_errors, write_whole
 from ..images.pictures import open_picture
 from ..session.sharing import try_lock
 from ..training.data import ENDINGS, caption_beside
@@ -94,11 +93,10 @@ class Captions:
     def _append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the journal, whose first are the settings."""
         journal = self.folder / JOURNAL
-        with disk_errors(journal), journal.open("ab") as file:
-            lines = [line] if file.tell() else [{"settings": self.settings}, line]
-            file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        begun = journal.is_file() and journal.stat().st_size
+        lines = [line] if begun else [{"settings": self.settings}, line]
+        with disk_errors(journal):
+            append_synced(journal, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines).encode())
 
     def _take_up(self) -> None:
         """Begin with the journal of a run that was stopped: go on with it, or first write what it has, as it would."""

@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError, UsageError
-from ..files import disk_errors
+from ..files import append_synced, disk_errors
 from ..hooks import StepCache
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Journal:
         self.path, self.scores = path, dict[str, float]()
         lines = self._whole_lines()
         if not lines:
-            self._append({"about": about}, anew=True)
+            self._append({"about": about})
         elif lines[0] != {"about": json.loads(json.dumps(about))}:
             raise UsageError(f"{path} is the journal of another search. Next: another --output, or delete it")
         self.scores = {line["of"]: line["score"] for line in lines[1:]}
@@ -246,11 +246,9 @@ class Journal:
         except ValueError:
             raise FileError(f"{self.path} is damaged. Next: delete it, and search anew") from None
 
-    def _append(self, line: dict[str, Any], anew: bool = False) -> None:
-        with disk_errors(self.path, "--output"), self.path.open("wb" if anew else "ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _append(self, line: dict[str, Any]) -> None:
+        with disk_errors(self.path, "--output"):
+            append_synced(self.path, json.dumps(line).encode() + b"\n")
 
 
 class Search:

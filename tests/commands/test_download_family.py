@@ -1,7 +1,7 @@
 """`download` of a model that another one's transformer and an adapter make: all that is loaded is fetched."""
 
 import pytest
-from fake_hub import fake_hub, weights
+from fake_hub import fake_hub, parts_of, weights
 
 from flux_core.commands import doctor
 from flux_core.commands.download import download
@@ -9,16 +9,7 @@ from flux_core.errors import FileError, UsageError
 from flux_core.variants import VARIANTS
 
 ROW = VARIANTS["flux-schnell-redux"]
-FILES = {
-    ROW.repo: {
-        ROW.flow_file: weights(b"f" * 900),
-        "ae.safetensors": weights(b"a" * 500),
-        "text_encoder_2/config.json": b"{}",
-        "text_encoder_2/model.safetensors": weights(b"t" * 300),
-        "tokenizer_2/spiece.model": b"s",
-    },
-    ROW.clip: {"config.json": b"{}", "model.safetensors": weights(b"c")},
-    ROW.t5: {"config.json": b"{}", "spiece.model": b"s"},
+FILES = parts_of(ROW) | {
     ROW.adapter.repo: {ROW.adapter.file: weights(b"r" * 100), "README.md": b"x"},
     ROW.takes.words: {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": weights(b"v"),
                       "pytorch_model.bin": b"pickle"},

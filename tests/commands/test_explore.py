@@ -65,8 +65,12 @@ def workshop():
 @pytest.fixture(scope="module")
 def whole_folder(workshop, tmp_path_factory):
     """A session of `EXPLORE` that nothing disturbs. Tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = workshop.run(folder, *EXPLORE)
+    return undisturbed(workshop, tmp_path_factory.mktemp("whole"), EXPLORE)
+
+
+def undisturbed(workshop, folder, flags):
+    """A session's folder."""
+    done = workshop.run(folder, *flags)
     assert done.code == 0, done.log
     return only(folder / "output")
 
@@ -595,10 +599,7 @@ IN_BATCHES = [*EXPLORE, "--seeds", "1,2,3", "--guidance", "2,4", "--batch", "2"]
 @pytest.fixture(scope="module")
 def batched_folder(workshop, tmp_path_factory):
     """A session in batches that nothing disturbs. Tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("batched")
-    done = workshop.run(folder, *IN_BATCHES)
-    assert done.code == 0, done.log
-    return only(folder / "output")
+    return undisturbed(workshop, tmp_path_factory.mktemp("batched"), IN_BATCHES)
 
 
 def test_a_batch_has_pictures_of_as_many_steps_in_their_order():

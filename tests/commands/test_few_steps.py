@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_hub import fake_hub, weights
+from fake_hub import fake_hub, parts_of, weights
 from family_files import small_model
 from PIL import Image
 from random_lora import factors, write
@@ -49,18 +49,7 @@ def test_a_row_is_dev_at_what_its_card_says_and_flags_win(name):
 
 def test_dev_and_the_lora_are_fetched(monkeypatch, tmp_path):
     row = VARIANTS["flux-dev-turbo"]
-    files = {
-        row.repo: {
-            row.flow_file: weights(b"f" * 900),
-            "ae.safetensors": weights(b"a" * 500),
-            "text_encoder_2/config.json": b"{}",
-            "text_encoder_2/model.safetensors": weights(b"t" * 300),
-            "tokenizer_2/spiece.model": b"s",
-        },
-        row.clip: {"config.json": b"{}", "model.safetensors": weights(b"c")},
-        row.t5: {"config.json": b"{}", "spiece.model": b"s"},
-        row.adapter.repo: {TURBO: weights(b"l" * 100), "README.md": b"x"},
-    }
+    files = parts_of(row) | {row.adapter.repo: {TURBO: weights(b"l" * 100), "README.md": b"x"}}
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with fake_hub(files) as hub:
         paths = download(row.name, f"http://127.0.0.1:{hub.port}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from controlnets import params_for, write_net
 from PIL import Image
-from tiny import tiny_pipeline, tiny_variant
+from tiny import short_of_memory, tiny_pipeline, tiny_variant
 
 import flux_core.pipeline.environment as surroundings
 from flux_core import load_pipeline
@@ -183,14 +183,7 @@ def test_a_plan_that_decides_for_all_rows_is_refused(pipeline):
 
 
 def test_rows_that_do_not_fit_are_told_of_a_smaller_batch(pipeline):
-    whole = pipeline.model.forward
-
-    def forward(img, *args, **kwargs):
-        if len(img) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(img, *args, **kwargs)
-
-    pipeline.model.forward = forward
+    short_of_memory(pipeline, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(MemoryShortage, match=r"drawing 3 pictures of 48x32 pixels.* Next: .*, or --batch 1$"):
         pipeline.draw_rows(three())
     with pytest.raises(MemoryShortage, match=r"or --batch 1, which draws it alone$"):

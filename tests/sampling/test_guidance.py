@@ -8,7 +8,7 @@ import torch
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from golden_files import distance
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import short_of_memory, tiny_pipeline
 
 from flux_core.errors import MemoryShortage, NonFiniteError, UsageError
 from flux_core.hooks import Capture, Custom, ShareKV, Skip
@@ -243,18 +243,6 @@ def test_rows_of_a_batch_are_the_pictures_alone(pipeline):
 def test_schnell_and_bf16_steer_too():
     assert draw(tiny_pipeline("flux-schnell"), **CFG).tobytes() != draw(tiny_pipeline("flux-schnell")).tobytes()
     draw(tiny_pipeline(dtype="bfloat16"), **CFG, cfg_zero=1, mimic_scale=1.5)
-
-
-def short_of_memory(pipeline, error):
-    """A device on which two rows do not fit."""
-    whole = pipeline.model.forward
-
-    def forward(img, *args, **kwargs):
-        if len(img) > 1:
-            raise error
-        return whole(img, *args, **kwargs)
-
-    pipeline.model.forward = forward
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,9 @@ def test_the_pooled_vector_is_of_the_first_end_token(encoders):
     ids = clip.tokens(["a red apple"])
     end = ids[0].tolist().index(clip.tokenizer.backend.token_to_id("<|endoftext|>"))
     states = []
-    clip.model.final_layer_norm.register_forward_hook(lambda module, inputs, x: states.append(x))
-    assert torch.equal(clip(["a red apple"]), states[0][:, end])
+    with clip.model.final_layer_norm.register_forward_hook(lambda module, inputs, x: states.append(x)):
+        found = clip(["a red apple"])
+    assert torch.equal(found, states[0][:, end])
 
 
 def test_what_was_cut_is_told_in_the_prompts_own_letters(encoders):
