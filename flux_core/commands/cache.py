@@ -19,7 +19,7 @@ from ..files import prepare_folder, write_whole
 from ..hooks import StepCache
 from ..hooks.step_cache import Searched
 from ..methods.importance import Prompt, default_prompts, read_prompts
-from ..request.fields import DEVICE, FILES, LOADING, MEMORY, THREADS, pop_fields
+from ..request.fields import DEVICE, FILES, LOADING, MEMORY, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
 from ..terminal import no_bars, note, tell
 from ..version import __version__
@@ -58,9 +58,8 @@ def search(
     request.check_whole()
     count = _forwards(forwards, request.num_steps)
     pairs = _pairs(prompts or str(default_prompts(variant.name)), limit + held_out, seeds)
-    path = Path(
-        output or f"output/cache-{variant.name}-{count}of{request.num_steps}-{request.width}x{request.height}.json"
-    )
+    stem = f"cache-{variant.name}-{count}of{request.num_steps}-{request.width}x{request.height}"
+    path = Path(output) if output else Path(OUTPUT_DIR.default, f"{stem}.json")
     if path.exists():
         raise UsageError(f"{path} exists already: it holds what a search found. Next: another --output")
     check_files(variant)
@@ -126,13 +125,8 @@ class Work:
     def __init__(
         self, pipeline: "Pipeline", request: GenerationRequest, journal: "Journal", pairs: list[Prompt], searched: int
     ) -> None:
-        self.pipeline, self.request, self.journal, self.pairs, self.searched = (
-            pipeline,
-            request,
-            journal,
-            pairs,
-            searched,
-        )
+        self.pipeline, self.request, self.journal = pipeline, request, journal
+        self.pairs, self.searched = pairs, searched
         self.size: dict[str, Any] = {"width": request.width, "height": request.height}
         self.pictures = [self._picture(pair) for pair in pairs]
 
