@@ -186,7 +186,7 @@ def ways(own: ops.Ops) -> dict[str, ops.Ops]:
             found[name] = made
             if made.opened is not None:
                 found[f"{name}, quantized apart"] = made.opened
-    found["fp8, by our kernel"] = own._replace(attend=partial(flash.attend_op, name="fp8"))
+    found["fp8, by our kernel"] = own._replace(attend=lambda q, k, v: flash.attend_op(q, k, v, "fp8"))
     return found
 
 
@@ -257,17 +257,14 @@ def kernels(rounds: int) -> None:
 
 def tile_choices(name: str) -> Iterator[Any]:
     """The tiles to try for a form, likely ones first."""
-    from flux_core.kernels.flash import Tiles
+    from flux_core.kernels import flash
 
-    sizes = [(128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3)]
-    for size, described in product(sizes, (True, False)):
-        yield Tiles(*size, described=described)
-    yield Tiles(128, 64, 4, 2, described=True)
-    yield Tiles(128, 64, 4, 4, described=True)
-    if FORMS[name].values:
-        yield Tiles(128, 64, 8, 3, described=True, split=True)
-        yield Tiles(128, 128, 8, 2, described=True, split=True)
-        yield Tiles(64, 64, 4, 3, described=True, split=True)
+    yield flash.TILES[name]
+    sizes = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 4)]
+    for size, registers in product(sizes, (None, 168)):
+        if (one := flash.Tiles(*size, registers)) != flash.TILES[name]:
+            yield one
+    yield flash.Tiles(64, 64, 4, 2, 128)
 
 
 def tiles() -> None:

@@ -14,8 +14,7 @@ attend      flash attention (arXiv 2205.14135): for each block of keys s = q k^T
 Where values are not in eight bits, `attend` reads them in place. The first two also norm q and k and turn them by their
 positions (`norm_rope`, `norm_rope_join`), so that neither is written in bf16; of a double block they read both streams.
 
-Codes are padded to whole blocks of tokens with zeros, so that only sums of the last block are masked, and the copy
-engine (TMA) may bring tiles.
+Codes are padded to whole blocks of tokens with zeros, so that only sums of the last block are masked.
 
 *The order of values' tokens.* The sum over keys has no order. An accumulator gives a thread the columns 2t, 2t + 1, and
 8 + 2t, 8 + 2t + 1 of each 16; as the first operand in eight bits it wants 4t to 4t + 3. So p stays where it is and its
@@ -30,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..linears.contract import needs_grad
 from ..model.ops import Heads, Scales
@@ -53,14 +51,15 @@ class Tiles(NamedTuple):
     n: int
     warps: int
     stages: int
-    described: bool = False
-    """whether the copy engine brings tiles"""
-    split: bool = False
-    """whether each block's sums of values are added in fp32: Hopper's units add e4m3 with 14 bits"""
+    registers: int | None = None
+    """that a thread may take at most"""
 
 
-TILES = {"int8": Tiles(128, 64, 4, 3), "int8-qk": Tiles(128, 128, 8, 3), "fp8": Tiles(128, 64, 4, 3)}
-"""by the name of a form"""
+TILES = {"int8": Tiles(64, 64, 4, 3, 168), "int8-qk": Tiles(64, 64, 4, 2, 168), "fp8": Tiles(64, 64, 4, 3, 168)}
+"""by the name of a form; with 168 registers a multiprocessor has room for three programs"""
+
+FLOAT, BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+"""1.5 * 2^23 in fp32, and as an integer: whatever is added to its bits, up to 2^22, is added to the number"""
 
 
 # Quantizing -------------------------------------------------------------------------------------------
@@ -335,21 +334,17 @@ def quantize_values(txt: Tensor, img: Tensor, T: int, rows: bool = False) -> Pai
 def attend_kernel(
     q, k, v, q_scale, k_scale, v_scale, out, v_batch, v_head, v_row, L, padded, H, factor,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr, INT8: tl.constexpr,
-    VALUES: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr,
+    VALUES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """factor: log2(e) / sqrt(D). KEYS: that share a scale. EVEN: whether L is a multiple of BLOCK_N. DESCRIBED: q, k
-    and v are descriptors of tiles, else pointers."""
+    """factor: log2(e) / sqrt(D). KEYS: that share a scale. EVEN: whether L is a multiple of BLOCK_N."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     one = batch * H + head
     row, key, col = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    if DESCRIBED:
-        x = q.load([one * padded + block * BLOCK_M, 0])
+    x = tl.load(q + (one.to(tl.int64) * padded + row)[:, None] * D + col[None, :])
+    k += (one.to(tl.int64) * padded + key)[:, None] * D + col[None, :]
+    if VALUES:
+        v += (one.to(tl.int64) * D + col)[:, None] * padded + key[None, :]
     else:
-        x = tl.load(q + (one.to(tl.int64) * padded + row)[:, None] * D + col[None, :])
-        k += (one.to(tl.int64) * padded + key)[:, None] * D + col[None, :]
-        if VALUES:
-            v += (one.to(tl.int64) * D + col)[:, None] * padded + key[None, :]
-    if not VALUES:
         v += batch.to(tl.int64) * v_batch + head * v_head + key.to(tl.int64)[:, None] * v_row + col[None, :]
     if INT8:
         scale = tl.load(q_scale + one.to(tl.int64) * padded + row) * factor
@@ -358,28 +353,27 @@ def attend_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(0, L, BLOCK_N):
-        y = k.load([one * padded + start, 0]) if DESCRIBED else tl.load(k + start * D)
+        y = tl.load(k + start * D)
         if INT8:
-            s = tl.dot(x, tl.trans(y), out_dtype=tl.int32).to(tl.float32)
+            s = tl.dot(x, tl.trans(y), tl.full((BLOCK_M, BLOCK_N), BITS, tl.int32), out_dtype=tl.int32)
+            s, zero = s.to(tl.float32, bitcast=True), FLOAT  # a conversion takes as long as four additions
             by = scale * tl.load(k_scale + start // KEYS)
         else:
-            s = tl.dot(x, tl.trans(y))
+            s, zero = tl.dot(x, tl.trans(y)), 0.0
             by = tl.full((BLOCK_M,), factor, tl.float32)
         if not EVEN:
             s = tl.where((start + key < L)[None, :], s, -float("inf"))
-        now = tl.maximum(most, by * tl.max(s, axis=1))
-        p = tl.exp2(s * by[:, None] - (now - 8.0)[:, None])  # to 256, in the middle of what e4m3 has
+        now = tl.maximum(most, by * (tl.max(s, axis=1) - zero))
+        p = tl.exp2(s * by[:, None] - (now - 8.0 + by * zero)[:, None])  # to 256, in the middle of what e4m3 has
         fade = tl.exp2(most - now)
         total = total * fade + tl.sum(p, axis=1)
         sums *= fade[:, None]
         if VALUES:
-            z = v.load([one * D, start]) if DESCRIBED else tl.load(v + start)
+            z = tl.load(v + start)
             p = tl.permute(tl.reshape(p.to(tl.float8e4nv), (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
             p = tl.reshape(p, (BLOCK_M, BLOCK_N))
-            if SPLIT:
-                sums = tl.dot(p, tl.trans(z), sums, max_num_imprecise_acc=BLOCK_N)
-            else:
-                sums = tl.dot(p, tl.trans(z), sums)
+            # Hopper's units add up e4m3 with 14 bits: by all keys' sum 5 % of the result would be gone
+            sums = tl.dot(p, tl.trans(z), sums, max_num_imprecise_acc=BLOCK_N)
         else:
             z = tl.load(v) if EVEN else tl.load(v, mask=(start + key < L)[:, None], other=0.0)
             sums = tl.dot(p.to(z.dtype), z, sums, input_precision="ieee")
@@ -395,23 +389,13 @@ def attend_kernel(
 def attend_codes(eight: Eight, tokens: int, dtype: torch.dtype, tiles: Tiles) -> Tensor:
     """Attention of codes by `quantize`: [B, tokens, H*D] in that dtype."""
     (B, H, padded, D), (q, k, v, *scales), form = eight.q.shape, eight, form_of(eight)
-    if tiles.described:
-        q, k = described(q, tiles.m, D), described(k, tiles.n, D)
-        v = described(v, D, tiles.n) if form.values else v
     out = torch.empty((B, tokens, H * D), dtype=dtype, device=eight.q.device)
     attend_kernel[(cdiv(tokens, tiles.m), H, B)](
         q, k, v, *scales, out, *eight.v.stride()[:3], tokens, padded, H, 1.4426950408889634 * D**-0.5,
         D=D, BLOCK_M=tiles.m, BLOCK_N=tiles.n, KEYS=BLOCK, INT8=form.int8, VALUES=form.values,
-        EVEN=tokens % tiles.n == 0, DESCRIBED=tiles.described, SPLIT=tiles.split,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        EVEN=tokens % tiles.n == 0, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out
-
-
-def described(x: Tensor, *tile: int) -> TensorDescriptor:
-    """Codes [B, H, M, N] as rows, for the copy engine."""
-    rows = x.flatten(0, 2)
-    return TensorDescriptor(rows, rows.shape, rows.stride(), list(tile))
 
 
 # What blocks call -------------------------------------------------------------------------------------

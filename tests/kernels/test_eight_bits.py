@@ -86,14 +86,14 @@ def test_kernels_write_the_codes_of_plain_functions(name, shape):
 
 
 @NAMES
-@pytest.mark.parametrize("tiles", [SMALL, SMALL._replace(m=128, n=128, split=True)], ids=["64", "128"])
+@pytest.mark.parametrize("tiles", [SMALL, SMALL._replace(m=128, n=128)], ids=["64", "128"])
 @pytest.mark.parametrize("shape", [(2, 2, 130, 64), (1, 1, 256, 128)], ids=["tail", "whole"])
 def test_kernels_attend_with_codes_as_sums_over_blocks(name, shape, tiles):
     q, k, v = heads(*shape)
     codes = eight_bits.quantize(q, k, v, FORMS[name])
     ordered = codes._replace(v=in_order(codes.v)) if FORMS[name].values else codes
     found = flash.attend_codes(ordered, shape[2], torch.float32, tiles)
-    assert distance(found, in_blocks(codes, shape[2], tiles.n)) < (5e-3 if CUDA else 1e-3)
+    assert distance(found, in_blocks(codes, shape[2], tiles.n)) < (5e-3 if CUDA else 2e-3)  # p between two codes
     assert distance(found, eight_bits.attend_codes(codes, shape[2])) < 0.01
 
 
@@ -106,6 +106,15 @@ def test_it_is_attention(name, dtype):
     for found in (flash.attend_op(q, k, v, name), eight_bits.attend(q, k, v, FORMS[name])):
         assert found.shape == exact.shape and found.dtype == dtype
         assert distance(found.float(), exact) < MOST[name]
+
+
+@pytest.mark.gpu
+def test_sums_over_many_keys_keep_their_bits():
+    """Hopper's units add e4m3 with 14 bits: in one sum over 4608 keys, 5 % of the result would be gone."""
+    q, k, v = heads(1, 2, 4608, 128, torch.bfloat16)
+    exact = ops.attend(q.float(), k.float(), v.float())
+    plain = distance(eight_bits.attend(q, k, v, FORMS["int8"]).float(), exact)
+    assert distance(flash.attend_op(q, k, v, "int8").float(), exact) < 1.1 * plain
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
