@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,28 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from latency import MODELS
-from random_parts import random_autoencoder, tiny_variant
+from random_pipeline import random_pipeline
 from timing import Call, ratio, turns, watched
-from torch import Tensor
 
 from flux_core.hooks import Skip
-from flux_core.pipeline import Components, Pipeline, load_pipeline
-from flux_core.pipeline.components import install_kernels
+from flux_core.pipeline import load_pipeline
 from flux_core.request.generation import PATCH, GenerationRequest
-from flux_core.variants import VARIANTS
-
-
-def full_size(dtype: str, device: str, tiny: bool) -> Pipeline:
-    """FLUX.1-dev with random weights; random numbers stand for encoded prompts."""
-    variant = tiny_variant(VARIANTS["flux-dev"]) if tiny else VARIANTS["flux-dev"]
-    params, place = variant.params, torch.device(device)
-
-    def encoder(*shape: int) -> Callable[[list[str]], Tensor]:
-        return lambda prompts: torch.randn(len(prompts), *shape, device=place, dtype=torch.bfloat16)
-
-    t5, clip = encoder(variant.max_text, params.context_in_dim), encoder(params.vec_in_dim)
-    parts = Components(t5, clip, MODELS[dtype](params, device), random_autoencoder(variant, device))
-    return Pipeline(variant, install_kernels(parts, place), place, torch.bfloat16)
 
 
 def peak_gib(call: Call, device: str) -> float | None:
@@ -71,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
 
     full = args.full_size or args.tiny
-    pipeline = full_size(args.dtype, args.device, args.tiny) if full else load_pipeline("flux-mini", args.device)
+    pipeline = random_pipeline(args.dtype, args.device, args.tiny) if full else load_pipeline("flux-mini", args.device)
     size = args.size or (64 if args.tiny else pipeline.variant.width)
     request = GenerationRequest(
         name=pipeline.variant.name, prompt="a red apple", seed=0, width=size, height=size, num_steps=args.steps,
