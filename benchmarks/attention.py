@@ -12,11 +12,9 @@ same with exact attention.
 needs a card of compute capability 8.9 on, with 40 GB for `steps`. Everything is replayed from CUDA graphs, in turns
 (`timing.py`). What fails is a line with its error, and the rest goes on.
 
-kernels   at [1, 24, 4608, 128]: each exact backend; for each form the whole way, its quantizing and its attention
-          alone; and the kernels that norm q and k, to bf16 and to codes. Milliseconds, TFLOP/s, and the error to
-          attention in fp32
-tiles     attention alone by other tiles, in bursts: milliseconds and error of each, the quickest first in the last
-          line. What follows it uses the quickest
+kernels   at [1, 24, 4608, 128]: each exact backend; for each form the whole way, and the kernels that it is made of;
+          and that which norms q and k before it. Milliseconds, TFLOP/s, and the error to attention in fp32
+tiles     int8's attention alone by other tiles, in bursts: milliseconds and error of each, the quickest last
 steps     a step of flux-dev with random weights in fp8 and in int8 with each way, in turns with the floors of
           `floor.py`; `ratio` is to that of fp8, which has exact attention
 
@@ -28,7 +26,7 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -42,7 +40,7 @@ from timing import Call, burst, ratio, turns, watched
 from torch import Tensor
 
 from flux_core.kernels import attention, eight_bits, fused_ops, put
-from flux_core.kernels.eight_bits import E4M3_LARGEST, FORMS, Form, to_e4m3
+from flux_core.kernels.eight_bits import FORMS, to_e4m3
 from flux_core.linears.int8 import rotate
 from flux_core.model import ops
 from flux_core.model.blocks import split_heads
@@ -91,17 +89,7 @@ def rounded_products(int8: bool, rotated: bool, centred: bool) -> Attend:
     return attend
 
 
-def as_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The form fp8 as cuDNN computes it: values, and the result, by one scale."""
-    scale = v.abs().max() / E4M3_LARGEST
-    return to_e4m3(eight_bits.attend(q, k, to_e4m3(v / scale).float(), Form(False, True))).float() * scale
-
-
-PLAIN: dict[str, Attend] = {
-    **{name: partial(eight_bits.attend, form=form) for name, form in FORMS.items() if name != "fp8"},
-    "fp8": as_cudnn,
-    "fp8, by our kernel": partial(eight_bits.attend, form=FORMS["fp8"]),
-}
+PLAIN: dict[str, Attend] = {form: partial(eight_bits.attend, form=form) for form in FORMS}
 PARTS: dict[str, Attend] = {
     **{
         f"q and k in {'int8' if int8 else 'e4m3'}"
@@ -179,32 +167,22 @@ def exact_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ways(own: ops.Ops) -> dict[str, ops.Ops]:
-    """These functions with attention in each form that works here, `fp8` by cuDNN; with q and k quantized apart from
-    their norm; and with our kernel in the place of cuDNN's."""
-    from flux_core.kernels import flash
-
-    found: dict[str, ops.Ops] = {}
-    for name in attention.EIGHT:
-        made = tried("ways", name, partial(attention.in_eight_bits, own, name, torch.bfloat16))
-        if made is not None:
-            found[name] = made
-            if made.opened is not None:
-                found[f"{name}, quantized apart"] = made.opened
-    found["fp8, by our kernel"] = own._replace(attend=lambda q, k, v: flash.attend_op(q, k, v, "fp8"))
-    return found
+    """These functions with attention in each form that works here."""
+    found = {name: tried("ways", name, partial(attention.in_eight_bits, own, name)) for name in attention.EIGHT}
+    return {name: way for name, way in found.items() if way is not None}
 
 
-def heads_of(params: Any) -> tuple[Any, ...]:
+def heads() -> tuple[Any, ...]:
     """Arguments of `ops.norm_rope_join`: slices of two products, 512 tokens of text before 4096."""
     draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     streams = [split_heads(draw(1, tokens, 3 * HEADS * FEATURES), HEADS) for tokens in (512, TOKENS - 512)]
     scales = [(draw(FEATURES).abs() + 0.5, draw(FEATURES).abs() + 0.5) for _ in range(2)]
-    ids = torch.rand(1, TOKENS, 3, device="cuda", dtype=torch.float32) * 64
+    ids, params = torch.rand(1, TOKENS, 3, device="cuda", dtype=torch.float32) * 64, VARIANTS["flux-dev"].params
     return *streams, *scales, embed_nd(ids, params.axes_dim, params.theta)
 
 
 def kernels(rounds: int) -> None:
-    from flux_core.kernels import flash
+    from flux_core.kernels import codes, cudnn_fp8, flash
 
     q, k, v = drawn()
     truth = exact_of(q, k, v)
@@ -224,76 +202,49 @@ def kernels(rounds: int) -> None:
         call = partial(backend, q, k, v)
         add(name, call, call)
     own = fused_ops("cuda")._replace(attend=attention.BACKENDS["cudnn"])
-    given = heads_of(VARIANTS["flux-dev"].params)
-    single = (*given[1][:2], *given[3], given[4][:, :, : TOKENS - 512])
-    for name, way in {"bf16": own, **ways(own)}.items():
-        if name != "bf16":
-            call = partial(way.attend, q, k, v)
-            add(name, call, call)
-        if "apart" not in name and "fp8" not in name:
-            add(f"norm_rope_join, {name}", partial(way.norm_rope_join, *given))
-            add(f"norm_rope, {name}, 4096 tokens", partial(way.norm_rope, *single))
-    for name, form in FORMS.items():
-        plain = tried("kernels", name, partial(eight_bits.attend, q, k, v, form))
+    for name, way in ways(own).items():
+        call = partial(way.attend, q, k, v)
+        add(name, call, call)
+        plain = tried("kernels", name, partial(eight_bits.attend, q, k, v, name))
         if plain is not None:
             say("kernels", f"{name}, plain functions", error_of_output=distance(plain, truth))
-        add(f"{name}: quantizing", partial(flash.quantize, q, k, v, form))
-        codes = tried("kernels", name, partial(flash.quantize, q, k, v, form))
-        if codes is not None:
-            add(f"{name}: attention", partial(flash.attend_codes, codes, TOKENS, q.dtype, flash.TILES[name]))
-
-    def of_cudnn() -> None:
-        from flux_core.kernels import cudnn_fp8
-
-        codes = flash.quantize(q, k, v, FORMS["fp8"], rows=True)
-        add("cudnn fp8: quantizing", partial(flash.quantize, q, k, v, FORMS["fp8"], rows=True))
-        add("cudnn fp8: attention", partial(cudnn_fp8.attend_codes, codes.q, codes.k, codes.v, codes.v_scale, TOKENS))
-
-    tried("kernels", "cudnn fp8", of_cudnn)
+        add(f"{name}: tokens", partial(codes.tokens, q, k, name == "int8"))
+        add(f"{name}: values", partial(codes.values, v, name == "int8"))
+        eight = codes.quantize(q, k, v, name)
+        if name == "int8":
+            add(f"{name}: attention", partial(flash.attend_codes, eight, TOKENS, q.dtype))
+        else:
+            add(f"{name}: attention", partial(cudnn_fp8.attend_codes, eight, TOKENS))
+            found = tried("kernels", name, partial(cudnn_fp8.attend_codes, eight, TOKENS))
+            add(f"{name}: result", partial(codes.widened, found, eight.v_scale, q.dtype))
+    add("norm_rope_join", partial(own.norm_rope_join, *heads()))
     with watched("cuda") as card:
         times = turns(calls, rounds, 0.4, "cuda")
     for name, found in times.items():
         ms = statistics.median(found)
-        rate = {} if "quantizing" in name or "norm" in name else {"tflop_per_s": 1000 * TFLOP / ms}
+        attends = name in (*attention.BACKENDS, *FORMS) or name.endswith("attention")
+        rate = {"tflop_per_s": 1000 * TFLOP / ms} if attends else {}
         to = ratio(times, name, "cudnn") if "cudnn" in times else None
         say("kernels", name, ms=ms, **rate, to_cudnn_bf16=to, **card)
 
 
-def tile_choices(name: str) -> Iterator[Any]:
-    """The tiles to try for a form, likely ones first."""
-    from flux_core.kernels import flash
-
-    yield flash.TILES[name]
-    sizes = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 4)]
-    for size, registers in product(sizes, (None, 168)):
-        if (one := flash.Tiles(*size, registers)) != flash.TILES[name]:
-            yield one
-    yield flash.Tiles(64, 64, 4, 2, 128)
-
-
 def tiles() -> None:
-    from flux_core.kernels import flash
+    from flux_core.kernels import codes, flash
 
     q, k, v = drawn()
-    truth = exact_of(q, k, v)
-    for name, form in FORMS.items():
-        codes = flash.quantize(q, k, v, form)
-        found = []
-        for size in tile_choices(name):
+    truth, eight = exact_of(q, k, v), codes.quantize(q, k, v, "int8")
+    found = []
+    for size, registers in product([(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 32, 4, 4)], (None, 168, 128)):
+        tile = flash.Tiles(*size, registers)
 
-            def measure(codes: Any = codes, size: Any = size, found: list[Any] = found, name: str = name) -> None:
-                call = partial(flash.attend_codes, codes, TOKENS, q.dtype, size)
-                off, ms = distance(call(), truth), statistics.median(burst(graphed(call), 60, "cuda"))
-                say("tiles", name, tiles=size._asdict(), ms=ms, tflop_per_s=1000 * TFLOP / ms, error_of_output=off)
-                found.append((ms, size))
+        def measure(tile: Any = tile) -> None:
+            call = partial(flash.attend_codes, eight, TOKENS, q.dtype, tile)
+            off, ms = distance(call(), truth), statistics.median(burst(graphed(call), 60, "cuda"))
+            say("tiles", "int8", tiles=tile._asdict(), ms=ms, tflop_per_s=1000 * TFLOP / ms, error_of_output=off)
+            found.append((ms, tile))
 
-            tried("tiles", f"{name}, {size}", measure)
-        if found:
-            found.sort(key=lambda one: one[0])
-            flash.TILES[name] = found[0][1]
-            say(
-                "tiles", f"{name}, quickest", tiles=[str(size) for _, size in found[:4]], ms=[ms for ms, _ in found[:4]]
-            )
+        tried("tiles", str(tile), measure)
+    say("tiles", "quickest", tiles=[str(tile) for _, tile in sorted(found)[:3]])
 
 
 @torch.no_grad()
@@ -325,7 +276,7 @@ def steps(dtype: str, rounds: int) -> None:
             say(f"step, {dtype}", name, distance_to_exact_attention=distance(velocity, base))
             calls[name] = graphed(call)
     for floor in ("fp8", "bf16"):
-        calls[f"floor of {floor}"] = graphed(FloorStep(floor, "cuda", variant.params, 4096, variant.max_text))
+        calls[f"floor of {floor}"] = FloorStep(floor, "cuda", variant.params, 4096, variant.max_text)
     with watched("cuda") as card:
         times = turns(calls, rounds, 1.0, "cuda")
     for name, found in times.items():
@@ -338,7 +289,7 @@ def main() -> int:
     parser.add_argument("--errors", action="store_true", help="errors on flux-mini, on the CPU")
     parser.add_argument("--prompts", type=int, default=3, help="number of flux-mini's prompts to draw")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--parts", nargs="*", default=["tiles", "kernels", "steps"], help="what to time")
+    parser.add_argument("--parts", nargs="*", default=["kernels", "tiles", "steps"], help="what to time")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
     parser.add_argument("--tiny", action="store_true", help="one prompt, one step, 128x128")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

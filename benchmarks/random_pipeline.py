@@ -13,8 +13,8 @@ from flux_core.variants import VARIANTS
 
 
 def random_pipeline(dtype: str, device: str, tiny: bool = False, encoders: bool = False) -> Pipeline:
-    """In bf16 or a format of `in_format.py`, with all kernels. encoders: T5 and CLIP run, of a fixed prompt; else random
-    numbers stand for what they say. tiny: a few blocks of 64 features."""
+    """In bf16 or a format of `in_format.py`, with all kernels. encoders: T5 and CLIP run, of a fixed prompt; else
+    random numbers stand for what they say. tiny: a few blocks of 64 features."""
     variant = tiny_variant(VARIANTS["flux-dev"]) if tiny else VARIANTS["flux-dev"]
     params, place = variant.params, torch.device(device)
 

@@ -56,7 +56,7 @@ def test_the_cost_of_hooks():
 def test_errors_of_attention_in_eight_bits():
     found = {(one["model"], one["what"]): one for one in lines_of("attention.py")}
     alone = {what: one["error_of_velocity"] for (model, what), one in found.items() if model == "fp32"}
-    assert 0 < alone["int8-qk"] < alone["int8"] < alone["fp8"]
+    assert 0 < alone["q and k in int8, rotated, centred"] < alone["int8"] < alone["fp8"]
     assert alone["q and k in e4m3, rotated, centred"] < alone["q and k in e4m3"] / 2
     assert found["fp8", "int8"]["ratio"] > 0 and found["int8", "exact"]["error_of_velocity"] > 0
 

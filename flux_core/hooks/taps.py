@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.ops import Ops
 from ..model.tap import Tap
 from .sites import ATTEND
 
@@ -75,13 +74,8 @@ class Taps(Tap):
         changed = self(txt_site, txt), self(img_site, img)
         return torch.cat(changed, dim) if any(name in self.functions for name in names) else x
 
-    def ops(self, ops: Ops) -> Ops:
-        """With queries and keys as tensors, where a site is of attention."""
-        inside = any(_last(site) in INTO_ATTENTION for site in (*self.functions, *self.reads))
-        return ops.opened if inside and ops.opened is not None else ops
-
     def attend(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if any(_last(site) in INTO_ATTENTION for site in self.functions):
+        if any(site.split(".")[-1] in INTO_ATTENTION for site in self.functions):
             attend = getattr(attend, "exact", attend)
         for fn, args in self.functions.get(ATTEND, ()):
             attend = _wrap_attention(fn, attend, args)
@@ -98,10 +92,6 @@ class Taps(Tap):
             i = int(site.removeprefix("head."))
             parts[i] = self(site, parts[i])
         return torch.stack(parts, 2).flatten(2) if any(site in self.functions for site in self.heads) else out
-
-
-def _last(site: str) -> str:
-    return site.rpartition(".")[2]
 
 
 def _wrap_attention(

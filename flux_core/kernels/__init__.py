@@ -20,7 +20,7 @@ from ..model.ae_ops import AeOps
 from ..model.ops import PLAIN, Ops
 from ..model.transformer import Backbone
 from ..terminal import note
-from .attention import attention_for, dtype_of, in_eight_bits, name_of, pick_attention
+from .attention import attention_for, in_eight_bits, name_of, pick_attention
 
 __all__ = ["accelerate", "can_fuse", "describe", "fused_ops", "install", "install_decode", "pick_attention"]
 
@@ -81,7 +81,7 @@ def install(model: Backbone, device: torch.device | str, attention: str = "exact
                 layer.prepare()
     ops = ops._replace(attend=attention_for(model, device))
     if attention != "exact":
-        ops = in_eight_bits(ops, attention, dtype_of(model))
+        ops = in_eight_bits(ops, attention)
     put(model, ops)
     return ops
 

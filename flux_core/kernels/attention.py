@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -82,7 +82,6 @@ class Needs(NamedTuple):
 
 EIGHT: dict[str, Needs] = {
     "int8": Needs((8, 9), "triton", "triton"),
-    "int8-qk": Needs((8, 0), "triton", "triton"),
     "fp8": Needs((9, 0), "cudnn", "nvidia-cudnn-frontend"),
 }
 """by the values of `--attention` that are in eight bits, which are the names of `eight_bits.FORMS`"""
@@ -122,17 +121,13 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return ""
 
 
-def in_eight_bits(ops: Ops, name: str, dtype: torch.dtype) -> Ops:
-    """These functions, with attention of tensors in that dtype in that form of `EIGHT`."""
+def in_eight_bits(ops: Ops, name: str) -> Ops:
+    """These functions, with attention in that form of `EIGHT`."""
     if name == "fp8":
         from .cudnn_fp8 import attend as run
-
-        return ops._replace(attend=attend_by(run, ops.attend, name))
-    from . import flash
-
-    found = flash.functions(name, dtype)
-    opened = ops._replace(attend=attend_by(found.attend, ops.attend, name))
-    return opened._replace(norm_rope=found.norm_rope, norm_rope_join=found.norm_rope_join, opened=opened)
+    else:
+        from .flash import attend as run
+    return ops._replace(attend=attend_by(run, ops.attend, name))
 
 
 @cache
@@ -140,8 +135,8 @@ def attend_by(run: Callable[..., Tensor], exact: Attend, name: str) -> Callable[
     """`ops.attend` by that function. `exact` is there where a gradient is needed, and, as its attribute of that name,
     for plans that reach into attention. `way`: the name."""
 
-    def attend(q: Any, k: Any, v: Any) -> Tensor:
-        return exact(q, k, v) if isinstance(q, Tensor) and needs_grad(q, k, v) else run(q, k, v)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return exact(q, k, v) if needs_grad(q, k, v) else run(q, k, v)
 
     attend.exact, attend.way = exact, name  # type: ignore[attr-defined]
     return attend

@@ -2,7 +2,7 @@
 
 cuDNN takes q, k, v [B, H, L, D] with any strides and a scale for each of the three, and on Hopper writes e4m3 with one
 scale. No attention is larger than the largest value, so the scale of values is that of the result, too.
-`flash.quantize` rotates and centres q and k, which need no scale, and writes values in rows by one.
+`codes.quantize` rotates and centres q and k, which need no scale, and writes values in rows by one.
 """
 
 from functools import cache, lru_cache
@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .eight_bits import E4M3, FORMS
+from .eight_bits import E4M3, P_LARGEST, Eight
 from .launch import opaque
-
-P_LARGEST = 448.0
-"""of the codes of p: its largest is 1"""
 
 
 class Plan(NamedTuple):
@@ -73,20 +70,20 @@ def handle_of(device: torch.device) -> Any:
 @cache
 def constants(device: torch.device) -> dict[str, Tensor]:
     """The scales that never change."""
-    one, largest = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (1.0, P_LARGEST))
+    one, largest = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (1.0, P_LARGEST["fp8"]))
     return {"descale_q": one, "descale_k": one, "scale_s": largest, "descale_s": 1 / largest}
 
 
-def attend_codes(q: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, tokens: int) -> Tensor:
-    """Attention of codes [B, H, P, D] by `flash.quantize`: e4m3 [B, tokens, H, D], by the scale of v."""
+def attend_codes(eight: Eight, tokens: int) -> Tensor:
+    """Attention of codes by `codes.quantize`: e4m3 [B, tokens, H, D], by the scale of values."""
     import cudnn
 
-    (B, H, padded, D), device, fp32 = q.shape, q.device, torch.float32
+    (B, H, padded, D), device, fp32 = eight.q.shape, eight.q.device, torch.float32
     plan, handle = plan_for(device, B, H, tokens, D, padded), handle_of(device)
     found = torch.empty((B, tokens, H, D), dtype=E4M3, device=device)
     amax_s, amax_o = (torch.empty(1, dtype=fp32, device=device) for _ in range(2))
-    given = {"q": q, "k": k, "v": v, "o": found, "amax_s": amax_s, "amax_o": amax_o, **constants(device)}
-    given |= {"descale_v": v_scale, "scale_o": 1 / v_scale}
+    given = {"q": eight.q, "k": eight.k, "v": eight.v, "o": found, "amax_s": amax_s, "amax_o": amax_o}
+    given |= {**constants(device), "descale_v": eight.v_scale[:1], "scale_o": eight.v_scale[1:]}
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=device)
     plan.graph.execute({plan.tensors[name]: x for name, x in given.items()}, workspace, handle=handle)
@@ -100,8 +97,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @opaque("attend_cudnn_fp8", _attended)
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`ops.attend` in e4m3, without a gradient. q, k, v: [B, H, L, D] -> [B, L, H*D]"""
-    from . import flash  # which imports Triton
+    from .codes import quantize, widened  # which import Triton
 
-    codes = flash.quantize(q, k, v, FORMS["fp8"], rows=True)
-    found = attend_codes(codes.q, codes.k, codes.v, codes.v_scale, q.shape[2])
-    return (found.flatten(2).float() * codes.v_scale).to(q.dtype)
+    eight = quantize(q, k, v, "fp8")
+    return widened(attend_codes(eight, q.shape[2]).flatten(2), eight.v_scale, q.dtype)

@@ -57,12 +57,11 @@ class DoubleStreamBlock(nn.Module):
         pe: Tensor,
         tap: Tap = UNTOUCHED,
     ) -> tuple[Tensor, Tensor]:
-        ops = tap.ops(self.ops)
         img_heads = self._heads("img", self.img_attn, img, img_mod1, tap)
         txt_heads = self._heads("txt", self.txt_attn, txt, txt_mod1, tap)
         scales = self.txt_attn.norm.scales, self.img_attn.norm.scales
-        q, k, v = ops.norm_rope_join(txt_heads, img_heads, *scales, pe)
-        attn = tap.attend(ops.attend, tap("q", q), tap("k", k), v)
+        q, k, v = self.ops.norm_rope_join(txt_heads, img_heads, *scales, pe)
+        attn = tap.attend(self.ops.attend, tap("q", q), tap("k", k), v)
         txt_attn, img_attn = tap("txt.attn", attn[:, : txt.shape[1]]), tap("img.attn", attn[:, txt.shape[1] :])
 
         img = self.ops.gated_sum(img, img_mod1.gate, self.img_attn.proj(img_attn))
@@ -101,9 +100,8 @@ class SingleStreamBlock(nn.Module):
         )
         q, k, v = split_heads(qkv, self.num_heads)
         q, k, v = tap.joined("q", q, 2), tap.joined("k", k, 2), tap.joined("v", v, 2)
-        ops = tap.ops(self.ops)
-        q, k = ops.norm_rope(q, k, *self.norm.scales, pe)
-        attn = tap.joined("attn", tap.attend(ops.attend, tap("q", q), tap("k", k), v), 1)
+        q, k = self.ops.norm_rope(q, k, *self.norm.scales, pe)
+        attn = tap.joined("attn", tap.attend(self.ops.attend, tap("q", q), tap("k", k), v), 1)
         return self.ops.gated_sum(x, mod.gate, tap.joined("linear2", self.ops.linear2(self.linear2, attn, hidden), 1))
 
 

@@ -4,8 +4,7 @@ Everything in a FLUX block is a Linear or one of these. A block holds them as `b
 so that fused functions for a device can replace any of them when weights are loaded, without a change to the block.
 Functions that compute the input of a Linear, or read its output, get the Linear, so that a fused function can do both
 at once. `modulate` returns what its `consumer` takes: a tensor, or quantized tokens (`linears/contract.py`). What
-`linear1` returns for the MLP is read by `linear2` alone, in a form that the two agree on. So is what `norm_rope` and
-`norm_rope_join` return by `attend`; where a tap looks between them, a block uses `opened`.
+`linear1` returns for the MLP is read by `linear2` alone, in a form that the two agree on.
 
 Rounding: all compute in the dtype of their input, except the norm of q and k, which takes its statistics in fp32 and
 rounds before its scale, and RoPE, which rotates in fp32 and rounds once; attention is PyTorch's.
@@ -106,14 +105,12 @@ class Ops(NamedTuple):
     modulation: Callable[[nn.Linear, Tensor], Tensor] = modulation
     modulate: Callable[..., Any] = modulate
     gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_sum
-    norm_rope: Callable[..., tuple[Any, Any]] = norm_rope
-    norm_rope_join: Callable[..., tuple[Any, Any, Any]] = norm_rope_join
-    attend: Callable[..., Tensor] = attend
+    norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
+    norm_rope_join: Callable[..., Heads] = norm_rope_join
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
     mlp: Callable[[nn.Sequential, Tensor], Tensor] = mlp
     linear1: Callable[[nn.Linear, Tensor, list[int]], tuple[Tensor, Any]] = linear1
     linear2: Callable[[nn.Linear, Tensor, Any], Tensor] = linear2
-    opened: Any = None
-    """the `Ops` for a tap that looks between norm_rope and attend, where what these pass on is no tensor; else None"""
 
 
 PLAIN = Ops()

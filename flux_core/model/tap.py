@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .ops import Ops
-
 
 class Tap:
     """The default tap: returns every value unchanged."""
@@ -21,10 +19,6 @@ class Tap:
     def joined(self, site: str, x: Tensor, dim: int) -> Tensor:
         """The same for the joined sequence, text first along `dim`: `txt.site` and `img.site` at once."""
         return x
-
-    def ops(self, ops: Ops) -> Ops:
-        """The functions that a block with this tap uses."""
-        return ops
 
     def attend(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q, k, v [B, H, T + L, D] -> [B, T + L, H*D]."""

@@ -372,9 +372,9 @@ BUDGET = Field(
 ATTENTION = Field(
     "attention",
     str,
-    "exact, or in eight bits, on cards that can: int8-qk (queries and keys), int8 (and values in e4m3), fp8 (all in "
-    "e4m3, by NVIDIA's cuDNN); auto: the quickest whose error was measured and is small beside the model's own",
-    choices=("auto", "exact", "int8-qk", "int8", "fp8"),
+    "exact, or in eight bits, on cards that can: int8 (values in e4m3), fp8 (all in e4m3, by NVIDIA's cuDNN); auto: "
+    "the quickest whose error was measured and is small beside the model's own",
+    choices=("auto", "exact", "int8", "fp8"),
     default="auto",
     metavar="NAME",
 )

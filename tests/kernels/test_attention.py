@@ -75,7 +75,7 @@ def test_by_itself_attention_is_exact_but_where_the_table_says_otherwise(card, m
         ((8, 6), "int8", BF16, 128, "int8: the card has compute capability 8.6, it needs 8.9. Next: another card"),
         ((8, 9), "fp8", BF16, 128, "compute capability 8.9, it needs 9.0"),
         ((9, 0), "int8", torch.float32, 128, "models that compute in bf16. Next: --dtype bf16"),
-        ((9, 0), "int8-qk", BF16, 96, "no kernels for heads of 96 features"),
+        ((9, 0), "int8", BF16, 96, "no kernels for heads of 96 features"),
         ((9, 0), "fp8", BF16, 128, "not installed. Next: pip install nvidia-cudnn-frontend, or leave --attention out"),
     ],
 )
@@ -88,9 +88,9 @@ def test_what_a_machine_lacks_for_eight_bits_is_said(card, monkeypatch, capabili
 
 
 def test_a_cpu_says_so_before_anything_is_loaded():
-    with pytest.raises(UsageError, match="--attention int8-qk: cpu has no kernels for it"):
-        load_pipeline("flux-mini", "cpu", attention="int8-qk")
-    with pytest.raises(UsageError, match="--attention must be one of auto, exact, int8-qk, int8, fp8"):
+    with pytest.raises(UsageError, match="--attention int8: cpu has no kernels for it"):
+        load_pipeline("flux-mini", "cpu", attention="int8")
+    with pytest.raises(UsageError, match="--attention must be one of auto, exact, int8, fp8"):
         load_pipeline("flux-mini", "cpu", attention="sage")
 
 
