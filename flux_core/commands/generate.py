@@ -6,6 +6,7 @@ saved as soon as it is drawn, so that a later failure never costs more than a pi
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -23,7 +24,7 @@ from ..hooks import Lora
 from ..hooks.plan import Plan
 from ..images.given import Given, natural_size, pop_given, size_notes, with_image
 from ..images.metadata import differences, read_request
-from ..images.output import save_picture
+from ..images.output import saver
 from ..images.pictures import grid
 from ..request.batch import as_it_was, batches, check_rows, common
 from ..request.fields import DEVICE, FIELDS, FILES, LOADING, OUTPUT_DIR, PICTURE_FILES, THREADS, pop_fields
@@ -269,26 +270,25 @@ def _draw_all(
 
     first, ahead = requests[0], max(1, CACHED_PROMPTS // 2 // rows)  # batches: a request has at most two texts
     _introduce(pipeline, requests, [*notes, *(line for one in requests for line in size_notes(one, given))])
-    done: dict[int, tuple[Image.Image, Path]] = {}  # by the request's id: batches draw in another order
+    images: dict[int, Image.Image] = {}  # by the request's id: batches draw in another order
+    paths: dict[int, Future[Path]] = {}
     shown = []
     groups = batches(requests, rows, common)
-    for number, group in enumerate(groups):
-        if number % ahead == 0:
-            pipeline.encode_ahead([*chain(*groups[number:][:ahead])], last and number + ahead >= len(groups))
-        drawn = _draw(pipeline, group, given, steps_folder, len(done))
-        for image, request in zip(drawn, group, strict=True):
-            path = save_picture(image, folder, f"{request.name}_seed{request.seed}")
-            done[id(request)] = image, path
-            tell(str(path))
-        if request.padded_size not in shown:
-            shown.append(request.padded_size)
-            for name, map in pipeline.denoiser.maps.pictures(request, given):
-                tell(str(save_picture(map, folder, f"{request.name}_seed{request.seed}_{name}")))
-    pictures = [done[id(request)] for request in requests]
-    if len(pictures) > 1:
-        whole = grid([image for image, _ in pictures])
-        tell(str(save_picture(whole, folder, f"grid_{first.name}_seed{first.seed}")))
-    return [path for _, path in pictures]
+    with saver(folder) as save:  # a file is written while the next picture is drawn
+        for number, group in enumerate(groups):
+            if number % ahead == 0:
+                pipeline.encode_ahead([*chain(*groups[number:][:ahead])], last and number + ahead >= len(groups))
+            drawn = _draw(pipeline, group, given, steps_folder, len(images))
+            for image, request in zip(drawn, group, strict=True):
+                images[id(request)] = image
+                paths[id(request)] = save(image, f"{request.name}_seed{request.seed}")
+            if request.padded_size not in shown:
+                shown.append(request.padded_size)
+                for name, map in pipeline.denoiser.maps.pictures(request, given):
+                    save(map, f"{request.name}_seed{request.seed}_{name}")
+        if len(requests) > 1:
+            save(grid([images[id(request)] for request in requests]), f"grid_{first.name}_seed{first.seed}")
+    return [paths[id(request)].result() for request in requests]
 
 
 def _introduce(pipeline: "Pipeline", requests: list[GenerationRequest], notes: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Sample the tokens of pictures for requests: noise, schedule, guidance, plan, conditions, and Euler."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,7 +44,7 @@ from .conditions import Condition, FlowInputs, bytes_beside, conditioned, planne
 from .controlnets import ControlNets
 from .family import Maps, conditions_of
 from .loras import Loras
-from .nonfinite import is_finite, step_error
+from .nonfinite import asked_finite, step_error
 from .prompt_cache import PromptCache
 
 if TYPE_CHECKING:
@@ -251,12 +252,20 @@ class Denoiser:
         )
 
     def checked(self, on_step: OnStep | None, velocity: Callable[[HookRun], Velocity], run: HookRun) -> OnStep:
-        """`on_step` after a check for finite latents. velocity: the sampled velocity as a function of the run."""
+        """`on_step` with a check for finite latents: before it, or on a card when the next step is on its way.
+
+        velocity: the sampled velocity as a function of the run.
+        """
         parts = self.placement.components.flux, self.placement.components.ae
+        asked: deque[tuple[Step, Callable[[], bool]]] = deque()
 
         def check(step: Step) -> Tensor | None:
-            if not is_finite(step.x):
-                raise step_error(step, velocity, run, self.dtype, *parts)
+            asked.append((step, asked_finite(step.x)))
+            is_last = step.sigma_next == run.sigmas[-1]
+            while len(asked) > (step.x.is_cuda and not is_last):
+                before, is_finite = asked.popleft()
+                if not is_finite():
+                    raise step_error(before, velocity, run, self.dtype, *parts)
             return None if on_step is None else on_step(step)
 
         return check

@@ -1,8 +1,9 @@
 """Find where NaN or infinity came from, after a step's latents were found not to be finite.
 
-A sampling without such an error costs one `isfinite` after each step, and nothing of this file. After it fails, the
-step's forward is repeated from the latents before it, with the same plan and a reader after every block, and the
-weights are checked. This distinguishes a damaged file from overflow in the computation.
+A sampling without such an error costs one `isfinite` after each step, whose answer is read a step later on a card, so
+that the host stays ahead of the device. After it fails, the step's forward is repeated from the latents before it, with
+the same plan and a reader after every block, and the weights are checked. This distinguishes a damaged file from
+overflow in the computation.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +31,21 @@ CHUNK = 2**24
 
 def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
+
+
+def asked_finite(x: Tensor) -> Callable[[], bool]:
+    """`is_finite`, asked now; the call waits for what the device had to do until now, and not for what came later."""
+    found = torch.isfinite(x).all()
+    if not x.is_cuda:
+        return lambda: bool(found)
+    there = found.to("cpu", non_blocking=True)
+    asked = torch.cuda.current_stream(x.device).record_event()
+
+    def answer() -> bool:
+        asked.synchronize()
+        return bool(there)
+
+    return answer
 
 
 def step_error(

@@ -20,12 +20,13 @@ from ..linears.branch import BranchedLinear
 from ..linears.contract import is_untouched
 from ..linears.formats import format_of
 from ..model import Modulations, ModulationTable
+from ..model.ops import Ops
 from ..terminal import note
 
 TOKENS = 2048
 """of text and picture, in all rows of a batch, up to which launches bound the time of a step"""
-WITH_BRANCHES = 8192
-"""the same for a model in fp8 with LoRAs, whose steps are short and have more launches"""
+MORE_LAUNCHES = 8192
+"""the same where a step is short and has more launches: in fp8 with LoRAs, and with attention in eight bits"""
 STEPS = 4
 """in a schedule from which a recording pays: it takes the host as long as a step"""
 
@@ -35,11 +36,18 @@ def is_worth_it(model: nn.Module, device: torch.device, tokens: int, steps: int,
 
     branched: whether LoRAs will be beside the model's layers; None: as they are now.
     """
-    if device.type != "cuda" or steps < STEPS or tokens > WITH_BRANCHES or has_user_code(model):
+    if device.type != "cuda" or steps < STEPS or tokens > MORE_LAUNCHES or has_user_code(model):
         return False
-    if tokens <= TOKENS or format_of(model) != "fp8":
-        return tokens <= TOKENS
+    if tokens <= TOKENS or attends_in_eight_bits(model):
+        return True
+    if format_of(model) != "fp8":
+        return False
     return has_branches(model) if branched is None else branched
+
+
+def attends_in_eight_bits(model: nn.Module) -> bool:
+    found = (getattr(part, "ops", None) for part in model.modules())
+    return any(isinstance(ops, Ops) and hasattr(ops.attend, "way") for ops in found)
 
 
 def has_branches(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from flux_core.errors import DiskError, UsageError
 from flux_core.files import prepare_folder
 from flux_core.images.metadata import describe
-from flux_core.images.output import save_picture
+from flux_core.images.output import save_picture, saver
 from flux_core.request.generation import GenerationRequest
 
 
@@ -67,7 +67,7 @@ def test_a_limit_on_file_sizes_is_a_disk_error(tmp_path):
     """The kernel's own refusal, in a process of its own: RLIMIT_FSIZE stands for a full disk."""
     code = (
         "import resource, sys; from pathlib import Path; sys.path[:0] = ['tests', 'tests/images']\n"
-        "from test_output import picture; from flux_core.images.output import save_picture\n"
+        "from test_output import picture; from flux_core.images.output import save_picture, saver\n"
         "from flux_core.errors import DiskError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "try: save_picture(picture(), Path(sys.argv[1]), 'p')\n"
@@ -113,3 +113,31 @@ def test_the_umask_decides_who_may_read(tmp_path):
         assert save_picture(picture(), tmp_path, "p").stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(old)
+
+
+def test_pictures_are_saved_in_order_while_others_are_drawn(tmp_path, capsys):
+    pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (1, 2, 3)]
+    with saver(tmp_path) as save:
+        paths = [save(picture, "same") for picture in pictures]
+    names = [path.result().name for path in paths]
+    assert names == ["same.png", "same_1.png", "same_2.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
+    assert [Image.open(tmp_path / name).getpixel((0, 0))[0] for name in names] == [1, 2, 3]
+
+
+def test_a_picture_that_cannot_be_saved_is_an_error_and_those_before_it_stay(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with pytest.raises(DiskError), saver(folder) as save:
+        save(Image.new("RGB", (8, 8)), "one").result()
+        (folder / "one.png").rename(tmp_path / "one.png")
+        folder.rmdir()
+        save(Image.new("RGB", (8, 8)), "two")
+    assert (tmp_path / "one.png").exists() and not folder.exists()
+
+
+def test_what_was_drawn_is_saved_when_the_next_fails(tmp_path):
+    with pytest.raises(KeyboardInterrupt), saver(tmp_path) as save:
+        save(Image.new("RGB", (8, 8)), "one")
+        raise KeyboardInterrupt
+    assert (tmp_path / "one.png").exists()

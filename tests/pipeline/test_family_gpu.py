@@ -119,7 +119,7 @@ def test_a_replayed_picture_is_the_same_to_the_bit(artist, dtype, monkeypatch):
     pipeline = artist.load(dtype=dtype)
     first, again = artist.draw(pipeline), artist.draw(pipeline)
     monkeypatch.setattr(replay, "TOKENS", 0)
-    monkeypatch.setattr(replay, "WITH_BRANCHES", 0)
+    monkeypatch.setattr(replay, "MORE_LAUNCHES", 0)
     slow = artist.draw(pipeline)
     assert first.image == again.image == slow.image
     assert (first.forwards, slow.forwards) == (STEPS if "controlnet" in artist.given else 2, STEPS)

@@ -9,6 +9,7 @@ from tiny import tiny_pipeline
 
 from flux_core import load_pipeline
 from flux_core.hooks import Capture
+from flux_core.kernels.attention import in_eight_bits
 from flux_core.model.ops import PLAIN
 from flux_core.sampling import flow as sampling
 from flux_core.sampling import graph as replay
@@ -67,6 +68,10 @@ def test_a_graph_is_for_some_steps_of_few_tokens_on_cuda():
     assert is_worth_it(model, cuda, most, few)
     assert not is_worth_it(model, cuda, most + 1, few) and not is_worth_it(model, cuda, most, few - 1)
     assert not is_worth_it(model, torch.device("cpu"), most, few)
+    kept = model.double_blocks[0].ops
+    model.double_blocks[0].ops = in_eight_bits(kept, "int8")
+    assert is_worth_it(model, cuda, replay.MORE_LAUNCHES, few) and not is_worth_it(model, cuda, most, few - 1)
+    model.double_blocks[0].ops = kept
     hooked(model)
     assert not is_worth_it(model, cuda, most, few)
 
