@@ -255,6 +255,16 @@ def test_a_picture_that_is_drawn_pays_for_one_look_at_each_step():
     assert drawn.names == by_hand.names and forwards.count == 2 + 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_on_a_card_it_is_found_a_step_later_and_told_alike(step):
+    """Also in the last step, behind which there is none."""
+    pipeline = load_pipeline("flux-mini", "cuda")
+    spoil = Custom(sites="single_blocks.0.img.out", fn=lambda x, at: x * (NAN if at.step == step else 1))
+    with pytest.raises(NonFiniteError, match=rf"after step {step + 1} of 4 .*first in single_blocks\.0"):
+        pipeline.generate("a red apple", 3, **FAST | {"num_steps": 4}, plan=[spoil])
+
+
 def test_the_search_compiles_nothing():
     torch._dynamo.reset()
     pipeline, counter = tiny_pipeline(), CompileCounter()
