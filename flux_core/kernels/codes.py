@@ -6,8 +6,8 @@ largest     of v, one read: of each feature, or of all, in pieces
 values      of v, another read, and codes written
 widened     what a kernel wrote in e4m3, times its scale
 
-Each takes tensors as the norm before it leaves them, tokens outside heads. Doing both in one kernel, from the products
-of the Linears, was slower than norm and codes apart: 0.18 for 0.05 + 0.07 ms of a step's 4608 tokens (H200).
+Each takes tensors as the norm before it leaves them, tokens outside heads. Both in one kernel, from the products of the
+Linears, took longer than norm and codes apart: 0.18 for 0.13 ms of a step's 4608 tokens (H200).
 
 *The order of values' tokens*, by int8. The sum over keys has no order. An accumulator gives a thread the columns 2t,
 2t + 1, and 8 + 2t, 8 + 2t + 1 of each 16; as the first operand in eight bits it wants 4t to 4t + 3. So p stays where it
