@@ -55,8 +55,10 @@ class Takes:
     words: str = ""
     """pictures as tokens behind the text's, which the model's adapter makes of what this vision model sees: a hub id,
     or the one that ships"""
-    layer: int | None = None
-    """the block of that model whose features these are; None: its last, normed"""
+    layers: tuple[int, ...] = ()
+    """blocks of that model whose features, each normed, these are of; none: its last, by its own norm"""
+    side: int = 0
+    """words in a row and in a column of a picture, each of the patches in its part; 0: of every patch one"""
 
     def __bool__(self) -> bool:
         return self != Takes()
@@ -430,7 +432,9 @@ VARIANTS: dict[str, Variant] = {
             2.0,
             ("FLUX_LORA", "FLUX_MINI_DEPTH_LORA"),
         ),
-        _taught("redux", "train_beside.py", Takes(words="dinov2-mini", layer=3), 2.0, ("FLUX_MINI_REDUX",)),
+        _taught(
+            "redux", "train_beside.py", Takes(words="dinov2-mini", layers=(2, 6), side=4), 2.0, ("FLUX_MINI_REDUX",)
+        ),
         _DEV,
         replace(
             _DEV,

@@ -1,7 +1,8 @@
 """A picture as words for FLUX.1, which follow those of T5: what a vision model sees, brought to T5's width by two
 layers.
 
-That model is SigLIP, and for flux-mini the one that ships, whose middle layer still knows colours.
+That model is SigLIP, and for flux-mini the one that ships: an early block still knows colours, the last knows things.
+Its words are few, as flux-mini has 32 of its own, and those of 196 patches leave nothing of them.
 
 `prepare_redux` puts the words behind T5's, rounded to bf16. Source: black-forest-labs/flux
 `src/flux/modules/image_embedders.py`.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,21 +38,35 @@ class Redux(nn.Module):
     """Maps a picture to words. The layers have the official names."""
 
     def __init__(
-        self, tower: Any, processor: Any, hidden: int, width: int, dtype: torch.dtype, layer: int | None = None
+        self,
+        tower: Any,
+        processor: Any,
+        hidden: int,
+        width: int,
+        dtype: torch.dtype,
+        layers: tuple[int, ...] = (),
+        side: int = 0,
     ) -> None:
         """The layers are on `meta`. tower: what sees; hidden: features between the layers; width: of a word.
 
-        layer: as in `variants.Takes`.
+        layers, side: as in `variants.Takes`.
         """
         super().__init__()
-        self.tower, self.processor, self.layer = tower, processor, layer
-        self.redux_up = nn.Linear(tower.config.hidden_size, hidden, device="meta", dtype=dtype)
+        self.tower, self.processor, self.layers = tower, processor, layers
+        self.patches = tower.config.image_size // tower.config.patch_size
+        self.side = side or self.patches
+        self.redux_up = nn.Linear(self.features, hidden, device="meta", dtype=dtype)
         self.redux_down = nn.Linear(hidden, width, device="meta", dtype=dtype)
 
     @property
     def count(self) -> int:
-        """Words of a picture: the patches that are seen."""
-        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
+        """Words of a picture."""
+        return self.side**2
+
+    @property
+    def features(self) -> int:
+        """Of what is seen, for a word."""
+        return max(1, len(self.layers)) * int(self.tower.config.hidden_size)
 
     @torch.no_grad()
     @plain_defaults()
@@ -65,10 +81,15 @@ class Redux(nn.Module):
         return self.said(self.seen(pixels))
 
     def seen(self, pixels: Tensor) -> Tensor:
-        """Features [B, T, D] of the patches of pixels [B, 3, H, W], as large as the vision model takes them."""
-        found = self.tower(pixel_values=pixels, output_hidden_states=self.layer is not None)
-        tokens = found.last_hidden_state if self.layer is None else found.hidden_states[self.layer]
-        return tokens[:, -self.count :]  # DINOv2's class comes first
+        """Features [B, T, D] of pixels [B, 3, H, W], as large as the vision model takes them."""
+        found = self.tower(pixel_values=pixels, output_hidden_states=bool(self.layers))
+        blocks = [F.layer_norm(x, x.shape[-1:]) for x in (found.hidden_states[i] for i in self.layers)]
+        tokens = torch.cat(blocks or [found.last_hidden_state], dim=-1)
+        tokens = tokens[:, -(self.patches**2) :]  # DINOv2's class comes first
+        if self.side == self.patches:
+            return tokens
+        patches = rearrange(tokens, "b (h w) d -> b d h w", h=self.patches)
+        return rearrange(F.adaptive_avg_pool2d(patches, self.side), "b d h w -> b (h w) d")
 
     def said(self, features: Tensor) -> Tensor:
         """Words of features."""
@@ -99,11 +120,11 @@ def load_redux(
     contents = check_redux(Path(path), variant)
     network, folder = (DINOV2, scorer_folder(tower)) if tower == SCORER else (SIGLIP, None)
     model, processor = load_network(network, tower, device, dtype, folder)
-    (hidden, features), found = contents.shapes[UP], model.config.hidden_size
-    if features != found:
-        kind = network.what
-        raise FileError(f"{path} takes {features} features of {kind}, and {tower} has {found}. Next: take {OFFICIAL}.")
-    redux = Redux(model, processor, hidden, variant.params.context_in_dim, dtype, variant.takes.layer)
+    (hidden, features), takes = contents.shapes[UP], variant.takes
+    redux = Redux(model, processor, hidden, variant.params.context_in_dim, dtype, takes.layers, takes.side)
+    if features != redux.features:
+        found = f"{tower} has {redux.features}"
+        raise FileError(f"{path} takes {features} features of {network.what}, and {found}. Next: take {OFFICIAL}.")
     redux.load_state_dict(_read(contents, device, dtype), strict=False, assign=True)
     return redux.eval().requires_grad_(False)
 
