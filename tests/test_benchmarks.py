@@ -61,6 +61,15 @@ def test_errors_of_attention_in_eight_bits():
     assert found["fp8", "int8"]["ratio"] > 0 and found["int8", "exact"]["error_of_velocity"] > 0
 
 
+def test_where_a_pictures_seconds_go():
+    exact, faster, hour = lines_of(
+        "picture.py", "--dtype", "bf16", "--ways", "exact", "faster", "--rounds", "1", "--steps", "6"
+    )
+    assert exact["forwards"] == 6 > faster["forwards"] and exact["ratio"] == 1
+    assert min(exact[part] for part in ("text", "modulation", "steps", "decoding", "host", "png")) > 0
+    assert hour["pictures_an_hour"].keys() == {"apart", "beside"}
+
+
 def lines_of(name, *flags):
     command = [sys.executable, BENCHMARKS / name, "--tiny", "--device", "cpu", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
