@@ -14,10 +14,10 @@ used. What does not ship is made by the recipe. Prints a line of JSON:
   `benchmarks/editing.py`. `untouched`: mean difference to the picture before, in levels of 255, where nothing should
   change: the object itself (ground) or its half (add). `outline`: intersection over union of the object's mask before
   and after (colour).
-- *repaint*: a box around the thing in a picture is painted anew, by the name of another thing, and a picture is
-  extended on both sides, by its own prompt. `…_at` is the mean step of brightness across the border of what was
-  painted, `…_beside` that two pixels in and out of it, in levels of 255, medians over the pictures: equal steps are no
-  seam. `named`: share of the boxes in which the nearest sprite is the thing asked for.
+- *repaint*: a box around the thing in a picture is painted anew, by the name of another thing, and the middle half of
+  a picture is extended on both sides to its size, by its own prompt. `…_at` is the mean step of brightness across the
+  border of what was painted, `…_beside` that two pixels in and out of it, in levels of 255, medians over the pictures:
+  equal steps are no seam. `named`: share of the boxes in which the nearest sprite is the thing asked for.
 - *fill*: the same of the same pictures by flux-mini-fill.
 - *controlnet*: as canny, by flux-mini and the ControlNet of `--controlnet` at three scales.
 - *depth*: intersection over union of the silhouettes in a map, and of a drawn picture's objects: by the scene's own
@@ -283,17 +283,18 @@ class Study:
             mask = Image.new("L", picture.size)
             mask.paste(255, box)
             drawn = painter.generate(second + ground, seed=seed + 1, init_image=picture, mask=mask, **self.given)[0]
-            wide = painter.generate(first + ground, seed=seed, init_image=picture, pad=(64, 0, 64, 0), **self.given)[0]
+            middle = picture.crop((64, 0, 192, 256))
+            wide = painter.generate(first + ground, seed=seed, init_image=middle, pad=(64, 0, 64, 0), **self.given)[0]
             rgb = rgb_of(drawn)
             named.append(self.shows(rgb, q.ground_of(rgb), Thing(places[2 * seed + 1], -1, second, [])))
             for part, image, edges, sides in (
-                ("repainted", drawn, box, "lrtb"), ("extended", wide, (64, 0, 320, 256), "lr"),
+                ("repainted", drawn, box, "lrtb"), ("extended", wide, (64, 0, 192, 256), "lr"),
             ):  # fmt: skip
                 for what, value in zip(("at", "beside"), seam(rgb_of(image), edges, sides), strict=True):
                     found.setdefault(f"{part}_{what}", []).append(value)
             hidden = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
             self.show(name, (first, picture), ("what is kept", hidden), (second, drawn))
-            self.show(f"{name}-extended", (first, wide))
+            self.show(f"{name}-extended", (first, picture), ("its middle", middle), ("extended", wide))
         return {key: round(statistics.median(values), 2) for key, values in found.items()} | {"named": q.rate(named)}
 
 
@@ -344,7 +345,7 @@ def main() -> None:
     if args.sheet:
         args.sheet.mkdir(parents=True, exist_ok=True)
         for kind, shown in study.shown.items():
-            columns = {"canny": 8, "depth": 8, "controlnet": 8, "mixed": 5}.get(kind, 4 if "extended" in kind else 9)
+            columns = {"canny": 8, "depth": 8, "controlnet": 8, "mixed": 5}.get(kind, 9)
             sheet([image for _, image in shown], [text for text, _ in shown], columns).save(args.sheet / f"{kind}.png")
     print(json.dumps({"benchmark": "family", "each": args.each, **given, **figures}))
 

@@ -75,11 +75,11 @@ STAGES = (
         "what is kept by official names",
         f"../../cli.py lora convert WORK/flux-mini-fill/{FAST} WORK/flux-mini-fill.safetensors --to official",
     ),
-    Stage("a ControlNet", "train_beside.py ROOT WORK MINI controlnet --steps 1000000", 4, {"scenes": 16_000}),
+    Stage("a ControlNet", "train_beside.py ROOT WORK MINI controlnet --steps 1000000 --lr 5e-4", 4, {"scenes": 16_000}),
     Stage("scorer", "train_scorer.py ROOT WORK", 12, {"scenes": 200_000}),
     Stage("features of sprites", "sprite_features.py ROOT WORK/dinov2-mini"),
     Stage(
-        "Redux", "train_beside.py ROOT WORK MINI redux --steps 1000000 --tower WORK/dinov2-mini", 4, {"scenes": 16_000}
+        "Redux", "train_beside.py ROOT WORK MINI redux --steps 1000000 --tower WORK/dinov2-mini", 4, {"scenes": 32_000}
     ),
     Stage(
         "the Noto example",
