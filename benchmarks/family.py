@@ -284,7 +284,7 @@ class Study:
             mask.paste(255, box)
             drawn = painter.generate(second + ground, seed=seed + 1, init_image=picture, mask=mask, **self.given)[0]
             middle = picture.crop((64, 0, 192, 256))
-            wide = painter.generate(first + ground, seed=seed, init_image=middle, pad=(64, 0, 64, 0), **self.given)[0]
+            wide = painter.generate(first + ground, seed + 1, init_image=middle, pad=(64, 0, 64, 0), **self.given)[0]
             rgb = rgb_of(drawn)
             named.append(self.shows(rgb, q.ground_of(rgb), Thing(places[2 * seed + 1], -1, second, [])))
             for part, image, edges, sides in (
