@@ -343,13 +343,13 @@ REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetenso
 SIGLIP = "google/siglip-so400m-patch14-384"
 
 
-def _taught(kind: str, script: str, takes: Takes, guidance: float, variables: tuple[str, ...]) -> Variant:
+def _taught(kind: str, takes: Takes) -> Variant:
     """flux-mini with an adapter that does not ship; a command of the recipe makes it."""
-    name = f"flux-mini-{kind}"
-    command = f"python weights/recipe/{script} data work weights/flux-mini {kind}"
+    name, variable = f"flux-mini-{kind}", f"FLUX_MINI_{kind.upper()}_LORA"
+    command = f"python weights/recipe/train_family.py data work weights/flux-mini {kind} --rank 32 --lr 1e-3"
     return replace(
-        _MINI, name=name, base="flux-mini", guidance=guidance, takes=takes,
-        adapter=Adapter("", f"{name}.safetensors", variables, made_by=command),
+        _MINI, name=name, base="flux-mini", guidance=2.0, takes=takes,
+        adapter=Adapter("", f"{name}.safetensors", ("FLUX_LORA", variable), made_by=command),
     )  # fmt: skip
 
 
@@ -424,17 +424,16 @@ VARIANTS: dict[str, Variant] = {
             takes=Takes(references=True),
             adapter=Adapter("", "flux-mini-kontext.safetensors", ("FLUX_LORA",)),
         ),
-        _taught("fill", "train_family.py", Takes(channels=("kept", "mask")), 2.0, ("FLUX_LORA", "FLUX_MINI_FILL_LORA")),
-        _taught(
-            "depth",
-            "train_family.py",
-            Takes(channels=("control",), map="depth"),
-            2.0,
-            ("FLUX_LORA", "FLUX_MINI_DEPTH_LORA"),
+        replace(
+            _MINI,
+            name="flux-mini-redux",
+            base="flux-mini",
+            guidance=2.0,
+            takes=Takes(words="dinov2-mini", layers=(2, 6), side=4),
+            adapter=Adapter("", "flux-mini-redux.safetensors", ("FLUX_MINI_REDUX",)),
         ),
-        _taught(
-            "redux", "train_beside.py", Takes(words="dinov2-mini", layers=(2, 6), side=4), 2.0, ("FLUX_MINI_REDUX",)
-        ),
+        _taught("fill", Takes(channels=("kept", "mask"))),
+        _taught("depth", Takes(channels=("control",), map="depth")),
         _DEV,
         replace(
             _DEV,

@@ -34,6 +34,13 @@ def test_an_apple_has_the_colour_that_is_asked_for(pipeline, colour, channel):
     assert object_colour(image).argmax() == channel
 
 
+def test_a_picture_of_what_a_picture_shows(pipeline):
+    """flux-mini-redux, without a word."""
+    seen = pipeline.generate("a blue apple on a white background", seed=0, num_steps=8)[0]
+    image = load_pipeline("flux-mini-redux", "cpu").generate("", seed=5, num_steps=8, reference=seen)[0]
+    assert np.asarray(image)[:8].mean() > 230 and object_colour(image).argmax() == 2
+
+
 def test_one_guided_forward_stands_for_two(pipeline):
     """Of all strengths, w comes nearest to `uncond + w * (cond - uncond)`, which takes two forwards."""
     noise = get_noise(4, 256, 256, "cpu", torch.float32, seed=0)
@@ -82,6 +89,7 @@ def test_what_ships_stays_small():
         ("flux-mini-fast", 3),
         ("flux-mini-canny", 2),
         ("flux-mini-kontext", 2),
+        ("flux-mini-redux", 1),
         ("zib", 1),
     ):
         assert sum(file.stat().st_size for file in files if folder in file.parts) <= most * 2**20

@@ -113,6 +113,7 @@ def ship(work: Path, weights: Path) -> None:
         (work / NOTO, NOTO),
         (work / "flux-mini-canny.safetensors", "flux-mini-canny/flux-mini-canny.safetensors"),
         (work / "flux-mini-kontext" / FAST, "flux-mini-kontext/flux-mini-kontext.safetensors"),
+        (work / "flux-mini-redux.safetensors", "flux-mini-redux/flux-mini-redux.safetensors"),
     ):
         (weights / shipped).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, weights / shipped)
