@@ -45,8 +45,6 @@ class WithoutTaps(ast.NodeTransformer):
         if isinstance(f, ast.Name) and f.id == "tap":
             return node.args[1]
         if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "tap":
-            if f.attr == "ops":
-                return node.args[0]
             return ast.Call(node.args[0], node.args[1:], []) if f.attr == "attend" else node.args[1]
         return node
 
