@@ -472,7 +472,9 @@ VARIANTS: dict[str, Variant] = {
             variables=("FLUX_MODEL",),
         ),
         replace(_DEV, name="flux-dev-redux", guidance=2.5, takes=Takes(words=SIGLIP), adapter=REDUX),
-        replace(_SCHNELL, name="flux-schnell-redux", takes=Takes(words=SIGLIP), adapter=REDUX),
+        replace(
+            _SCHNELL, name="flux-schnell-redux", licence=_DEV.licence, takes=Takes(words=SIGLIP), adapter=REDUX
+        ),  # the adapter's, the stricter of the two
     )
 }
 DEFAULT = "flux-mini"

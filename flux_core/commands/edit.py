@@ -14,7 +14,7 @@ from ..images.given import natural_size, pop_given
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
 from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
-from ..request.generation import GenerationRequest
+from ..request.generation import GenerationRequest, check_unmasked
 from ..request.plans import given_plan
 from ..terminal import no_bars, note, tell
 from ..vision.maps import check_maps
@@ -57,6 +57,7 @@ def edit(
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
     loading = pop_fields(fields, LOADING)
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
+    check_unmasked(variant, "edit")
     plan = given_plan(fields)
     fields["plan"] = (*checked_plan(plan, variant), *entries_of(fields, variant))
     pictures, records = pop_given(fields, variant)

@@ -36,7 +36,7 @@ from ..methods.importance import (
 )
 from ..request.batch import check_rows, mixing
 from ..request.fields import DEVICE, FILES, LOADING, THREADS, pop_fields
-from ..request.generation import GenerationRequest
+from ..request.generation import GenerationRequest, check_unmasked
 from ..request.plans import given_plan
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
@@ -84,6 +84,7 @@ def importance(
     )
     num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
+    check_unmasked(variant, "importance")
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     given = given_plan(fields)
     pictures, records = pop_given(fields, variant)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..files import expand_home
 from ..lora.known import Known
 from ..request.fields import FIELDS, FIT, MAPS, MOST_WEIGHT, PICTURE_FILES
@@ -206,7 +206,11 @@ def _map_and_file(control: Picture | tuple[str, Picture] | None) -> tuple[str, P
         return control[0], control[1]
     if isinstance(control, str):
         name, colon, file = control.partition(":")
-        return (name, expand_home(file)) if colon and name in MAPS else ("", expand_home(control))
+        if colon and name in MAPS:
+            return name, expand_home(file)
+        if colon and (meant := nearest(name, MAPS)) and not Path(expand_home(control)).exists():
+            raise UsageError(f"there is no map {name!a}: there are {', '.join(MAPS)}.{meant}")
+        return "", expand_home(control)
     return "", control
 
 

@@ -1,7 +1,8 @@
 """What the models of the family see besides a prompt, as conditions: channels, tokens behind the image, words.
 
 `variants.Takes` says which a model has; no model's name is known here. A row of `variants` whose channels are in
-`CHANNELS`, or that takes references or words, needs nothing else; another kind of channel is a function in that table.
+`CHANNELS`, or that takes references or words, needs nothing else; another kind of channel is a function in that table,
+and a number in `variants.FEATURES`.
 A condition is rounded to bf16, as in the official code (black-forest-labs/flux `src/flux/sampling.py`).
 """
 

@@ -7,6 +7,7 @@ so that a request always says what will happen. Every failure is a UsageError of
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Annotated, Any, Self
 
 import pydantic
@@ -212,6 +213,9 @@ class GenerationRequest(BaseModel):
         takes, name = self.variant.takes, self.name
         if (self.mask or self.pad) and self.init_image is None:
             given = "--mask" if self.mask else "--pad"
+            if used := "reference" if self.reference else "control" if self.control else "":
+                raise UsageError(f"{given} needs a picture to paint in, and {name} takes --image as its {used}. "
+                                 "Next: give that by --init-image")  # fmt: skip
             raise UsageError(f"{given} does nothing without --init-image: give the picture to paint in")
         if self.mask_padding is not None and self.mask is None:
             raise UsageError("--mask-padding does nothing without --mask: it draws the masked part alone")
@@ -242,7 +246,8 @@ class GenerationRequest(BaseModel):
                 tokens = self.padded_size[0] * self.padded_size[1] // PATCH**2
                 raise UsageError(
                     f"{flag} {side} is not among the {variant.min_side} to {variant.max_side} pixels {variant.name} "
-                    f"is made for: choose another, or add --force ({tokens:,} image tokens)"
+                    f"is made for: choose another (where none was typed, it is that of a picture, --pad or "
+                    f"--aspect-ratio), or add --force ({tokens:,} image tokens)"
                 )
 
     def _check_seeds(self) -> None:
@@ -333,7 +338,8 @@ class GenerationRequest(BaseModel):
 
     def notes(self) -> list[str]:
         """What the user should know before drawing, a line each."""
-        return [*self._model_notes(), *self._true_cfg_notes(), *self._init_image_notes(), *self._prompt_notes()]
+        about = self._model_notes(), self._true_cfg_notes(), self._init_image_notes(), self._map_notes()
+        return [*chain(*about, self._prompt_notes())]
 
     def _model_notes(self) -> Iterator[str]:
         variant = self.variant
@@ -360,17 +366,28 @@ class GenerationRequest(BaseModel):
             for name in ("strength", "fit"):
                 if name in self.model_fields_set:
                     yield f"--{name} does nothing without --init-image"
-        elif self.num_forward_steps == self.num_steps and not self.paints:
+        elif self.num_forward_steps == self.num_steps and not self.paints and not self.variant.takes.mask:
             yield (
                 f"strength {self.strength:g} draws all of {self.num_steps} step(s), from noise alone: the init image "
                 f"has no effect. Next: --strength {highest_strength(self.num_steps):g} or lower, or more --num-steps"
             )
+
+    def _map_notes(self) -> Iterator[str]:
+        made, known = self.control.map if self.control else "", self.variant.takes.map
+        if made and known and made != known:
+            yield f"{self.name} follows maps of {known}, and this is one of {made}"
 
     def _prompt_notes(self) -> Iterator[str]:
         if found := next(filter(None, (_LORA_WORD.search(text) for text in self.texts)), None):
             yield f"{found[0][:60]} in a prompt does nothing here. Next: --lora FILE SCALE"
         if any(len(text.encode()) > MAX_PROMPT for text in self.texts):
             yield f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt"
+
+
+def check_unmasked(variant: Variant, command: str) -> None:
+    """UsageError for a model that paints into a picture, by a command that has no flags for it."""
+    if variant.takes.mask:
+        raise UsageError(f"{variant.name} paints into a picture, and {command} has no mask. Next: generate or explore")
 
 
 def check_untrusted(fields: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def prepare_redux(
     inputs = prepare(t5, clip, img, prompt)
     with torch.no_grad():
         tokens = encoder(picture_of(img_cond_path)).to(inputs["txt"].device, torch.bfloat16)
-    tokens = repeat(tokens, "1 t d -> b t d", b=img.shape[0])
+    tokens = repeat(tokens, "1 t d -> b t d", b=len(inputs["txt"]))
     txt = torch.cat((inputs["txt"], tokens.to(inputs["txt"])), dim=1)
     return inputs | {"txt": txt, "txt_ids": torch.zeros(*txt.shape[:2], 3, dtype=torch.float32, device=txt.device)}
 
@@ -115,8 +115,10 @@ def prepare_kontext(
 ) -> tuple[dict[str, Tensor], int, int]:
     """With a picture to change, resized to the nearest of the preferred sizes; and height and width of what is drawn.
 
-    target_width, target_height: by default the reference's size. `img_cond_orig` [1, 3, H, W] are its pixels.
+    target_width, target_height: by default the reference's size. bs: pictures, each of its own noise; several prompts
+    are as many. `img_cond_orig` [1, 3, H, W] are the reference's pixels.
     """
+    bs = len(prompt) if bs == 1 and not isinstance(prompt, str) else bs
     picture = picture_of(img_cond_path)
     width, height = kontext_size(*picture.size)
     pixels = pixels_of(picture, (width, height))

@@ -16,6 +16,7 @@ import flux_core.pipeline
 from flux_core import load_pipeline
 from flux_core.images.metadata import read_request
 from flux_core.main import main
+from flux_core.request.generation import GenerationRequest
 from flux_core.variants import VARIANTS, Takes
 from flux_core.vision.maps import canny
 
@@ -207,9 +208,13 @@ def test_a_ratio_changes_a_repeated_picture(mini):
         ("--name flux-dev-fill", 2, "flux-dev-fill paints into a picture"),
         ("--name flux-dev-canny", 2, "flux-dev-canny follows a map. Next: --control canny:FILE, or --control MAP.png"),
         ("--name flux-dev-depth --control none.png", 4, "none.png does not exist"),
-        ("--name flux-dev-canny --control cany:photo.png", 4, "cany:photo.png does not exist"),
+        ("--name flux-dev-canny --control cany:photo.png", 2, "no map 'cany': there are canny, depth. Did you mean"),
         ("--name flux-dev-canny --image photo.png --control photo.png", 2, "--image and --control are the same for"),
-        ("--name flux-dev-canny --image photo.png --mask mask.png", 2, "--mask does nothing without --init-image"),
+        (
+            "--name flux-dev-canny --image photo.png --mask mask.png",
+            2,
+            "takes --image as its control. Next: give that by --init-image",
+        ),
         ("--name flux-dev-kontext --image cup.png --reference cup.png", 2, "--image and --reference are the same for"),
         ("--name flux-dev-kontext --reference cup.png 0.7", 2, "flux-dev-kontext changes a picture as a whole"),
         ("--name flux-dev-redux", 2, "flux-dev-redux takes a picture. Next: --reference FILE"),
@@ -389,3 +394,15 @@ def test_a_picture_of_the_family_asks_for_its_own_pictures_and_is_repeated(famil
     assert "that picture was made with --control canny:photo.png" in capsys.readouterr().err
     assert main(["--from-image", first, *again, "--control", "canny:room.png"]) == 0
     assert "'room.png' is another picture than the 'photo.png' that was used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["edit --source x --edit y", "importance --limit 1"])
+def test_commands_without_a_mask_do_not_ask_for_one(words, capsys):
+    assert main([*words.split(), "--name", "flux-dev-fill"]) == 2
+    assert "flux-dev-fill paints into a picture, and" in capsys.readouterr().err
+
+
+def test_a_map_of_another_kind_is_told():
+    control = {"file": "photo.png", "sha256": "0" * 64, "map": "depth"}
+    request = GenerationRequest(name="flux-dev-canny", prompt="a fox", control=control)
+    assert "flux-dev-canny follows maps of canny, and this is one of depth" in request.notes()

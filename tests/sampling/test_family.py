@@ -154,3 +154,27 @@ def test_kontexts_sizes():
         assert list(kontext_size(width, height)) == expected
     ratios = json.loads(golden.metadata["aspect_ratios"])
     assert [list(map(int, aspect_ratio_to_height_width(x))) for x in ratios] == golden.tensors["out.aspect_wh"].tolist()
+
+
+def test_several_prompts_are_as_many_pictures_each_with_the_condition(ae):
+    """As the official functions begin: `if bs == 1 and not isinstance(prompt, str): bs = len(prompt)`."""
+    draw = torch.Generator().manual_seed(0)
+    words, vectors = torch.randn(2, 4, 8, generator=draw), torch.randn(2, 8, generator=draw)
+    encoders = {"t5": lambda prompts: words[: len(prompts)], "clip": lambda prompts: vectors[: len(prompts)]}
+    picture, noise = Image.new("RGB", (32, 32), "red"), torch.randn(1, 16, 4, 4, generator=draw)
+    redux = prepare_redux(
+        **encoders, img=noise, prompt=["a", "b"], encoder=lambda _: torch.ones(1, 3, 8), img_cond_path=picture
+    )
+    assert redux["img"].shape[0] == 2 and redux["txt"].shape == (2, 7, 8) and redux["txt_ids"].shape == (2, 7, 3)
+    kontext, *_ = prepare_kontext(
+        **encoders,
+        prompt=["a", "b"],
+        ae=ae,
+        img_cond_path=picture,
+        seed=1,
+        device="cpu",
+        target_width=32,
+        target_height=32,
+    )
+    assert {x.shape[0] for name, x in kontext.items() if name != "img_cond_orig"} == {2}
+    assert not torch.equal(*kontext["img"])  # noise of its own
