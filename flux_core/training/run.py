@@ -288,6 +288,8 @@ class Run(Material):
         self.text.cache_clear()  # token ids are others without a word that was learned
         base = self.samples.each(prompts)
         self.write(self.folder / "ab.png", png_bytes(sample_sheet([("base", base), ("adapter", trained)], prompts)))
+        if not self.prompts and self.ranks.is_first:  # else their samples have told it
+            self.samples.judge(base, trained)
         try:
             if changed:
                 self.write(self.folder / "changes.png", change_chart(changed, "how much was changed, and where"))

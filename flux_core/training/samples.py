@@ -44,9 +44,13 @@ class Samples:
         both = sorted(first.keys() & last.keys())  # a run may have got other prompts since
         before, now = ([Image.open(of[i]) for i in both] for of in (first, last))
         if step and before:
-            for line in (stripes(before, now), no_effect(before, now, self.run.losses.largest_rate)):
-                if line:
-                    note(f"step {step}: {line}")
+            self.judge(before, now, f"step {step}: ")
+
+    def judge(self, before: Sequence[Image.Image], now: Sequence[Image.Image], where: str = "") -> None:
+        """Say what pictures show of trouble, beside the same without what was learned."""
+        for line in (stripes(before, now), no_effect(before, now, self.run.losses.largest_rate)):
+            if line:
+                note(where + line)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

@@ -201,3 +201,9 @@ def test_a_run_goes_on_with_more_prompts_than_it_began_with(small, work, capsys)
 def test_what_goes_wrong_while_it_learns_is_told(small, work, capsys):
     assert train("--data=class", "--steps=10", "--lr=1e-9", "--sample-prompts=a pig", "--sample-every=5") == 0
     assert "samples are as they were without it (rate 1e-09). Next: a higher --lr" in capsys.readouterr().err
+
+
+def test_an_adapter_without_effect_is_told_at_the_end_where_nothing_was_drawn_before(small, work, capsys):
+    assert train("--data=class", "--steps=2", "--lr=1e-9", "--sample-steps=1") == 0
+    err = capsys.readouterr().err
+    assert err.count("samples are as they were without it (rate 1e-09)") == 1 and "step 2: samples" not in err
