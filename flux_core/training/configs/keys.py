@@ -125,7 +125,7 @@ def _fate(row: Key, key: str, value: Any, values: Values) -> Fate:
         return Fate(key, value, why=str(error), lacks=True)
     except Needless as error:
         return Fate(key, value, why=str(error))
-    except (TypeError, ValueError, AttributeError, OverflowError):
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error):
         raise UsageError(f"{key} = {shown(key, value)} is no value of {row.name}. Next: mend that line") from None
 
 

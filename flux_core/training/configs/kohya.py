@@ -200,13 +200,14 @@ def _reg_rates(value: str, of: Values) -> str:
 
 def _by_regex(text: str, of: Values) -> list[str]:
     """`REGEX=VALUE,…` of kohya's names, the first that is found in one counts, by diffusers' names of what learns."""
-    regexes = [(regex.strip(), value.strip()) for regex, _, value in (one.partition("=") for one in text.split(","))]
+    parts = (one.partition("=") for one in text.split(","))
+    regexes = [(re.compile(regex.strip()), value.strip()) for regex, _, value in parts]
     params, which = VARIANTS["flux-dev"].params, of["network_args.train_blocks"]
     linears, found = Table(params).linears, dict[str, str]()
     names = matching(params, [f"{name}.*" for kind, name in BLOCKS.items() if which in ("all", kind)])
     for name in names:
         own = f"lora_unet_{flat(linears[flat(name)].module)}"
-        found |= next(({name: value} for regex, value in regexes if re.search(regex, own)), {})
+        found |= next(({name: value} for regex, value in regexes if regex.search(own)), {})
     if not found:
         raise LeftOut("nothing that learns has such a name")
     return _in_patterns(found, names)
