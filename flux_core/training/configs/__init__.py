@@ -15,7 +15,7 @@ from ...files import user_path
 from ...jsonfile import MAX_BYTES
 from ..settings import BY_NAME, parsed
 from . import aitoolkit, kohya, simpletuner
-from .keys import Fate
+from .keys import Fate, check_size
 
 TOOLS: tuple[Any, ...] = (simpletuner, aitoolkit, kohya)
 DOCUMENTS: Mapping[str, str] = MappingProxyType(
@@ -90,7 +90,7 @@ def read_document(path: str | Path) -> Any:
             text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
         if len(text) > MAX_BYTES:
             raise UsageError(f"{path}: such a file has at most {MAX_BYTES:,} bytes")
-        return PARSERS[kind](text)
+        document = PARSERS[kind](text)
     except OSError as error:
         raise FileError(
             f"{path} cannot be read: {error.strerror or error}. Next: call from the folder that paths in the config "
@@ -98,3 +98,8 @@ def read_document(path: str | Path) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is no {kind}: {error}. Next: mend it there") from None
+    try:
+        check_size(document)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return document

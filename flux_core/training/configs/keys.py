@@ -290,12 +290,20 @@ HELD_OUT = Key("(validation)", "held_out", lambda x, of: 0, default="none", why=
 """of tools that judge by no pictures"""
 
 
-def flatten(document: Any, prefix: str = "", seen: list[int] | None = None) -> dict[str, Any]:
-    """Values by their places, `train.lr` or `datasets[0].path`; lists of plain values are whole. UsageError."""
-    seen = [0] if seen is None else seen
-    seen[0] += 1
-    if seen[0] > MOST_NODES:
-        raise UsageError(f"it has more than {MOST_NODES:,} values, which no config has")
+def check_size(document: Any) -> None:
+    """UsageError for more values than any config has: aliases in YAML make many of a short text, or no end of them."""
+    ahead, seen = [document], 0
+    while ahead:
+        one = ahead.pop()
+        inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        seen += 1
+        if seen + len(ahead) + len(inner) > MOST_NODES:
+            raise UsageError(f"it has more than {MOST_NODES:,} values, which no config has")
+        ahead += inner
+
+
+def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by their places, `train.lr` or `datasets[0].path`; lists of plain values are whole."""
     if isinstance(document, dict) and (document or not prefix):
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in document.items()]
     elif isinstance(document, list) and any(isinstance(one, dict | list) for one in document):
@@ -304,5 +312,5 @@ def flatten(document: Any, prefix: str = "", seen: list[int] | None = None) -> d
         return {prefix: document}
     found: dict[str, Any] = {}
     for key, value in items:
-        found |= flatten(value, key, seen)
+        found |= flatten(value, key)
     return found
