@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import tomllib
@@ -482,6 +483,34 @@ def test_a_wrong_file_is_said(work, capsys, name, text, code, said):
     assert main(["train", f"--from-config={name}"]) == code
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+KOHYA = """
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "a"
+num_repeats = {}
+[[datasets.subsets]]
+image_dir = "b"
+num_repeats = {}
+"""
+TOOLKIT = """
+job: extension
+config: {{name: x, process: [{{type: sd_trainer, datasets: [{{folder_path: a, num_repeats: {}}}]}}]}}
+"""
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("a.toml", KOHYA.format(-3, 1), "num_repeats = -3 of ./a is no number of times"),
+    ("a.toml", KOHYA.format(3, 0), "num_repeats = 0 of ./b is no number of times"),
+    ("a.toml", KOHYA.format(1, 150), "num_repeats = 150 of ./b makes the folders' ratio 1:150, and numbers in one go"),
+    ("a.yaml", TOOLKIT.format(-1), "num_repeats = -1 of ./a is no number of times"),
+    ("a.json", '[{"id": "x", "type": "local", "instance_data_dir": "a", "repeats": -5}]', "repeats = -5 of ./a is no"),
+])  # fmt: skip
+def test_repeats_that_cannot_be_are_said_in_the_files_own_words(work, name, text, said):
+    Path(name).write_text(text)
+    with pytest.raises(UsageError, match=f"^{re.escape(f'{name}: {said}')}"):
+        read_config(name)
 
 
 def test_yaml_without_pyyaml(work, capsys, monkeypatch):

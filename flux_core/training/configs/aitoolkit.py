@@ -381,7 +381,8 @@ def _data_fates(datasets: list[dict[str, Any]], above: Values, where: str) -> It
 def _folder(dataset: Values) -> Folder:
     path = dataset.get("folder_path") or dataset["dataset_path"]
     masks = "alpha" if dataset.get("alpha_mask") else dataset.get("mask_path") or ""
-    return Folder(here(path), dataset.get("num_repeats", 1), dataset.get("trigger_word") or "", masks)
+    repeats = dataset.get("num_repeats", 1)
+    return Folder(here(path), repeats, dataset.get("trigger_word") or "", masks, f"num_repeats = {repeats}")
 
 
 def _list(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ...errors import UsageError, nearest
 from ...variants import VARIANTS
 from ..data import ENDINGS
+from ..folders import MOST
 from ..settings import BY_NAME
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
@@ -159,6 +160,8 @@ class Folder(NamedTuple):
     trigger: str = ""
     masks: str = ""
     """a folder, or `alpha`"""
+    asked: str = ""
+    """what the file says of repeats, for people: `num_repeats = 10`"""
 
 
 def data_of(learned: Iterable[Folder], regular: Iterable[Folder] = ()) -> dict[str, Any]:
@@ -166,11 +169,24 @@ def data_of(learned: Iterable[Folder], regular: Iterable[Folder] = ()) -> dict[s
 
     What is equal for all folders to learn from is `repeats`, `trigger`, `masks`; else it stands behind their paths, as
     in `PATH,weight=2,trigger=zwx,masks=FOLDER`. Pictures of regularization sets come equally often: they are half of an
-    epoch.
+    epoch. UsageError for repeats that are none, or that have no counterpart.
     """
+    learned, regular = list(learned), list(regular)
+    for one in (*learned, *regular):
+        if not isinstance(one.repeats, int) or one.repeats < 1:
+            raise UsageError(
+                f"{one.asked} of {one.path} is no number of times that pictures come. Next: mend that line"
+            )
     folders, others = _once(learned), [one._replace(repeats=1) for one in _once(regular)]
     every = math.gcd(*(one.repeats for one in folders))
     folders = [one._replace(repeats=one.repeats // every) for one in folders]
+    for one in folders:
+        if one.repeats > MOST:
+            ratio = ":".join(str(each.repeats) for each in folders)
+            raise UsageError(
+                f"{one.asked} of {one.path} makes the folders' ratio {ratio}, and numbers in one go up to {MOST} here. "
+                "Next: give repeats of a smaller ratio"
+            )
     alike = {
         name: values.pop() for name in ("trigger", "masks") if len(values := {getattr(x, name) for x in folders}) == 1
     }

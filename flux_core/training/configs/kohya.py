@@ -602,4 +602,5 @@ def _folder(subset: Values, masked: bool) -> Folder:
     captions = any(user_path(name).rglob("*.txt"))
     trigger = words if count(name) and not captions and "," not in words else ""
     masks = (masked and subset.get("conditioning_data_dir")) or ("alpha" if subset["alpha_mask"] else "")
-    return Folder(here(name), subset["num_repeats"], trigger, masks)
+    repeats = subset["num_repeats"]
+    return Folder(here(name), repeats, trigger, masks, f"num_repeats = {repeats}")

@@ -491,7 +491,8 @@ def _folder(backend: Values, masks: Values) -> Folder:
     word = backend.get("instance_prompt", "") if alone or backend.get("prepend_instance_prompt") else ""
     mask = masks.get(backend.get("conditioning_data", ""), {}).get("instance_data_dir", "")
     path = here(backend["instance_data_dir"]) if "instance_data_dir" in backend else backend["dataset_name"]
-    return Folder(path, backend.get("repeats", 0) + 1, word, mask)
+    repeats = backend.get("repeats", 0)
+    return Folder(path, repeats + 1, word, mask, f"repeats = {repeats}")
 
 
 def _edge(backend: Values) -> int | None:
