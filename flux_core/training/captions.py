@@ -6,6 +6,7 @@ starts, so that each is encoded once, and dropout and shuffling work from what i
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
@@ -23,12 +24,19 @@ COMMON = (EMPTY, TRIGGER)
 """kinds whose texts are the same for all pictures, but for those of folders with triggers of their own"""
 PLACE = "[trigger]"
 """in a caption: where the trigger word goes"""
+BETWEEN = re.compile(rf"(?<!\S)(?:{re.escape(PLACE)})+ ")
+"""such a place that is a word of its own, with the space behind it"""
+
+
+def in_place(text: str, trigger: str) -> str:
+    """A text with the trigger word where it says so; without a word, of two spaces around the place one is left."""
+    return (text if trigger else BETWEEN.sub("", text)).replace(PLACE, trigger)
 
 
 def with_trigger(caption: str, trigger: str) -> str:
     """A caption with its trigger word, once."""
     if PLACE in caption:
-        return caption.replace(PLACE, trigger).strip()
+        return in_place(caption, trigger).strip()
     return caption if not trigger or trigger in caption else f"{trigger} {caption}".strip()
 
 

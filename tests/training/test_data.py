@@ -76,6 +76,21 @@ def test_a_trigger_word_is_a_caption(tmp_path):
     assert list(captions(read_folder(tmp_path, fixed(32, 32), "noto"), tmp_path).values()) == ["noto", "a noto pig"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "left"),
+    [
+        ("a photo of [trigger] robot", "a photo of robot"),
+        ("[trigger] [trigger][trigger] robot", "robot"),
+        ("a robot by [trigger]", "a robot by"),
+        ("a[trigger] robot", "a robot"),
+        ("[trigger], a robot", ", a robot"),
+    ],
+)
+def test_a_place_without_a_trigger_word_leaves_single_spaces(tmp_path, caption, left):
+    picture(tmp_path / "a.png", caption=caption)
+    assert list(captions(read_folder(tmp_path, fixed(32, 32)), tmp_path).values()) == [left]
+
+
 def test_the_trigger_word_is_where_ai_toolkit_has_it():
     """But for its spaces."""
     seen = 0

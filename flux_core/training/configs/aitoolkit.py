@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ..captions import in_place
 from .keys import (
     HELD_OUT,
     MOST_RANK,
@@ -140,7 +141,7 @@ def _architecture(value: Any, of: Values) -> Any:
 
 def _prompts(value: Any, of: Values) -> list[str]:
     texts = [one if isinstance(one, str) else one["prompt"] for one in value]
-    return [text.replace("[trigger]", of["trigger_word"] or "") for text in texts]
+    return [in_place(text, of["trigger_word"] or "") for text in texts]
 
 
 def _levels(value: Any, of: Values) -> Any:
