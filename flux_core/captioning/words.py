@@ -36,7 +36,7 @@ STYLES = {
 
 _PICTURE = r"(?:image|picture|photo(?:graph)?|illustration|drawing|painting|artwork|scene)"
 PREAMBLES = (
-    r"<think>.*?</think>",
+    r"<think>.*?(?:</think>|$)",  # to its end where it was cut off
     r"(?:sure|certainly|of course|okay|absolutely)(?: thing)?[,.!:]+",
     r"(?:here(?: is|'s|’s| are)|(?:this|below|the following) is|these are) [^:.\n]{0,60}"
     r"(?:caption|description|prompt|tags|picture|image)[^:.\n]{0,60}:",

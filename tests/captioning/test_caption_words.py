@@ -20,6 +20,7 @@ from flux_core.captioning.words import cleaned
         ('"A cat, by a window."', "A cat, by a window."),
         ('"Stop" is on the sign, and "Go"', '"Stop" is on the sign, and "Go"'),
         ("<think>It is a cat.\nYes.</think>\n\nA cat", "A cat"),
+        ("<think>It is a cat.\nYes", ""),
         ("tags: cat, mat", "cat, mat"),
         ("The image is old and shows a cat", "The image is old and shows a cat"),
         ("Here is where the river ends", "Here is where the river ends"),
