@@ -7,7 +7,7 @@ settings are the same it goes on behind it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,14 @@ class Captions:
         """A picture's caption: in the table, else beside it; empty without one. FileError for one that is no text."""
         row = self.rows.get(self.name_of(path), {})
         return next((row[key] for key in CAPTIONS if key in row), "") or caption_beside(path).strip()
+
+    def doubles(self, paths: Iterable[Path]) -> dict[Path, Path]:
+        """Pictures whose caption would be written over that of another before them, as `a.png` behind `a.jpg`."""
+        if self.to != "txt":
+            return {}
+        firsts: dict[Path, Path] = {}
+        pairs = [(path, firsts.setdefault(path.with_suffix(".txt"), path)) for path in paths]
+        return {path: first for path, first in pairs if path != first}
 
     def put(self, path: Path, text: str, sha256: str) -> None:
         """Keep a caption. sha256: of the picture's file. DiskError."""

@@ -51,6 +51,8 @@ class Report:
     """which had a caption, or got one before the run was stopped"""
     failed: dict[Path, str] = field(default_factory=dict)
     """why a picture is without a caption, or has only its old one"""
+    doubles: dict[Path, Path] = field(default_factory=dict)
+    """which are left out, and the pictures of whose names their .txt is"""
 
 
 class Shown(NamedTuple):
@@ -75,8 +77,11 @@ def caption_folder(
     caption or "". Nothing that was answered is lost, however this ends. UsageError, MemoryShortage, DiskError, and the
     errors of `load`.
     """
-    report, todo = Report(), []
-    for path in pictures_in(captions.folder):
+    pictures, todo = pictures_in(captions.folder), []
+    report = Report(doubles=captions.doubles(pictures))
+    for path in pictures:
+        if path in report.doubles:
+            continue
         try:
             is_done = captions.name_of(path) in captions.done
             if not is_done and wording.existing == "skip" and (old := captions.of(path)):

@@ -94,7 +94,13 @@ def _tell_report(folder: Path, report: "Report", variant: Variant) -> None:
     """Print what was done. FileError where pictures are left without a caption."""
     if report.written:
         _tell_lengths(folder, report.written, variant)
-    tell(f"{folder}: {len(report.written)} captioned, {report.kept} kept, {len(report.failed)} left out")
+    left = len(report.failed) + len(report.doubles)
+    tell(f"{folder}: {len(report.written)} captioned, {report.kept} kept, {left} left out")
+    for path, first in report.doubles.items():
+        note(
+            f"{path.relative_to(folder)} is left out: {path.stem}.txt is of {first.name}, and there is one for both. "
+            "Next: rename one of them, or --to jsonl"
+        )
     if report.failed:
         listed = "; ".join(f"{path.name}: {reason}" for path, reason in list(report.failed.items())[:5])
         more = "; …" if len(report.failed) > 5 else ""

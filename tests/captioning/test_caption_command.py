@@ -96,6 +96,29 @@ def test_a_caption_that_is_there(folder, to, existing, wanted):
     assert len(report.written) == (0 if existing == "skip" else 3) and report.kept == 3 - len(report.written)
 
 
+@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
+def test_no_caption_is_written_over_that_of_a_picture_of_the_same_name(folder, existing):
+    Image.new("RGB", (20, 10), "blue").save(folder / "a.webp")
+    report = caption(folder, existing=existing)
+    assert (folder / "a.txt").read_text(encoding="utf-8") == "red\n"
+    assert report.doubles == {folder / "a.webp": folder / "a.png"} and not report.failed
+    rows = caption(folder, "jsonl", "overwrite")
+    assert not rows.doubles and rows.written[folder / "a.webp"] == "blue"
+
+
+def test_pictures_of_one_name_are_told(folder, capsys):
+    Image.new("RGB", (20, 10), "blue").save(folder / "in" / "c.png")
+    for name in ("a.txt", "b.txt", "in/c.txt"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    assert main(["caption", str(folder), "--model=sprites"]) == 0
+    out, err = capsys.readouterr()
+    assert "0 captioned, 3 kept, 1 left out" in out
+    assert (
+        "in/c.png is left out: c.txt is of c.jpg, and there is one for both. Next: rename one of them"
+        in err.replace("\n", " ")
+    )
+
+
 def test_beside_another_table_it_says_what_train_does(folder, capsys):
     (folder / "metadata.jsonl").write_text("", encoding="utf-8")
     for to, how in (("txt", "reads captions from there"), ("parquet", "takes one table alone")):
