@@ -94,7 +94,8 @@ def train(
             for micro in range(step * recipe.accumulation, (step + 1) * recipe.accumulation)[share.micros]:
                 batch = drawn(sources, recipe, micro)
                 for part in parts_of(adapter, batch, recipe, micro, fetch, share.rows):
-                    (part * (state.scale / recipe.accumulation / share.parts)).backward()
+                    if part.requires_grad:  # not without the word that learns alone: it has no part in such a text
+                        (part * (state.scale / recipe.accumulation / share.parts)).backward()
                     found.append(part.detach())  # looked at behind the backward, so that a card need not wait
                 names += [one.name for one in batch[share.rows]]
             own = float(torch.stack(found).double().sum() / recipe.accumulation / share.parts)

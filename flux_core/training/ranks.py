@@ -86,14 +86,21 @@ class Ranks:
         return list(chain.from_iterable(found))
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Each gradient becomes the sum of all ranks'."""
+        """Each gradient becomes the sum of all ranks'; there is none where no rank has one."""
         if self.world == 1:
             return
-        grads = [x.grad for x in parameters if x.grad is not None]
+        there = torch.tensor([x.grad is not None for x in parameters], dtype=torch.int64, device="cpu")
+        _reduce(there)
+        shared = [x for x, count in zip(parameters, there.tolist(), strict=True) if count]
+        if not shared:
+            return
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in shared]
         flat = torch.cat([x.flatten() for x in grads])
         _reduce(flat)
         parts = flat.split([x.numel() for x in grads])
         torch._foreach_copy_(grads, [part.view_as(x) for part, x in zip(parts, grads, strict=True)])
+        for x, grad in zip(shared, grads, strict=True):
+            x.grad = grad
 
     def check_equal(self, tensors: Sequence[Tensor]) -> None:
         """FluxError where these are not the same numbers on all ranks."""

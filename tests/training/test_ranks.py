@@ -43,6 +43,16 @@ def test_what_cannot_be_shared_is_said():
         Ranks(0, 4).share(replace(RECIPE, batch=3, accumulation=2))
 
 
+def test_a_gradient_that_one_rank_lacks_is_the_others(monkeypatch):
+    """And nobody's is none: as where a word learns, of which not all texts are."""
+    own, lacking, nobodys = every = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    own.grad = torch.tensor([1.0, 2.0])
+    theirs = iter([torch.tensor([1, 1, 0]), torch.tensor([1.0, 1.0, 5.0, 6.0])])
+    monkeypatch.setattr("flux_core.training.ranks._reduce", lambda x: x.add_(next(theirs)))
+    Ranks(0, 2).add_gradients(every)
+    assert own.grad.tolist() == [2, 3] and lacking.grad.tolist() == [5, 6] and nobodys.grad is None
+
+
 def test_each_process_has_a_device_of_its_own(monkeypatch):
     assert own_device("auto") == "auto" and own_device("cuda:1") == "cuda:1"
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

@@ -41,9 +41,9 @@ def transformer():
     return model
 
 
-def adapter_of(learns, rate=None, rank=3, token=None, **how):
+def adapter_of(learns, rate=None, rank=3, token=None, targets=("to_q",), **how):
     draw, every = torch.Generator().manual_seed(1), encoders()
-    own = adapt(transformer(), ["to_q"], 2, 2, draw, **how)
+    own = adapt(transformer(), targets, 2, 2, draw, **how)
     read = {name: every[name] for name in read_live(learns, token)}
     word = None if token is None else token_of(read, token, "red apple", 2)
     return adapt_text(own, read, learns, TextForm(rank, rank, how.get("rslora", False), rate), draw, word)
@@ -229,6 +229,27 @@ def test_the_file_of_a_word_gives_what_training_saw(learns, tmp_path):
         for name, encoder in every.items():
             encoder.trained = TrainedWords(handle.tokens[name])
         assert all(distance(said(every, f"big {WORD}")[name], x) <= 1e-6 for name, x in learned.items())
+
+
+@pytest.mark.parametrize("how", [{}, {"preserve": "blank"}, {"accumulation": 2, "ema": 0.5}])
+def test_texts_without_the_word_have_a_loss_and_no_gradient(how, tmp_path):
+    """Of a word that learns alone; also where no text of a step has it, and where a run goes on from there."""
+    recipe = replace(RECIPE, **{"ema": 0.0, "batch": 1, "steps": 6, **how})
+
+    def run(folder, stop=0):
+        adapter, (one, other) = learned_word(targets=())
+        bare = [adapter.encoders[name].tokens(["on grass"])[0] for name in ("t5", "clip")]
+        some = [one._replace(others={"empty": bare}), other._replace(txt=bare[0], vec=bare[1], others={"empty": bare})]
+        seen = []
+        losses = train(adapter, some, recipe, folder, on_step=lambda done: seen.append(done) or done.step == stop)
+        return losses, seen, adapter.state()
+
+    losses, seen, state = run(tmp_path / "whole")
+    assert [done.loss for done in seen] == losses and min(losses) > 0
+    assert {done.norm > 0 for done in seen} == ({True, False} if recipe.accumulation == 1 else {True})
+    run(tmp_path / "parts", stop=1)
+    again = run(tmp_path / "parts")
+    assert again[0] == losses and all(torch.equal(x, state[name]) for name, x in again[2].items())
 
 
 def test_a_word_that_was_stopped_goes_on_to_the_bit(tmp_path):
