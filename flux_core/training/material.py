@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..errors import UsageError
 from ..files import user_path
 from ..terminal import no_bars, note
+from ..text import TrainedWords
 from . import captions
 from .data import Found, Picture
 from .folders import epoch_of, fetch, read_folders
@@ -85,6 +87,21 @@ class Material:
         self.left_out, self.findings = len(found.skipped), findings(found)
         self.priors = [one for one in every if one.prior]
         self.epoch = epoch_of([*self.learned, *self.priors], settings.repeats)
+        if settings.token:
+            self._check_token(settings.token)
+
+    def _check_token(self, token: str) -> None:
+        """Tell how many captions are without a word that learns, as prompts are read. UsageError where all are."""
+        word, kinds = TrainedWords({token: torch.empty(0, 0)}), captions.COMMON
+        texts = [[text for kind, text in self.captions_of(one).items() if kind not in kinds] for one in self.learned]
+        bare = sum(not any(map(word.names, of)) for of in texts)
+        if bare == len(texts):
+            raise UsageError(
+                f"no caption has {token} as a word of its own, so no picture would teach it. Next: write it into "
+                "captions, or name it by --trigger"
+            )
+        if bare:
+            note(f"{bare} of {len(texts)} captions are without {token} as a word of its own, and do not teach it")
 
     @property
     def spelling(self) -> tuple[Any, ...]:

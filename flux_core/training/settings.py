@@ -140,9 +140,6 @@ class Settings:
             if self.token.split() != [self.token]:
                 raise UsageError(f"--token is one word without spaces, as in <thing>, not {self.token!a}")
             self.trigger = self.trigger or self.token
-            if not any(self.token in word for word in self.triggers):
-                words = ", ".join(map(ascii, self.triggers)) or "''"
-                raise UsageError(f"--trigger {words} does not say {self.token}, so no picture would teach it")
         elif self.targets == "none":
             raise UsageError("--targets none goes with --token. Next: name other targets, or a token that learns")
 

@@ -67,7 +67,7 @@ def test_clip_alone_takes_t5s_tokens_from_the_cache_and_equal_runs_are_equal(sma
         (["--text-rank=3"], "--text-rank goes with --train-text"),
         (["--token-init=a dog"], "--token-init goes with --token"),
         (["--token=my dog"], "--token is one word without spaces, as in <thing>, not 'my dog'"),
-        (["--token=<a>", "--trigger=dog"], "--trigger 'dog' does not say <a>, so no picture would teach it"),
+        (["--token=<a>", "--trigger=dog"], "no caption has <a> as a word of its own, so no picture would teach it"),
         (["--targets=none"], "--targets none goes with --token"),
         (["--train-text=clip_l"], "--train-text is clip or t5, or both with a comma between them, not 'clip_l'"),
     ],
@@ -75,3 +75,19 @@ def test_clip_alone_takes_t5s_tokens_from_the_cache_and_equal_runs_are_equal(sma
 def test_what_does_not_go_together(small, work, capsys, flags, text):
     assert train(*FEW, *flags) == 2
     assert text in capsys.readouterr().err
+
+
+def test_captions_are_asked_for_the_word_as_prompts_are_read(small, work, capsys):
+    """ "two zibs" has no word zib, and the trigger does not stand in front of it."""
+    dry = [*FEW, "--token=zib", "--dry-run", "--held-out=0"]
+    assert train(*dry) == 0 and "captions are without" not in capsys.readouterr().err
+    for path in sorted((work / "data").glob("*.txt"))[:3]:
+        path.write_text("two zibs")
+    assert train(*dry) == 0
+    assert "3 of 12 captions are without zib as a word of its own, and do not teach it" in capsys.readouterr().err
+    for path in (work / "data").glob("*.txt"):
+        path.write_text("two zibs")
+    assert train(*dry) == 2 and "no caption has zib as a word of its own" in capsys.readouterr().err
+    for path in (work / "data").glob("*.txt"):
+        path.write_text("a zib, green")
+    assert train(*dry, "--trigger=alien") == 0

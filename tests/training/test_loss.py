@@ -200,7 +200,6 @@ def test_what_is_not_asked_for_is_no_part_of_a_run():
         ({"preserve": "differential", "trigger": "zwx", "class_word": "zwx"}, "--class-word 'zwx' is the trigger"),
         ({"class_word": "dog"}, "--class-word goes with --preserve differential"),
         ({"loss": "huber", "huber_c": 0.0}, "nothing would learn"),
-        ({"token": "<a>", "data": "x,trigger=zwx"}, "--trigger 'zwx' does not say <a>"),
         ({"huber_c": 0.2}, "--huber-c goes with --loss huber or smooth_l1"),
         ({"preserve_weight": 2.0}, "--preserve-weight goes with --preserve"),
         ({"timesteps": "flux_shift", "timestep_shift": 3.0}, "--timestep-shift goes with --timesteps"),
