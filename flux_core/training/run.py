@@ -217,8 +217,7 @@ class Run(Material):
         adapter.rates = self.own_rates
         if self.live:
             encoders, word = {name: getattr(self.pipeline, name) for name in self.live}, settings.token
-            start = settings.token_init or (word or "").strip("<>")
-            token = token_of(encoders, word, start, self.vectors) if word else None
+            token = token_of(encoders, word, settings.token_start, self.vectors) if word else None
             adapter = adapt_text(adapter, encoders, self.teaches, self.text_form, draw, token)
         self.pipeline.loras.also = [adapter]
         return adapter

@@ -125,6 +125,8 @@ class Settings:
                 )
         if "rank_curve" in values and not self.rank_min:
             raise UsageError(f"{BY_NAME['rank_curve'].flag} goes with {BY_NAME['rank_min'].flag}")
+        if self.ema == 1:
+            raise UsageError("--ema must be less than 1, not 1. Next: 0.99, as in the example style")
         if self.optimizer == "prodigy" and (self.rates or self.lora_plus != 1):
             raise UsageError("prodigy finds one rate for all. Next: leave --lora-plus and --rates out")
         if self.optimizer == "prodigy" and "lr" not in values:
@@ -139,12 +141,20 @@ class Settings:
         if self.token:
             if self.token.split() != [self.token]:
                 raise UsageError(f"--token is one word without spaces, as in <thing>, not {self.token!a}")
+            if not self.token_start.strip():
+                flag, given = ("--token-init", self.token_init) if self.token_init else ("--token", self.token)
+                raise UsageError(f"{flag} {given!a} has no words to begin as. Next: --token-init, as in a dog")
             self.trigger = self.trigger or self.token
         elif self.targets == "none":
             raise UsageError("--targets none goes with --token. Next: name other targets, or a token that learns")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+    @property
+    def token_start(self) -> str:
+        """What the word that learns begins as."""
+        return self.token_init or (self.token or "").strip("<>")
 
     @property
     def rank_schedule(self) -> RankSchedule | None:
