@@ -118,6 +118,8 @@ class Settings:
         if self.preserve == "differential":
             if not (self.triggers and self.class_word):
                 raise UsageError("--preserve differential needs --trigger and --class-word, which stands in its place")
+            if not self.class_word.strip():
+                raise UsageError(f"--class-word {self.class_word!a} is no word. Next: say what it is one of, as in dog")
             if self.class_word in self.triggers:
                 raise UsageError(
                     f"--class-word {self.class_word!a} is the trigger, so what is learned would be kept as it was. "
@@ -127,6 +129,8 @@ class Settings:
             raise UsageError(f"{BY_NAME['rank_curve'].flag} goes with {BY_NAME['rank_min'].flag}")
         if self.ema == 1:
             raise UsageError("--ema must be less than 1, not 1. Next: 0.99, as in the example style")
+        if not self.lora_plus:
+            raise UsageError("--lora-plus 0 would leave the factors at zero that begin there. Next: a number above 0")
         if self.optimizer == "prodigy" and (self.rates or self.lora_plus != 1):
             raise UsageError("prodigy finds one rate for all. Next: leave --lora-plus and --rates out")
         if self.optimizer == "prodigy" and "lr" not in values:

@@ -198,6 +198,8 @@ def test_what_is_not_asked_for_is_no_part_of_a_run():
     [
         ({"preserve": "differential", "trigger": "zwx"}, "--preserve differential needs --trigger and --class-word"),
         ({"preserve": "differential", "trigger": "zwx", "class_word": "zwx"}, "--class-word 'zwx' is the trigger"),
+        ({"preserve": "differential", "trigger": "zwx", "class_word": " "}, "--class-word ' ' is no word"),
+        ({"lora_plus": 0.0}, "--lora-plus 0 would leave the factors at zero"),
         ({"class_word": "dog"}, "--class-word goes with --preserve differential"),
         ({"loss": "huber", "huber_c": 0.0}, "nothing would learn"),
         ({"huber_c": 0.2}, "--huber-c goes with --loss huber or smooth_l1"),
