@@ -57,6 +57,9 @@ class Estimate:
         yield f"pictures: {len(run.learned)} to learn from ({listed}), {held} held out, {left} left out"
         if run.priors:
             yield f"regularization: {len(run.priors)} pictures: half of an epoch of {len(run.epoch)}"
+        apart = [one for one in run.epoch if not one.word(settings.trigger or "")] if run.class_word else []
+        if apart:
+            yield f"--preserve differential holds {len(apart)} of {len(run.epoch)} where they are: they have no trigger"
         if masked := sum(one.mask is not None for one in run.epoch):
             yield f"masks: on {masked} of {len(run.epoch)} pictures of an epoch"
         yield from run.findings
@@ -75,7 +78,7 @@ class Estimate:
         run, settings = self.run, self.settings
         return cost_of(
             self.variant, self._precision, settings.t5_dtype, run.live, run.teaches, run.text_form.rank,
-            run.vectors, settings.batch, settings.accumulation,
+            run.vectors, settings.batch, settings.accumulation, forwards_of(settings.recipe),
         )  # fmt: skip
 
     def numbers(self) -> Plan:

@@ -136,6 +136,8 @@ class Settings:
         if self.optimizer == "prodigy" and "lr" not in values:
             self.lr = 1.0
         Form(self.rank, self.alpha, self.rslora, self.dora, self.lokr, self.rank_schedule)  # for its errors
+        if self.timestep_shift == 0:
+            raise UsageError("--timestep-shift 0 makes every noise level 0. Next: 1, which shifts nothing, or more")
         if self.timesteps == "shift" and self.timestep_shift is None:
             raise UsageError("--timesteps shift needs --timestep-shift, as in 3")
         self.recipe  # noqa: B018 - its errors

@@ -44,15 +44,16 @@ class TextCost(NamedTuple):
 
 def cost_of(
     variant: Variant, dtype: str, t5_dtype: str | None, live: Sequence[Network], learns: Sequence[Network], rank: int,
-    vectors: int, batch: int, accumulation: int,
+    vectors: int, batch: int, accumulation: int, forwards: tuple[int, int] = (1, 0),
 ) -> TextCost:  # fmt: skip
-    """The cost of a step. dtype, batch, accumulation: as in `plan_of`; live: encoders that read ids; rank: of factors
-    in those that learn; vectors: of a word, in all."""
+    """The cost of a step. dtype, batch, accumulation, forwards: as in `plan_of`, and a text is read for each; live:
+    encoders that read ids; rank: of factors in those that learn; vectors: of a word, in all."""
     found, kind = TextCost(_weights(variant, dtype, t5_dtype, live), 0, 0.0, 0), torch_dtype(dtype)
     for name in live:
         length = CLIP_TOKENS if name == "clip" else variant.max_text
         size = variant.clip_size if name == "clip" else variant.t5_size
-        passes = 2 if name in learns or vectors else 1  # a backward to the inputs costs what a forward does
+        backward = name in learns or vectors > 0  # to the inputs: it costs what a forward does
+        passes = forwards[0] * (1 + backward) + forwards[1]
         found = found._replace(tera=found.tera + passes * 2 * size.of_linears * length * batch * accumulation / 1e12)
         if name in learns or vectors:
             ranks = rank if name in learns else 0

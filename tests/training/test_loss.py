@@ -205,6 +205,7 @@ def test_what_is_not_asked_for_is_no_part_of_a_run():
         ({"huber_c": 0.2}, "--huber-c goes with --loss huber or smooth_l1"),
         ({"preserve_weight": 2.0}, "--preserve-weight goes with --preserve"),
         ({"timesteps": "flux_shift", "timestep_shift": 3.0}, "--timestep-shift goes with --timesteps"),
+        ({"timesteps": "shift", "timestep_shift": 0.0}, "--timestep-shift 0 makes every noise level 0"),
     ],
 )
 def test_what_does_not_go_together_is_said(given, said):

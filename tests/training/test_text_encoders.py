@@ -167,6 +167,8 @@ def test_the_plan_counts_what_learns_and_what_is_kept():
     cost = cost_of(MINI, "float32", None, ["clip", "t5"], ["clip", "t5"], 5, 0, 2, 1)
     assert cost.numbers == sum(x.numel() for name, x in adapter.named_parameters().items() if "text" in name)
     assert cost.weights == sum(x.nbytes for encoder in encoders().values() for x in encoder.parameters())
+    preserved = cost_of(MINI, "float32", None, ["clip", "t5"], ["clip", "t5"], 5, 0, 2, 1, (2, 1))
+    assert preserved.tera == pytest.approx(2.5 * cost.tera)  # two that are learned from, and one without a backward
     word = cost_of(MINI, "float32", None, ["clip", "t5"], [], 5, 3, 2, 1)
     assert word.numbers == 3 * (128 + 256) and word.weights == cost.weights and word.tera == cost.tera
     some, kept = examples(adapter.encoders), {}
