@@ -92,7 +92,7 @@ class Material:
 
     def _check_token(self, token: str) -> None:
         """Tell how many captions are without a word that learns, as prompts are read. UsageError where all are."""
-        word, kinds = TrainedWords({token: torch.empty(0, 0)}), captions.COMMON
+        word, kinds = TrainedWords({token: torch.empty(0, 0, dtype=torch.float32, device="cpu")}), captions.COMMON
         texts = [[text for kind, text in self.captions_of(one).items() if kind not in kinds] for one in self.learned]
         bare = sum(not any(map(word.names, of)) for of in texts)
         if bare == len(texts):

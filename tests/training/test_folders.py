@@ -64,7 +64,7 @@ def test_what_is_not_there_is_said(work, text, said):
 
 def test_triggers_are_a_folders_own(work):
     found = read(work, "a", "b,trigger=zwx", priors=["class"], trigger="noto").pictures
-    assert [one.caption for one in found[::2]] == ["a noto pig a0", "a zwx pig b0", "a zwx pig b2", "a  pig class1"]
+    assert [one.caption for one in found[::2]] == ["a noto pig a0", "a zwx pig b0", "a zwx pig b2", "a pig class1"]
     assert [one.trigger for one in found] == [None] * 2 + ["zwx"] * 3 + [""] * 3
     assert [one.prior for one in found] == [False] * 5 + [True] * 3
 
