@@ -45,7 +45,7 @@ def timed(owner: Any, name: str, seconds: dict[str, float], part: str) -> None:
 def draw(flags: Sequence[str]) -> int:
     """Run the command line, and print its parts."""
     from flux_core import pipeline
-    from flux_core.commands import generate
+    from flux_core.images import output
     from flux_core.main import main
     from flux_core.pipeline.codec import Codec
     from flux_core.pipeline.denoiser import Denoiser
@@ -55,7 +55,7 @@ def draw(flags: Sequence[str]) -> int:
     timed(pipeline.Pipeline, "encode_ahead", seconds, "text")
     timed(Denoiser, "denoise", seconds, "steps")
     timed(Codec, "decode", seconds, "decoding")
-    timed(generate, "save_picture", seconds, "file")
+    timed(output, "save_picture", seconds, "file")
     code = main(flags)
     seconds["else"] = since_start() - sum(seconds.values())
     print(json.dumps({part: round(taken, 3) for part, taken in seconds.items()}), file=sys.stderr)
