@@ -406,11 +406,12 @@ DATASET = (
     Key("resize_interpolation", lacks="pictures are resized by Lanczos"),
 )  # fmt: skip
 """of [general] and [[datasets]]"""
+CLASS_TOKENS = "a folder's trigger word where no picture of it has a caption; else not used"
 SUBSET = (
     Key("image_dir", turn=folders),
     Key("num_repeats", default=1, why="read with image_dir"),
     Key("is_reg", default=False, why="read with image_dir"),
-    Key("class_tokens", turn=_words, why="read with image_dir"),
+    Key("class_tokens", turn=_words, why=CLASS_TOKENS),
     Key("conditioning_data_dir", turn=_masks),
     Key("alpha_mask", default=False, why="read with image_dir"),
     Key("caption_extension", turn=only(".txt", "captions are in NAME.txt"), default=".caption"),
@@ -589,6 +590,8 @@ def _data_fates(data: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[F
                 continue
             if name not in FOLDERS and prefix in ("", "general."):
                 yield Fate(prefix + name, value, why="an inner one counts")
+            elif name == "class_tokens" and value:
+                yield Fate(prefix + name, value, why=CLASS_TOKENS)
             else:
                 yield other(prefix + name, value, options.get(name), name in FOLDERS, again)
 
