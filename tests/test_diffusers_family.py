@@ -1,11 +1,13 @@
-"""The family beside diffusers' whole pipelines, each on the same files: Fill, Control and its LoRA, Kontext, Redux.
+"""The family beside diffusers' whole pipelines, each on the same files.
+
+Fill, Control and its LoRA, Kontext, Redux, ControlNets, and what any model paints inside a mask.
 
 Tokens agree within a relative distance of 1e-5 and pictures within one of 255 levels, but for what diffusers does on
 purpose otherwise than the official code, whose rules are ours. These differences are undone here, on one side:
 
-- it samples a picture's latent where the official code takes its mean (Fill and Control);
+- it samples a picture's latent where the official code takes its mean (Fill, Control, ControlNets, painting);
 - it does not round conditions to bf16;
-- it makes a mask black and white, and does not put back what is kept (Fill);
+- it makes a mask black and white, and does not put back what is kept (Fill and painting);
 - it adds up the words of several pictures, and T5's as often (Redux).
 """
 
@@ -15,12 +17,23 @@ import family_files
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlPipeline, FluxFillPipeline, FluxKontextPipeline, FluxPipeline, FluxPriorReduxPipeline
+from controlnets import params_for, theirs, write_net, xlabs_params
+from diffusers import (
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxMultiControlNetModel,
+    FluxPipeline,
+    FluxPriorReduxPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.flux import pipeline_flux_inpaint, pipeline_flux_kontext
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from family_files import SIGLIP_WIDTH, control_lora, noise, small_model
 from golden_files import distance
+from PIL import Image
 from random_model import random_weights, small_variant
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, SiglipVisionModel
@@ -79,11 +92,11 @@ class Pair:
         """Theirs, from the same noise."""
         last = {}
         size = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": STEPS, "guidance_scale": self.row.guidance}
-        start = pack(get_noise(1, HEIGHT, WIDTH, "cpu", torch.float32, SEED))
+        start = {"latents": pack(get_noise(1, HEIGHT, WIDTH, "cpu", torch.float32, SEED))}
         text = {} if "prompt_embeds" in fields else {"prompt": PROMPT, "max_sequence_length": self.row.max_text}
         self.theirs.set_progress_bar_config(disable=True)
         keep = {"callback_on_step_end": lambda pipeline, i, t, tensors: last.update(tensors) or tensors}
-        drawn = self.theirs(latents=start, **keep, **size, **text, **fields)
+        drawn = self.theirs(**keep, **size, **text, **start | fields)
         return last["latents"], drawn.images[0]
 
 
@@ -231,3 +244,73 @@ def test_several_pictures_follow_each_other_and_diffusers_adds_them_up(redux):
     each = torch.cat((1.25 * txt, sum(words.chunk(2, dim=1))), dim=1)
     assert torch.allclose(theirs.prompt_embeds, each, atol=2e-5, rtol=0)
     assert torch.allclose(theirs.pooled_prompt_embeds, 1.25 * vec, atol=2e-5, rtol=0)
+
+
+# ControlNets ------------------------------------------------------------------------------------------
+
+
+class Net:
+    """A ControlNet of random weights in a file, and diffusers' of it."""
+
+    def __init__(self, path, params, seed=5):
+        self.path, self.theirs = write_net(path, params, seed=seed), theirs(params)
+        self.theirs.load_state_dict(load_file(path))
+
+
+@pytest.fixture
+def steered(pair, undone):
+    """A function from ControlNets to a pair that has them."""
+
+    def made(*nets):
+        undone("sampled")
+        both = pair("flux-dev", FluxPipeline)
+        found = [net.theirs for net in nets]
+        both.theirs = FluxControlNetPipeline(
+            **both.theirs.components, controlnet=FluxMultiControlNetModel(found) if len(found) > 1 else found[0]
+        )
+        return both
+
+    return made
+
+
+@pytest.mark.parametrize("guidance", [{}, NEGATIVE], ids=["guided", "true guidance"])
+@pytest.mark.parametrize("kind", ["plain", "union", "xlabs"])
+def test_a_controlnet(steered, tmp_path, kind, guidance):
+    of = small_variant("flux-dev").params
+    params = {"plain": params_for(of), "union": params_for(of, modes=7), "xlabs": xlabs_params(of)}[kind]
+    net, mode = Net(tmp_path / "net.safetensors", params), 3 if kind == "union" else None
+    both = steered(net)
+    ours = both.draw(controlnet=[(net.path, PHOTO, 0.7, (0.0, 0.7), mode)], **guidance)
+    given = {"control_image": PHOTO, "controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.7}
+    assert agree(ours, both.draw_theirs(**given, control_mode=mode, **guidance))
+    assert not agree(ours, both.draw_theirs(**given | {"controlnet_conditioning_scale": 0.0}, control_mode=mode))
+
+
+def test_two_controlnets_with_parts_of_the_steps(steered, tmp_path):
+    params = params_for(small_variant("flux-dev").params)
+    nets = [Net(tmp_path / f"{seed}.safetensors", params, seed) for seed in (5, 6)]
+    both, pictures = steered(*nets), (PHOTO, CUP)
+    scales, starts, ends = (0.7, 0.4), (0.0, 0.3), (0.7, 1.0)
+    used = zip((net.path for net in nets), pictures, scales, zip(starts, ends, strict=True), strict=True)
+    theirs = both.draw_theirs(
+        control_image=list(pictures), controlnet_conditioning_scale=list(scales),
+        control_guidance_start=list(starts), control_guidance_end=list(ends),
+    )  # fmt: skip
+    assert agree(both.draw(controlnet=list(used)), theirs)
+
+
+# Painting by any model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [{}, NEGATIVE], ids=["guided", "true guidance"])
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_painting_in_a_mask(pair, undone, monkeypatch, strength, guidance):
+    undone("sampled")
+    both = pair("flux-dev", FluxInpaintPipeline)
+    start = get_noise(1, HEIGHT, WIDTH, "cpu", torch.float32, SEED)
+    monkeypatch.setattr(pipeline_flux_inpaint, "randn_tensor", lambda *_, **__: start)
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (16, 8, 48, 24))
+    theirs, image = both.draw_theirs(image=ROOM, mask_image=mask, strength=strength, latents=None, **guidance)
+    ours = both.draw(init_image=ROOM, mask=mask, strength=strength, **guidance)
+    assert agree(ours, (theirs, without_step(image, ROOM, mask)))

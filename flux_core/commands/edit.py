@@ -10,11 +10,11 @@ from ..checkpoint import check_files, with_files
 from ..device.threads import set_threads
 from ..errors import UsageError
 from ..files import prepare_folder
-from ..images.given import natural_size, pop_given
+from ..images.given import natural_size, pop_given, size_notes, with_image
 from ..images.output import save_picture
 from ..images.pictures import fit_note, grid, open_source
-from ..request.fields import DEVICE, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
-from ..request.generation import GenerationRequest, check_unmasked
+from ..request.fields import DEVICE, FIELDS, FILES, FIT, LOADING, OUTPUT_DIR, THREADS, pop_fields
+from ..request.generation import GenerationRequest
 from ..request.plans import given_plan
 from ..terminal import no_bars, note, tell
 from ..vision.maps import check_maps
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _FIELDS = {field.name: field for field in EDIT}
 PHOTO_GUIDANCE = (1.0, 3.0)
 """guidance of a photograph as the source, and of its edits, as in the released code"""
+STARTS = ("init_image", "strength", "mask", "mask_padding", "pad")
+"""fields of a source that is drawn from a picture, or painted into one"""
 
 
 def edit(
@@ -52,12 +54,18 @@ def edit(
     """
     if not source or not edit:
         raise UsageError('an edit needs a source and an edit. Next: --source "a pig face" --edit "a green pig face"')
+    loading = pop_fields(fields, LOADING)
+    variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
+    if variant.takes.mask:  # which paints into it, and inverts none
+        with_image(fields, image, variant)
+        image = None
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
-    loading = pop_fields(fields, LOADING)
-    variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
-    check_unmasked(variant, "edit")
+        if idle := [FIELDS[key].flag for key in STARTS if key in fields]:
+            raise UsageError(f"--image is inverted to the noise that it starts from: leave out {', '.join(idle)}")
+    elif fit and "init_image" in fields:
+        fields["fit"] = fit
     plan = given_plan(fields)
     fields["plan"] = (*checked_plan(plan, variant), *entries_of(fields, variant))
     pictures, records = pop_given(fields, variant)
@@ -67,8 +75,8 @@ def edit(
     check_maps(name for name, _ in pictures.maps(request))
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
-    unused = ["--fit does nothing without --image"] if photo is None and fit else []
-    for line in [*request.notes(), *unused, *([shape] if shape else [])]:
+    unused = ["--fit does nothing without --image"] if photo is None and fit and request.fit is None else []
+    for line in [*request.notes(), *size_notes(request, pictures), *unused, *([shape] if shape else [])]:
         note(line)
     guidance = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
     factor, mode = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)

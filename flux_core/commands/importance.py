@@ -20,7 +20,7 @@ from ..device.threads import set_threads
 from ..errors import DiskError, UsageError
 from ..files import prepare_folder, write_whole
 from ..hub.places import SCORER
-from ..images.given import natural_size, pop_given
+from ..images.given import natural_size, pop_given, size_notes, with_image
 from ..methods.importance import (
     REFERENCE,
     Study,
@@ -36,7 +36,7 @@ from ..methods.importance import (
 )
 from ..request.batch import check_rows, mixing
 from ..request.fields import DEVICE, FILES, LOADING, THREADS, pop_fields
-from ..request.generation import GenerationRequest, check_unmasked
+from ..request.generation import GenerationRequest
 from ..request.plans import given_plan
 from ..session.folder import PNG_BYTES
 from ..session.sharing import own_gpu
@@ -84,10 +84,9 @@ def importance(
     )
     num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
-    check_unmasked(variant, "importance")
     chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
     given = given_plan(fields)
-    pictures, records = pop_given(fields, variant)
+    pictures, records = pop_given(with_image(fields, fields.pop("image", None), variant), variant)
     fields |= {**records, **natural_size(fields, pictures, variant)}
     fields |= {"seed": 0, "plan": (*checked_plan(given, variant), *entries_of(fields, variant))}
     fields.setdefault("num_steps", _FIELDS["num_steps"].default)
@@ -105,7 +104,8 @@ def importance(
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         _announce(study)
-        for line in ([] if variant.embedded else [variant.licence_line]) + request.notes():
+        about = [*request.notes(), *size_notes(request, pictures)]
+        for line in about if variant.embedded else [variant.licence_line, *about]:
             note(line)
 
     from ..device.choice import pick_device  # and with it torch

@@ -14,6 +14,7 @@ from ..request.fields import (
     DEVICE,
     FIELDS,
     FILES,
+    GIVEN,
     LOADING,
     LORAS,
     MACHINE,
@@ -40,8 +41,6 @@ def of_request(*names: str) -> tuple[Field, ...]:
 
 
 FILE = Field("file", str, "", path=True)
-SEEN = ("control", "reference", "controlnet")
-"""fields of pictures that a model sees, whatever it starts from"""
 IMAGE = Field(
     "image",
     str,
@@ -136,11 +135,12 @@ EDIT = (
     Field(
         "image",
         str,
-        f"photograph to edit ({', '.join(PICTURES)}); without it the source is drawn",
+        f"photograph to edit ({', '.join(PICTURES)}), or for a model that paints as --init-image; without it the "
+        "source is drawn",
         metavar="FILE",
         path=True,
     ),
-    *of_request("fit"),
+    *GIVEN,
     Field(
         "layers",
         str,
@@ -170,7 +170,7 @@ EDIT = (
         default="exact",
         metavar="NAME",
     ),
-    *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force", *SEEN),
+    *of_request("width", "height", "num_steps", "guidance", "dtype", "t5_dtype", "force"),
     *LORAS,
     *PLAN,
     Field("seed", int, "seed of the start noise (default: random)", minimum=0, maximum=MAX_SEED),
@@ -190,7 +190,9 @@ IMPORTANCE = (
     Field("limit", int, "take the first N prompts", minimum=1, maximum=1_000_000),
     Field("seeds", int, "seeds of each prompt: its own and the next", minimum=1, maximum=MAX_SEEDS, default=1),
     Field("num_steps", int, "denoising steps", flags=("--steps",), minimum=1, maximum=10_000, default=15),
-    *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force", *SEEN),
+    *of_request("width", "height", "guidance", "dtype", "t5_dtype", "force"),
+    IMAGE,
+    *GIVEN,
     *LORAS,
     *PLAN,
     replace(BATCH, help="pictures drawn at once, as rows of one batch (default: what fills the device)", maximum=1024),

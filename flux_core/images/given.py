@@ -164,14 +164,14 @@ def as_taken(
 def check_same(request: GenerationRequest, records: Mapping[str, Any]) -> None:
     """UsageError where a request names other pictures than these: it is to be gone on with."""
     for name in PICTURE_FILES:
-        before, now = (_told(found) for found in (getattr(request, name), records.get(name)))
+        before, now = (told(found) for found in (getattr(request, name), records.get(name)))
         if before != now:
             said = "it was begun with another" if now and before else "it was begun with" if before else "it had no"
             raise UsageError(f"{said} {FIELDS[name].flag}. Next: give the same pictures as before")
 
 
-def _told(records: Any) -> list[dict[str, Any]]:
-    """What records say of pictures, but for the files' names."""
+def told(records: Any) -> list[dict[str, Any]]:
+    """What records of pictures say, but for the files' names; empty for None."""
     every = records if isinstance(records, tuple) else (records,) if records else ()
     return [one.model_dump(exclude={"file", "net"}) for one in every]
 

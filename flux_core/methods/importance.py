@@ -26,10 +26,11 @@ from ..errors import FileError, UsageError
 from ..files import disk_errors, write_whole
 from ..hooks import Skip
 from ..hooks.sites import block_names
+from ..images.given import told
 from ..images.metadata import png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..jsonfile import first_finding, in_words, quoted, read_json
-from ..request.fields import MAX_SEED, MAX_SEEDS
+from ..request.fields import MAX_SEED, MAX_SEEDS, PICTURE_FILES
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
 from ..variants import VARIANTS
@@ -152,6 +153,9 @@ class Study:
         recorded = request.recorded()
         entries = [entry.model_dump(mode="json", exclude_none=True) for entry in recorded.plan]
         values["plan"] = [*entries, *recorded.functions]
+        pictures = {name: told(getattr(request, name)) for name in PICTURE_FILES}
+        drawn = {name: getattr(request, name) for name in ("strength", "fit", "mask_padding", "pad")}
+        values["pictures"] = {key: value for key, value in (pictures | drawn).items() if value}
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:

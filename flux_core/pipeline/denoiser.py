@@ -163,6 +163,21 @@ class Denoiser:
         together: bool,
     ) -> Tensor:
         first = requests[0]
+        x, sigmas, on_step = self.start(requests, given, on_step)
+        adapt = self.loras.prepare(first.loras, sigmas)
+        velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
+        request = first.recorded(functions).model_dump_json()
+        about: dict[str, Any] = {"branches": first.branches, "passes": not together, "image": image, "request": request}
+        return self.integrate(velocity, x, sigmas, (*first.hooks, *functions), on_step, **about)
+
+    def start(
+        self, requests: Sequence[GenerationRequest], given: Given, on_step: OnStep | None
+    ) -> tuple[Tensor, list[float], OnStep | None]:
+        """Where requests start: tokens [B, L, 64], the schedule from there, and `on_step` behind what keeps a source.
+
+        given: as for `denoise`.
+        """
+        first = requests[0]
         width, height = first.padded_size
         noise = [get_noise(1, height, width, self.placement.device, self.dtype, request.seed) for request in requests]
         x = pack(torch.cat(noise))
@@ -173,11 +188,7 @@ class Denoiser:
                 tokens = mask_tokens(mask_of(given.mask)).to(x)
                 on_step = both(repaint(latent, x, tokens, sigmas), on_step)
             x, sigmas = start_from_image(latent, x, sigmas, first.strength or 0.0)
-        adapt = self.loras.prepare(first.loras, sigmas)
-        velocity = partial(self._guided, requests, sigmas, conditions, together, adapt)
-        request = first.recorded(functions).model_dump_json()
-        about: dict[str, Any] = {"branches": first.branches, "passes": not together, "image": image, "request": request}
-        return self.integrate(velocity, x, sigmas, (*first.hooks, *functions), on_step, **about)
+        return x, sigmas, on_step
 
     def integrate(
         self,

@@ -384,12 +384,6 @@ class GenerationRequest(BaseModel):
             yield f"the picture's metadata keeps the first {MAX_PROMPT // 1024} KB of the prompt"
 
 
-def check_unmasked(variant: Variant, command: str) -> None:
-    """UsageError for a model that paints into a picture, by a command that has no flags for it."""
-    if variant.takes.mask:
-        raise UsageError(f"{variant.name} paints into a picture, and {command} has no mask. Next: generate or explore")
-
-
 def check_untrusted(fields: dict[str, Any]) -> None:
     """UsageError for fields from a file whose plan would read or write other files; none of these is opened."""
     if unsafe := [entry.kind for entry in parse_plan(fields.get("plan") or ()) if not entry.portable]:

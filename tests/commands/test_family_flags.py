@@ -396,10 +396,53 @@ def test_a_picture_of_the_family_asks_for_its_own_pictures_and_is_repeated(famil
     assert "'room.png' is another picture than the 'photo.png' that was used" in capsys.readouterr().err
 
 
+def kept(file: str | Path) -> bool:
+    """Whether a picture is the room's where the mask is black, and is not elsewhere."""
+    black, (found, room) = pixels("mask.png") == 0, (pixels(file), np.asarray(ROOM))
+    return np.array_equal(found[black], room[black]) and not np.array_equal(found, room)
+
+
 @pytest.mark.parametrize("words", ["edit --source x --edit y", "importance --limit 1"])
-def test_commands_without_a_mask_do_not_ask_for_one(words, capsys):
+def test_edits_and_studies_ask_for_what_is_painted_in(words, capsys):
     assert main([*words.split(), "--name", "flux-dev-fill"]) == 2
-    assert "flux-dev-fill paints into a picture, and" in capsys.readouterr().err
+    assert "flux-dev-fill paints into a picture. Next: --image FILE with --mask FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image", ["--image", "--init-image"])
+def test_edits_inside_a_mask_by_the_model_for_it(family, image):
+    words, _ = family("flux-dev-fill")
+    typed = [*words[: -len(FAST)], "--steps", "2", "--seed", "5", image, "room.png", "--mask", "mask.png"]
+    assert main(["edit", "--source", "a fox", "--edit", "a car", *typed]) == 0
+    assert all(kept(f"output/flux-dev-fill_seed5_{branch}.png") for branch in ("source", "edit1"))
+    record = read_request("output/flux-dev-fill_seed5_edit1.png")
+    assert (record.init_image.file, record.mask.file, record.prompt) == ("room.png", "mask.png", "a car")
+
+
+def test_edits_inside_a_mask_by_any_model(mini):
+    place = ["--init-image", "room.png", "--mask", "mask.png", "--steps", "4", "--seed", "5"]
+    assert main(["edit", "--source", "a fox", "--edit", "a red car", *place]) == 0
+    assert all(kept(f"output/flux-mini_seed5_{branch}.png") for branch in ("source", "edit1"))
+    assert main(["--prompt", "a fox", *place]) == 0
+    source, alone = (pixels(f"output/flux-mini_seed5{end}.png").astype(int) for end in ("_source", ""))
+    assert np.abs(source - alone).max() <= 2  # a row of two and a row alone
+
+
+@pytest.mark.parametrize("flags", [["--mask", "mask.png"], ["--strength", "0.5"], ["--init-image", "room.png"]])
+def test_a_photograph_that_is_inverted_is_not_started_from(flags, capsys):
+    assert main(["edit", "--image", "room.png", "--source", "a fox", "--edit", "a car", *flags]) == 2
+    assert f"--image is inverted to the noise that it starts from: leave out {flags[0]}" in capsys.readouterr().err
+
+
+def test_a_study_inside_a_mask(family, capsys):
+    words, _ = family("flux-dev-fill")
+    study = ["importance", *words[: -len(FAST)], "--steps", "1", "--limit", "1", "--scorer", "dinov2-mini"]
+    study += ["--output-dir", "study", "--image", "room.png"]
+    assert main([*study, "--mask", "mask.png"]) == 0
+    drawn = list(Path("study").glob("images/*/*.png"))
+    assert len(drawn) > 1 and all(map(kept, drawn))
+    Image.new("L", ROOM.size, 255).save("white.png")
+    assert main([*study, "--mask", "white.png"]) == 2
+    assert "study holds a study with pictures" in capsys.readouterr().err
 
 
 def test_a_map_of_another_kind_is_told():
