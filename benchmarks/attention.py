@@ -208,8 +208,8 @@ def kernels(rounds: int) -> None:
         plain = tried("kernels", name, partial(eight_bits.attend, q, k, v, name))
         if plain is not None:
             say("kernels", f"{name}, plain functions", error_of_output=distance(plain, truth))
-        add(f"{name}: tokens", partial(codes.tokens, q, k, name == "int8"))
-        add(f"{name}: values", partial(codes.values, v, name == "int8"))
+        add(f"{name}: codes", partial(codes.quantize, q, k, v, name))
+        add(f"{name}: statistics alone", partial(codes.statistics, k, v, name))
         eight = codes.quantize(q, k, v, name)
         if name == "int8":
             add(f"{name}: attention", partial(flash.attend_codes, eight, TOKENS, q.dtype))
