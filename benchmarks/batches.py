@@ -55,7 +55,7 @@ def main() -> None:
 
     full = args.full_size or args.tiny
     pipeline = random_pipeline(args.dtype, args.device, args.tiny) if full else load_pipeline("flux-mini", args.device)
-    size = args.size or (64 if args.tiny else pipeline.variant.width)
+    size = args.size or (64 if args.tiny else 1024 if args.full_size else pipeline.variant.width)
     request = GenerationRequest(
         name=pipeline.variant.name, prompt="a red apple", seed=0, width=size, height=size, num_steps=args.steps,
         plan=(Skip(blocks="layer.1"),) if full else (), force=True,

@@ -41,9 +41,9 @@ NAME = "flux-mini"
 
 
 def variant(tiny: bool) -> Variant:
-    from random_model import small_variant
-
     if tiny:
+        from random_model import small_variant  # and with it transformers, which no picture waits for
+
         return small_variant()
     full = VARIANTS["flux-dev"]
     sizes = {"t5_size": full.t5_size, "clip_size": full.clip_size, "max_side": full.max_side}
