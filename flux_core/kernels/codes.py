@@ -170,16 +170,20 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: str) -> Eight:
     """`eight_bits.quantize` of q, k, v [B, H, L, D]; by int8 values are in the units' order of tokens, and by fp8
     `v_scale` [2] has the scale's inverse behind it."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    (B, H, L, D), int8, place = q.shape, form == "int8", {"device": q.device}
+    (B, H, L, D), int8 = q.shape, form == "int8"
     blocks = cdiv(L, BLOCK)
-    rows, columns = (B, H, blocks * BLOCK, D), (B, H, D, blocks * BLOCK)
-    eight = Eight(
-        *(torch.empty(rows, dtype=torch.int8 if int8 else E4M3, **place) for _ in range(2)),
-        torch.empty(columns if int8 else rows, dtype=E4M3, **place),
-        torch.empty((B, H, blocks * BLOCK if int8 else 0), dtype=torch.float32, **place),
-        torch.empty((B, H, blocks if int8 else 0), dtype=torch.float32, **place),
-        torch.empty((B, H, D) if int8 else (2,), dtype=torch.float32, **place),
-    )
+    padded, kind = blocks * BLOCK, torch.int8 if int8 else E4M3
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=q.device)
+
+    if int8:
+        scales = empty(B, H, padded), empty(B, H, blocks), empty(B, H, D)
+    else:
+        scales = empty(B, H, 0), empty(B, H, 0), empty(2)
+    of_values = (D, padded) if int8 else (padded, D)
+    q_codes, k_codes = (empty(B, H, padded, D, dtype=kind) for _ in range(2))
+    eight = Eight(q_codes, k_codes, empty(B, H, *of_values, dtype=E4M3), *scales)
     sums, largest = statistics(k, v, form)
     summed, read = sums.shape[2], largest.shape[2] if int8 else largest.numel()
     codes_kernel[(H, cdiv(blocks, WRITTEN), 3 * B)](

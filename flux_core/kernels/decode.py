@@ -21,12 +21,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import wrap_triton
 
 from ..linears.contract import is_bare, needs_grad
 from ..model import ae_ops
 from ..model.ae_ops import AeOps
-from .launch import cdiv, operator
+from .launch import cdiv, operator, wrap_triton
 
 ELEMENTS, WARPS = 4096, 4
 """of a map that a program holds at once"""

@@ -24,12 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import wrap_triton
 
 from ..linears.contract import Widened, needs_grad, widening
 from ..model import ops
 from ..model.ops import Heads, Scales
-from .launch import cdiv, dense_rows, opaque, operator
+from .launch import cdiv, dense_rows, opaque, operator, wrap_triton
 
 MODULATE_WARPS = 4
 SUM_ROWS, SUM_FEATURES, SUM_WARPS = 2, 1024, 4

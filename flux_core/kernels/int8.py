@@ -24,14 +24,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..linears.contract import QuantizedTokens, Widened, first_of, is_leaf, needs_grad
 from ..linears.int8 import LARGEST, SMALLEST, Int8Linear
 from . import products, quantized
 from .fused import normed
-from .launch import cdiv, dense_rows, opaque, operator
+from .launch import cdiv, dense_rows, opaque, operator, wrap_triton
 from .products import Activated, is_mlp
 from .quantized import gelu_tanh
 

@@ -1,4 +1,8 @@
-"""How Triton kernels are launched, by a compiler and without one."""
+"""How Triton kernels are launched, by a compiler and without one.
+
+torch.compile wants operators of its own. To make one known imports torch._dynamo, which takes seconds, so that is done
+when a compiler first comes to a call: a picture that nothing compiles waits for none of it.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,8 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.triton import set_wrap_triton_enabled
+from torch._library.triton import is_wrap_triton_enabled, set_wrap_triton_enabled
 from torch.library import custom_op, triton_op
+from torch.library import wrap_triton as wrapped
+
+_unknown: dict[str, Callable[[], object]] = {}
+"""makes the operator of that name known"""
+
+
+def known(name: str) -> bool:
+    """Makes an operator known; True."""
+    _unknown.pop(name, bool)()
+    return True
+
+
+known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""so a compiler calls it while it traces: `torch.compiler.assume_constant_result`, which imports torch._dynamo"""
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """The kernel, or in a trace what that sees of it. torch looks for calls of this name in the source of operators."""
+    return wrapped(kernel) if is_wrap_triton_enabled() else kernel
 
 
 def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -18,16 +41,8 @@ def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
-        triton_op(f"flux_core::{name}", launch, mutates_args=changes)
-        traced = getattr(torch.ops.flux_core, name)
-
-        def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return traced(*args)
-            with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):  # Triton launches on the current device
-                return launch(*args)
-
-        return call
+        _unknown[name] = lambda: triton_op(f"flux_core::{name}", launch, mutates_args=changes)
+        return _either(name, launch)
 
     return decorate
 
@@ -41,18 +56,28 @@ def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(launch)
         def body(*args: Any) -> Any:
-            with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):
-                return launch(*args)
+            return _launched(launch, args)
 
-        custom_op(f"flux_core::{name}", body, mutates_args=()).register_fake(fake)
-        traced = getattr(torch.ops.flux_core, name)
-
-        def call(*args: Any) -> Any:
-            return traced(*args) if torch.compiler.is_compiling() else body(*args)
-
-        return call
+        _unknown[name] = lambda: custom_op(f"flux_core::{name}", body, mutates_args=()).register_fake(fake)
+        return _either(name, launch)
 
     return decorate
+
+
+def _either(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the operator under tracing, else of the function."""
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() and known(name):
+            return getattr(torch.ops.flux_core, name)(*args)
+        return _launched(launch, args)
+
+    return call
+
+
+def _launched(launch: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with torch.cuda.device_of(args[0]), set_wrap_triton_enabled(False):  # Triton launches on the current device
+        return launch(*args)
 
 
 def cdiv(count: int, size: int) -> int:

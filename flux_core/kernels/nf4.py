@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..linears.nf4 import Nested
-from .launch import cdiv, operator
+from .launch import cdiv, operator, wrap_triton
 
 BYTES = 1024
 """of codes for each program: four for each of 256 threads"""

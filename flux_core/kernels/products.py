@@ -17,7 +17,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import wrap_triton
 
 from ..linears.contract import (
     Branches,
@@ -30,7 +29,7 @@ from ..linears.contract import (
     operands,
 )
 from ..model import ops
-from .launch import cdiv, dense_rows, operator
+from .launch import cdiv, dense_rows, operator, wrap_triton
 
 PROJECT_ROWS, PROJECT_N, PROJECT_K, PROJECT_WARPS = 32, 32, 128, 4
 

@@ -21,13 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import wrap_triton
 
 from ..linears.contract import Branches, QuantizedTokens, Widened, needs_grad, takes_tokens, widening
 from ..linears.fp8 import E4M3, LARGEST, MARGIN
 from . import fused, products
 from .fused import normed
-from .launch import dense_rows, operator
+from .launch import dense_rows, operator, wrap_triton
 from .products import Activated, is_mlp
 from .thin import write_codes_behind
 

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..linears.contract import QuantizedTokens, parts
 from ..linears.fp8 import LARGEST
-from .launch import cdiv, dense_rows
+from .launch import cdiv, dense_rows, wrap_triton
 
 ROWS = 16
 """of tokens in a program; `MANY_ROWS` where each has so many ranks that A, too, takes time to read"""

@@ -26,6 +26,7 @@ whose t needs more is scaled down by a power of two. A product multiplies 128 co
 ranks take three each, for t and B in codes and what the codes leave over. Then only the rounding of x counts.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -600,10 +601,10 @@ def codes_of(
 
 
 def _static(x: Tensor) -> Tensor:
-    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers."""
-    from torch._dynamo import mark_static  # which kernels have imported
-
-    mark_static(x)
+    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers. None is imported for it, which
+    takes seconds."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.mark_static(x)
     return x
 
 

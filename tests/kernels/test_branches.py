@@ -104,7 +104,7 @@ def test_the_thin_product_of_tokens(monkeypatch, rows, width, rank, features):
 @pytest.mark.parametrize("loud", [1.0, 1e4])
 def test_codes_behind_tokens_are_never_cut_off(loud):
     """However much a branch makes of a token, its codes fit, and the token's stay what they were."""
-    found = Widened(QuantizedTokens(*torch.ops.flux_core.quantize_rows_wide(
+    found = Widened(QuantizedTokens(*quantized.quantize_wide_op(
         x := draw(2, 5, 600, dtype=torch.bfloat16), down := draw(6, 600, dtype=torch.bfloat16) / 25,
         factor := torch.full((6,), loud, device=DEVICE), gain := torch.linspace(0.1, 1, 6, device=DEVICE), 128,
     ))).both  # fmt: skip

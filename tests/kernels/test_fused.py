@@ -228,7 +228,7 @@ def test_join_gelu_rows(dim, mlp_dim):
     attn, product = draw(2, 3, dim, dtype=torch.bfloat16), 3 * draw(2, 3, 3 * dim + mlp_dim, dtype=torch.bfloat16)
     hidden = product[..., 3 * dim :]
     exact = torch.cat((attn.double(), torch.nn.functional.gelu(hidden.double(), approximate="tanh")), dim=2)
-    found = QuantizedTokens(*torch.ops.flux_core.join_gelu_rows(attn, hidden))
+    found = QuantizedTokens(*quantized.join_gelu_op(attn, hidden))
     assert found.codes.shape == (2, 3, dim + mlp_dim) and found.scale.shape == (2, 3, 1)
     close_rows(found, exact)
 
@@ -237,7 +237,7 @@ def test_gelu_at_the_ends():
     hidden = (
         torch.tensor([-3e38, -1e4, -10.0, -0.0, 0.0, 10.0, 1e4, 3e38], device=DEVICE).reshape(1, -1, 1).expand(1, 8, 16)
     )
-    found = QuantizedTokens(*torch.ops.flux_core.join_gelu_rows(hidden[..., :0], hidden))
+    found = QuantizedTokens(*quantized.join_gelu_op(hidden[..., :0], hidden))
     back = found.codes.float() * found.scale
     torch.testing.assert_close(back, hidden.clamp(min=0), rtol=0.07, atol=1e-4)
 

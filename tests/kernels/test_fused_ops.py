@@ -1,5 +1,6 @@
 """Which functions the blocks call, and that changing them keeps two graphs. Needs no Triton."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -79,6 +80,21 @@ def test_a_compiler_that_is_missing_is_told_once(trial, capsys):
 def test_the_trial_draws_no_random_numbers(trial):
     before = torch.get_rng_state()
     assert compiles("cpu") and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_kernels_wait_for_no_compiler():
+    """torch._dynamo takes seconds to import; a compiler that comes later still finds operators."""
+    code = """
+import sys, torch
+from flux_core.kernels import codes, cudnn_fp8, decode, flash, fused, gguf, int8, launch, nf4, products, quantized, thin
+x, row = torch.ones(2, 3, 16, dtype=torch.float32), torch.ones(2, 1, 16, dtype=torch.float32)
+plain = fused.gated_sum(x, row, x), gguf.unpack, flash.attend
+assert not {"torch._dynamo", "sympy"} & {*sys.modules}
+assert all(map(launch.known, [*launch._unknown])) and not launch._unknown
+assert torch.equal(torch.ops.flux_core.gated_sum(x, row, x), plain[0])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def test_what_computes_has_names():
