@@ -282,10 +282,10 @@ def _draw_all(
             for image, request in zip(drawn, group, strict=True):
                 images[id(request)] = image
                 paths[id(request)] = save(image, f"{request.name}_seed{request.seed}")
-            if request.padded_size not in shown:
-                shown.append(request.padded_size)
-                for name, map in pipeline.denoiser.maps.pictures(request, given):
-                    save(map, f"{request.name}_seed{request.seed}_{name}")
+            if (one := group[0]).padded_size not in shown:
+                shown.append(one.padded_size)
+                for name, map in pipeline.denoiser.maps.pictures(one, given):
+                    save(map, f"{one.name}_seed{one.seed}_{name}")
         if len(requests) > 1:
             save(grid([images[id(request)] for request in requests]), f"grid_{first.name}_seed{first.seed}")
     return [paths[id(request)].result() for request in requests]

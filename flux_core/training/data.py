@@ -163,7 +163,7 @@ class _Reader:
         if not caption:
             raise FileError("it has no caption")
         mask = None if row.mask is None else checked_mask(row.mask, shape, alpha=self.masks == ALPHA)
-        bare = bool(self.trigger) and self.trigger not in text and PLACE not in text
+        bare = bool(self.trigger and text) and self.trigger not in text and PLACE not in text
         return Picture(path, caption, sha256, shape, beside, mask, look_at(rgb), bare)
 
     def row(self, path: Path) -> Row:

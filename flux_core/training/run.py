@@ -6,7 +6,7 @@ memory is given back: text encoders are gone before latents are encoded, the aut
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ class Run(Material):
         super().__init__(settings, f"{self.variant.width}x{self.variant.height}", Ranks(*rank_and_world()))
         self.ranks.share(settings.recipe)  # its errors
         self.device = pick_device(own_device(settings.device))
-        self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
+        with _errors_of("targets"):
+            self.patterns = patterns_of(settings.targets, self.variant.name, self.variant.params)
+            matching(self.variant.params, self.patterns)
         if settings.takes:
             self.patterns += [INPUT] if WAYS[settings.takes].widens else []
         self.own_ranks, self.own_rates = self._by_pattern("ranks", "rank"), self._by_pattern("rates", "lr")
@@ -113,7 +115,8 @@ class Run(Material):
         """A setting's values by modules. of: what each is. UsageError, FileError."""
         text, params, flag = getattr(self.settings, name) or "", self.variant.params, BY_NAME[name].flag
         learns = matching(params, self.patterns) if text else ()
-        return by_pattern(text, lambda x: parsed(BY_NAME[of], x, flag), self.variant.name, params, learns)
+        with _errors_of(name):
+            return by_pattern(text, lambda x: parsed(BY_NAME[of], x, flag), self.variant.name, params, learns)
 
     def plan(self) -> None:
         """Print what will be done and what it takes. UsageError where it cannot fit, DiskError."""
@@ -335,9 +338,14 @@ def _stages(this: Run, dry: bool) -> Path | None:
         return this.folder / ADAPTER
     this.find()
     this.plan()
+    try:
+        check_libraries(settings)
+    except UsageError as error:
+        if not dry:
+            raise
+        note(str(error))
     if dry:
         return None
-    check_libraries(settings)
     prepare_folder(this.folder)
     this.load()
     with this.ranks.first_alone():  # the others find the caches full
@@ -354,6 +362,16 @@ def check_libraries(settings: Settings) -> None:
     """UsageError where one that is needed later is not installed, before anything is loaded."""
     parquet_modules()
     library(settings.optimizer)
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Errors in it name that setting's flag."""
+    flag = BY_NAME[name].flag
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(text if (text := str(error)).startswith(flag) else f"{flag}: {text}") from None
 
 
 def is_finished(folder: Path, steps: int) -> bool:
