@@ -216,7 +216,8 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
 @pytest.mark.parametrize("flags, said", [
     ([], "there is no --data"),
     (["--data=nowhere"], "nowhere is no folder"),
-    (["--data=data", "--resolution=32x32", "--targets=to_x"], "no Linear of the transformer is named 'to_x'"),
+    (["--data=data", "--resolution=32x32", "--targets=to_x"], "--targets: no Linear of the transformer is named 'to_x'"),
+    (["--data=data", "--ranks=nowhere=4"], "--ranks: no Linear of the transformer is named 'nowhere'"),
     (["--data=data", "--resolution=33x32"], "is not one size in multiples of 16"),
     (["--data=data", "--trigger-only=0.5"], "there is no trigger word"),
     (["--data=data", "--crops=3"], "--crops goes with --crop random"),
@@ -240,6 +241,14 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
 def test_wrong_flags_are_said_before_anything_is_written(small, work, capsys, flags, said):
     code = train(*flags, "--output_dir=out")
     assert code == (0 if not said else 2) and said in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_a_dry_run_says_which_package_is_missing(small, work, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    assert train(*FEW, "--optimizer=prodigy", "--dry-run") == 0
+    said = "the optimizer prodigy needs prodigyopt. Next: pip install prodigyopt"
+    assert said in capsys.readouterr().err
+    assert train(*FEW, "--optimizer=prodigy") == 2 and said in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_used_are_listed(small, work, capsys):
