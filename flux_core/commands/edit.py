@@ -110,8 +110,7 @@ def choose_layers(layers: str | None, request: GenerationRequest) -> list[str]:
 
 def _draw(job: "Editing", photo: Image.Image | None, nudge: float, replay: str) -> list[Image.Image]:
     """The source and the edits, drawn with a progress bar."""
-    steps = job.request.num_steps
-    with tqdm(total=steps, desc="edits", unit="step", disable=no_bars()) as bar:
+    with tqdm(total=job.request.num_forward_steps, desc="edits", unit="step", disable=no_bars()) as bar:
 
         def on_step(step: "Step") -> None:
             bar.update(step.index + 1 - bar.n)
