@@ -5,7 +5,7 @@
 Draws prompts of flux_core/prompts/flux-mini.json, by default the 25th on, which no preset was searched on, and compares
 with their uncached pictures. For each way:
 
-forwards   full forwards of a picture, the mean over pictures
+forwards   blocks that ran for a picture, over how many the model has, the mean over pictures
 psnr_db    PSNR of pixels, the mean over pictures (that of `caching.py` is of the mean squared error)
 change     1 - cosine of dinov2-mini's class tokens, the mean over pictures with the 95 % interval
 
@@ -14,6 +14,8 @@ The ways, each for both numbers of forwards, or as near as its one parameter com
 searched   the presets of `--cache`; their steps with the last velocity reused; and on a line (slope 1)
 by hand    `methods.step_search.by_hand`
 plain      a picture of so many steps
+blocks     the most important blocks (`hooks.layers.IMPORTANCE`) in every step; the others in every fourth, or in those
+           that `--cache faster` runs, and elsewhere what each added in its last
 others     written here and in examples/ from their papers' formulae, on the residual of all blocks:
            - first-block cache (ParaAttention), by its threshold
            - TeaCache (arXiv 2411.19108), the authors' polynomial for FLUX.1-dev
@@ -30,7 +32,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from torch import Tensor
 
 from flux_core import load_pipeline
 from flux_core.hooks import At, Custom, FirstBlockCache, Intervention, StepCache
+from flux_core.hooks.layers import IMPORTANCE
 from flux_core.hooks.sites import block_names
 from flux_core.hooks.step_cache import PRESETS
 from flux_core.methods.importance import default_prompts, read_prompts
@@ -146,6 +149,25 @@ class TaylorSeer(ResidualCache):
         return sum(term * (step - self.step) ** i / math.factorial(i) for i, term in enumerate(self.terms))
 
 
+class BlockBudgets:
+    """The most important blocks run in every step, the others at `steps`, and add elsewhere what they did last."""
+
+    def __init__(self, blocks: list[str], most: int, steps: Iterable[int]) -> None:
+        ranked = sorted(zip(IMPORTANCE["flux-mini"], blocks, strict=True), reverse=True)
+        self.always, self.steps = {name for _, name in ranked[:most]}, {*steps}
+        self.added: dict[str, Any] = {}
+        self.plan = [Custom(sites=blocks, fn=self.around)]
+
+    def around(self, call: Callable[[Any], Any], x: Any, at: At) -> Any:
+        pair = isinstance(x, tuple)
+        if at.name in self.always or at.step in self.steps:
+            out = call(x)
+            self.added[at.name] = tuple(a - b for a, b in zip(out, x, strict=True)) if pair else out - x
+            return out
+        added = self.added[at.name]
+        return tuple(a + b for a, b in zip(x, added, strict=True)) if pair else x + added
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to draw with fewer forwards."""
@@ -173,6 +195,10 @@ def ways(blocks: list[str], ratios: Sequence[float], steps: int) -> Iterator[Way
         for name, cache in by_hand(number, steps).items():
             yield way(f"by hand: {name}", lambda cache=cache: [cache])
         yield way(f"plain, {number} steps", list, number)
+        fourth, run = range(0, steps, 4), set(range(steps)) - {*PRESETS["faster"].of(steps)}
+        for name, most, at in (("every fourth step", (4, 2)[i], fourth), ("the steps of faster", (3, 1)[i], run)):
+            what = f"{most} important block(s) always, the others at {name}"
+            yield way(what, lambda most=most, at=at: BlockBudgets(blocks, most, at).plan)
         near = {name: values[i] for name, values in NEAR.items()}
         x = near["first-block cache"]
         yield way(f"first-block cache {x}", lambda x=x: [FirstBlockCache(threshold=x)])
@@ -195,14 +221,16 @@ def psnr(found: Image.Image, exact: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(error, 1 / levels(exact).size))
 
 
-def draw(pipeline: Pipeline, prompt: Any, plan: Sequence[Intervention], size: int, steps: int) -> tuple[Any, int]:
-    """The picture, and how often the second block ran: in a full forward alone."""
+def draw(pipeline: Pipeline, prompt: Any, plan: Sequence[Intervention], size: int, steps: int) -> tuple[Any, float]:
+    """The picture, and how many forwards its blocks were."""
     ran: list[None] = []
-    handle = pipeline.model.double_blocks[1].register_forward_pre_hook(lambda *_: ran.append(None))
+    blocks = [*pipeline.model.double_blocks, *pipeline.model.single_blocks]
+    handles = [block.register_forward_pre_hook(lambda *_: ran.append(None)) for block in blocks]
     how = {"width": size, "height": size, "num_steps": steps, "force": True}
     image = pipeline.generate(prompt.prompt, seed=prompt.seed, plan=plan, **how)[0]
-    handle.remove()
-    return image, len(ran)
+    for handle in handles:
+        handle.remove()
+    return image, len(ran) / len(blocks)
 
 
 def measured(prompts: Sequence[Any], other: Any, size: int, steps: int, device: str) -> list[dict[str, Any]]:
@@ -211,7 +239,7 @@ def measured(prompts: Sequence[Any], other: Any, size: int, steps: int, device: 
     blocks = block_names(pipeline.variant.params)
     magnitudes = Magnitudes(blocks)
     draw(pipeline, other, magnitudes.plan, size, steps)
-    found: dict[Way, list[tuple[float, float, int]]] = {way: [] for way in ways(blocks, magnitudes.ratios, steps)}
+    found: dict[Way, list[tuple[float, float, float]]] = {way: [] for way in ways(blocks, magnitudes.ratios, steps)}
     for number, prompt in enumerate(prompts, 1):
         exact, _ = draw(pipeline, prompt, [], size, steps)
         for way, values in found.items():
@@ -222,7 +250,7 @@ def measured(prompts: Sequence[Any], other: Any, size: int, steps: int, device: 
     return [row(way, values) for way, values in found.items()]
 
 
-def row(way: Way, values: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
+def row(way: Way, values: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
     psnrs, changes, ran = zip(*values, strict=True)
     spread = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
     return {

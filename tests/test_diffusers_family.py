@@ -283,7 +283,9 @@ def test_a_controlnet(steered, tmp_path, kind, guidance):
     ours = both.draw(controlnet=[(net.path, PHOTO, 0.7, (0.0, 0.7), mode)], **guidance)
     given = {"control_image": PHOTO, "controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.7}
     assert agree(ours, both.draw_theirs(**given, control_mode=mode, **guidance))
-    assert not agree(ours, both.draw_theirs(**given | {"controlnet_conditioning_scale": 0.0}, control_mode=mode))
+    assert not agree(
+        ours, both.draw_theirs(**given | {"controlnet_conditioning_scale": 0.0}, control_mode=mode, **guidance)
+    )
 
 
 def test_two_controlnets_with_parts_of_the_steps(steered, tmp_path):

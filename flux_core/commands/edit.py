@@ -39,7 +39,7 @@ def edit(
     layers: str | None = None,
     source_guidance: str | None = None,
     nudge: str | None = None,
-    replay: str = _FIELDS["replay"].default,
+    replay: str | None = None,
     fit: str | None = None,
     output_dir: str = OUTPUT_DIR.default,
     device: str = DEVICE.default,
@@ -62,8 +62,8 @@ def edit(
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])
-        if idle := [FIELDS[key].flag for key in STARTS if key in fields]:
-            raise UsageError(f"--image is inverted to the noise that it starts from: leave out {', '.join(idle)}")
+        if others := [FIELDS[key].flag for key in STARTS if key in fields]:
+            raise UsageError(f"--image is inverted to the noise that it starts from: leave out {', '.join(others)}")
     elif fit and "init_image" in fields:
         fields["fit"] = fit
     plan = given_plan(fields)
@@ -75,11 +75,14 @@ def edit(
     check_maps(name for name, _ in pictures.maps(request))
     fitting = _FIELDS["fit"].parse(fit, FIT)
     shape = fit_note(photo, request.width, request.height, fitting) if photo is not None else None
-    unused = ["--fit does nothing without --image"] if photo is None and fit and request.fit is None else []
+    idle = {} if photo is not None else {"fit": None if request.init_image else fit, "nudge": nudge, "replay": replay}
+    unused = [f"{_FIELDS[key].flag} does nothing without a photograph" for key, value in idle.items() if value]
     for line in [*request.notes(), *size_notes(request, pictures), *unused, *([shape] if shape else [])]:
         note(line)
     guidance = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
-    factor, mode = _FIELDS["nudge"].parse(nudge, _FIELDS["nudge"].default), _FIELDS["replay"].parse(replay)
+    factor, mode = (
+        _FIELDS[key].parse(value, _FIELDS[key].default) for key, value in (("nudge", nudge), ("replay", replay))
+    )
     blocks, num_threads = choose_layers(layers, request), THREADS.parse(threads)
     folder = prepare_folder(output_dir)
     check_files(variant)

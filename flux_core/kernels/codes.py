@@ -5,8 +5,8 @@ codes       of queries, keys and values: another read; each program writes some 
 widened     what a kernel wrote in e4m3, times its scale
 
 Each takes tensors as the norm before it leaves them, tokens outside heads, and writes heads outside tokens. Norm and
-codes in one kernel, from the products of the Linears, took longer than both apart: 0.18 for 0.13 ms of a step's 4608
-tokens (H200).
+codes in one kernel, from the products of the Linears, took longer than both apart did: 0.18 for 0.13 ms of a step's
+4608 tokens (H200).
 
 *The order of values' tokens*, by int8. The sum over keys has no order. An accumulator gives a thread the columns 2t,
 2t + 1, and 8 + 2t, 8 + 2t + 1 of each 16; as the first operand in eight bits it wants 4t to 4t + 3. So p stays where it
@@ -28,8 +28,9 @@ from .launch import cdiv, dense_rows
 
 SUMMED = 128
 """keys that one program adds up"""
-READ = {"int8": 4, "fp8": 2}
-"""blocks of v that one program looks at for its largest numbers, of each feature or of all"""
+READ, MAXIMA = 4, 1024
+"""blocks of v that one program looks at for the largest numbers of each feature; and of all, so many that no more
+programs are left than this"""
 WRITTEN = 6
 """blocks that one program writes, by which it needs the rotation and the statistics once"""
 WARPS, STAGES = 4, 3
@@ -56,7 +57,7 @@ def statistics_kernel(
         tl.store(sums + (one * summing + piece) * D + col, tl.sum(x, axis=0))
     else:
         most = tl.zeros((D if FEATURES else BLOCK,), tl.float32)
-        for i in tl.static_range(READ):
+        for i in range(READ):
             row = ((piece - summing) * READ + i) * BLOCK + tl.arange(0, BLOCK)
             y = rows_of(v + batch * v_batch + head * v_head, row, col, v_row, L).to(tl.float32)
             most = tl.maximum(most, tl.max(tl.abs(y), axis=0 if FEATURES else 1))
@@ -198,12 +199,14 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, form: str) -> Eight:
 def statistics(k: Tensor, v: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Of keys the sums [B, H, pieces, D], and of values the largest [B, H, pieces, D], or by fp8 [B, H, pieces]."""
     (B, H, L, D), features = k.shape, form == "int8"
-    summing, reading = cdiv(cdiv(L, EVERY), SUMMED), cdiv(L, BLOCK * READ[form])
+    blocks = cdiv(L, BLOCK)
+    read = READ if features else cdiv(B * H * blocks, MAXIMA)
+    summing, reading = cdiv(cdiv(L, EVERY), SUMMED), cdiv(blocks, read)
     sums = torch.empty((B, H, summing, D), dtype=torch.float32, device=k.device)
     largest = torch.empty((B, H, reading, *([D] if features else [])), dtype=torch.float32, device=k.device)
     statistics_kernel[(summing + reading, H, B)](
         k, v, sums, largest, *k.stride()[:3], *v.stride()[:3], L, summing,
-        D=D, BLOCK=BLOCK, SUMMED=SUMMED, READ=READ[form], EVERY=EVERY, FEATURES=features, num_warps=WARPS,
+        D=D, BLOCK=BLOCK, SUMMED=SUMMED, READ=read, EVERY=EVERY, FEATURES=features, num_warps=WARPS,
     )  # fmt: skip
     return sums, largest
 

@@ -4,6 +4,7 @@ torch.compile wants operators of its own. To make one known imports torch._dynam
 when a compiler first comes to a call: a picture that nothing compiles waits for none of it.
 """
 
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,16 +17,21 @@ from torch.library import wrap_triton as wrapped
 
 _unknown: dict[str, Callable[[], object]] = {}
 """makes the operator of that name known"""
+_registering = threading.RLock()
 
 
 def known(name: str) -> bool:
-    """Makes an operator known; True."""
-    _unknown.pop(name, bool)()
+    """Makes an operator known; True. In torch 2.13 other threads may come here while one compiles."""
+    with _registering:
+        if name in _unknown:
+            _unknown[name]()
+            del _unknown[name]
     return True
 
 
 known._dynamo_marked_constant = True  # type: ignore[attr-defined]
-"""so a compiler calls it while it traces: `torch.compiler.assume_constant_result`, which imports torch._dynamo"""
+"""what `torch.compiler.assume_constant_result` sets, so that a compiler calls it while it traces; that function would
+import torch._dynamo"""
 
 
 def wrap_triton(kernel: Any) -> Any:

@@ -601,8 +601,8 @@ def codes_of(
 
 
 def _static(x: Tensor) -> Tensor:
-    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers. None is imported for it, which
-    takes seconds."""
+    """x, whose sizes a compiler takes for numbers, as those of parameters and buffers. Importing one takes seconds, and
+    where none is, nothing has compiled yet."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static(x)
     return x

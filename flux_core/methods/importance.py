@@ -30,7 +30,7 @@ from ..images.given import told
 from ..images.metadata import png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..jsonfile import first_finding, in_words, quoted, read_json
-from ..request.fields import MAX_SEED, MAX_SEEDS, PICTURE_FILES
+from ..request.fields import FIELDS, MAX_SEED, MAX_SEEDS, PICTURE_FILES
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
 from ..variants import VARIANTS
@@ -43,6 +43,8 @@ REFERENCE = "reference"
 SHARE = 9 / 57
 """the share of FLUX.1-dev's blocks that Stable Flow calls vital"""
 PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+HOW, NONE = ("strength", "fit", "mask_padding", "pad"), "none"
+"""fields that say how pictures are used, and what a study's settings have for those that are not given"""
 
 
 class Prompt(BaseModel):
@@ -90,7 +92,9 @@ class Study:
     """The pictures of a study: which exist, and how to draw the others."""
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt], seeds: int, request: GenerationRequest) -> None:
-        """seeds: how many for each prompt. request: what all pictures share."""
+        """seeds: how many for each prompt. request: what all pictures share. UsageError where it has no step."""
+        if not request.num_forward_steps:
+            raise UsageError("--strength 0 leaves no step, and no block to leave out. Next: a larger one")
         self.folder, self.prompts, self.request = folder, tuple(prompts), request
         self.blocks = block_names(request.variant.params)
         self.pairs = [(i, prompt.seed + j) for i, prompt in enumerate(prompts) for j in range(seeds)]
@@ -153,9 +157,9 @@ class Study:
         recorded = request.recorded()
         entries = [entry.model_dump(mode="json", exclude_none=True) for entry in recorded.plan]
         values["plan"] = [*entries, *recorded.functions]
-        pictures = {name: told(getattr(request, name)) for name in PICTURE_FILES}
-        drawn = {name: getattr(request, name) for name in ("strength", "fit", "mask_padding", "pad")}
-        values["pictures"] = {key: value for key, value in (pictures | drawn).items() if value}
+        pictures = {name: told(getattr(request, name)) or NONE for name in PICTURE_FILES}
+        how = {name: NONE if (value := getattr(request, name)) is None else value for name in HOW}
+        values |= json.loads(json.dumps(pictures | how))  # as they are read again
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:
@@ -172,7 +176,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and isinstance(settings.get("prompts"), list):
-            return settings
+            return dict.fromkeys((*PICTURE_FILES, *HOW), NONE) | settings
     except (OSError, ValueError):
         pass
     raise FileError(f"{path} does not hold a study's settings. Next: delete it, if the pictures beside it are right")
@@ -181,7 +185,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """Texts for the settings and prompts that both have and that differ."""
     for key in now:
-        if key != "prompts" and None not in (then.get(key), now[key]) and then[key] != now[key]:
+        if key == "prompts" or None in (then.get(key), now[key]) or then[key] == now[key]:
+            continue
+        if key in PICTURE_FILES:
+            said = "no" if then[key] == NONE else "another" if now[key] != NONE else "a"
+            yield f"a study with {said} {FIELDS[key].flag}: use the same"
+        else:
             yield f"a study with {key} {quoted(then[key])}, this one has {quoted(now[key])}: use the same"
     for i, (old, new) in enumerate(zip(then["prompts"], now["prompts"], strict=False), 1):
         if old != new:

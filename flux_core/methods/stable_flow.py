@@ -55,6 +55,8 @@ class Editing:
         self.given, _ = pipeline.given.on_canvas(request)
         if not edits:
             raise UsageError("nothing to edit. Next: describe at least one edit with --edit")
+        if not request.num_forward_steps:
+            raise UsageError("--strength 0 leaves no step: an edit would be its source. Next: a larger one")
         if request.uses_true_cfg:
             raise UsageError("an edit takes no negative prompt and no true CFG. Next: leave --true-cfg-scale out")
         if not (pipeline.variant.params.guidance_embed or source_guidance is None):

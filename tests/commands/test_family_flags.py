@@ -427,6 +427,11 @@ def test_edits_inside_a_mask_by_any_model(mini):
     assert np.abs(source - alone).max() <= 2  # a row of two and a row alone
 
 
+def test_no_step_is_no_edit(capsys):
+    words = ["edit", "--source", "a fox", "--edit", "a car", "--init-image", "room.png", "--strength", "0"]
+    assert main(words) == 2 and "--strength 0 leaves no step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--mask", "mask.png"], ["--strength", "0.5"], ["--init-image", "room.png"]])
 def test_a_photograph_that_is_inverted_is_not_started_from(flags, capsys):
     assert main(["edit", "--image", "room.png", "--source", "a fox", "--edit", "a car", *flags]) == 2
@@ -436,13 +441,39 @@ def test_a_photograph_that_is_inverted_is_not_started_from(flags, capsys):
 def test_a_study_inside_a_mask(family, capsys):
     words, _ = family("flux-dev-fill")
     study = ["importance", *words[: -len(FAST)], "--steps", "1", "--limit", "1", "--scorer", "dinov2-mini"]
-    study += ["--output-dir", "study", "--image", "room.png"]
+    study += ["--output-dir", "study", "--image", "room.png", *SIDES]
     assert main([*study, "--mask", "mask.png"]) == 0
     drawn = list(Path("study").glob("images/*/*.png"))
     assert len(drawn) > 1 and all(map(kept, drawn))
+    at = {path: path.stat().st_mtime_ns for path in drawn}
+    assert main([*study, "--mask", "mask.png"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("study").glob("images/*/*.png")} == at
     Image.new("L", ROOM.size, 255).save("white.png")
-    assert main([*study, "--mask", "white.png"]) == 2
-    assert "study holds a study with pictures" in capsys.readouterr().err
+    for others, said in (
+        (["--mask", "white.png"], "study holds a study with another --mask"),
+        (["--mask", "mask.png", "--mask-padding", "0"], "study holds a study with mask_padding 'none', this one has 0"),
+        (["--mask", "mask.png", "--strength", "0.5"], "study holds a study with strength 1.0, this one has 0.5"),
+        (["--mask", "mask.png", "--strength", "0"], "--strength 0 leaves no step"),
+    ):
+        capsys.readouterr()
+        assert main([*study, *others]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_study_beyond_a_border_goes_on_and_one_of_before_had_no_picture(family, capsys):
+    words, _ = family("flux-dev")
+    study = ["importance", *words[: -len(FAST)], "--steps", "1", "--limit", "1", "--scorer", "dinov2-mini"]
+    sizes = ["--width", "144", "--height", "128"]
+    study += ["--output-dir", "study", *sizes, "--init-image", "room.png"]
+    for _ in range(2):
+        assert main([*study, "--pad", "16,0,0,0"]) == 0
+    told = json.loads(Path("study/study.json").read_text(encoding="utf-8"))
+    assert told["pad"] == [16, 0, 0, 0] and told["mask"] == "none"
+    before = {key: value for key, value in told.items() if key not in ("pad", "init_image", "strength", "fit", "mask")}
+    Path("study/study.json").write_text(json.dumps(before), encoding="utf-8")
+    capsys.readouterr()
+    assert main([*study, "--pad", "16,0,0,0"]) == 2
+    assert "study holds a study with no --init-image: use the same" in capsys.readouterr().err
 
 
 def test_a_map_of_another_kind_is_told():

@@ -113,8 +113,12 @@ def test_an_edited_photograph_is_fitted(capsys):
         found[how] = Image.open(f"{how}/flux-mini_seed1_source.png").tobytes()
         assert json.loads(read(f"{how}/flux-mini_seed1_edit1.png"))["fit"] == how
     assert len(set(found.values())) == 3
+    assert main([*edit, "--fit=pad", "--nudge=1.1", "--init-image=wide.png"]) == 0
+    err = capsys.readouterr().err
+    assert "--nudge does nothing without a photograph" in err and "--fit does nothing" not in err
+    assert json.loads(read("output/flux-mini_seed1_edit1.png"))["fit"] == "pad"
     assert main([*edit, "--fit=pad"]) == 0
-    assert "--fit does nothing without --image" in capsys.readouterr().err
+    assert "--fit does nothing without a photograph" in capsys.readouterr().err
 
 
 def test_the_nudge_of_the_flag_is_that_of_the_method():

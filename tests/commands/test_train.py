@@ -216,7 +216,7 @@ def test_a_wrong_file_is_said(work, capsys, text, said):
 @pytest.mark.parametrize("flags, said", [
     ([], "there is no --data"),
     (["--data=nowhere"], "nowhere is no folder"),
-    (["--data=data", "--resolution=32x32", "--targets=to_x"], "--targets: no Linear of the transformer is named 'to_x'"),
+    (["--data=data", "--targets=to_x"], "--targets: no Linear of the transformer is named 'to_x'"),
     (["--data=data", "--ranks=nowhere=4"], "--ranks: no Linear of the transformer is named 'nowhere'"),
     (["--data=data", "--resolution=33x32"], "is not one size in multiples of 16"),
     (["--data=data", "--trigger-only=0.5"], "there is no trigger word"),
