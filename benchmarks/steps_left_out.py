@@ -197,7 +197,7 @@ def ways(blocks: list[str], ratios: Sequence[float], steps: int) -> Iterator[Way
         yield way(f"plain, {number} steps", list, number)
         fourth, run = range(0, steps, 4), set(range(steps)) - {*PRESETS["faster"].of(steps)}
         for name, most, at in (("every fourth step", (4, 2)[i], fourth), ("the steps of faster", (3, 1)[i], run)):
-            what = f"{most} important block(s) always, the others at {name}"
+            what = f"blocks: the {most} most important in every step, the others in {name}"
             yield way(what, lambda most=most, at=at: BlockBudgets(blocks, most, at).plan)
         near = {name: values[i] for name, values in NEAR.items()}
         x = near["first-block cache"]

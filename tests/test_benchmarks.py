@@ -86,7 +86,7 @@ def test_the_quality_that_steps_left_out_cost(tmp_path):
     lines = lines_of("steps_left_out.py", "--prompts", "1", "--chart", str(tmp_path / "chart.png"))
     near = {(line["near"], line["way"].partition(":")[0].partition(" ")[0]) for line in lines}
     assert near == {(n, way) for n in (3, 2) for way in (
-        "searched", "by", "plain,", "first-block", "TeaCache", "MagCache", "TaylorSeer")}  # fmt: skip
+        "searched", "by", "plain,", "blocks", "first-block", "TeaCache", "MagCache", "TaylorSeer")}  # fmt: skip
     exact = [line["forwards"] for line in lines if line["way"].startswith(("searched", "by hand", "plain"))]
     assert exact == [line["near"] for line in lines if line["way"].startswith(("searched", "by hand", "plain"))]
     assert (tmp_path / "chart.png").is_file()
