@@ -80,6 +80,15 @@ def test_kernels_write_the_codes_of_plain_functions(form, shape):
     near(found._replace(v_scale=found.v_scale[:1]), plain)
 
 
+def test_values_of_a_large_batch_are_looked_at_by_few_programs(monkeypatch):
+    q, k, v = heads(2, 2, 600, 64)
+    many = codes.quantize(q, k, v, "fp8")
+    monkeypatch.setattr(codes, "MAXIMA", 8)
+    assert codes.statistics(k, v, "fp8")[1].numel() == 8 < codes.statistics(k, v, "int8")[1].numel() // 64
+    few = codes.quantize(q, k, v, "fp8")
+    assert torch.equal(few.v_scale, many.v_scale) and torch.equal(few.v.view(torch.uint8), many.v.view(torch.uint8))
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 130, 64), (1, 1, 256, 128)], ids=["tail", "whole"])
 @pytest.mark.parametrize("keys", [64, 32])
 def test_the_kernel_attends_with_codes_as_sums_over_blocks(shape, keys):
