@@ -1,9 +1,7 @@
 """Which functions the blocks call, and that changing them keeps two graphs. Needs no Triton."""
 
-import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -81,56 +79,6 @@ def test_a_compiler_that_is_missing_is_told_once(trial, capsys):
 def test_the_trial_draws_no_random_numbers(trial):
     before = torch.get_rng_state()
     assert compiles("cpu") and torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
-def test_kernels_wait_for_no_compiler():
-    """torch._dynamo takes seconds to import; a compiler that comes later still finds operators."""
-    code = """
-import sys, torch
-from flux_core.kernels import codes, cudnn_fp8, decode, flash, fused, gguf, int8, launch, nf4, products, quantized, thin
-x, row = torch.ones(2, 3, 16, dtype=torch.float32), torch.ones(2, 1, 16, dtype=torch.float32)
-found = fused.gated_sum(x, row, x)
-assert not {"torch._dynamo", "sympy"} & {*sys.modules}
-assert all(map(launch.known, [*launch._unknown])) and not launch._unknown
-assert torch.equal(torch.ops.flux_core.gated_sum(x, row, x), found)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-
-
-@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
-def test_threads_call_an_operator_while_another_compiles_it(request):
-    from flux_core.kernels import launch
-
-    before = sys.getswitchinterval()
-    request.addfinalizer(lambda: sys.setswitchinterval(before))
-    sys.setswitchinterval(1e-5)
-    x, errors = torch.ones(4), []
-    for number in range(5):
-        name, over = f"double_{os.getpid()}_{number}", threading.Event()
-
-        def double(x: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-        call = launch.opaque(name, torch.empty_like)(double)
-
-        def again(call=call, over=over) -> None:
-            while not over.is_set():
-                try:
-                    call(x)
-                except Exception as error:
-                    errors.append(error)
-                    return
-
-        others = [threading.Thread(target=again) for _ in range(2)]
-        for thread in others:
-            thread.start()
-        torch._dynamo.reset()
-        found = torch.compile(lambda x, call=call: call(x) + 1, backend="eager", fullgraph=True)(x)
-        over.set()
-        for thread in others:
-            thread.join()
-        assert torch.equal(found, x * 2 + 1) and not errors
 
 
 def test_what_computes_has_names():
