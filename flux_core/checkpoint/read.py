@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..errors import FileError
 from ..linears.formats import FORMATS, to_dense
 from ..linears.mapped import MappedLinear
 from ..model import AutoEncoder, Flux
+from ..model.shapes import without_weights
 from ..params import AutoEncoderParams, ControlNetParams, FluxParams
 from ..terminal import note
 from ..variants import Variant
@@ -107,23 +107,6 @@ def load_autoencoder(
     return _load(AutoEncoder, "autoencoder", variant.ae_params, ae_path(variant), device, dtype)
 
 
-class SkipInit(TorchFunctionMode):
-    """Turns the functions of `torch.nn.init` into no-ops inside."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def skip_init() -> SkipInit:
-    """A context in which modules are made without initial values: on `meta` those are half of the time it takes."""
-    return SkipInit()
-
-
 Choice = Callable[[str, list[Stored | None]], str | None]
 Get = Callable[[str], Tensor]
 """a file's tensor by its name"""
@@ -166,8 +149,7 @@ def filled(
     names = (contents.names[name] for pair in pairs for name in pair.diffusers)
     reading = in_file(contents.source) if mapped else opened(contents.source, device, storage.among(names))
     with reading as get, _progress(contents.source, get) as take:
-        with torch.device("meta"), skip_init():
-            model = kind(params)
+        model = without_weights(kind, params)
         filling = Filling(contents, params, dtype, *choice, mapped)
         reserve(device, filling.sizes(model, pairs))
         for pair in pairs:

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..model import AutoEncoder, Flux, strips
+from ..model.shapes import without_weights
 from ..params import AutoEncoderParams, FluxParams
 from ..request.generation import PATCH
 from .memory import Picture
+from .on_meta import computed
 
 
 def most_alive(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
@@ -34,18 +36,23 @@ class _NoTable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
+            return args[0].new_empty(args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
 class _Alive(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: a mode that is hidden from torch.compile imports it, which takes seconds."""
+        return False
+
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = {x.untyped_storage()._cdata: 0 for x in known}
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        found = computed(func, args, kwargs or {})
         for x in tree_leaves(found):
             if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.live:
                 self.live[key] = x.untyped_storage().nbytes()
@@ -67,9 +74,8 @@ def torch_dtype(precision: str) -> torch.dtype:
 def transformer_at_work(params: FluxParams, text: int, picture: Picture, dtype: torch.dtype) -> int:
     """Bytes that a forward by plain functions holds beside weights, with so many text tokens."""
     rows, image = picture.rows, picture.tokens
-    with torch.device("meta"):
-        # a block of each kind: they come one after the other
-        flux = Flux(replace(params, depth=1, depth_single_blocks=1)).to(dtype)
+    # a block of each kind: they come one after the other
+    flux = without_weights(Flux, replace(params, depth=1, depth_single_blocks=1)).to(dtype)
 
     def forward() -> object:
         img, txt, y = (
@@ -87,8 +93,7 @@ def transformer_at_work(params: FluxParams, text: int, picture: Picture, dtype: 
 @cache
 def autoencoder_at_work(params: AutoEncoderParams, picture: Picture, dtype: torch.dtype) -> int:
     """Bytes that decoding holds beside weights, which encoding does not exceed."""
-    with torch.device("meta"):
-        ae = AutoEncoder(params).to(dtype)
+    ae = without_weights(AutoEncoder, params).to(dtype)
     decode = partial(strips.decode, ae) if picture.tiled else ae.decode
     shape = 1, params.z_channels, -(-picture.height // PATCH) * 2, -(-picture.width // PATCH) * 2
     return most_alive(lambda: decode(torch.empty(shape, dtype=dtype, device="meta")), ae.parameters())

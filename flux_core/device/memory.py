@@ -144,15 +144,14 @@ class Numbers(NamedTuple):
 
 @cache
 def numbers_of(params: FluxParams, ae_params: AutoEncoderParams, format: str | None) -> Numbers:
-    """Built on the meta device: shapes without memory."""
-    import torch
+    """By a network without weights."""
     from torch import nn
 
     from ..linears.formats import quantizable
     from ..model import MODULATION, AutoEncoder, Flux
+    from ..model.shapes import without_weights
 
-    with torch.device("meta"):
-        flux, ae = Flux(params), AutoEncoder(ae_params)
+    flux, ae = without_weights(Flux, params), without_weights(AutoEncoder, ae_params)
     linears = {name: one for name, one in flux.named_modules() if isinstance(one, nn.Linear)}
     modulation = {name: one for name, one in linears.items() if name.endswith(MODULATION)}
     few = quantizable(flux, format) if format else {}

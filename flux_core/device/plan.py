@@ -140,15 +140,14 @@ def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5
 
 @cache
 def _network(params: FluxParams, dtype: str) -> Network:
-    """Built on the meta device: shapes without memory."""
-    import torch
+    """By a network without weights."""
     from torch import nn
 
     from ..linears.formats import quantizable
     from ..model import MODULATION, Flux
+    from ..model.shapes import without_weights
 
-    with torch.device("meta"):
-        model = Flux(params)
+    model = without_weights(Flux, params)
     few = quantizable(model, dtype) if dtype not in ("bfloat16", "float32") else {}
     wide, sizes, of_image, of_text = BF16 * (1 + (dtype == "float32")), [], 0.0, 0.0
     for kind in ("double_blocks", "single_blocks"):

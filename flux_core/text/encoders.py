@@ -31,6 +31,7 @@ from ..errors import FileError
 from ..linears.formats import FORMATS
 from ..linears.mapped import MappedLinear
 from ..model import ClipText, T5Encoder
+from ..model.shapes import without_weights
 from ..terminal import note
 from ..variants import Variant
 from .tokenizer import Tokenizer, load_tokenizer
@@ -294,7 +295,8 @@ def _empty_encoder(contents: Contents, variant: Variant) -> T5Encoder | ClipText
     path = contents.source.path
     try:
         config = encoder_config(variant, contents.part, path)
-        with torch.device("meta"):
-            return T5Encoder(t5_params(config)) if contents.part == "t5" else ClipText(clip_params(config))
+        if contents.part == "t5":
+            return without_weights(T5Encoder, t5_params(config))
+        return without_weights(ClipText, clip_params(config))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: the text encoder's configuration could not be read: {error}") from error

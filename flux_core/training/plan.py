@@ -16,6 +16,7 @@ from ..device.budget import CONTEXT
 from ..device.memory import Picture, gb, shares
 from ..device.plan import GAPS, SLOTS, make_plan
 from ..model import Flux
+from ..model.shapes import without_weights
 from ..params import FluxParams
 from ..variants import Variant
 from .adapter import Form, adapt, matching
@@ -138,8 +139,7 @@ def kept_of(
     Blocks that are compiled keep up to a fifth less.
     """
     names = {re.sub(r"blocks\.\d+\.", "blocks.0.", name) for name in matching(params, patterns)}
-    with torch.device("meta"):
-        small = Flux(replace(params, depth=1, depth_single_blocks=1)).to(kind)
+    small = without_weights(Flux, replace(params, depth=1, depth_single_blocks=1)).to(kind)
     adapt(small, names, rank, rank, lokr=lokr)
     dim, tokens = params.hidden_size, image + text
     pe = torch.empty(1, 1, tokens, params.head_dim // 2, 2, 2, dtype=torch.float32, device="meta")

@@ -1,10 +1,14 @@
 """What fits where: the sizes that it is reckoned from, and the verdicts for memories as they are sold."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from capped import Capped
 
 from flux_core.commands import doctor
+from flux_core.device import on_meta
 from flux_core.device.alive import autoencoder_at_work, transformer_at_work
 from flux_core.device.memory import MEGAPIXEL, Picture, shares
 from flux_core.device.verdict import verdict
@@ -52,6 +56,35 @@ def test_what_is_alive_at_work():
         assert forward == pytest.approx(
             transformer_at_work(DEV.params, 512, Picture(1024, 1024, rows=2), kind) / 2, rel=0.02
         )
+
+
+def counted():
+    """Of pictures with odd numbers of tokens, two rows, strips."""
+    for row, text in ((DEV, 512), (get_variant("flux-mini"), 128)):
+        for kind in (torch.bfloat16, torch.float32):
+            for picture in (Picture(528, 272), Picture(256, 256, rows=2), Picture(256, 1040, tiled=True)):
+                yield transformer_at_work.__wrapped__(row.params, text, picture, kind)
+                yield autoencoder_at_work.__wrapped__(row.ae_params, picture, kind)
+
+
+def test_rules_for_shapes_count_what_torch_counts(monkeypatch):
+    ours = list(counted())
+    monkeypatch.setattr(on_meta, "RULES", {})
+    assert ours == list(counted())
+
+
+def test_a_plan_imports_no_compiler():
+    code = """
+import sys
+from flux_core.device.memory import Picture
+from flux_core.device.plan import is_whole, make_plan
+from flux_core.variants import VARIANTS
+assert is_whole(VARIANTS["flux-dev"], 80 << 30, "bfloat16", None)
+assert make_plan(VARIANTS["flux-dev"], 12 << 30, "fp8", None, Picture(2048, 1024, tiled=True)).fits
+print([name for name in ("sympy", "torch._dynamo", "torch._inductor", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_as_many_bytes_are_alive_as_an_allocator_gives():
