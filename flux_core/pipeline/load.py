@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,8 +214,10 @@ def load_pipeline(
         home = CPU if fallback.offload else place
         return install_kernels(load_components(variant, home, kind, format, t5, mapped), place, way)
 
-    components = fallback.run(f"loading {variant.name}", load, "offload")
-    hashes = weights_hashes(variant)
+    with ThreadPoolExecutor(1) as beside:  # hashing an autoencoder's file takes as long as T5's weights to a card
+        hashing = beside.submit(weights_hashes, variant)
+        components = fallback.run(f"loading {variant.name}", load, "offload")
+    hashes = hashing.result()
     pipeline = Pipeline(variant, components, place, kind, hashes, fallback.offload, vae_tiling, compile, kept, budget)
     if adapter is not None and variant.adapter is not None:
         if variant.takes.words:
