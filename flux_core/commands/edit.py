@@ -59,6 +59,8 @@ def edit(
     if variant.takes.mask:  # which paints into it, and inverts none
         with_image(fields, image, variant)
         image = None
+    if image is not None and (variant.takes.control or variant.takes.pictures):
+        note(f"--image is the photograph that is inverted; what {variant.name} takes is given beside it")
     photo, origin = open_source(image)
     if photo is not None:
         fields.setdefault("guidance", PHOTO_GUIDANCE[1])

@@ -63,10 +63,10 @@ def repeat(
     if from_latents and not latents.is_file():
         raise FileError(f"{latents} does not exist. Next: leave out --from-latents, and the picture is denoised again")
     request = recorded.request or _request_in(latents)
-    if flags := [f"{FIELDS[x].flag} {FIELDS[x].metavar}" for x in PICTURE_FILES if getattr(request, x)]:
-        raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} {' '.join(flags)}")
     for line in request.functions:
         note(f"an intervention that the picture's file cannot hold is missing: {one_line(line)}")
+    if flags := [f"{FIELDS[x].flag} {FIELDS[x].metavar}" for x in PICTURE_FILES if getattr(request, x)]:
+        raise UsageError(f"{file} was made from a picture: python cli.py --from-image {file} {' '.join(flags)}")
     loading = pop_fields(files, LOADING)
     looks = load_again(files, () if from_latents else request.hooks, "the picture")
     if others := [entry.kind for entry in looks if entry.changes_pixels]:

@@ -418,13 +418,15 @@ def test_edits_inside_a_mask_by_the_model_for_it(family, image):
     assert (record.init_image.file, record.mask.file, record.prompt) == ("room.png", "mask.png", "a car")
 
 
-def test_edits_inside_a_mask_by_any_model(mini):
+def test_edits_inside_a_mask_by_any_model(mini, capsys):
     place = ["--init-image", "room.png", "--mask", "mask.png", "--steps", "4", "--seed", "5"]
     assert main(["edit", "--source", "a fox", "--edit", "a red car", *place]) == 0
     assert all(kept(f"output/flux-mini_seed5_{branch}.png") for branch in ("source", "edit1"))
     assert main(["--prompt", "a fox", *place]) == 0
     source, alone = (pixels(f"output/flux-mini_seed5{end}.png").astype(int) for end in ("_source", ""))
     assert np.abs(source - alone).max() <= 2  # a row of two and a row alone
+    assert main(["repeat", "output/flux-mini_seed5_edit1.png"]) == 2
+    assert "cannot hold is missing: Stable Flow, edit1 of 'a fox'" in capsys.readouterr().err
 
 
 def test_no_step_is_no_edit(capsys):
@@ -436,6 +438,12 @@ def test_no_step_is_no_edit(capsys):
 def test_a_photograph_that_is_inverted_is_not_started_from(flags, capsys):
     assert main(["edit", "--image", "room.png", "--source", "a fox", "--edit", "a car", *flags]) == 2
     assert f"--image is inverted to the noise that it starts from: leave out {flags[0]}" in capsys.readouterr().err
+
+
+def test_what_is_inverted_is_no_map(capsys):
+    words = ["edit", "--name", "flux-mini-canny", "--image", "room.png", "--source", "a fox", "--edit", "a car"]
+    assert main(words) == 2
+    assert "--image is the photograph that is inverted" in capsys.readouterr().err
 
 
 def test_a_study_inside_a_mask(family, capsys):
