@@ -144,7 +144,7 @@ class Numbers(NamedTuple):
 
 @cache
 def numbers_of(params: FluxParams, ae_params: AutoEncoderParams, format: str | None) -> Numbers:
-    """By a network without weights."""
+    """Counted on a network without weights."""
     from torch import nn
 
     from ..linears.formats import quantizable

@@ -27,8 +27,8 @@ def _in_place(x: Tensor, *_: object, **__: object) -> Tensor:
     return x
 
 
-def _like(x: Tensor, **_: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _like(x: Tensor, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _arange(*span: int, dtype: torch.dtype, device: torch.device, **_: object) -> Tensor:

@@ -140,7 +140,7 @@ def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5
 
 @cache
 def _network(params: FluxParams, dtype: str) -> Network:
-    """By a network without weights."""
+    """Counted on a network without weights."""
     from torch import nn
 
     from ..linears.formats import quantizable
