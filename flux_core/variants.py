@@ -69,6 +69,11 @@ class Takes:
         return sum(FEATURES[name] for name in self.channels)
 
     @property
+    def words_of_one(self) -> int:
+        """Words of a picture."""
+        return (self.side**2 or SIGLIP_PATCHES) if self.words else 0
+
+    @property
     def mask(self) -> bool:
         return "mask" in self.channels
 
@@ -341,6 +346,7 @@ _SCHNELL = replace(
 )
 REDUX = Adapter("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", ("FLUX_REDUX",))
 SIGLIP = "google/siglip-so400m-patch14-384"
+SIGLIP_PATCHES = (384 // 14) ** 2
 
 
 def _taught(kind: str, takes: Takes) -> Variant:

@@ -8,14 +8,14 @@ settings are the same it goes on behind it.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, UsageError
 from ..files import append_synced, disk_errors, write_whole
 from ..images.pictures import open_picture
-from ..session.sharing import try_lock
+from ..session.sharing import alone
 from ..training.data import ENDINGS, caption_beside
 from ..training.tables import CAPTIONS, TABLES, parquet_modules
 
@@ -128,16 +128,9 @@ class Captions:
         other.close()
 
 
-@contextmanager
-def only_captioner(folder: Path) -> Iterator[None]:
+def only_captioner(folder: Path) -> AbstractContextManager[None]:
     """Lock a folder while the block runs. UsageError where another process captions it, DiskError."""
-    with try_lock(folder / LOCK) as mine:
-        if not mine:
-            raise UsageError(f"another process captions {folder}. Next: wait for it, or end it")
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+    return alone(folder / LOCK, f"another process captions {folder}")
 
 
 # Tables ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..hooks.step_cache import Searched
 from ..methods.importance import Prompt, default_prompts, read_prompts
 from ..request.fields import DEVICE, FILES, LOADING, MEMORY, OUTPUT_DIR, THREADS, pop_fields
 from ..request.generation import GenerationRequest
+from ..session.sharing import alone
 from ..terminal import no_bars, note, tell
 from ..version import __version__
 from .table import CACHE_SEARCH
@@ -55,45 +56,55 @@ def search(
     loading, memory = pop_fields(fields, LOADING), pop_fields(fields, MEMORY)
     variant = with_files(name, **pop_fields(fields, FILES))
     request = GenerationRequest(name=variant.name, prompt="", allow_empty_prompt=True, seed=0, **fields)
-    request.check_whole()
+    if variant.takes:
+        raise UsageError(
+            f"{variant.name} takes a picture, and a search draws from prompts alone. Next: --cache fast, or faster"
+        )
     count = _forwards(forwards, request.num_steps)
     pairs = _pairs(prompts or str(default_prompts(variant.name)), limit + held_out, seeds)
     stem = f"cache-{variant.name}-{count}of{request.num_steps}-{request.width}x{request.height}"
     path = Path(output) if output else Path(OUTPUT_DIR.default, f"{stem}.json")
-    if path.exists():
-        raise UsageError(f"{path} exists already: it holds what a search found. Next: another --output")
+    _check_new(path)
     check_files(variant)
     prepare_folder(path.parent, "--output")
     for line in [] if variant.embedded else [variant.licence_line]:
         note(line)
+    with alone(path.with_name(f".{path.name}.lock"), f"another process searches for {path}"):
+        _check_new(path)  # since that process may have ended now
 
-    import torch  # now, since it takes seconds
+        import torch  # now, since it takes seconds
 
-    from ..methods.step_search import Journal
-    from ..pipeline import load_pipeline
+        from ..methods.step_search import Journal
+        from ..pipeline import load_pipeline
 
-    set_threads(THREADS.parse(threads))
-    pipeline = load_pipeline(variant, device, request.dtype, t5_dtype=request.t5_dtype, **memory, **loading)
-    about = request.model_dump(mode="json", include={"name", "width", "height", "num_steps", "guidance"})
-    about |= {"dtype": pipeline.precision, "weights": pipeline.weights}
-    about |= {"pairs": [[pair.prompt, pair.seed] for pair in pairs], "searched": limit * seeds, "version": __version__}
-    journal = Journal(path.with_suffix(".journal"), about)
-    work = Work(pipeline, request, journal, pairs, limit * seeds)
-    with torch.no_grad():
-        try:
-            best = work.search(count, tries)
-            searched = work.judged(best, count)
-        except KeyboardInterrupt:
-            note(f"{len(journal.scores)} scores are in {journal.path}. Next: the same command goes on from them")
-            raise
-    entry = best.model_copy(update={"model": variant.name})
-    whole = {
-        **entry.model_dump(mode="json", exclude_none=True, exclude={"follow"}),
-        "searched": searched.model_dump(mode="json"),
-    }
-    write_whole(path, json.dumps(whole, indent=1) + "\n")
-    journal.path.unlink()
+        set_threads(THREADS.parse(threads))
+        pipeline = load_pipeline(variant, device, request.dtype, t5_dtype=request.t5_dtype, **memory, **loading)
+        about = request.model_dump(mode="json", include={"name", "width", "height", "num_steps", "guidance"})
+        about |= {"dtype": pipeline.precision, "t5_dtype": pipeline.t5_precision, "attention": pipeline.attention}
+        about |= {"weights": pipeline.weights, "searched": limit * seeds, "version": __version__}
+        about["pairs"] = [[pair.prompt, pair.seed] for pair in pairs]
+        journal = Journal(path.with_name(f"{path.name}.journal"), about)
+        work = Work(pipeline, request, journal, pairs, limit * seeds)
+        with torch.no_grad():
+            try:
+                best = work.search(count, tries)
+                searched = work.judged(best, count)
+            except KeyboardInterrupt:
+                note(f"{len(journal.scores)} scores are in {journal.path}. Next: the same command goes on from them")
+                raise
+        entry = best.model_copy(update={"model": variant.name})
+        whole = {
+            **entry.model_dump(mode="json", exclude_none=True, exclude={"follow"}),
+            "searched": searched.model_dump(mode="json"),
+        }
+        write_whole(path, json.dumps(whole, indent=1) + "\n")
+        journal.path.unlink()
     return path
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} exists already: it holds what a search found. Next: another --output")
 
 
 def print_found(**flags: Any) -> None:

@@ -238,7 +238,8 @@ def _plan(
     if memory is None and own and place.type != "cuda":
         raise UsageError("there is no card here. Next: say for how much memory to plan, as in --memory 12GB")
     given = bytes_of(memory, "--memory") if memory else None
-    how = request.t5_dtype, Picture(width, height, tiled=vae_tiling, steps=request.num_steps)
+    picture = Picture(width, height, tiled=vae_tiling, steps=request.num_steps).with_reference(variant)
+    how = request.t5_dtype, picture
     if place.type == "mps" and not own:
         raise UsageError(f"there are no plans for {place}. Next: --device cpu, or leave --device out, for a card")
     if not own and place.type == "cpu":

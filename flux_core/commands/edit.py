@@ -61,9 +61,13 @@ def edit(
         image = None
     if image is not None and (variant.takes.control or variant.takes.pictures):
         note(f"--image is the photograph that is inverted; what {variant.name} takes is given beside it")
+    guided = variant.params.guidance_embed
+    if source_guidance is not None and not guided:
+        raise UsageError(f"{variant.name} takes no guidance. Next: leave --source-guidance out")
     photo, origin = open_source(image)
     if photo is not None:
-        fields.setdefault("guidance", PHOTO_GUIDANCE[1])
+        if guided:
+            fields.setdefault("guidance", PHOTO_GUIDANCE[1])
         if others := [FIELDS[key].flag for key in STARTS if key in fields]:
             raise UsageError(f"--image is inverted to the noise that it starts from: leave out {', '.join(others)}")
     elif fit and "init_image" in fields:
@@ -81,7 +85,9 @@ def edit(
     unused = [f"{_FIELDS[key].flag} does nothing without a photograph" for key, value in idle.items() if value]
     for line in [*request.notes(), *size_notes(request, pictures), *unused, *([shape] if shape else [])]:
         note(line)
-    guidance = _FIELDS["source_guidance"].parse(source_guidance, PHOTO_GUIDANCE[0] if photo is not None else None)
+    guidance = _FIELDS["source_guidance"].parse(
+        source_guidance, PHOTO_GUIDANCE[0] if photo is not None and guided else None
+    )
     factor, mode = (
         _FIELDS[key].parse(value, _FIELDS[key].default) for key, value in (("nudge", nudge), ("replay", replay))
     )

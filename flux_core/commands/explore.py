@@ -233,7 +233,12 @@ class Work:
         pipeline = load_pipeline(variant, place, first.dtype, t5_dtype=first.t5_dtype, **memory)
         try:
             self.session.settle(
-                Drawn(dtype=pipeline.precision, t5_dtype=pipeline.t5_precision, weights=pipeline.weights)
+                Drawn(
+                    dtype=pipeline.precision,
+                    t5_dtype=pipeline.t5_precision,
+                    attention=pipeline.attention,
+                    weights=pipeline.weights,
+                )
             )
             if self.rank == 0:
                 tell_idle_rows(place, first, exploration.batch)

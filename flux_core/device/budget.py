@@ -45,8 +45,9 @@ class Budget:
         """MemoryShortage where a picture cannot be drawn. nets: bytes of other networks than the model's."""
         if not self.admits(picture, nets):
             asked = f"--memory {self.asked} ({(self.size + self.beside) / 1e9:.2f} GB)"
+            seen = f" beside {picture.behind:,} tokens of references" if picture.behind else ""
             raise MemoryShortage(
-                f"{asked} is too little for {picture.width}x{picture.height} pixels: it takes at least "
+                f"{asked} is too little for {picture.width}x{picture.height} pixels{seen}: it takes at least "
                 f"{at_least(self.smallest(picture) + nets)}. Next: that much, a smaller picture, or another --dtype"
             )
 

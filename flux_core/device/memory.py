@@ -38,11 +38,20 @@ class Picture(NamedTuple):
     """whether the autoencoder works in strips"""
     steps: int | None = None
     """by default the model's"""
+    behind: int = 0
+    """tokens of pictures that are seen beside it, and not decoded"""
 
     @property
     def tokens(self) -> int:
         """Of a row."""
-        return -(-self.width // PATCH) * -(-self.height // PATCH)
+        return -(-self.width // PATCH) * -(-self.height // PATCH) + self.behind
+
+    def with_reference(self, variant: Variant) -> "Picture":
+        """The same with one picture as a reference, where the model takes any."""
+        takes = variant.takes
+        sizes = takes.sizes or ((self.width, self.height),)
+        seen = max(Picture(*size).tokens for size in sizes) if takes.references else takes.words_of_one
+        return self._replace(behind=seen)
 
 
 MEGAPIXEL = Picture(1024, 1024)

@@ -6,15 +6,25 @@ what is counted with torch's functions.
 """
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def computed(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator's results, contiguous; by torch's own function where there is no rule."""
-    return RULES.get(operator, operator)(*args, **kwargs)
+    """An operator's results, contiguous; by torch's own function where there is no rule, or none for such arguments."""
+    rule, tensors = RULES.get(operator), (x for x in tree_leaves(args) if isinstance(x, Tensor))
+    if rule is None or not kwargs.keys() <= KNOWN or not all(x.is_floating_point() for x in tensors):
+        return operator(*args, **kwargs)
+    found = rule(*args, **kwargs)
+    return operator(*args, **kwargs) if found is NotImplemented else found
+
+
+KNOWN = {"approximate", "correction", "device", "dtype", "keepdim", "layout", "memory_format", "pin_memory"}
+"""arguments that rules heed, or that change no size"""
 
 
 def _pointwise(*args: Any, **_: object) -> Tensor:
@@ -23,7 +33,7 @@ def _pointwise(*args: Any, **_: object) -> Tensor:
     return tensors[0].new_empty(torch.broadcast_tensors(*tensors)[0].shape, dtype=dtype)
 
 
-def _in_place(x: Tensor, *_: object, **__: object) -> Tensor:
+def _in_place(x: Tensor, *_: object) -> Tensor:
     return x
 
 
@@ -31,23 +41,28 @@ def _like(x: Tensor, dtype: torch.dtype | None = None, **_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _arange(*span: int, dtype: torch.dtype, device: torch.device, **_: object) -> Tensor:
+def _arange(*span: Any, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object) -> Any:
+    if dtype is None or not all(isinstance(x, int) for x in span):
+        return NotImplemented
     return torch.empty(len(range(*span)), dtype=dtype, device=device)
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     shape = list(tensors[0].shape)
     shape[dim] = sum(x.shape[dim] for x in tensors)
-    return tensors[0].new_empty(shape)
+    return tensors[0].new_empty(shape, dtype=reduce(torch.promote_types, (x.dtype for x in tensors)))
 
 
 def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return _cat([x.unsqueeze(dim) for x in tensors], dim)
 
 
-def _reduced(x: Tensor, dim: Iterable[int] | None = None, keepdim: bool = False, **_: object) -> Tensor:
+def _reduced(
+    x: Tensor, dim: Iterable[int] | None = None, keepdim: bool = False, dtype: torch.dtype | None = None, **_: object
+) -> Tensor:
     gone = {i % x.dim() for i in (range(x.dim()) if dim is None else dim)}
-    return x.new_empty([1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone])
+    shape = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _repeat(x: Tensor, times: list[int]) -> Tensor:
@@ -56,23 +71,32 @@ def _repeat(x: Tensor, times: list[int]) -> Tensor:
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Any, stride: list[int], padding: list[int], dilation: list[int], *_: object
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    *_: object,
+) -> Any:
+    if transposed:
+        return NotImplemented
     sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     return x.new_empty(len(x), len(weight), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides))
 
 
-def _batch_norm(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _like(x), _like(weight), _like(weight)
+def _batch_norm(x: Tensor, weight: Tensor | None, *_: object) -> Any:
+    return NotImplemented if weight is None else (_like(x), _like(weight), _like(weight))
 
 
-def _group_norm(x: Tensor, w: Tensor, b: Tensor, rows: int, c: int, n: int, groups: int, eps: float) -> Any:
+def _group_norm(x: Tensor, w: Any, b: Any, rows: int, c: int, n: int, groups: int, eps: float) -> tuple[Tensor, ...]:
     return _like(x), x.new_empty(rows, groups), x.new_empty(rows, groups)
 
 
 def _layer_norm(x: Tensor, shape: list[int], *_: object) -> tuple[Tensor, ...]:
-    of_row = [*x.shape[: -len(shape)], *(1 for _ in shape)]
-    return _like(x), x.new_empty(of_row, dtype=torch.float32), x.new_empty(of_row, dtype=torch.float32)
+    of_row, dtype = [*x.shape[: -len(shape)], *(1 for _ in shape)], torch.promote_types(x.dtype, torch.float32)
+    return _like(x), x.new_empty(of_row, dtype=dtype), x.new_empty(of_row, dtype=dtype)
 
 
 _aten = torch.ops.aten
@@ -109,7 +133,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     _aten.sum.default: _reduced,
     _aten.sum.dim_IntList: _reduced,
     _aten.upsample_nearest2d.default: lambda x, size, *_: x.new_empty(*x.shape[:2], *size),
-    _aten.var_mean.correction: lambda x, dim, **_: (_reduced(x, dim), _reduced(x, dim)),
+    _aten.var_mean.correction: lambda *args, **kwargs: (_reduced(*args, **kwargs), _reduced(*args, **kwargs)),
     _aten.zeros_like.default: _like,
 }
 """by operator"""

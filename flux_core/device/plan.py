@@ -133,7 +133,7 @@ def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5
     dtype, t5_dtype: as in `make_plan`. t5_comes: whether text is encoded on the device.
     """
     side = min(LARGE_SIDE, variant.max_side)
-    plan = make_plan(variant, budget, dtype, t5_dtype, Picture(side, side))
+    plan = make_plan(variant, budget, dtype, t5_dtype, Picture(side, side).with_reference(variant))
     at_work = max(plan.text.at_work, plan.at_work, plan.autoencoder.at_work)
     return plan.home - (0 if t5_comes else plan.text.weights) + at_work <= budget
 

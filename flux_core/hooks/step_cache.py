@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 FINE = 20
 """steps from which a schedule is fine enough to forecast where nothing was fitted"""
 PresetName = Literal["fast", "faster"]
-Slope = Annotated[float, Field(allow_inf_nan=False, ge=-10, le=10)]
+MOST_SLOPE = 10
+Slope = Annotated[float, Field(allow_inf_nan=False, ge=-MOST_SLOPE, le=MOST_SLOPE)]
 
 
 class Preset(NamedTuple):

@@ -29,8 +29,8 @@ from .launch import cdiv, dense_rows
 SUMMED = 128
 """keys that one program adds up"""
 READ, MAXIMA = 4, 1024
-"""blocks of v that one program looks at for the largest numbers of each feature; and of all, so many that no more
-programs are left than this"""
+"""blocks of v that one program looks at for the largest numbers of each feature; where that leaves more programs than
+this, more blocks, so that about as many are left"""
 WRITTEN = 6
 """blocks that one program writes, by which it needs the rotation and the statistics once"""
 WARPS, STAGES = 4, 3

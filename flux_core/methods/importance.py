@@ -30,7 +30,7 @@ from ..images.given import told
 from ..images.metadata import png_bytes
 from ..images.pictures import as_rgb, open_picture
 from ..jsonfile import first_finding, in_words, quoted, read_json
-from ..request.fields import FIELDS, MAX_SEED, MAX_SEEDS, PICTURE_FILES
+from ..request.fields import FIELDS, MAX_SEED, MAX_SEEDS, PICTURE_FILES, kind_of_attention
 from ..request.generation import GenerationRequest
 from ..session.sharing import claim, end_claims
 from ..variants import VARIANTS
@@ -160,6 +160,7 @@ class Study:
         pictures = {name: told(getattr(request, name)) or NONE for name in PICTURE_FILES}
         how = {name: NONE if (value := getattr(request, name)) is None else value for name in HOW}
         values |= json.loads(json.dumps(pictures | how))  # as they are read again
+        values["attention"] = kind_of_attention(request.environment["attention"]) if request.environment else None
         return {**values, "weights": request.weights or None, "prompts": [prompt.prompt for prompt in self.prompts]}
 
     def picture(self, task: Task) -> Image.Image:
@@ -268,16 +269,18 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def choose(rows: Sequence[Row], top: int | None = None, threshold: float | None = None) -> tuple[list[str], float]:
-    """The vital blocks, in order, and the threshold that they exceed: `threshold`, or a value below the `top` blocks.
+    """The vital blocks, in order, and the threshold: those above it, or the `top` blocks and a value between them and
+    the next, of equal ones the first.
 
     With neither, `top` is Stable Flow's share of FLUX.1-dev's blocks.
     """
+    if threshold is not None:
+        return [row.block for row in rows if row.importance > threshold], threshold
     ranked = sorted(rows, key=lambda row: -row.importance)
-    if threshold is None:
-        top = min(round(SHARE * len(rows)) if top is None else top, len(rows))
-        last, next_ = (ranked[i].importance if i < len(rows) else 0.0 for i in (top - 1, top))
-        threshold = (last + next_) / 2
-    return [row.block for row in rows if row.importance > threshold], threshold
+    top = min(round(SHARE * len(rows)) if top is None else top, len(rows))
+    last, next_ = (ranked[i].importance if i < len(rows) else 0.0 for i in (top - 1, top))
+    vital = {row.block for row in ranked[:top]}
+    return [row.block for row in rows if row.block in vital], (last + next_) / 2
 
 
 def csv_of(rows: Sequence[Row]) -> str:

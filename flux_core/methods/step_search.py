@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FileError, UsageError
 from ..files import append_synced, disk_errors
 from ..hooks import StepCache
+from ..hooks.step_cache import MOST_SLOPE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +186,8 @@ class Estimate:
         whole, alone = seen @ along.T, (seen * along).sum(1)
         hold = HOLD * np.where(alone > 0, alone, 1)  # behind a single step that ran there is no slope
         own = -(seen * reused).sum(1) / np.where(alone > 0, alone, 1)
-        return np.linalg.solve(whole + np.diag(hold), hold * own - seen @ reused.sum(0))
+        found = np.linalg.solve(whole + np.diag(hold), hold * own - seen @ reused.sum(0))
+        return found.clip(-MOST_SLOPE, MOST_SLOPE)
 
     def _moves(self, forwards: Forwards) -> "tuple[np.ndarray, np.ndarray]":
         """What each of the M steps left out adds to the final latents, as sums of velocities, [M, N] each: with the
@@ -222,7 +224,10 @@ class Journal:
             self._append({"about": about})
         elif lines[0] != {"about": json.loads(json.dumps(about))}:
             raise UsageError(f"{path} is the journal of another search. Next: another --output, or delete it")
-        self.scores = {line["of"]: line["score"] for line in lines[1:]}
+        try:
+            self.scores = {line["of"]: line["score"] for line in lines[1:]}
+        except (KeyError, TypeError):
+            raise self._damaged() from None
 
     def of(self, key: Sequence[Any], measure: Callable[[], float]) -> float:
         """The score of a key; measured and written down where it is not known. DiskError."""
@@ -236,7 +241,10 @@ class Journal:
         """The lines that were written whole; the rest, which a stopped search may leave, is cut off."""
         if not self.path.exists():
             return []
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise FileError(f"{self.path} could not be read: {error.strerror}. Next: another --output") from None
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             with disk_errors(self.path, "--output"):
@@ -244,7 +252,10 @@ class Journal:
         try:
             return [json.loads(line) for line in whole.splitlines()]
         except ValueError:
-            raise FileError(f"{self.path} is damaged. Next: delete it, and search anew") from None
+            raise self._damaged() from None
+
+    def _damaged(self) -> FileError:
+        return FileError(f"{self.path} is damaged. Next: delete it, and search anew")
 
     def _append(self, line: dict[str, Any]) -> None:
         with disk_errors(self.path, "--output"):

@@ -5,14 +5,12 @@ adds tokens after them, Redux adds tokens to the text, a ControlNet adds residua
 `Condition`: a function of the inputs, and a run where it works inside the forward.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..model.blocks import DoubleStreamBlock, SingleStreamBlock
-from ..request.generation import PATCH
 from ..sampling import FlowInputs, SampledRun, SeesLatents
 
 
@@ -32,10 +30,9 @@ class Condition(Protocol):
         ...
 
 
-def planned_size(size: tuple[int, int], conditions: Sequence[Condition]) -> tuple[int, int]:
-    """Width and height of a picture with as many tokens as one of `size` and all conditions have."""
-    extra = sum(getattr(condition, "extra_tokens", 0) for condition in conditions)
-    return size[0], size[1] + PATCH * math.ceil(extra * PATCH / size[0])
+def tokens_added(conditions: Sequence[Condition]) -> int:
+    """Those that conditions add to the sequence."""
+    return sum(getattr(condition, "extra_tokens", 0) for condition in conditions)
 
 
 def bytes_beside(conditions: Sequence[Condition]) -> int:

@@ -40,7 +40,7 @@ from ..sampling.inpaint import mask_tokens, repaint
 from ..terminal import note
 from ..variants import Variant
 from .codec import Codec
-from .conditions import Condition, FlowInputs, bytes_beside, conditioned, planned_size
+from .conditions import Condition, FlowInputs, bytes_beside, conditioned, tokens_added
 from .controlnets import ControlNets
 from .family import Maps, conditions_of
 from .loras import Loras
@@ -102,7 +102,8 @@ class Denoiser:
         positive: the prompts that conditions work for inside a forward, where there are negative ones, too.
         """
         model, placement = self.placement.components.flux, self.placement
-        placement.admit(planned_size(size, conditions), len(prompts), len(sigmas) or None, bytes_beside(conditions))
+        more = bytes_beside(conditions), tokens_added(conditions)
+        placement.admit(size, len(prompts), len(sigmas) or None, *more)
         seen = None
         if conditions and positive is not None:
             seen = self.inputs(positive, guidance[:: len(prompts) // len(positive)], size)

@@ -25,11 +25,13 @@ from ..images.given import NOTHING, Given, Picture, natural_size, open_given, si
 from ..images.masks import Canvas
 from ..images.metadata import describe
 from ..images.pictures import crop_centre
+from ..kernels import describe as functions_of
 from ..linears.formats import format_of
 from ..lora import Handle, attached
 from ..model import AutoEncoder, Flux
 from ..model.tiny import TinyDecoder
 from ..request.batch import check_rows, numbered
+from ..request.fields import kind_of_attention
 from ..request.generation import GenerationRequest
 from ..sampling import OnStep
 from ..text import TextEncoder
@@ -108,6 +110,11 @@ class Pipeline(ByHand):
     @property
     def device(self) -> torch.device:
         return self.fallback.device
+
+    @property
+    def attention(self) -> str:
+        """`exact`, or in which eight bits."""
+        return kind_of_attention(functions_of(self.model)["attention"])
 
     def generate(
         self,

@@ -42,11 +42,11 @@ class Placement:
         """Whether weights keep their addresses between two steps, as a CUDA graph needs."""
         return not self.fallback.offload
 
-    def admit(self, size: tuple[int, int], rows: int, steps: int | None, beside: int = 0) -> None:
+    def admit(self, size: tuple[int, int], rows: int, steps: int | None, beside: int = 0, behind: int = 0) -> None:
         """MemoryShortage where a budget has no room for a picture. size: width and height; rows: of its batches;
-        beside: bytes of networks that a model does not have by itself."""
+        beside: bytes of networks that a model does not have by itself; behind: tokens of references."""
         if self.budget is not None:
-            self.budget.admit(Picture(*size, rows, self.fallback.vae_tiling, steps), beside)
+            self.budget.admit(Picture(*size, rows, self.fallback.vae_tiling, steps, behind), beside)
 
     def release(self) -> None:
         """Where parts take turns, all go home: somebody else places them now."""

@@ -378,6 +378,16 @@ ATTENTION = Field(
     default="auto",
     metavar="NAME",
 )
+
+
+def kind_of_attention(recorded: str) -> str:
+    """The value of `--attention` that decides pixels more than their last bits: `exact` is any of PyTorch's kernels.
+
+    recorded: `attention` of a picture's environment.
+    """
+    return recorded if recorded in ATTENTION.choices else "exact"
+
+
 LOADING = (
     BUDGET,
     Field(

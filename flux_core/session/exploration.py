@@ -63,12 +63,14 @@ class Sheet(NamedTuple):
 
 
 class Drawn(BaseModel):
-    """Dtypes and weights of all pictures, so that a resumed session uses the same."""
+    """Dtypes, attention and weights of all pictures, so that a resumed session uses the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     dtype: str
     t5_dtype: str | None = None
     """None: the model's own choice, as in sessions of earlier versions"""
+    attention: str = "exact"
+    """or in which eight bits"""
     weights: dict[str, str]
 
 

@@ -104,9 +104,9 @@ class Session:
                 write_whole(self.folder / MANIFEST, self.exploration.text())
             elif then != (now if then.t5_dtype else now.model_copy(update={"t5_dtype": None})):
                 raise UsageError(
-                    f"{self.folder} was begun with {then.dtype}, T5 in {then.t5_dtype} and {then.weights}, these are "
-                    f"{now.dtype}, {now.t5_dtype} and {now.weights}. "
-                    "Next: give the same files (--model, --ae, …), or begin another session"
+                    f"{self.folder} was begun with {then.dtype}, T5 in {then.t5_dtype}, {then.attention} attention and "
+                    f"{then.weights}, these are {now.dtype}, {now.t5_dtype}, {now.attention} and {now.weights}. "
+                    "Next: give the same files (--model, --ae, …) and --attention, or begin another session"
                 )
 
     def claim(self, point: Point) -> AbstractContextManager[bool]:

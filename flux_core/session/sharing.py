@@ -58,6 +58,19 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
+def alone(path: Path, finding: str) -> Iterator[None]:
+    """Hold a lock until the block ends, and remove its file. UsageError with the finding where another process holds
+    it, DiskError."""
+    with try_lock(path) as mine:
+        if not mine:
+            raise UsageError(f"{finding}. Next: wait for it, or end it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Wait for a lock, take it, and release it when the block ends. DiskError."""
     file = FileLock(path)

@@ -447,6 +447,13 @@ def test_other_weights_do_not_go_on_with_a_session(session, monkeypatch, capsys)
     assert "was begun with float32" in err and "2 of 3 pictures are drawn. Next: explore --resume" in err
 
 
+def test_another_attention_does_not_go_on_with_a_session(session, monkeypatch, capsys):
+    (session / PICTURES[1]).unlink()
+    monkeypatch.setattr(flux_core.pipeline.Pipeline, "attention", "int8")
+    assert main(["explore", "--resume", str(session)]) == 2
+    assert "exact attention and" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full_again_and_again_costs_nothing_but_time(whole, monkeypatch, capsys):
     """Row 24: a session is resumed until it is whole; the first write fails, then the second one of the next, …"""
     real, calls, failing, codes, folders = os.fsync, [], 0, [], []

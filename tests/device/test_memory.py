@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from capped import Capped
 
 from flux_core.commands import doctor
 from flux_core.device import on_meta
-from flux_core.device.alive import autoencoder_at_work, transformer_at_work
+from flux_core.device.alive import autoencoder_at_work, most_alive, transformer_at_work
 from flux_core.device.memory import MEGAPIXEL, Picture, shares
 from flux_core.device.verdict import verdict
 from flux_core.model import AutoEncoder
@@ -59,17 +60,39 @@ def test_what_is_alive_at_work():
 
 
 def counted():
-    """Of pictures with odd numbers of tokens, two rows, strips."""
-    for row, text, kind in ((DEV, 512, torch.bfloat16), (get_variant("flux-mini"), 128, torch.float32)):
-        for picture in (Picture(528, 272), Picture(256, 256, rows=2), Picture(256, 144, tiled=True)):
-            yield transformer_at_work.__wrapped__(row.params, text, picture, kind)
-            yield autoencoder_at_work.__wrapped__(row.ae_params, picture, kind)
+    """Of every network, for pictures with odd numbers of tokens, two rows, references, strips."""
+    for params, text in {row.params: row.max_text for row in VARIANTS.values()}.items():
+        for picture, kind in ((Picture(528, 272), torch.bfloat16), (Picture(64, 64, 2, behind=30), torch.float32)):
+            yield transformer_at_work.__wrapped__(params, text, picture, kind)
+    for params in {row.ae_params for row in VARIANTS.values()}:
+        for picture, kind in ((Picture(528, 272), torch.bfloat16), (Picture(256, 144, tiled=True), torch.float32)):
+            yield autoencoder_at_work.__wrapped__(params, picture, kind)
+
+
+def made(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+UNUSUAL = [
+    lambda: torch.zeros_like(made(1000), dtype=torch.float64),
+    lambda: made(100, 100).mean(-1, dtype=torch.float32),
+    lambda: made(100, 100, dtype=torch.bool).sum(-1),
+    lambda: made(1000, dtype=torch.uint8) / 2,
+    lambda: torch.cat([made(1000), made(1000, dtype=torch.float32)]),
+    lambda: F.conv_transpose2d(made(1, 4, 16, 16), made(4, 8, 3, 3), stride=2),
+    lambda: F.layer_norm(made(100, 40, dtype=torch.float64), (40,)),
+    lambda: F.batch_norm(made(4, 4, 4, 4), made(4), made(4)),
+    lambda: torch.arange(1000, device="meta"),
+    lambda: torch.arange(0.0, 10.0, 0.5, device="meta"),
+    lambda: torch.var_mean(made(10, 10), dim=[1], keepdim=True, correction=0),
+    lambda: torch.add(made(10), made(10, dtype=torch.float32), alpha=2),
+]
 
 
 def test_rules_for_shapes_count_what_torch_counts(monkeypatch):
-    ours = list(counted())
+    ours = [*counted(), *map(most_alive, UNUSUAL)]
     monkeypatch.setattr(on_meta, "RULES", {})
-    assert ours == list(counted())
+    assert ours == [*counted(), *map(most_alive, UNUSUAL)]
 
 
 def test_a_plan_imports_no_compiler():

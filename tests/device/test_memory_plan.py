@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux_core.device.budget import CONTEXT
-from flux_core.device.memory import Picture, at_least, shares
+from flux_core.device.memory import MEGAPIXEL, Picture, at_least, shares
 from flux_core.device.plan import describe, is_whole, make_plan
 from flux_core.device.rates import Rates
 from flux_core.main import main
 from flux_core.model import Flux
 from flux_core.sampling import image_ids
-from flux_core.variants import get_variant
+from flux_core.variants import VARIANTS, get_variant
 
 DEV = get_variant("flux-dev")
 GB = 10**9
@@ -97,6 +97,17 @@ def test_the_page_says_what_the_code_plans():
         plans = [planned(budget * GB, dtype) for budget in (6, 8, 12, 16, 24)]
         cells = (f"{len(x.resident)} of 57 stay, {x.streamed / 1e9:.1f} GB a step" * bool(x.streamed) for x in plans)
         assert f"| {title} | {' | '.join(cell or 'all stay' for cell in cells)} |" in page
+
+
+def test_a_reference_is_seen_and_not_decoded():
+    kontext, redux = VARIANTS["flux-dev-kontext"], VARIANTS["flux-dev-redux"]
+    assert Picture(64, 64).with_reference(DEV) == Picture(64, 64)
+    assert Picture(64, 64).with_reference(kontext).behind == 4150  # its largest size
+    assert Picture(64, 64).with_reference(redux).behind == 729
+    for row in (kontext, redux):
+        alone, beside = (make_plan(row, 0, "nf4", None, one) for one in (MEGAPIXEL, MEGAPIXEL.with_reference(row)))
+        assert alone.autoencoder == beside.autoencoder
+        assert alone.at_work < beside.at_work and alone.tera < beside.tera
 
 
 def test_what_fits_whole_stays_whole():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import torch
 import triton_device  # noqa: F401  skips where there is no Triton
@@ -23,6 +24,22 @@ assert all(map(launch.known, [*launch._unknown])) and not launch._unknown
 assert torch.equal(torch.ops.flux_core.gated_sum(x, row, x), found)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+def test_an_operator_becomes_known_once(monkeypatch):
+    made, begun = [], threading.Event()
+
+    def slowly():
+        begun.set()
+        time.sleep(0.1)
+        made.append(None)
+
+    monkeypatch.setitem(launch._unknown, "slow", slowly)
+    first = threading.Thread(target=launch.known, args=("slow",))
+    first.start()
+    begun.wait()
+    assert launch.known("slow") and len(made) == 1
+    first.join()
 
 
 def test_threads_call_an_operator_while_another_compiles_it(request):

@@ -130,6 +130,8 @@ def test_vital_blocks_by_number_by_threshold_or_by_the_papers_share(small, tmp_p
     assert choose(rows, threshold=0.15)[0] == [BLOCKS[1], BLOCKS[2], BLOCKS[4]]
     assert choose(rows)[0] == [BLOCKS[1]]  # 9 of 57 is one of five
     assert choose(rows, top=99)[0] == BLOCKS
+    equal = rows_of(study_of(tmp_path, 1), [dict.fromkeys(BLOCKS, 0.5)] * 2)
+    assert choose(equal, top=2) == (BLOCKS[:2], 0.5)
 
 
 def test_batches_have_every_picture_once_and_one_block_each(small, tmp_path):
@@ -262,6 +264,15 @@ def test_a_study_of_other_prompts_or_weights_is_refused(flags, tmp_path, capsys)
     settings.write_text(settings.read_text().replace('"weights": {', '"weights": {"other": "1", '))
     assert main(flags) == 2
     assert "holds a study with weights" in capsys.readouterr().err
+
+
+def test_a_study_with_another_attention_is_refused(flags, tmp_path, capsys):
+    assert main(flags) == 0
+    settings = tmp_path / "study" / "study.json"
+    assert json.loads(settings.read_text())["attention"] == "exact"
+    settings.write_text(settings.read_text().replace('"attention": "exact"', '"attention": "int8"'))
+    assert main(flags) == 2
+    assert "holds a study with attention 'int8', this one has 'exact'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

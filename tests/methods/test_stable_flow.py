@@ -1,21 +1,24 @@
 """The parts of Stable Flow: layers, batch, inversion and replay."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import flux_core.pipeline
 from flux_core import GenerationRequest, load_pipeline
 from flux_core.commands.edit import choose_layers
 from flux_core.errors import FileError, UsageError
 from flux_core.hooks import layers as layers_module
 from flux_core.hooks.layers import layers_of
 from flux_core.hooks.sites import block_names
+from flux_core.methods import stable_flow
 from flux_core.methods.stable_flow import Editing
 from flux_core.sampling import euler, invert
-from flux_core.variants import VARIANTS
+from flux_core.variants import VARIANTS, get_variant
 
 DEV = VARIANTS["flux-dev"].params
 
@@ -154,6 +157,21 @@ def test_the_command_edits_a_photograph_and_marks_it(small, one_thread, tmp_path
     assert run(out, "--image", str(tmp_path / "photo.png"), "--layers", "layer.0", "--replay", "released") == 0
     info = Image.open(out / "flux-mini_seed3_edit1.png").info
     assert "photo.png" in info["flux_core"] and "compositeWithTrained" in str(info)
+
+
+def test_a_model_without_guidance_gets_none(small, pipeline, monkeypatch, tmp_path, photo, capsys):
+    row = get_variant("flux-mini")
+    monkeypatch.setitem(VARIANTS, row.name, replace(row, params=replace(row.params, guidance_embed=False)))
+    photo.save(tmp_path / "photo.png")
+    flags = ["--image", str(tmp_path / "photo.png"), "--layers", "layer.0"]
+    assert run(tmp_path / "out", *flags, "--source-guidance", "2") == 2
+    assert "flux-mini takes no guidance. Next: leave --source-guidance out" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr("flux_core.commands.edit.check_files", lambda variant: None)
+    monkeypatch.setattr(stable_flow, "Editing", lambda pipeline, request, edits, blocks, own, *_: asked.append(own))
+    monkeypatch.setattr(flux_core.pipeline, "load_pipeline", lambda *_, **__: pipeline)
+    assert run(tmp_path / "out", *flags) != 2
+    assert asked == [None] and "guidance" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from flux_core.images.metadata import read_request
 from flux_core.main import main
 from flux_core.methods import step_search
 from flux_core.methods.step_search import Estimate, Journal, Picture, Search, by_hand, cache_of, decibels, moved
+from flux_core.pipeline import Pipeline
 from flux_core.sampling import euler, get_schedule
+from flux_core.session.sharing import try_lock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMAS = get_schedule(8, 256)
@@ -53,6 +55,13 @@ def test_the_estimate_is_exact_where_the_velocity_depends_on_sigma_alone(forward
     for slopes in (estimate.slopes(forwards), np.zeros(8 - len(forwards))):
         true = picture.error(cache_of(forwards, 8, slopes.tolist()))
         assert estimate.errors(forwards, slopes).tolist() == pytest.approx([true], rel=1e-4)
+
+
+def test_slopes_of_a_steep_velocity_are_those_that_a_plan_may_have(tmp_path):
+    steep = Picture(lambda x, sigma: torch.full_like(x, np.exp(-12 * sigma)), torch.zeros(1, 1, 1), SIGMAS)
+    free = Estimate(steep.products()[None], SIGMAS, [1.0] * 8).slopes((0, 1, 2))
+    assert max(abs(free)) == 10
+    assert last(Search([steep], 3, Journal(tmp_path / "journal", {})).run(3))
 
 
 def test_slopes_find_a_velocity_that_is_linear_in_sigma():
@@ -100,9 +109,12 @@ def test_a_journal_of_something_else_or_damaged_is_refused(tmp_path):
     Journal(tmp_path / "journal", {"a": 1})
     with pytest.raises(UsageError, match="journal of another search"):
         Journal(tmp_path / "journal", {"a": 2})
-    (tmp_path / "journal").write_bytes(b"\xff\n")
-    with pytest.raises(FileError, match="damaged"):
-        Journal(tmp_path / "journal", {"a": 1})
+    for line in (b"\xff", b'{"about": {"a": 1}}\n{"score": 1}', b'{"about": {"a": 1}}\n[1]'):
+        (tmp_path / "journal").write_bytes(line + b"\n")
+        with pytest.raises(FileError, match="damaged"):
+            Journal(tmp_path / "journal", {"a": 1})
+    with pytest.raises(FileError, match="could not be read: Is a directory"):
+        Journal(tmp_path, {"a": 1})
 
 
 @pytest.mark.parametrize(("forwards", "names"), [
@@ -167,7 +179,37 @@ def test_a_killed_command_leaves_no_file_and_ends_with_the_same(tiny, monkeypatc
     assert sorted(path.name for path in tiny.iterdir()) == ["again.json", "whole.json"]
 
 
+def test_a_journal_goes_on_for_the_same_pictures_alone(tiny, monkeypatch, capsys):
+    """Attention and T5's precision change pictures, and no two processes search at once."""
+    command = [*SEARCH, "--output", "found.journal"]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    def in_nf4(*args, **fields):
+        pipeline = tiny_pipeline(*args, **fields)
+        pipeline.t5_precision = "nf4"
+        return pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Picture, "psnr", interrupted)
+        assert main(command) == 130
+    assert [path.name for path in tiny.iterdir()] == ["found.journal.journal"]
+    for place, name, value in ((Pipeline, "attention", "int8"), (flux_core.pipeline, "load_pipeline", in_nf4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert main(command) == 2
+        assert "found.journal.journal is the journal of another search" in capsys.readouterr().err
+    with try_lock(tiny / ".found.journal.lock"):
+        assert main(command) == 2
+    assert "another process searches for found.journal. Next: wait" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "found.journal" in {path.name for path in tiny.iterdir()}
+    assert not list(tiny.glob("*.journal.journal"))
+
+
 @pytest.mark.parametrize(("flags", "code", "finding"), [
+    (["--forwards=3", "--name=flux-dev-fill"], 2, "flux-dev-fill takes a picture, and a search draws from"),
     ([], 2, "--forwards is missing: how many of the steps may run"),
     (["--forwards=6", "--num-steps=6"], 2, "--forwards 6 leaves out none of 6 steps"),
     (["--forwards=1"], 2, "--forwards must be a whole number from 2"),
