@@ -115,7 +115,7 @@ def make_file_plan(
 
 def _bytes(format: str | None) -> float:
     """Of a number in that format."""
-    return BF16 - saved(format) if format else 0
+    return BF16 - saved(format, BF16) if format else 0
 
 
 def describe(plan: FilePlan, steps: int, tera: float, rates: Rates | None) -> Iterator[str]:

@@ -4,12 +4,15 @@ import os
 from contextlib import suppress
 from functools import cache
 from math import ceil
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..params import AutoEncoderParams, FluxParams
 from ..request.generation import PATCH
 from ..variants import Variant
 from .threads import groups
+
+if TYPE_CHECKING:
+    import torch
 
 BF16, FP32 = 2, 4
 """bytes of a number"""
@@ -73,18 +76,20 @@ CACHED_PROMPTS = 64
 """prompts whose text tokens and vectors a pipeline keeps, where it computes"""
 
 
-def shares(variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None) -> tuple[Share, Share, Share]:
+def shares(
+    variant: Variant, dtype: str = "bfloat16", t5_dtype: str | None = None, kind: "torch.dtype | None" = None
+) -> tuple[Share, Share, Share]:
     """Memory of text encoders, transformer and autoencoder, by the name of a precision, for a picture of a megapixel.
 
-    t5_dtype: T5's, if it is another: a precision or a format.
+    t5_dtype: T5's, if it is another: a precision or a format. kind: as in `make_plan`.
     """
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
     format = None if dtype in ("bfloat16", "float32") else dtype
     numbers = numbers_of(variant.params, variant.ae_params, format)
-    less = saved(format) if format else 0.0
-    kind = torch_dtype(dtype)
+    kind = kind or torch_dtype(dtype)
     wide = kind.itemsize
+    less = saved(format, wide) if format else 0.0
     t5_wide, t5_less = text_width(t5_dtype, wide)
     of_forward = transformer_at_work(variant.params, variant.max_text, MEGAPIXEL, kind)
     of_decoder = autoencoder_at_work(variant.ae_params, MEGAPIXEL, kind)
@@ -106,7 +111,7 @@ def text_width(t5_dtype: str | None, wide: int) -> tuple[int, float]:
     """Bytes of T5's numbers, and those that a format saves of each, where the transformer's have so many."""
     if t5_dtype in ("float32", "bfloat16"):
         return (FP32 if t5_dtype == "float32" else BF16), 0.0
-    return wide, wide - (BF16 - saved(t5_dtype)) if t5_dtype else 0.0
+    return wide, saved(t5_dtype, wide) if t5_dtype else 0.0
 
 
 def text_at_work(variant: Variant, wide: int) -> int:
@@ -126,11 +131,11 @@ def prompt_cache(variant: Variant, wide: int = BF16) -> int:
     return CACHED_PROMPTS * wide * (variant.max_text * params.context_in_dim + params.vec_in_dim)
 
 
-def saved(format: str) -> float:
-    """Bytes that a format saves of a weight in bf16."""
+def saved(format: str, wide: int) -> float:
+    """Bytes that a format saves of a weight of so many."""
     from ..linears.formats import FORMATS
 
-    return BF16 - FORMATS[format].bits / 8
+    return wide - FORMATS[format].bits / 8
 
 
 class Numbers(NamedTuple):

@@ -7,12 +7,16 @@ copied while others compute (`pipeline/stream.py`).
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from ..params import FluxParams
 from ..variants import Variant
 from .budget import CONTEXT
-from .memory import BF16, Picture, Share, at_least, gb, modulation_table, saved, shares, text_width
+from .memory import Picture, Share, at_least, gb, modulation_table, saved, shares, text_width
 from .rates import Rates
+
+if TYPE_CHECKING:
+    import torch
 
 SLOTS = 2
 """buffers through which blocks come and go"""
@@ -85,15 +89,24 @@ class Plan:
         return max(self.tera / tera_rate, self.streamed / copy_rate)
 
 
-def make_plan(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, picture: Picture) -> Plan:
+def make_plan(
+    variant: Variant,
+    budget: int,
+    dtype: str,
+    t5_dtype: str | None,
+    picture: Picture,
+    kind: "torch.dtype | None" = None,
+) -> Plan:
     """The plan of a picture.
 
-    dtype: of the transformer, a precision or a format; t5_dtype: likewise T5's, if it is another.
+    dtype: of the transformer, a precision or a format; t5_dtype: likewise T5's, if it is another. kind: what all but
+    Linears in few bits are in; by default as on a card that has bfloat16.
     """
     from .alive import autoencoder_at_work, torch_dtype, transformer_at_work
 
-    text, transformer, autoencoder = shares(variant, dtype, t5_dtype)
-    network, kind = _network(variant.params, dtype), torch_dtype(dtype)
+    kind = kind or torch_dtype(dtype)
+    text, transformer, autoencoder = shares(variant, dtype, t5_dtype, kind)
+    network = _network(variant.params, dtype, kind.itemsize)
     of_decoder = autoencoder_at_work(variant.ae_params, picture, kind)
     autoencoder = autoencoder._replace(at_work=GAPS + of_decoder)
     of_forward = transformer_at_work(variant.params, variant.max_text, picture, kind)
@@ -127,19 +140,26 @@ def make_plan(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, p
     )
 
 
-def is_whole(variant: Variant, budget: int, dtype: str, t5_dtype: str | None, t5_comes: bool = True) -> bool:
+def is_whole(
+    variant: Variant,
+    budget: int,
+    dtype: str,
+    t5_dtype: str | None,
+    t5_comes: bool = True,
+    kind: "torch.dtype | None" = None,
+) -> bool:
     """Whether all parts may stay in so many bytes, with room for a large picture.
 
-    dtype, t5_dtype: as in `make_plan`. t5_comes: whether text is encoded on the device.
+    dtype, t5_dtype, kind: as in `make_plan`. t5_comes: whether text is encoded on the device.
     """
     side = min(LARGE_SIDE, variant.max_side)
-    plan = make_plan(variant, budget, dtype, t5_dtype, Picture(side, side).with_reference(variant))
+    plan = make_plan(variant, budget, dtype, t5_dtype, Picture(side, side).with_reference(variant), kind)
     at_work = max(plan.text.at_work, plan.at_work, plan.autoencoder.at_work)
     return plan.home - (0 if t5_comes else plan.text.weights) + at_work <= budget
 
 
 @cache
-def _network(params: FluxParams, dtype: str) -> Network:
+def _network(params: FluxParams, dtype: str, wide: int) -> Network:
     """Counted on a network without weights."""
     from torch import nn
 
@@ -149,7 +169,7 @@ def _network(params: FluxParams, dtype: str) -> Network:
 
     model = without_weights(Flux, params)
     few = quantizable(model, dtype) if dtype not in ("bfloat16", "float32") else {}
-    wide, sizes, of_image, of_text = BF16 * (1 + (dtype == "float32")), [], 0.0, 0.0
+    sizes, of_image, of_text = [], 0.0, 0.0
     for kind in ("double_blocks", "single_blocks"):
         for i, block in enumerate(getattr(model, kind)):
             size = 0.0
@@ -157,7 +177,7 @@ def _network(params: FluxParams, dtype: str) -> Network:
                 if name.endswith(MODULATION):
                     continue
                 size += wide * sum(x.numel() for x in layer.parameters(recurse=False))
-                size -= saved(dtype) * layer.weight.numel() if name in few else 0
+                size -= saved(dtype, wide) * layer.weight.numel() if name in few else 0
                 if isinstance(layer, nn.Linear):
                     flops = 2.0 * layer.weight.numel()
                     of_image += 0 if ".txt_" in name else flops

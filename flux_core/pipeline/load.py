@@ -100,18 +100,24 @@ def _t5_choice(
 
 
 def _budget(
-    variant: Variant, device: torch.device, memory: str | None, reserve: str | None, dtype: str, t5: T5Choice
+    variant: Variant,
+    device: torch.device,
+    memory: str | None,
+    reserve: str | None,
+    dtype: str,
+    t5: T5Choice,
+    kind: torch.dtype,
 ) -> Budget | None:
     """What a model may take: on a card what is free, if nobody says; elsewhere only then None. UsageError.
 
-    dtype: the transformer's, as requests name it.
+    dtype: the transformer's, as requests name it; kind: as in `make_plan`.
     """
     if reserve is not None and memory != "auto" and (memory is not None or device.type != "cuda"):
         raise UsageError("--reserve goes with --memory auto")
     if device.type == "cuda":
 
         def smallest(picture: Picture) -> int:
-            return make_plan(variant, 0, dtype, t5.precision, picture).smallest
+            return make_plan(variant, 0, dtype, t5.precision, picture, kind).smallest
 
         return Budget(bytes_for(memory, reserve, device), memory or "", smallest, outside(device))
     if memory is None:
@@ -195,7 +201,7 @@ def load_pipeline(
     t5 = _t5_choice(variant, fallback, kind, t5_dtype, t5_device, later=folder is not None)
     precision = format or dtype_name(kind)
     way = pick_attention(attention, precision, place, kind, variant.params.head_dim)
-    budget, mapped = _budget(variant, place, memory, reserve, precision, t5), False
+    budget, mapped = _budget(variant, place, memory, reserve, precision, t5, kind), False
     if budget is not None and place == CPU:
         mapped = _maps(variant, budget, precision, t5)
         t5 = replace(t5, mapped=mapped)
@@ -205,7 +211,7 @@ def load_pipeline(
             )
     elif budget is not None and not offload:
         free, comes = budget.size - torch.cuda.memory_allocated(place), t5.home is None and not t5.later
-        fallback.offload = not is_whole(variant, free, precision, t5.precision, comes)
+        fallback.offload = not is_whole(variant, free, precision, t5.precision, comes, kind)
     for one in dict.fromkeys([(format, place), (t5.format, t5.home or place)]):
         _note_widening(*one)
     kept = find_kept(folder, variant, t5, place, kind) if folder else None
