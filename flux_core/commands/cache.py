@@ -63,7 +63,7 @@ def search(
     count = _forwards(forwards, request.num_steps)
     pairs = _pairs(prompts or str(default_prompts(variant.name)), limit + held_out, seeds)
     stem = f"cache-{variant.name}-{count}of{request.num_steps}-{request.width}x{request.height}"
-    path = Path(output) if output else Path(OUTPUT_DIR.default, f"{stem}.json")
+    path = Path(output) if output is not None else Path(OUTPUT_DIR.default, f"{stem}.json")
     _check_new(path)
     check_files(variant)
     prepare_folder(path.parent, "--output")
@@ -103,6 +103,8 @@ def search(
 
 
 def _check_new(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder. Next: a file in it, as in --output {path / 'cache.json'}")
     if path.exists():
         raise UsageError(f"{path} exists already: it holds what a search found. Next: another --output")
 
@@ -178,6 +180,7 @@ class Work:
         return Searched(
             forwards=forwards,
             **self.size,
+            guidance=self.request.guidance,
             weights=self.pipeline.weights,
             prompts=tuple(self.pairs[i].prompt for i in mine),
             seeds=tuple(self.pairs[i].seed for i in mine),

@@ -54,6 +54,9 @@ def edit(
     """
     if not source or not edit:
         raise UsageError('an edit needs a source and an edit. Next: --source "a pig face" --edit "a green pig face"')
+    for flag, text in (("--source", source), *(("--edit", text) for text in edit)):
+        if not text.strip():
+            raise UsageError(f"{flag} has no words. Next: say what it shows")
     loading = pop_fields(fields, LOADING)
     variant = with_files(fields.pop("name", None), **pop_fields(fields, FILES))
     if variant.takes.mask:  # which paints into it, and inverts none
@@ -69,7 +72,10 @@ def edit(
         if guided:
             fields.setdefault("guidance", PHOTO_GUIDANCE[1])
         if others := [FIELDS[key].flag for key in STARTS if key in fields]:
-            raise UsageError(f"--image is inverted to the noise that it starts from: leave out {', '.join(others)}")
+            raise UsageError(
+                f"--image is inverted to the noise that it starts from: leave out {', '.join(others)}. Next: "
+                "--init-image, to start from the picture itself"
+            )
     elif fit and "init_image" in fields:
         fields["fit"] = fit
     plan = given_plan(fields)

@@ -89,6 +89,9 @@ def generate(
         lines = [_with_size(line, fields, pictures, variant) for line in lines]
     if batch is not None:
         fields["batch"] = None  # not that of the picture to repeat
+        if old is not None and old.batch is not None and rows > 1:
+            was = f"row {old.batch.row + 1} of {old.batch.rows}"
+            note(f"{from_image} was {was}: with --batch {rows} it has other last bits")
     requests = build_requests(seed, fields, lines)
     if old is not None:
         requests = [as_it_was(request, old) for request in requests]

@@ -84,7 +84,10 @@ def importance(
     )
     num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
-    chosen = read_prompts(prompts or default_prompts(variant.name))[: _FIELDS["limit"].parse(limit)]
+    known = read_prompts(prompts or default_prompts(variant.name))
+    if limit is not None and (most := _FIELDS["limit"].parse(limit)) > len(known):
+        note(f"--limit {most}: there are {len(known)} prompts, and all of them are taken")
+    chosen = known[: _FIELDS["limit"].parse(limit)]
     given = given_plan(fields)
     pictures, records = pop_given(with_image(fields, fields.pop("image", None), variant), variant)
     fields |= {**records, **natural_size(fields, pictures, variant)}
@@ -98,9 +101,11 @@ def importance(
     study = Study(
         Path(output_dir or f"output/importance-{request.name}"), chosen, _FIELDS["seeds"].parse(seeds), request
     )
+    if (count or 0) > len(study.blocks):
+        raise UsageError(f"--top {count}: {request.name} has {len(study.blocks)} blocks. Next: a smaller number")
     check_files(variant)
     prepare_folder(study.folder)
-    study.check_settings(request)
+    study.check_settings(request, keep=False)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         _announce(study)

@@ -150,7 +150,7 @@ EDIT = (
     Field(
         "source_guidance",
         float,
-        "guidance of the source (default: as --guidance; with --image 1)",
+        "guidance of the source (default: as --guidance; with --image 1, and --guidance 3)",
         minimum=0,
         maximum=100,
     ),

@@ -169,6 +169,11 @@ def check_plan(
     plan = [x for x in listed(plan) if not (isinstance(x, Python) or (isinstance(x, OfPython) and x.is_missing))]
     for intervention in plan:
         intervention.check_steps(num_steps)
+    if len([x for x in plan if isinstance(x, StepCache)]) > 1:
+        raise UsageError(
+            "two step_caches leave out steps, and the slopes of each are for its own alone. Next: leave out one, which "
+            "may be --cache"
+        )
     place_all(plan, params, branches)
 
 

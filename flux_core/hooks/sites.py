@@ -125,9 +125,9 @@ def head_names(params: FluxParams) -> list[str]:
 
 def match_blocks(patterns: tuple[str, ...], params: FluxParams) -> list[str]:
     """The blocks that any of the patterns matches. UsageError for a pattern without a match."""
-    return _match(
-        patterns, block_names(params), params, "block", "blocks are double_blocks.0, single_blocks.3-7, layer.12"
-    )
+    names = block_names(params)
+    last = f"double_blocks.0-{params.depth - 1}, single_blocks.0-{params.depth_single_blocks - 1}"
+    return _match(patterns, names, params, "block", f"blocks are {last}, or layer.0-{len(names) - 1}")
 
 
 def match_sites(patterns: tuple[str, ...], params: FluxParams) -> list[str]:

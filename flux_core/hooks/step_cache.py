@@ -12,7 +12,7 @@ of forwards is worth; `methods/step_search.py` finds both for a model, size and 
 entry of a plan. The presets are two that it found.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,6 +90,8 @@ class Searched(BaseModel):
     """steps that run"""
     width: int
     height: int
+    guidance: float | None = None
+    """None: the model takes none, or an earlier version searched"""
     weights: dict[str, str]
     """short hash of every weight file, by name"""
     prompts: tuple[str, ...]
@@ -149,6 +151,17 @@ class StepCache(Intervention):
         slopes = PRESETS[self.preset].of(num_steps)
         found = {"steps": tuple(slopes) or None, "slope": tuple(slopes.values()), "num_steps": num_steps}
         return self.model_copy(update=found)
+
+    def notes(self, width: int, height: int, guidance: float | None) -> Iterator[str]:
+        """What the user should know before a picture of that size is drawn, a line each."""
+        if self.preset is not None and self.steps is None:
+            yield f"{self.called} leaves out none of {self.num_steps} step(s)"
+        if (found := self.searched) is not None:
+            other = [f"{found.width}x{found.height}"] if (found.width, found.height) != (width, height) else []
+            if found.guidance not in (None, guidance):
+                other.append(f"guidance {found.guidance:g}")
+            if other:
+                yield f"{self.called} was searched for {' and '.join(other)}: for this picture it is a guess"
 
     def check_steps(self, num_steps: int) -> None:
         if self.steps is None and self.num_steps is None:

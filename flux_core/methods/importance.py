@@ -73,7 +73,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         first = first_finding(error)
         number, *keys = first["loc"]
         finding = in_words(first, f"entry {int(number) + 1}", str([*keys, "it"][0]), Prompt.model_fields)
-        raise UsageError(f"{path}: {finding}") from None
+        raise UsageError(f'{path}: {finding}. Next: entries as {{"prompt": "a red apple", "seed": 1}}') from None
 
 
 # The study -----------------------------------------------------------------------------------------
@@ -140,15 +140,15 @@ class Study:
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, png_bytes(image))
 
-    def check_settings(self, request: GenerationRequest) -> None:
-        """Write the study's settings, or compare them with those in its folder: UsageError where they differ."""
+    def check_settings(self, request: GenerationRequest, keep: bool = True) -> None:
+        """Compare the study's settings with those in its folder: UsageError where they differ. keep: write them."""
         path, settings, then = self.folder / "study.json", self._settings(request), None
         if path.is_file():
             then = _read_settings(path)
             for difference in _differences(then, settings):
                 raise UsageError(f"{self.folder} holds {difference}, or choose another folder with --output-dir")
             settings = _merge(then, settings)
-        if settings != then:  # so that no process replaces what another is reading, which Windows refuses
+        if keep and settings != then:  # so that no process replaces what another is reading, which Windows refuses
             write_whole(path, json.dumps(settings, indent=2) + "\n")
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:

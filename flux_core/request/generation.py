@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from ..errors import UsageError, nearest
-from ..hooks import Intervention, Lora, Plan, check_plan, parse_plan
+from ..hooks import Intervention, Lora, Plan, StepCache, check_plan, parse_plan
 from ..jsonfile import first_finding, quoted
 from ..strength import highest_strength, skipped_steps
 from ..terminal import one_line
@@ -339,7 +339,8 @@ class GenerationRequest(BaseModel):
     def notes(self) -> list[str]:
         """What the user should know before drawing, a line each."""
         about = self._model_notes(), self._true_cfg_notes(), self._init_image_notes(), self._map_notes()
-        return [*chain(*about, self._prompt_notes())]
+        caches = (x.notes(self.width, self.height, self.guidance) for x in self.plan if isinstance(x, StepCache))
+        return [*chain(*about, *caches, self._prompt_notes())]
 
     def _model_notes(self) -> Iterator[str]:
         variant = self.variant

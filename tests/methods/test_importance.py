@@ -283,11 +283,13 @@ def test_a_study_with_another_attention_is_refused(flags, tmp_path, capsys):
         (["--pooling", "max"], 2, "--pooling must be one of cls, mean, not 'max'"),
         (["--limit", "none"], 2, "--limit must be a whole number"),
         (["--scorer", "nobody"], 4, "there is no scorer 'nobody'"),
+        (["--top", "6"], 2, "--top 6: flux-mini has 5 blocks. Next: a smaller number"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_drawn(flags, tmp_path, capsys, change, code, finding):
     assert main([*flags, *change]) == code
     assert finding in capsys.readouterr().err
+    assert not list((tmp_path / "study").glob("*"))
     assert not pictures_in(tmp_path / "study")
 
 

@@ -183,7 +183,8 @@ def test_a_model_without_guidance_gets_none(small, pipeline, monkeypatch, tmp_pa
         (["--layers", "layer.99"], 2, "no block is called 'layer.99'"),
         (["--layers", "no.json"], 4, "no.json: the layers could not be read"),
         (["--image", "no.png"], 4, "no.png does not exist"),
-        (["--source", " "], 2, "no words"),
+        (["--source", " "], 2, "--source has no words"),
+        (["--edit", "a cat", ""], 2, "--edit has no words"),
     ],
 )
 def test_what_cannot_be_edited_is_told(small, tmp_path, capsys, flags, code, finding):

@@ -150,8 +150,15 @@ def test_the_command_writes_a_file_that_pictures_are_drawn_with(tiny, capsys):
     assert main([*flags, "--num-steps", "6"]) == 0
     (picture,) = tiny.glob("output/*.png")
     assert read_request(picture).plan[0].steps == tuple(found["steps"])
+    assert "was searched for" not in capsys.readouterr().err
+    assert main([*flags, "--num-steps", "6", "--guidance", "2", "--height=64"]) == 0
+    assert "was searched for 32x32 and guidance 3.5: for this picture it is a guess" in capsys.readouterr().err
     assert main([*flags, "--num-steps", "5"]) == 2
     assert "chosen for 6 steps, not for 5" in capsys.readouterr().err
+    assert main([*flags, "--num-steps", "6", "--plan", "found.json"]) == 2
+    assert "two step_caches leave out steps" in capsys.readouterr().err
+    assert main(["--prompt", "x", "--num-steps", "1", "--cache", "fast", *flags[2:7]]) == 0
+    assert "step_cache fast leaves out none of 1 step(s)" in capsys.readouterr().err
 
 
 def test_a_killed_command_leaves_no_file_and_ends_with_the_same(tiny, monkeypatch, capsys):
@@ -216,6 +223,7 @@ def test_a_journal_goes_on_for_the_same_pictures_alone(tiny, monkeypatch, capsys
     (["--forwards=3", "--limit=60"], 2, "has 64 prompts, 76 are needed. Next: lower --limit or --held-out"),
     (["--forwards=3", "--prompts=none.json"], 4, "none.json"),
     (["--forwards=3", "--output=there.json"], 2, "there.json exists already"),
+    (["--forwards=3", "--output=."], 2, "--output . is a folder. Next: a file in it"),
 ])  # fmt: skip
 def test_wrong_flags_are_told_before_a_model_is_loaded(flags, code, finding, tiny, monkeypatch, capsys):
     monkeypatch.setattr(flux_core.pipeline, "load_pipeline", None)
