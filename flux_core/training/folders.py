@@ -126,9 +126,9 @@ def fetch(folders: Sequence[Folder], hub: Path) -> None:
 
 
 def _there(place: str, hub: Path, number: int) -> Path:
-    """A folder, or that of a data set of the hub, which is fetched once."""
+    """A folder, or that of a data set of the hub, fetched once: `user/name` where there is no folder `user`."""
     path = user_path(place)
-    if path.is_dir() or place.count("/") != 1 or place.startswith((".", "/", "~")):
+    if path.is_dir() or place.count("/") != 1 or place.startswith((".", "/", "~")) or path.parent.is_dir():
         return path
     return from_hub(place, hub.with_name(f"{hub.name}-{number + 1}") if number else hub)
 

@@ -4,6 +4,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging
 from tqdm import tqdm
 
 from ..errors import AccessError, FileError, FluxError, UsageError
@@ -26,7 +27,10 @@ def from_hub(name: str, folder: Path) -> Path:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UsageError(f"{name} is a data set of the hub. Next: pip install datasets") from None
+        raise UsageError(
+            f"there is no folder {name}, and data sets of the hub need a library. Next: pip install datasets"
+        ) from None
+    logging.set_verbosity_error()  # a line for each of five trials, where the error below says it
     try:
         found = datasets.load_dataset(name, split="train", streaming=True)
         return write_rows(found, name, folder)
@@ -34,7 +38,8 @@ def from_hub(name: str, folder: Path) -> Path:
         raise
     except Exception as error:  # the library and its clients have many kinds
         raise AccessError(
-            f"the data set {name} could not be read: {error}. Next: see its page and HF_TOKEN, or try again"
+            f"there is no folder {name}, and the data set {name} could not be read: {error}. "
+            "Next: see its page and HF_TOKEN, or try again"
         ) from None
 
 

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from flux_core.errors import AccessError, UsageError
+from flux_core.main import main
 from flux_core.training import parse_resolution, read_folder
 from flux_core.training.hub_data import from_hub, write_rows
 
@@ -36,6 +37,14 @@ def test_rows_become_pictures_with_captions(tmp_path, streams):
 def test_what_was_written_is_not_fetched_again(tmp_path):
     write_rows(rows(tmp_path, text=["a", "b", "c"]), "some/set", tmp_path / "out")
     assert from_hub("some/set", tmp_path / "out") == tmp_path / "out"
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    (tmp_path / "output").mkdir()
+    assert main(["train", "--data", "output/nodir", "--dry-run"]) == 2
+    assert "output/nodir is no folder" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
