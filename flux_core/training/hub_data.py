@@ -4,7 +4,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import logging
 from tqdm import tqdm
 
 from ..errors import AccessError, FileError, FluxError, UsageError
@@ -26,6 +25,7 @@ def from_hub(name: str, folder: Path) -> Path:
         return folder
     try:
         import datasets
+        from huggingface_hub.utils import logging
     except ModuleNotFoundError:
         raise UsageError(
             f"there is no folder {name}, and data sets of the hub need a library. Next: pip install datasets"
