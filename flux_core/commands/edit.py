@@ -62,7 +62,7 @@ def edit(
     if variant.takes.mask:  # which paints into it, and inverts none
         with_image(fields, image, variant)
         image = None
-    if image is not None and (variant.takes.control or variant.takes.pictures):
+    if image is not None and variant.takes and not {"control", "reference"} & fields.keys():
         note(f"--image is the photograph that is inverted; what {variant.name} takes is given beside it")
     guided = variant.params.guidance_embed
     if source_guidance is not None and not guided:
