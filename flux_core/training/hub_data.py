@@ -30,6 +30,7 @@ def from_hub(name: str, folder: Path) -> Path:
         raise UsageError(
             f"there is no folder {name}, and data sets of the hub need a library. Next: pip install datasets"
         ) from None
+    note(f"there is no folder {name}: asking the hub for a data set of that name")
     logging.set_verbosity_error()  # a line for each of five trials, where the error below says it
     try:
         found = datasets.load_dataset(name, split="train", streaming=True)
