@@ -84,10 +84,10 @@ def importance(
     )
     num_threads, loading = THREADS.parse(threads), pop_fields(fields, LOADING)
     variant = with_files(name, **pop_fields(fields, FILES))
-    known = read_prompts(prompts or default_prompts(variant.name))
-    if limit is not None and (most := _FIELDS["limit"].parse(limit)) > len(known):
+    known, most = read_prompts(prompts or default_prompts(variant.name)), _FIELDS["limit"].parse(limit)
+    if most is not None and most > len(known):
         note(f"--limit {most}: there are {len(known)} prompts, and all of them are taken")
-    chosen = known[: _FIELDS["limit"].parse(limit)]
+    chosen = known[:most]
     given = given_plan(fields)
     pictures, records = pop_given(with_image(fields, fields.pop("image", None), variant), variant)
     fields |= {**records, **natural_size(fields, pictures, variant)}

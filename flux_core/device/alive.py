@@ -66,7 +66,7 @@ class _Alive(TorchDispatchMode):
 
 
 def torch_dtype(precision: str) -> torch.dtype:
-    """What everything but Linears in few bits computes in on a card."""
+    """What everything but Linears in few bits computes in, on a card that has bfloat16."""
     return torch.float32 if precision == "float32" else torch.bfloat16
 
 

@@ -184,11 +184,11 @@ _OPS: dict[str, Callable[[], Ops]] = {"int8": _triton_int8, "fp8": _triton_fp8}
 @cache
 def _kernels(format: str) -> dict[str, Callable[..., object]]:
     """What kernels replace of a format's layers, by the attribute's name."""
-    from . import gguf, int8, nf4, quantized
+    from . import gguf, int8, int8_product, nf4, quantized
 
     found: dict[str, dict[str, Callable[..., object]]] = {
         "fp8": {"quantize": quantized.quantize},
-        "int8": {"quantize": int8.quantize, "product": int8.product},
+        "int8": {"quantize": int8.quantize, "product": int8_product.product},
         "nf4": {"unpack": nf4.unpack},
         "gguf": {"unpack": gguf.unpack},
     }

@@ -24,8 +24,8 @@ velocity in fp8 (`fp8.py`): rotated int8 0.09, int8 without rotation 0.23, fp8 w
 The trade-off. Cards multiply int8 from Turing on, fp8 from Ada on. Where both are there int8 is the slower one: cuBLAS
 has no int8 product with scales of rows, and the rotation is ten additions for each number, or a product with a matrix
 of signs, where a kernel quantizes. On an H200 a step takes 0.77 of one in bf16, in fp8 0.69; products alone, by the
-Triton kernel (`kernels/int8.py`), are as fast as cuBLAS's in fp8. Without Triton it is `torch._int_mm`, whose sums are
-written and read again.
+Triton kernel (`kernels/int8_product.py`), are as fast as cuBLAS's in fp8. Without Triton it is `torch._int_mm`, whose
+sums are written and read again.
 
 Where a device has no int8 units, tokens are rotated, and multiplied by the rotated weights, codes * scale, in the dtype
 of x: as small in memory, no faster. Then only the weights are rounded.

@@ -102,8 +102,8 @@ class Denoiser:
         positive: the prompts that conditions work for inside a forward, where there are negative ones, too.
         """
         model, placement = self.placement.components.flux, self.placement
-        more = bytes_beside(conditions), tokens_added(conditions)
-        placement.admit(size, len(prompts), len(sigmas) or None, *more)
+        beside, behind = bytes_beside(conditions), tokens_added(conditions)
+        placement.admit(size, len(prompts), len(sigmas) or None, beside, behind)
         seen = None
         if conditions and positive is not None:
             seen = self.inputs(positive, guidance[:: len(prompts) // len(positive)], size)

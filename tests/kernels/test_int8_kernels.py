@@ -10,7 +10,7 @@ from torch import nn
 from triton_device import CUDA, DEVICE, DTYPES  # skips where there is no Triton
 
 from flux_core import kernels
-from flux_core.kernels import fused, int8, put
+from flux_core.kernels import fused, int8, int8_product, put
 from flux_core.linears.contract import QuantizedTokens
 from flux_core.linears.fp8 import E4M3, Fp8Linear, stays_bf16
 from flux_core.linears.int8 import Int8Linear, group_for, product_of_tokens, quantize_rows
@@ -38,7 +38,7 @@ def frozen(inputs, outputs, dtype=torch.bfloat16, **options):
 
 
 def with_kernels(layer):
-    layer.scaled, layer.quantize, layer.product = True, int8.quantize, int8.product
+    layer.scaled, layer.quantize, layer.product = True, int8.quantize, int8_product.product
     return layer
 
 
@@ -123,35 +123,36 @@ def test_the_product_is_exact_up_to_its_last_rounding(M, N, K, dtype, bias):
     layer = Int8Linear.of(frozen(K, N, dtype, bias=bias))
     tokens = quantize_rows(draw(1, M, K), layer.group)
     args = layer.weight, layer.weight_scale, layer.bias
-    found, plain = int8.product(tokens, *args, dtype), product_of_tokens(tokens, *args, torch.float32)
+    found, plain = int8_product.product(tokens, *args, dtype), product_of_tokens(tokens, *args, torch.float32)
     assert found.shape == (1, M, N) and found.dtype == dtype
     last = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]  # the interpreter cuts to bf16
     assert ((found.float() - plain).abs() <= last * plain.abs() + 2e-7 * plain.abs().max()).all()
     other = torch.full_like(found[0], float("nan"))
-    for described in (False, all(map(int8.is_aligned, (tokens.codes[0], layer.weight, other)))):
+    for described in (False, all(map(int8_product.is_aligned, (tokens.codes[0], layer.weight, other)))):
         other.fill_(float("nan"))
-        int8.product_of_tiles(tokens.codes[0], tokens.scale[0], *args, other, int8.SMALL, described)
+        int8_product.product_of_tiles(tokens.codes[0], tokens.scale[0], *args, other, int8_product.SMALL, described)
         assert torch.equal(other, found[0])
 
 
 def test_the_copy_engine_gets_rows_that_are_aligned():
     x = torch.zeros(8, 64, dtype=torch.int8)
-    assert int8.is_aligned(x) and int8.is_aligned(x[:, 16:48])
-    assert not int8.is_aligned(x[:, 8:]) and not int8.is_aligned(torch.zeros(8, 60, dtype=torch.int8))
+    assert int8_product.is_aligned(x) and int8_product.is_aligned(x[:, 16:48])
+    assert not int8_product.is_aligned(x[:, 8:]) and not int8_product.is_aligned(torch.zeros(8, 60, dtype=torch.int8))
 
 
 def test_a_product_takes_a_weight_that_is_a_part_of_another():
     layer = Int8Linear.of(frozen(64, 48))
     wide = torch.cat((layer.weight, layer.weight), dim=1)[:, :64]
     tokens, rest = quantize_rows(draw(2, 5, 64), 64), (layer.weight_scale, layer.bias, torch.float32)
-    assert torch.equal(int8.product(tokens, wide, *rest), int8.product(tokens, layer.weight.detach(), *rest))
+    found, expected = (int8_product.product(tokens, weight, *rest) for weight in (wide, layer.weight.detach()))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_tiles_fit_into_a_cards_shared_memory(capability):
     room = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
     for M in (1, 64, 65, 512, 4608, 16384):
-        one = int8.tiles(M, capability)
+        one = int8_product.tiles(M, capability)
         assert one.stages * (one.m + one.n) * one.k <= room
 
 
@@ -231,7 +232,7 @@ def test_a_model_of_int8_linears_takes_tokens():
     plainly = model(**inputs)
     for one in layers:
         with_kernels(one)
-        one.product = lambda x, *rest: (seen.append(x.codes.dtype), int8.product(x, *rest))[1]
+        one.product = lambda x, *rest: (seen.append(x.codes.dtype), int8_product.product(x, *rest))[1]
     put(model, FUSED)
     found = model(**inputs)
     assert distance(found, truth) < 1.1 * distance(plainly, truth) + 1e-3 and distance(plainly, truth) < 0.05

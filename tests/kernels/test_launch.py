@@ -16,7 +16,8 @@ def test_kernels_wait_for_no_compiler():
     """torch._dynamo takes seconds to import; a compiler that comes later still finds operators."""
     code = """
 import sys, torch
-from flux_core.kernels import codes, cudnn_fp8, decode, flash, fused, gguf, int8, launch, nf4, products, quantized, thin
+from flux_core.kernels import codes, cudnn_fp8, decode, flash, fused, gguf, int8, int8_product, launch, nf4, products
+from flux_core.kernels import quantized, thin
 x, row = torch.ones(2, 3, 16, dtype=torch.float32), torch.ones(2, 1, 16, dtype=torch.float32)
 found = fused.gated_sum(x, row, x)
 assert not {"torch._dynamo", "sympy"} & {*sys.modules}
